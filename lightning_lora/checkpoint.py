@@ -1,0 +1,308 @@
+"""What a checkpoint holds, and whether it fits a model: checked in full before anything is copied.
+
+An adapter checkpoint is an ordinary ``torch.save`` file. Its tensors are the adapters and whatever else trains, under
+their names in the module that was saved; a section ``"lightning_lora"`` says how they were made.
+"""
+
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.fingerprint import fingerprint, first_difference
+from lightning_lora.inject import (
+    injected_roots,
+    injection_of,
+    is_merged,
+    named_adapter_parameters,
+    named_lora_layers,
+    named_trained_whole,
+    require_root,
+)
+from lightning_lora.layers import LoRALayer
+from lightning_lora.root import clean_name
+
+SECTION = "lightning_lora"
+FORMAT_VERSION = 1
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters, and the heads and biases that train with them, as ``{name: full tensor}``.
+
+    Names are relative to the adapted model. As with ``state_dict``, the tensors are the live ones, detached.
+    """
+    root = require_root(model)
+    state = {name: parameter.detach() for name, parameter in named_adapter_parameters(root)}
+    state.update({name: parameter.detach() for name, parameter in named_trained_whole(root).items()})
+    return state
+
+
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Copy adapters into ``model``, whose layers must be exactly those of ``state``.
+
+    Args:
+        state: what :func:`adapter_state_dict` returned, or a whole checkpoint of Trainer, Fabric or
+            :func:`adapter_checkpoint`. A checkpoint also says its scale and base, and those are compared too.
+
+    Raises:
+        ValueError: a name is missing or left over, a shape, scale or the base differs. Nothing is copied then.
+    """
+    root = require_root(model)
+    if SECTION in state:
+        tensors = fitting_tensors(state, root, "the checkpoint")
+    else:
+        tensors = dict(state)
+        _check_tensors(tensors, root, "the state")
+    copy_tensors(tensors, root)
+
+
+def adapter_checkpoint(model: nn.Module) -> dict[str, Any]:
+    """Return the adapters with their config and the fingerprint of their base, ready for ``torch.save``.
+
+    Trainer (``LoRACallback(init_from=...)``), Fabric and :func:`load_adapter_state_dict` read the file.
+    """
+    root = require_root(model)
+    return {"state_dict": trained_tensors(root), SECTION: describe(root, "state_dict")}
+
+
+def trained_tensors(module: nn.Module) -> "OrderedDict[str, Tensor]":
+    """Return what a checkpoint of ``module`` holds: adapters, parameters that train, and the buffers beside those.
+
+    Outside the adapted models also buffers of modules without any parameter are held, such as a counter of the user's.
+    """
+    roots = injected_roots(module)
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    wanted = {id(p) for root in roots.values() for p in named_trained_whole(root).values()}
+    whole = [_join(path, name) for path, root in roots.items() for name in _injection(root).trained_whole]
+    for name, owner in module.named_modules():
+        clean = clean_name(name)
+        adapters = owner.adapter_names if isinstance(owner, LoRALayer) else ()
+        for local, parameter in owner._parameters.items():
+            if parameter is not None and (parameter.requires_grad or local in adapters or id(parameter) in wanted):
+                state[_join(clean, local)] = parameter.detach()
+        own = [parameter for parameter in owner._parameters.values() if parameter is not None]
+        in_root = any(_is_inside(clean, path) for path in roots)
+        keeps_buffers = any(parameter.requires_grad for parameter in own) or (not own and not in_root)
+        if keeps_buffers or any(_is_inside(clean, path) for path in whole):
+            for local, buffer in owner._buffers.items():
+                if buffer is not None and local not in owner._non_persistent_buffers_set:
+                    state[_join(clean, local)] = buffer.detach()
+    return _without_second_names(state)
+
+
+def describe(module: nn.Module, state_key: str) -> dict[str, Any]:
+    """Return the section ``"lightning_lora"`` of a checkpoint of ``module``, in plain values and tensors."""
+    adapters = []
+    for path, root in injected_roots(module).items():
+        layers = named_lora_layers(root)
+        adapters.append(
+            {
+                "name": "default",
+                "root": path,
+                "config": _injection(root).config.to_dict(),
+                "layers": {name: (layer.r, layer.lora_scaling) for name, layer in layers.items()},
+                "trained_whole": list(named_trained_whole(root)),
+                "base": fingerprint(root),
+            }
+        )
+    return {"format_version": FORMAT_VERSION, "state_key": state_key, "adapters": adapters}
+
+
+def read_checkpoint(path: Any, load: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    """Read a checkpoint file without running any code in it (``weights_only=True``).
+
+    Args:
+        load: reads the file instead of ``torch.load``, such as the ``CheckpointIO`` of a strategy.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, truncated, of another kind, or holds objects that only code could build.
+    """
+    if load is None:
+        load = _torch_load
+    try:
+        checkpoint = load(path)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds objects that cannot be read without running code from the file, which is never done: {error}. If they "
+            "are hyperparameters of yours, keep them out with self.save_hyperparameters(ignore=[...]), or allow their "
+            "class with torch.serialization.add_safe_globals"
+        ) from error
+    except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is empty, truncated or of another kind ({error})"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def section_of(checkpoint: Mapping[str, Any], source: Any) -> dict[str, Any]:
+    """Return a checkpoint's section ``"lightning_lora"``.
+
+    Raises:
+        ValueError: it has none (it is no adapter checkpoint), or one of a newer format.
+    """
+    section = checkpoint.get(SECTION)
+    if not isinstance(section, dict):
+        keys = ", ".join(map(str, list(checkpoint)[:8])) or "none"
+        raise ValueError(
+            f"{source} is not an adapter checkpoint: it has no section {SECTION!r} (its keys: {keys}). Base weights are to be "
+            "loaded into the model before it is adapted; checkpoints of LoRACallback, Fabric with an adapted model and "
+            "adapter_checkpoint(model) are read here"
+        )
+    if section.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{source} has format version {section.get('format_version')!r}; this lightning_lora reads {FORMAT_VERSION}. Upgrade it"
+        )
+    return section
+
+
+def config_of(checkpoint: Mapping[str, Any], source: Any) -> LoRAConfig:
+    """Return the config that a checkpoint with one adapter was written with."""
+    adapters = section_of(checkpoint, source)["adapters"]
+    if len(adapters) != 1:
+        raise ValueError(f"{source} holds {len(adapters)} adapters, at {[a['root'] for a in adapters]}; expected one")
+    return LoRAConfig.from_dict(adapters[0]["config"])
+
+
+def fitting_tensors(checkpoint: Mapping[str, Any], module: nn.Module, source: Any) -> dict[str, Tensor]:
+    """Return the checkpoint's tensors under their names in ``module``, after checking that they fit.
+
+    Compared are, in this order: layers, ranks and scales; names; shapes; the base. Where the adapted model sits
+    (``model.`` in a LightningModule, the top in Fabric) may differ between file and module.
+
+    Raises:
+        ValueError: something differs. The message says what the file has, what the model has, and what to do.
+    """
+    section = section_of(checkpoint, source)
+    state = checkpoint.get(section["state_key"])
+    roots = injected_roots(module)
+    if not roots:
+        raise ValueError(f"{source} is an adapter checkpoint, but the model holds no adapters; call inject(model, config) first")
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{source} lacks its tensors: there is no {section['state_key']!r} in it")
+    if any(is_merged(root) for root in roots.values()):
+        raise ValueError("the model's adapters are merged: call unmerge(model) before loading others")
+    renamed: dict[str, Tensor] = {}
+    by_path = {adapter["root"]: adapter for adapter in section["adapters"]}
+    if len(by_path) == 1 == len(roots):
+        by_path = {next(iter(roots)): next(iter(by_path.values()))}
+    if by_path.keys() != roots.keys():
+        raise ValueError(f"{source} holds adapters for {list(by_path)}, the model has them at {list(roots)}")
+    for path, adapter in by_path.items():
+        _check_layers(adapter, roots[path], source)
+        inside = {name: value for name, value in state.items() if _is_inside(name, adapter["root"])}
+        renamed.update({_join(path, _relative(name, adapter["root"])): value for name, value in inside.items()})
+        state = {name: value for name, value in state.items() if name not in inside}
+    renamed.update(state)
+    _check_tensors(renamed, module, source)
+    for path, adapter in by_path.items():
+        difference = first_difference(roots[path], adapter["base"])
+        if difference is not None:
+            origin = adapter["base"]["source"]
+            raise ValueError(
+                f"{source} was trained on another base model{f' ({origin})' if origin else ''}: {difference}. Load the base that "
+                "the adapter was trained on"
+            )
+    return renamed
+
+
+def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Copy checked tensors into ``module`` in place, each in its own dtype and device."""
+    targets = _named_tensors(module)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            targets[name].copy_(value)
+
+
+def _check_layers(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> None:
+    """Compare adapted layers, their ranks and scales, and what trains whole."""
+    theirs = {name: tuple(value) for name, value in adapter["layers"].items()}
+    ours = {name: (layer.r, layer.lora_scaling) for name, layer in named_lora_layers(root).items()}
+    _check_same_names("adapted layers", theirs, ours, source)
+    for name, (r, scaling) in theirs.items():
+        own_r, own_scaling = ours[name]
+        if r != own_r:
+            raise ValueError(f"{source} has r={r} at {name!r}, the model has r={own_r}: adapt the model with the file's rank")
+        if abs(scaling - own_scaling) > 1e-9 * abs(scaling):
+            raise ValueError(
+                f"{source} scales {name!r} by {scaling:g}, the model by {own_scaling:g}: adapt it with the file's alpha and use_rslora"
+            )
+    _check_same_names("tensors that train whole", adapter["trained_whole"], named_trained_whole(root), source)
+
+
+def _check_same_names(what: str, theirs: Any, ours: Any, source: Any) -> None:
+    missing, extra = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
+    if missing or extra:
+        raise ValueError(
+            f"{source} and the model differ in their {what}: {_some(extra)} only in the file, {_some(missing)} only in the "
+            "model. Use the target_modules, modules_to_save and bias that the file was written with"
+        )
+
+
+def _check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) -> None:
+    """Compare names and shapes of a checkpoint's tensors with what ``module`` trains."""
+    targets = _named_tensors(module)
+    missing = [name for name in trained_tensors(module) if name not in tensors]
+    unexpected = [name for name in tensors if name not in targets]
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} does not fit {type(module).__name__}: {_some(missing)} missing in the file, {_some(unexpected)} not in the model"
+        )
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.shape != targets[name].shape:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{source} has {given} for {name!r}, the model has {tuple(targets[name].shape)}")
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {clean_name(name): tensor for name, tensor in named}
+
+
+def _without_second_names(state: "OrderedDict[str, Tensor]") -> "OrderedDict[str, Tensor]":
+    """Keep the first name of a tied tensor."""
+    seen: set[tuple[Any, ...]] = set()
+    kept: OrderedDict[str, Tensor] = OrderedDict()
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() == 0 or tensor.data_ptr() == 0 or key not in seen:
+            seen.add(key)
+            kept[name] = tensor
+    return kept
+
+
+def _injection(root: nn.Module) -> Any:
+    injection = injection_of(root)
+    assert injection is not None
+    return injection
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _is_inside(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def _relative(name: str, path: str) -> str:
+    return name[len(path) + 1 :] if path else name
+
+
+def _torch_load(path: Any) -> Any:
+    return torch.load(os.fspath(path), map_location="cpu", weights_only=True)

@@ -1,0 +1,91 @@
+"""A fingerprint of the frozen base, by which an adapter knows the model that it was trained on."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.inject import named_lora_layers, named_trained_whole
+from lightning_lora.layers import LoRALayer
+from lightning_lora.root import clean_name, name_or_path
+
+NUM_SAMPLES = 64
+_MULTIPLIER = 0x1E3779B97F4A7C15
+_MASK = 2**62 - 1
+
+
+def fingerprint(root: nn.Module) -> dict[str, Any]:
+    """Return one integer per frozen tensor of the base, as ``{"source", "names", "hashes", "dtypes"}``.
+
+    Each integer is a sum, over up to 64 positions that depend on the tensor's size alone, of a hash of the position and
+    of the value there rounded to bfloat16. So it does not change with the precision that a base is loaded in, and sums of
+    shards are the sum of the whole. It tells one set of trained weights from another; it is no proof against a forger.
+    Tensors that are quantised or on the meta device are left out.
+    """
+    names, dtypes, hashes = [], [], []
+    for name, tensor in named_base_tensors(root):
+        if tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel() > 0:
+            names.append(name)
+            dtypes.append(str(tensor.dtype).removeprefix("torch."))
+            hashes.append(_hash(tensor).to("cpu", non_blocking=False))
+    return {
+        "source": name_or_path(root),
+        "names": names,
+        "hashes": torch.stack(hashes) if hashes else torch.empty(0, dtype=torch.int64),
+        "dtypes": dtypes,
+    }
+
+
+def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
+    """Return what first tells ``root`` from the recorded base, in words, or ``None`` if nothing does.
+
+    Tensors without a fingerprint on either side, and float16 against another dtype (which rounds twice), are not compared.
+    """
+    own = fingerprint(root)
+    own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
+    present = {name for name, _ in root.named_parameters()} | set(own_hashes)
+    cleaned = {clean_name(name) for name in present}
+    rows = zip(recorded["names"], recorded["hashes"].tolist(), recorded["dtypes"], strict=True)
+    for name, value, dtype in rows:
+        if name not in cleaned:
+            return f"its base has a tensor {name!r}, which this model lacks"
+        if name not in own_hashes:
+            continue
+        own_value, own_dtype = own_hashes[name]
+        if own_value != value and (dtype == own_dtype or "float16" not in (dtype, own_dtype)):
+            return f"the base tensor {name!r} holds other values"
+    return None
+
+
+def named_base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the frozen parameters of the base by clean name, as they are without any merged adapter."""
+    layers = named_lora_layers(root)
+    adapters = {id(p) for layer in layers.values() for _, p in layer.named_adapter_tensors()}
+    originals = {id(layer.base_weight): layer.lora_original for layer in layers.values() if _is_merged(layer)}
+    whole = named_trained_whole(root)
+    for name, parameter in root.named_parameters():
+        clean = clean_name(name)
+        if id(parameter) in adapters or clean in whole or parameter.requires_grad:
+            continue
+        original = originals.get(id(parameter))
+        yield clean, parameter.detach() if original is None else original
+
+
+def _is_merged(layer: LoRALayer) -> bool:
+    return layer.lora_original is not None
+
+
+def _hash(tensor: Tensor) -> Tensor:
+    """Return a scalar int64 on the tensor's device."""
+    size = tensor.numel()
+    count = min(size, NUM_SAMPLES)
+    step = size // count
+    within = torch.arange(count) * 0x9E3779B1 % step  # not the same place in every stride
+    positions = torch.arange(count) * step + within
+    values = torch.take(tensor, positions.to(tensor.device))
+    bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
+    keys = (positions.to(tensor.device) + 1) * _MULTIPLIER
+    mixed = (keys ^ (bits * 0x2545F4914F6CDD1D)) & _MASK
+    mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
+    return ((mixed & _MASK) >> 20).sum()

@@ -1,0 +1,208 @@
+"""The tensor math of LoRA: no modules, no process groups.
+
+    x [..., in] ---- W [out, in] frozen ------------- + --> y [..., out]
+         \\                                            |
+          dropout -- A [r, in] -- h [..., r] -- B [out, r] * scaling
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# odd multipliers of 32-bit integer mixers (Wellons' "lowbias32" search) that fit a signed 32-bit integer
+_MIX_1 = 0x21F0AAAD
+_MIX_2 = 0x735A2D97
+_GOLDEN = 0x1E3779B97F4A7C15
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return ``x W^T + b + scaling * dropout(x) A^T B^T`` (Hu et al. 2021, sec. 4.1) and save little for backward.
+
+    Kept for backward are ``x`` and ``h = x A^T`` (r numbers per token), beside the parameters themselves. ``x`` is never
+    cast up: A and B are cast to its dtype, their gradients come back in their own. Under autocast the product runs in
+    autocast's dtype, as ``F.linear`` does.
+
+    Args:
+        x: ``[..., in_features]``, any number of leading dimensions, also none or empty ones.
+        weight: ``[out_features, in_features]``, or ``None`` for the adapter's term alone.
+        bias: ``[out_features]`` or ``None``.
+        lora_A: ``[r, in_features]``.
+        lora_B: ``[out_features, r]``.
+        scaling: factor of the adapter's term.
+        dropout: probability of dropping an entry of ``x`` on the adapter's path.
+        seed: scalar integer tensor that decides which entries are dropped; ``None`` drops none. The mask is a hash of
+            it and of the position, so that backward makes it again instead of storing it.
+
+    Returns:
+        ``[..., out_features]``
+    """
+    if seed is None or dropout == 0.0:
+        seed, dropout = None, 0.0
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)[0]
+    if x.dtype != torch.float64:  # autocast leaves float64 alone
+        dtype = torch.get_autocast_dtype(device_type)
+        x = x.to(dtype)
+        weight = None if weight is None else weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device_type, enabled=False):
+        return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)[0]
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return ``W + scaling * B A``, summed in float32 or wider and rounded once to W's dtype.
+
+    Args:
+        weight: ``[out_features, in_features]``
+        lora_A: ``[r, in_features]``
+        lora_B: ``[out_features, r]``
+    """
+    dtype = torch.promote_types(torch.promote_types(lora_A.dtype, weight.dtype), torch.float32)
+    delta = (lora_B.to(dtype) @ lora_A.to(dtype)) * scaling
+    return (weight + delta.to(weight.device)).to(weight.dtype)
+
+
+def dropped(seed: Tensor, num_rows: int, num_columns: int, dropout: float, device: torch.device) -> Tensor:
+    """Return the dropout mask, True where an entry is dropped: ``[num_rows, num_columns]`` booleans.
+
+    A hash of (seed, row, column) in integer tensor operations: the same on every call and every device, with nothing
+    stored and no random state touched.
+
+    Args:
+        seed: scalar integer tensor; on another device than ``device`` it may only be a CPU one.
+    """
+    rows = _position_keys(seed, num_rows, device)
+    columns = _position_keys(seed + 1, num_columns, device)
+    z = rows[:, None] ^ columns[None, :]  # int32, [num_rows, num_columns]
+    z = z.mul_(_MIX_1)
+    z = z.bitwise_xor_(z >> 15)
+    z = z.mul_(_MIX_2)
+    return z < round(dropout * 2**32) - 2**31
+
+
+def _position_keys(seed: Tensor, num_positions: int, device: torch.device) -> Tensor:
+    """Return one well mixed 32-bit key per position: int32, ``[num_positions]``."""
+    z = torch.arange(num_positions, dtype=torch.int64, device=device)
+    z = (z + seed * 0x2545F4914F6CDD1D + 1) * _GOLDEN
+    z = (z ^ ((z >> 32) & 0xFFFFFFFF)) * 0x3F58476D1CE4E5B9
+    z = (z ^ ((z >> 29) & 0x7FFFFFFFF)) * 0x14D049BB133111EB
+    return ((z >> 31) & 0xFFFFFFFF).to(torch.int32)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """``(y, h)``: the output and, for backward only, ``h = scaling * dropout(x) A^T``."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])  # [T, in]
+        h = _down(rows, lora_A, scaling, dropout, seed)  # [T, r]
+        B = lora_B.to(x.dtype)
+        if weight is None:
+            y = torch.mm(h, B.t())
+        else:
+            y = F.linear(rows, weight, bias)
+            y.addmm_(h, B.t())  # a buffer of our own: nobody else has seen it
+        return y.view(*x.shape[:-1], B.shape[0]), h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, lora_A, lora_B, ctx.scaling, ctx.dropout, seed = inputs
+        _, h = output
+        ctx.mark_non_differentiable(h)
+        ctx.set_materialize_grads(False)
+        need_x, need_weight, _, need_A, need_B, *_ = ctx.needs_input_grad
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            x if need_weight or need_A or need_B else None,
+            weight if need_x else None,
+            lora_A,
+            lora_B,
+            h if need_B else None,
+            seed,
+        )
+        ctx.x_shape = x.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
+        x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
+        grad = grad.reshape(-1, lora_B.shape[0])  # [T, out]
+        rows = None if x is None else x.reshape(-1, x.shape[-1])  # [T, in]
+        if need_B and torch.is_grad_enabled():
+            h = _down(rows, lora_A, ctx.scaling, ctx.dropout, seed)  # h is a constant to autograd: make it again for a second derivative
+
+        v = None
+        if need_x or need_A:
+            v = _skinny(grad, lora_B.to(grad.dtype).t())  # [T, r]
+            v = v * (ctx.scaling / (1 - ctx.dropout))
+        mask = None
+        if seed is not None and v is not None:
+            mask = dropped(seed, grad.shape[0], lora_A.shape[1], ctx.dropout, grad.device)
+        grad_x = _grad_x(grad, weight, v, lora_A, mask).view(ctx.x_shape) if need_x else None
+        grad_A = grad_B = grad_weight = grad_bias = None
+        if need_A:
+            dropped_rows = rows if mask is None else rows.masked_fill(mask, 0)
+            grad_A = torch.mm(v.t(), dropped_rows).to(lora_A.dtype)
+        if need_B:
+            grad_B = torch.mm(h.t(), grad).t().to(lora_B.dtype)
+        if need_weight:
+            grad_weight = torch.mm(grad.t(), rows)
+        if need_bias:
+            grad_bias = grad.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _down(rows: Tensor, lora_A: Tensor, scaling: float, dropout: float, seed: Tensor | None) -> Tensor:
+    """Return ``scaling * dropout(x) A^T``: ``[T, r]``. All factors are put on these r numbers per token."""
+    if seed is not None:
+        mask = dropped(seed, rows.shape[0], rows.shape[1], dropout, rows.device)
+        rows = rows.masked_fill(mask, 0)
+        scaling = scaling / (1 - dropout)
+    return _skinny(rows, lora_A.to(rows.dtype)) * scaling
+
+
+def _skinny(rows: Tensor, factor: Tensor) -> Tensor:
+    """Return ``rows factor^T``, ``[T, r]``, with r on the side of the product where the device is fast.
+
+    CPU libraries are several times faster with the short dimension first, and so the result is kept transposed there.
+    """
+    if rows.device.type == "cpu":
+        return torch.mm(factor, rows.t()).t()
+    return torch.mm(rows, factor.t())
+
+
+def _grad_x(grad: Tensor, weight: Tensor | None, v: Tensor, lora_A: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``grad W + mask(v A)``: ``[T, in]``."""
+    A = lora_A.to(grad.dtype)
+    if mask is None and weight is not None:
+        return torch.mm(grad, weight).addmm_(v, A)
+    through_adapter = torch.mm(v, A)
+    if mask is not None:
+        through_adapter = through_adapter.masked_fill(mask, 0)
+    return through_adapter if weight is None else torch.mm(grad, weight).add_(through_adapter)
+
+

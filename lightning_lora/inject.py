@@ -1,0 +1,309 @@
+"""Freeze a model, put adapters into it, take them out again."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.init import initialize
+from lightning_lora.layers import LoRALayer, adapt, mixin_for, unadapt
+from lightning_lora.layers.statistics import freeze_statistics, unfreeze_statistics
+from lightning_lora.matching import check_patterns, is_all_linear, pattern_value, select_layers, select_trained_whole
+from lightning_lora.root import clean_name, new_heads
+
+
+@dataclass
+class Injection:
+    """What was done to a model, kept on the model itself as ``lora_injection``.
+
+    Attributes:
+        config: the settings that the model was adapted with.
+        trained_whole: names of the modules that train whole.
+        originals: frozen copies of the base tensors that train (heads, biases), by name; those on meta have none.
+        requires_grad: what every base parameter's flag was before.
+        undo: attributes that were changed, as ``(module, name, former value)``.
+    """
+
+    config: LoRAConfig
+    trained_whole: list[str]
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+
+
+def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
+    """Freeze ``model`` and adapt its layers in place, as ``config`` says. Returns the same object.
+
+    A model that was adapted with an equal config is left as it is: nothing is frozen or drawn anew. Everything is
+    checked before anything is changed.
+
+    Raises:
+        ValueError: the config hits nothing or the wrong kind of module, a rank exceeds a layer, or the model is already
+            adapted otherwise (here or by PEFT). The message names the module and the remedy.
+    """
+    config = config or LoRAConfig()
+    existing = injection_of(model)
+    if existing is not None:
+        _check_same_config(existing.config, config)
+        return model
+    _check_untouched(model)
+    trained_whole = _modules_trained_whole(model, config)
+    layers = select_layers(model, config, trained_whole)
+    check_patterns(config, layers)
+    ranks = {name: pattern_value(config.rank_pattern, name, config.r) for name in layers}
+    for name, layer in layers.items():
+        _check_rank(name, layer, ranks[name], lenient=is_all_linear(config.target_modules))
+
+    injection = Injection(config, trained_whole)
+    injection.requires_grad = {clean_name(name): p.requires_grad for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
+    adapted: dict[str, LoRALayer] = {}
+    for name, layer in layers.items():
+        mixin = mixin_for(layer)
+        assert mixin is not None
+        alpha = pattern_value(config.alpha_pattern, name, config.alpha)
+        scaling = config.scaling(ranks[name], alpha)
+        adapted[name] = adapt(layer, mixin, r=ranks[name], scaling=scaling, dropout=config.dropout, dtype=dtype)
+    initialize(adapted, config)
+    _train_whole(model, injection)
+    freeze_statistics(model, trained_whole)
+    _keep_off_fused_paths(model, injection)
+    model.register_load_state_dict_pre_hook(_complete_state_dict)
+    model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take the adapters out and give the model back as it was before :func:`inject`. Returns the same object.
+
+    Heads and biases that trained get their first values back too, and every ``requires_grad`` its former one.
+
+    Raises:
+        ValueError: the model holds no adapters, or they are merged.
+    """
+    for root in require_roots(model).values():
+        if is_merged(root):
+            raise ValueError(
+                "the adapters are merged into the base weights: call merge(model, remove=True) to keep the merged "
+                "weights without adapters, or unmerge(model) first to get the base back"
+            )
+        for parameter, original in _with_originals(root):
+            with torch.no_grad():
+                parameter.copy_(original)
+        take_out(root)
+    return model
+
+
+def take_out(root: nn.Module) -> None:
+    """Undo an injection, but for the values of the base tensors."""
+    injection = injection_of(root)
+    assert injection is not None
+    for layer in list(root.modules()):
+        if isinstance(layer, LoRALayer):
+            unadapt(layer)
+    unfreeze_statistics(root)
+    for name, parameter in root.named_parameters():
+        parameter.requires_grad_(injection.requires_grad[clean_name(name)])
+    for module, name, former in injection.undo:
+        setattr(module, name, former)
+    for key, hook in list(root._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", None) is _complete_state_dict:
+            del root._load_state_dict_pre_hooks[key]
+    del root.lora_injection
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """Return the record that :func:`inject` left on this very module, or ``None``."""
+    return model.__dict__.get("lora_injection")
+
+
+def injected_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the adapted models inside ``model`` (itself, or inside a wrapper) by their clean names."""
+    return {clean_name(name): m for name, m in model.named_modules() if injection_of(m) is not None}
+
+
+def require_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Return :func:`injected_roots`; none is a ``ValueError``."""
+    roots = injected_roots(model)
+    if not roots:
+        raise ValueError(f"{type(model).__name__} holds no adapters; call inject(model, LoRAConfig(...)) first")
+    return roots
+
+
+def require_root(model: nn.Module) -> nn.Module:
+    """Return the one adapted model inside ``model``; none or several is a ``ValueError``."""
+    roots = require_roots(model)
+    if len(roots) > 1:
+        raise ValueError(f"{type(model).__name__} holds several adapted models, {list(roots)}: pass one of them")
+    return next(iter(roots.values()))
+
+
+def named_lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return the adapted layers by name; a layer that is reached under several names comes once."""
+    return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+
+
+def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every adapter parameter with its name relative to the adapted model, such as ``layers.0.q_proj.lora_A``."""
+    for root in require_roots(model).values():
+        for name, layer in named_lora_layers(root).items():
+            for local_name, parameter in layer.named_adapter_tensors():
+                yield f"{name}.{local_name}" if name else local_name, parameter
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether any adapter is merged into its base weight."""
+    return any(isinstance(m, LoRALayer) and m.lora_original is not None for m in model.modules())
+
+
+def named_trained_whole(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base parameters that train by design, heads and biases, by clean name."""
+    injection = injection_of(root)
+    assert injection is not None
+    names = _names_trained_whole(root, injection)
+    return {clean_name(name): p for name, p in root.named_parameters() if clean_name(name) in names}
+
+
+def _names_trained_whole(root: nn.Module, injection: Injection) -> set[str]:
+    """Return the clean names of the base parameters that train by design; of tied ones the first name."""
+    wanted: set[int] = set()
+    for name, module in root.named_modules():
+        if clean_name(name) in injection.trained_whole:
+            wanted.update(id(parameter) for parameter in module.parameters())
+        if isinstance(module, LoRALayer):
+            if injection.config.bias == "lora_only" and isinstance(getattr(module, "bias", None), nn.Parameter):
+                wanted.add(id(module.bias))
+            wanted.difference_update(id(parameter) for _, parameter in module.named_adapter_tensors())
+    adapters = {f"{n}.{local}" for n, m in named_lora_layers(root).items() for local in m.adapter_names}
+    return {
+        clean_name(name)
+        for name, parameter in root.named_parameters()
+        if clean_name(name) not in adapters
+        and (id(parameter) in wanted or (injection.config.bias == "all" and "bias" in name))
+    }
+
+
+def _train_whole(model: nn.Module, injection: Injection) -> None:
+    """Unfreeze heads and biases, and keep copies of them for ``disabled`` and ``remove``."""
+    model.lora_injection = injection  # type: ignore[assignment]
+    for name, parameter in named_trained_whole(model).items():
+        parameter.requires_grad_(True)
+        if parameter.device.type != "meta":
+            injection.originals[name] = parameter.detach().clone()
+
+
+def _with_originals(root: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield the base parameters that train, each with its first value."""
+    injection = injection_of(root)
+    assert injection is not None
+    for name, parameter in named_trained_whole(root).items():
+        if name not in injection.originals:
+            raise ValueError(
+                f"the first value of {name!r} is unknown: it was on the meta device when the model was adapted, and no "
+                "base checkpoint was loaded since by load_state_dict"
+            )
+        yield parameter, injection.originals[name]
+
+
+def trained_with_originals(root: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the base parameters that train by design, each with its first value."""
+    return list(_with_originals(root))
+
+
+def _modules_trained_whole(model: nn.Module, config: LoRAConfig) -> list[str]:
+    if config.modules_to_save is not None:
+        return select_trained_whole(model, config.modules_to_save)
+    heads = new_heads(model)
+    if is_all_linear(config.target_modules) or not heads:
+        return heads
+    # a head that the user targets by name is adapted instead
+    targeted = select_layers(model, config, [])
+    return [head for head in heads if not any(n == head or n.startswith(f"{head}.") for n in targeted)]
+
+
+def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:
+    if existing == config:
+        return
+    given, there = config.to_dict(), existing.to_dict()
+    changed = ", ".join(f"{key}={given[key]!r} (there: {there[key]!r})" for key in given if given[key] != there[key])
+    raise ValueError(f"the model is already adapted with another config: {changed}. Call remove(model) first")
+
+
+def _check_untouched(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer) or injection_of(module) is not None:
+            raise ValueError(
+                f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on it first"
+            )
+    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
+    if peft_layers is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)):
+            raise ValueError(
+                f"{type(model).__name__} is already wrapped by PEFT (at {name or 'the top'!r}): pass the base model, "
+                "peft_model.unload(); adapters that PEFT saved are read by load_peft(model, directory)"
+            )
+
+
+def _check_rank(name: str, layer: nn.Module, r: int, *, lenient: bool) -> None:
+    mixin = mixin_for(layer)
+    assert mixin is not None
+    sizes = mixin.features(layer)
+    # a sweep over all linear layers may meet a gate with one output: harmless; a rank above both sizes is a mistake
+    if r > (max(sizes) if lenient else min(sizes)):
+        raise ValueError(
+            f"r={r} is larger than {name!r}, a {sizes[0]} -> {sizes[1]} {type(layer).__name__}: give it its own rank with "
+            f"rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it out with exclude_modules"
+        )
+
+
+def _keep_off_fused_paths(model: nn.Module, injection: Injection) -> None:
+    """Keep ``nn.TransformerEncoderLayer`` from its fused path in eval, which reads weights past the adapters."""
+
+    def change(module: nn.Module, name: str, value: Any) -> None:
+        injection.undo.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LoRALayer) for m in module.modules()):
+            change(module, "activation_relu_or_gelu", 0)
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LoRALayer) for m in module.modules()):
+            change(module, "use_nested_tensor", False)
+
+
+def _complete_state_dict(
+    root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Let a base checkpoint load without adapters, and an adapter checkpoint without the base.
+
+    The missing half is filled in with the tensors that are there, only when all of it is missing: one absent adapter
+    among others stays an error.
+    """
+    injection = injection_of(root)
+    if injection is None:
+        return
+    own = {f"{prefix}{name}": tensor for name, tensor in root.state_dict(keep_vars=True).items()}
+    adapters = {
+        f"{prefix}{name}.{local}" if name else f"{prefix}{local}"
+        for name, layer in root.named_modules()
+        if isinstance(layer, LoRALayer)
+        for local in layer.adapter_names
+    }
+    whole = named_trained_whole(root)
+    trained = {f"{prefix}{name}" for name, _ in root.named_parameters() if clean_name(name) in whole}
+    base = own.keys() - adapters - trained
+    if not any(key in state_dict for key in adapters):
+        state_dict.update({key: own[key] for key in adapters})
+        for name in whole:
+            value = state_dict.get(f"{prefix}{name}")
+            if isinstance(value, Tensor):
+                injection.originals[name] = value.detach().clone()
+    elif adapters <= state_dict.keys() and not any(key in state_dict for key in base):
+        state_dict.update({key: own[key] for key in base})

@@ -1,0 +1,171 @@
+"""What every adapted layer is: :class:`LoRALayer`, and how a layer becomes one and stops being one.
+
+A layer is adapted in place. Its class is swapped for a made class ``LoRA<Base>(mixin, Base)``, and it gains the parameters
+``lora_A`` and ``lora_B``; names, hooks, ties and tensors of the base stay what they were.
+"""
+
+import copyreg
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from lightning_lora.functional import merged_weight
+
+MAX_SEED = 2**31 - 1
+
+
+class LoRALayer(nn.Module):
+    """Mixin of all adapted layers; ``isinstance(layer, LoRALayer)`` is how the package recognises them.
+
+    Attributes:
+        lora_A: ``[r, in_features]``.
+        lora_B: ``[out_features, r]``; zero at first, so that an adapted layer starts as its base.
+        lora_scaling: factor of the adapter's term.
+        lora_dropout: dropout probability on the adapter's input while training.
+        lora_dtype: dtype that the adapter never falls below, or ``None`` to follow the base.
+        lora_active: False while the layer is merged or disabled: the layer is then its base class.
+        lora_original: the base weight as it was, on CPU, while the layer is merged; else ``None``.
+        lora_salt: makes dropout differ between data-parallel ranks that share a seed.
+    """
+
+    lora_base_class: ClassVar[type[nn.Module]]
+    adapter_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_scaling: float
+    lora_dropout: float
+    lora_dtype: torch.dtype | None
+    lora_active: bool
+    lora_original: Tensor | None
+    lora_salt: int
+
+    @classmethod
+    def features(cls, layer: nn.Module) -> tuple[int, int]:
+        """Return ``(in_features, out_features)`` of a base layer of this kind."""
+        raise NotImplementedError(f"{cls.__name__} does not say its features")
+
+    @classmethod
+    def check(cls, layer: nn.Module) -> None:
+        """Raise ``ValueError``, with the reason, for a base layer of this kind that cannot be adapted."""
+
+    def merged(self) -> Tensor:
+        """Return ``W + scaling * B A`` in the shape and dtype of the base weight."""
+        return merged_weight(self.base_weight, self.lora_A, self.lora_B, self.lora_scaling)
+
+    def merge_is_exact(self) -> bool:
+        """Whether the base layer with :meth:`merged` as its weight gives what the adapted layer gives."""
+        return True
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.lora_A.shape[0]
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The weight of the base as it is stored, also where reading ``weight`` gives the effective one."""
+        stored = self._parameters.get("weight")
+        return self.weight if stored is None else stored  # type: ignore[return-value]  # a Tensor in every base layer
+
+    def dropout_seed(self) -> Tensor | None:
+        """Return a fresh seed for one call's dropout mask, or ``None`` when nothing is to be dropped.
+
+        It is drawn from the default CPU generator, which activation checkpointing restores before it recomputes.
+        """
+        if not self.training or self.lora_dropout == 0.0:
+            return None
+        return torch.randint(MAX_SEED, (), device="cpu") + self.lora_salt * MAX_SEED
+
+    def named_adapter_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield this layer's own adapter parameters with their local names."""
+        for name in self.adapter_names:
+            yield name, getattr(self, name)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # the base goes its way; of what fn does to the adapter only device and wider dtype count, so that to_empty()
+        # cannot empty it and a conversion to half precision cannot narrow it
+        adapter = {name: self._parameters.pop(name) for name in self.adapter_names}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters.update(adapter)
+        for parameter in adapter.values():
+            assert parameter is not None
+            with torch.no_grad():
+                like = fn(parameter.data)
+            if like.device.type == "meta":
+                continue
+            dtype = _not_narrower(like.dtype, self.lora_dtype)
+            if (like.device, dtype) != (parameter.device, parameter.dtype):
+                parameter.data = parameter.data.to(device=like.device, dtype=dtype)
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to(device=like.device, dtype=dtype)
+        return self
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the made class has no importable name: pickle and deepcopy make it again from its two parents
+        function, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        assert function is copyreg.__newobj__, function  # type: ignore[attr-defined]  # missing in the stubs
+        mixin, base = type(self).__bases__
+        return (_new_layer, (mixin, base, *arguments[1:]), *state)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, scaling={self.lora_scaling:g}"
+
+
+@functools.cache
+def lora_class(mixin: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
+    """Return the class ``LoRA<Base>(mixin, Base)``, the same object on every call."""
+    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_base_class": base}
+    return type(f"LoRA{base.__name__}", (mixin, base), namespace)
+
+
+def adapt(
+    layer: nn.Module, mixin: type[LoRALayer], *, r: int, scaling: float, dropout: float, dtype: torch.dtype | None
+) -> LoRALayer:
+    """Turn ``layer`` into a :class:`LoRALayer` in place, with all-zero A ``[r, in]`` and B ``[out, r]``.
+
+    The parameters are real also where the base is on the meta device: they are then on CPU.
+    """
+    in_features, out_features = mixin.features(layer)
+    weight = layer._parameters.get("weight")
+    weight = getattr(layer, "weight", None) if weight is None else weight
+    device = weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else torch.device("cpu")
+    own_dtype = dtype or (weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32)
+    layer.__class__ = lora_class(mixin, type(layer))
+    assert isinstance(layer, LoRALayer)
+    layer.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=own_dtype))
+    layer.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=own_dtype))
+    layer.lora_scaling, layer.lora_dropout, layer.lora_dtype = scaling, dropout, dtype
+    layer.lora_active, layer.lora_original, layer.lora_salt = True, None, 0
+    return layer
+
+
+def unadapt(layer: LoRALayer) -> nn.Module:
+    """Give the layer its base class back and drop the adapter. The base weight is left as it is."""
+    for name in layer.adapter_names:
+        del layer._parameters[name]
+    for name in ("scaling", "dropout", "dtype", "active", "original", "salt"):
+        del layer.__dict__[f"lora_{name}"]
+    base = layer.lora_base_class
+    layer.__class__ = base  # type: ignore[assignment]  # the reverse of the class swap
+    return layer
+
+
+def _new_layer(mixin: type[LoRALayer], base: type[nn.Module], *arguments: Any) -> LoRALayer:
+    cls = lora_class(mixin, base)
+    return cls.__new__(cls, *arguments)
+
+
+def _not_narrower(dtype: torch.dtype, floor: torch.dtype | None) -> torch.dtype:
+    if floor is None or torch.finfo(dtype).bits > torch.finfo(floor).bits:
+        return dtype
+    return floor

@@ -1,0 +1,46 @@
+"""Adapted embeddings: ``y = E[ids] + scaling * A^T[ids] B^T``."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.functional import merged_weight
+from lightning_lora.layers.base import LoRALayer
+
+
+class LoRAEmbedding(LoRALayer):
+    """``nn.Embedding`` with ``lora_A`` ``[r, num_embeddings]`` and ``lora_B`` ``[embedding_dim, r]``.
+
+    Here A starts at zero and B does not, as in PEFT. There is no dropout: the input is an index.
+    """
+
+    weight: Tensor  # [num_embeddings, embedding_dim]
+    padding_idx: int | None
+
+    @classmethod
+    @override
+    def features(cls, layer: nn.Module) -> tuple[int, int]:
+        return int(layer.num_embeddings), int(layer.embedding_dim)  # type: ignore[arg-type]
+
+    @classmethod
+    @override
+    def check(cls, layer: nn.Module) -> None:
+        if getattr(layer, "max_norm", None) is not None:
+            raise ValueError("its max_norm rescales the frozen weight in every forward")
+        if getattr(layer, "sparse", False):
+            raise ValueError("sparse=True asks for sparse gradients, which the adapter's factors do not have")
+        if type(layer).forward is not nn.Embedding.forward and not hasattr(layer, "embed_scale"):
+            raise ValueError(f"{type(layer).__name__} has a forward of its own, which the adapter's term would bypass")
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        if not self.lora_active:
+            return y  # type: ignore[no-any-return]
+        h = F.embedding(input, self.lora_A.t(), self.padding_idx)  # [..., r]
+        scaling = self.lora_scaling * getattr(self, "embed_scale", 1.0)  # Gemma scales what it looks up
+        return y + (F.linear(h.to(y.dtype), self.lora_B.to(y.dtype)) * scaling).to(y.dtype)  # type: ignore[no-any-return]
+
+    @override
+    def merged(self) -> Tensor:
+        return merged_weight(self.base_weight.t(), self.lora_A, self.lora_B, self.lora_scaling).t()

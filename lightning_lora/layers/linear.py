@@ -1,0 +1,119 @@
+"""Adapted linear layers: ``nn.Linear`` and its subclasses, Hugging Face's ``Conv1D``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.functional import lora_linear, merged_weight
+from lightning_lora.layers.base import LoRALayer
+
+
+class LoRALinear(LoRALayer):
+    """``nn.Linear``, or a subclass whose own ``forward`` is kept: ``y = base(x) + scaling * dropout(x) A^T B^T``."""
+
+    weight: Tensor  # [out_features, in_features]
+    bias: Tensor | None
+
+    @classmethod
+    @override
+    def features(cls, layer: nn.Module) -> tuple[int, int]:
+        return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.lora_active:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]  # the base's
+        if self.lora_base_class.forward is nn.Linear.forward:
+            return self._lora_linear(x, self.weight, self.bias)
+        y = super().forward(x, *args, **kwargs)
+        return y + self._lora_linear(x, None, None).to(y.dtype)  # type: ignore[no-any-return]
+
+    @override
+    @torch.no_grad()
+    def merge_is_exact(self) -> bool:
+        if self.lora_base_class.forward is nn.Linear.forward:
+            return True
+        # a subclass may do anything with its weight: ask it, on two random rows, with a random weight added
+        weight = self.base_weight
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, self.lora_A.shape[1], generator=generator).to(weight)
+        delta = (torch.randn(weight.shape, generator=generator) * 0.1).to(weight)
+        kept = weight.detach().clone()
+        training = self.training
+        self.training, self.lora_active = False, False
+        try:
+            before = self(x)
+            weight.add_(delta)
+            after = self(x)
+        finally:
+            weight.copy_(kept)
+            self.training, self.lora_active = training, True
+        expected = x @ delta.t()
+        tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
+        return torch.allclose(after - before, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+    def _lora_linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return lora_linear(
+            x,
+            weight,
+            bias,
+            self.lora_A,
+            self.lora_B,
+            scaling=self.lora_scaling,
+            dropout=self.lora_dropout,
+            seed=self.dropout_seed(),
+        )
+
+
+class LoRAConv1D(LoRALinear):
+    """transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored ``[in_features, out_features]``."""
+
+    @classmethod
+    @override
+    def features(cls, layer: nn.Module) -> tuple[int, int]:
+        in_features, out_features = layer.weight.shape  # type: ignore[union-attr]
+        return int(in_features), int(out_features)
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.lora_active:
+            return super(LoRALinear, self).forward(x)  # type: ignore[no-any-return]
+        return self._lora_linear(x, self.weight.t(), self.bias)
+
+    @override
+    def merge_is_exact(self) -> bool:
+        return True
+
+    @override
+    def merged(self) -> Tensor:
+        return merged_weight(self.base_weight.t(), self.lora_A, self.lora_B, self.lora_scaling).t()
+
+
+class LoRAReadLinear(LoRALinear):
+    """A linear layer whose parent reads ``weight`` instead of calling it: ``nn.MultiheadAttention.out_proj``.
+
+    ``weight`` reads as the effective weight ``W + scaling * B A``, so that every path of the parent, the fused one in
+    eval too, sees the adapter and A and B get their gradients. Dropout has no input to act on here and does nothing.
+    """
+
+    @property
+    @override
+    def weight(self) -> Tensor:  # type: ignore[override]  # a parameter in the base class
+        return self.merged() if self.lora_active else self.base_weight
+
+    @property
+    @override
+    def base_weight(self) -> Tensor:
+        stored = self._parameters["weight"]
+        assert stored is not None
+        return stored
+
+    @override
+    def merge_is_exact(self) -> bool:
+        return True
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super(LoRALinear, self).forward(x, *args, **kwargs)  # type: ignore[no-any-return]

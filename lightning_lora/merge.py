@@ -1,0 +1,157 @@
+"""Merge adapters into the base weights and take them out again; switch adapters off for a while."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.inject import (
+    is_merged,
+    named_lora_layers,
+    require_roots,
+    take_out,
+    trained_with_originals,
+)
+from lightning_lora.layers import LoRALayer
+
+
+def merge(model: nn.Module, remove: bool = False) -> nn.Module:
+    """Add every adapter to its base weight in place: ``W += scaling * B A`` (Hu et al. 2021, sec. 4.1).
+
+    The sum is taken in float32 or wider and rounded once to the weight's dtype. The weights as they were are kept on CPU,
+    one copy of every adapted weight, so that :func:`unmerge` gives them back bit for bit. A merged model is the base
+    class's own code, at its speed. Merging what is merged does nothing.
+
+    Args:
+        model: the adapted model, or a module around it.
+        remove: take the adapters out for good and keep no copies: a plain model with the merged weights remains. Heads
+            and biases that trained keep their trained values.
+
+    Raises:
+        ValueError: a weight is tied to another layer, which would change too; a layer's own forward is such that a
+            changed weight does not add the adapter's term; an adapter holds NaN or infinity. Nothing is changed then.
+    """
+    roots = require_roots(model)
+    for root in roots.values():
+        layers = {name: layer for name, layer in named_lora_layers(root).items() if layer.lora_original is None}
+        _check_mergeable(model, layers)
+        for layer in layers.values():
+            weight = layer.base_weight
+            with torch.no_grad():
+                original = weight.detach().to("cpu", copy=True)
+                weight.copy_(layer.merged())
+            layer.lora_original, layer.lora_active = original, False
+    if remove:
+        for root in roots.values():
+            take_out(root)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Give the base weights back, bit for bit, and make the adapters active. On an unmerged model it does nothing."""
+    for root in require_roots(model).values():
+        for layer in named_lora_layers(root).values():
+            if layer.lora_original is not None:
+                with torch.no_grad():
+                    layer.base_weight.copy_(layer.lora_original)
+                layer.lora_original, layer.lora_active = None, True
+    return model
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Merge inside the ``with`` block, and leave the model after it as it was before."""
+    if all(is_merged(root) for root in require_roots(model).values()):
+        yield model
+        return
+    merge(model)
+    try:
+        yield model
+    finally:
+        unmerge(model)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Make the model its base inside the ``with`` block: no adapters, and the first values of heads and biases.
+
+    No tensor is written: graphs built before, inside or after the block keep what they were built from.
+    """
+    roots = require_roots(model)
+    was_merged = any(is_merged(root) for root in roots.values())
+    if was_merged:
+        unmerge(model)
+    with ExitStack() as stack:
+        if was_merged:
+            stack.callback(merge, model)
+        for root in roots.values():
+            stack.enter_context(_originals_in_place(root))
+            layers = [layer for layer in named_lora_layers(root).values() if layer.lora_active]
+            stack.callback(_set_active, layers, True)
+            _set_active(layers, False)
+        yield model
+
+
+def _set_active(layers: list[LoRALayer], active: bool) -> None:
+    for layer in layers:
+        layer.lora_active = active
+
+
+@contextmanager
+def _originals_in_place(root: nn.Module) -> Iterator[None]:
+    """Put frozen parameters with the first values where the trained ones are, under every name of each."""
+    first = {
+        id(parameter): nn.Parameter(original.to(parameter.device, parameter.dtype), requires_grad=False)
+        for parameter, original in trained_with_originals(root)
+    }
+    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in root.modules() if first else ():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in first:
+                swapped.append((module, name, parameter))
+    try:
+        for module, name, parameter in swapped:
+            module._parameters[name] = first[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in swapped:
+            module._parameters[name] = parameter
+
+
+def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+    holders: Counter[int] = Counter()
+    for module in model.modules():
+        holders.update(_storage(p) for p in module._parameters.values() if p is not None and p.numel() > 0)
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            raise ValueError(f"cannot merge {name!r}: its weight is computed (weight_norm, parametrize), not stored")
+        if weight.device.type == "meta":
+            raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load the base first")
+        if not weight.is_floating_point():
+            raise ValueError(f"cannot merge {name!r}: its weight is quantised ({weight.dtype})")
+        if holders[_storage(weight)] > 1:
+            twins = [
+                other
+                for other, module in model.named_modules()
+                for p in module._parameters.values()
+                if p is not None and module is not layer and p.numel() > 0 and _storage(p) == _storage(weight)
+            ]
+            raise ValueError(
+                f"cannot merge {name!r}: its weight is tied to {', '.join(twins)}, which would change too. "
+                "Keep the adapter unmerged, or untie the weights first"
+            )
+        if not all(torch.isfinite(parameter).all() for _, parameter in layer.named_adapter_tensors()):
+            raise ValueError(f"cannot merge {name!r}: its adapter holds NaN or infinity (a diverged run?)")
+        if not layer.merge_is_exact():
+            raise ValueError(
+                f"cannot merge {name!r}: {layer.lora_base_class.__name__} has a forward of its own, in which a changed weight "
+                "does not give the output that base plus adapter gives"
+            )
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what two tied tensors share: the address of their storage, or their identity where they have none."""
+    return tensor.untyped_storage().data_ptr() or id(tensor)

@@ -1,0 +1,72 @@
+"""The root: the pretrained model inside a user's module, where freezing, injection and export stay."""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+# transformers names the classes that put a new, untrained head on a pretrained body after their task
+_NEW_HEAD_TASKS = (
+    "SequenceClassification",
+    "TokenClassification",
+    "QuestionAnswering",
+    "MultipleChoice",
+    "ImageClassification",
+    "VideoClassification",
+    "AudioClassification",
+    "AudioFrameClassification",
+    "XVector",
+    "NextSentencePrediction",
+    "SemanticSegmentation",
+)
+
+
+def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
+    """Return ``(path, root)``: the module named ``path``, else the one transformers model inside, else ``module``.
+
+    Raises:
+        ValueError: nothing has that name, or there are several transformers models to choose from.
+    """
+    if path is not None:
+        try:
+            return path, module.get_submodule(path)
+        except AttributeError:
+            children = ", ".join(name for name, _ in module.named_children()) or "none"
+            raise ValueError(
+                f"module={path!r} names nothing in {type(module).__name__}; its children are: {children}"
+            ) from None
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        if is_pretrained(child) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+            found[name] = child
+    if len(found) > 1:
+        names = ", ".join(f"{name} ({type(child).__name__})" for name, child in found.items())
+        raise ValueError(f"{type(module).__name__} holds several pretrained models: {names}. Choose with module=\"name\"")
+    return next(iter(found.items())) if found else ("", module)
+
+
+def clean_name(name: str) -> str:
+    """Return a parameter's or module's name without the parts that ``torch.compile`` puts in."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether this is a transformers model. transformers itself is not imported: no model without it."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+def new_heads(root: nn.Module) -> list[str]:
+    """Return the names of the children that transformers added new for a task, such as ``score`` or ``classifier``."""
+    if not is_pretrained(root) or not any(f"For{task}" in type(root).__name__ for task in _NEW_HEAD_TASKS):
+        return []
+    body = getattr(root, "base_model", None)
+    return [
+        name for name, child in root.named_children() if child is not body and any(True for _ in child.parameters())
+    ]
+
+
+def name_or_path(root: nn.Module) -> str | None:
+    """Return where a transformers model says that its weights came from."""
+    config: Any = getattr(root, "config", None)
+    return getattr(config, "_name_or_path", None) or None
