@@ -1,21 +1,29 @@
 """LoRA for PyTorch Lightning and Fabric, from a laptop to Megatron tensor parallelism."""
 
+from lightning_lora import lightning_hooks
+from lightning_lora.callback import LoRACallback
 from lightning_lora.checkpoint import adapter_checkpoint, adapter_state_dict, load_adapter_state_dict
 from lightning_lora.config import LoRAConfig
 from lightning_lora.inject import inject, named_adapter_parameters, remove
 from lightning_lora.merge import disabled, merge, merged, unmerge
+from lightning_lora.peft_format import load_peft, save_peft
 
 __version__ = "0.1.0"
 __all__ = [
+    "LoRACallback",
     "LoRAConfig",
     "adapter_checkpoint",
     "adapter_state_dict",
     "disabled",
     "inject",
     "load_adapter_state_dict",
+    "load_peft",
     "merge",
     "merged",
     "named_adapter_parameters",
     "remove",
+    "save_peft",
     "unmerge",
 ]
+
+lightning_hooks.install()

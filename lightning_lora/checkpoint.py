@@ -57,7 +57,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         tensors = fitting_tensors(state, root, "the checkpoint")
     else:
         tensors = dict(state)
-        _check_tensors(tensors, root, "the state")
+        check_tensors(tensors, root, "the state")
     copy_tensors(tensors, root)
 
 
@@ -96,13 +96,18 @@ def trained_tensors(module: nn.Module) -> "OrderedDict[str, Tensor]":
 
 
 def describe(module: nn.Module, state_key: str) -> dict[str, Any]:
-    """Return the section ``"lightning_lora"`` of a checkpoint of ``module``, in plain values and tensors."""
+    """Return the section ``"lightning_lora"`` of a checkpoint of ``module``, in plain values and tensors.
+
+    Args:
+        state_key: the checkpoint's key that the module's tensors are under.
+    """
     adapters = []
     for path, root in injected_roots(module).items():
         layers = named_lora_layers(root)
         adapters.append(
             {
                 "name": "default",
+                "state_key": state_key,
                 "root": path,
                 "config": _injection(root).config.to_dict(),
                 "layers": {name: (layer.r, layer.lora_scaling) for name, layer in layers.items()},
@@ -110,7 +115,7 @@ def describe(module: nn.Module, state_key: str) -> dict[str, Any]:
                 "base": fingerprint(root),
             }
         )
-    return {"format_version": FORMAT_VERSION, "state_key": state_key, "adapters": adapters}
+    return {"format_version": FORMAT_VERSION, "adapters": adapters}
 
 
 def read_checkpoint(path: Any, load: Callable[[Any], Any] | None = None) -> dict[str, Any]:
@@ -173,37 +178,40 @@ def config_of(checkpoint: Mapping[str, Any], source: Any) -> LoRAConfig:
     return LoRAConfig.from_dict(adapters[0]["config"])
 
 
-def fitting_tensors(checkpoint: Mapping[str, Any], module: nn.Module, source: Any) -> dict[str, Tensor]:
+def fitting_tensors(
+    checkpoint: Mapping[str, Any], module: nn.Module, source: Any, state_key: str | None = None
+) -> dict[str, Tensor]:
     """Return the checkpoint's tensors under their names in ``module``, after checking that they fit.
 
     Compared are, in this order: layers, ranks and scales; names; shapes; the base. Where the adapted model sits
     (``model.`` in a LightningModule, the top in Fabric) may differ between file and module.
 
+    Args:
+        state_key: take the tensors under this key of the checkpoint; ``None`` takes the only ones that there are.
+
     Raises:
         ValueError: something differs. The message says what the file has, what the model has, and what to do.
     """
     section = section_of(checkpoint, source)
-    state = checkpoint.get(section["state_key"])
     roots = injected_roots(module)
     if not roots:
         raise ValueError(f"{source} is an adapter checkpoint, but the model holds no adapters; call inject(model, config) first")
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{source} lacks its tensors: there is no {section['state_key']!r} in it")
     if any(is_merged(root) for root in roots.values()):
         raise ValueError("the model's adapters are merged: call unmerge(model) before loading others")
-    renamed: dict[str, Tensor] = {}
-    by_path = {adapter["root"]: adapter for adapter in section["adapters"]}
-    if len(by_path) == 1 == len(roots):
-        by_path = {next(iter(roots)): next(iter(by_path.values()))}
-    if by_path.keys() != roots.keys():
-        raise ValueError(f"{source} holds adapters for {list(by_path)}, the model has them at {list(roots)}")
+    keys = {adapter["state_key"] for adapter in section["adapters"]}
+    if state_key is None:
+        if len(keys) != 1:
+            raise ValueError(f"{source} holds several adapted models, {sorted(keys)}; expected one")
+        state_key = next(iter(keys))
+    state = checkpoint.get(state_key)
+    if state_key not in keys or not isinstance(state, Mapping):
+        raise ValueError(f"{source} has no adapters under {state_key!r}; it has them under {sorted(keys)}")
+    by_path = _by_path(section, roots, state_key, source)
     for path, adapter in by_path.items():
         _check_layers(adapter, roots[path], source)
-        inside = {name: value for name, value in state.items() if _is_inside(name, adapter["root"])}
-        renamed.update({_join(path, _relative(name, adapter["root"])): value for name, value in inside.items()})
-        state = {name: value for name, value in state.items() if name not in inside}
-    renamed.update(state)
-    _check_tensors(renamed, module, source)
+    rename = _renaming(by_path)
+    renamed = {rename(name): value for name, value in state.items()}
+    check_tensors(renamed, module, source)
     for path, adapter in by_path.items():
         difference = first_difference(roots[path], adapter["base"])
         if difference is not None:
@@ -213,6 +221,33 @@ def fitting_tensors(checkpoint: Mapping[str, Any], module: nn.Module, source: An
                 "the adapter was trained on"
             )
     return renamed
+
+
+def renaming(checkpoint: Mapping[str, Any], module: nn.Module, source: Any, state_key: str) -> Callable[[str], str]:
+    """Return the function from a name in the file to the name in ``module``, where the adapted model may sit elsewhere."""
+    return _renaming(_by_path(section_of(checkpoint, source), injected_roots(module), state_key, source))
+
+
+def _by_path(
+    section: Mapping[str, Any], roots: Mapping[str, nn.Module], state_key: str, source: Any
+) -> dict[str, dict[str, Any]]:
+    """Return the file's adapters by the path that each one has in the module."""
+    theirs = {adapter["root"]: adapter for adapter in section["adapters"] if adapter["state_key"] == state_key}
+    if len(theirs) == 1 == len(roots):
+        return {next(iter(roots)): next(iter(theirs.values()))}
+    if theirs.keys() != roots.keys():
+        raise ValueError(f"{source} holds adapters for {list(theirs)}, the model has them at {list(roots)}")
+    return theirs
+
+
+def _renaming(by_path: Mapping[str, Mapping[str, Any]]) -> Callable[[str], str]:
+    def rename(name: str) -> str:
+        for path, adapter in by_path.items():
+            if _is_inside(name, adapter["root"]):
+                return _join(path, _relative(name, adapter["root"]))
+        return name
+
+    return rename
 
 
 def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
@@ -248,7 +283,7 @@ def _check_same_names(what: str, theirs: Any, ours: Any, source: Any) -> None:
         )
 
 
-def _check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) -> None:
+def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) -> None:
     """Compare names and shapes of a checkpoint's tensors with what ``module`` trains."""
     targets = _named_tensors(module)
     missing = [name for name in trained_tensors(module) if name not in tensors]

@@ -50,12 +50,17 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     if existing is not None:
         _check_same_config(existing.config, config)
         return model
+    return inject_anew(model, config, check_ranks=True)
+
+
+def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
+    """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size, as files may have."""
     _check_untouched(model)
     trained_whole = _modules_trained_whole(model, config)
     layers = select_layers(model, config, trained_whole)
     check_patterns(config, layers)
     ranks = {name: pattern_value(config.rank_pattern, name, config.r) for name in layers}
-    for name, layer in layers.items():
+    for name, layer in layers.items() if check_ranks else ():
         _check_rank(name, layer, ranks[name], lenient=is_all_linear(config.target_modules))
 
     injection = Injection(config, trained_whole)

@@ -1,0 +1,334 @@
+"""``LoRACallback``: one line in ``Trainer(callbacks=[...])`` that makes a run a LoRA run."""
+
+import functools
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lora.checkpoint import config_of, copy_tensors, fitting_tensors, read_checkpoint
+from lightning_lora.config import LoRAConfig, answers_peft_names
+from lightning_lora.inject import inject, injection_of, is_merged, named_lora_layers, named_trained_whole, remove
+from lightning_lora.layers.statistics import freeze_statistics
+from lightning_lora.peft_format import load_peft
+from lightning_lora.root import find_root
+from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
+
+_REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
+
+
+class LoRACallback(Callback):
+    """Freeze the pretrained model, adapt it with LoRA at ``setup``, and make the run's checkpoints adapter-only.
+
+    The model may be built in ``__init__`` or in ``configure_model``. Checkpoints resume with ``ckpt_path=`` exactly, and
+    are refused, before anything is copied, when they are for another base, rank or set of layers.
+
+    Args:
+        config: all settings of the adapter in one object, instead of the keyword arguments of the same names.
+        module: name of the pretrained model inside the LightningModule, such as ``"model"`` or ``"student.encoder"``.
+            ``None`` finds the one transformers model there, or else takes the whole module. What lies outside is left as
+            it is: it trains, and is saved, if it requires grad.
+        init_from: start from the weights and config of an adapter checkpoint or PEFT directory; optimizer, step and epoch
+            start anew.
+        save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with it.
+        strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step.
+
+    Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`.
+
+    Raises:
+        ValueError, TypeError: a setting is wrong (at once), or does not fit the model, strategy or other callbacks (at
+            ``setup``, before anything is changed).
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[LoRACallback(r=8)])
+        trainer.fit(module, datamodule)
+        trainer.fit(module, datamodule, ckpt_path="last")
+    """
+
+    @answers_peft_names
+    def __init__(
+        self,
+        config: LoRAConfig | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        modules_to_save: list[str] | None = None,
+        bias: Literal["none", "all", "lora_only"] = "none",
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        use_rslora: bool = False,
+        layers_to_transform: int | list[int] | None = None,
+        layers_pattern: str | list[str] | None = None,
+        init: Literal["kaiming"] = "kaiming",
+        init_rng: Literal["name", "peft"] = "name",
+        init_seed: int | None = None,
+        adapter_dtype: str = "float32",
+        module: str | None = None,
+        init_from: str | None = None,
+        save_peft: bool = False,
+        strict_idle: bool = False,
+    ) -> None:
+        fields = LoRAConfig(
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            modules_to_save=modules_to_save,
+            bias=bias,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            use_rslora=use_rslora,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            init=init,
+            init_rng=init_rng,
+            init_seed=init_seed,
+            adapter_dtype=adapter_dtype,
+        )
+        if config is not None and not isinstance(config, LoRAConfig):
+            raise TypeError(f"config={config!r} must be a LoRAConfig; the rank is r={config!r}" if isinstance(config, int)
+                            else f"config must be a LoRAConfig, got {type(config).__name__}")
+        if config is not None and fields != LoRAConfig():
+            raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
+        self.config = config or fields
+        self.module = module
+        self.init_from = None if init_from is None else str(init_from)
+        self.save_peft = save_peft
+        self.strict_idle = strict_idle
+        self._resumed_mid_epoch = False
+        self._checked: set[int] = set()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(module=self.module)
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._check_company(trainer, pl_module)
+        adopt(trainer.strategy).saves_peft = self.save_peft
+        self._resumed_mid_epoch, self._checked = False, set()
+        if is_overridden("configure_model", pl_module):
+            # built later, and perhaps by another callback: whoever calls it gets the adapted model
+            if not isinstance(pl_module.configure_model, functools.partial):
+                pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
+                    configure_then_adapt, pl_module.configure_model, pl_module, self.config, self.module, self.init_from
+                )
+        else:
+            adapt_module(pl_module, self.config, self.module, self.init_from)
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        path, root = find_root(pl_module, self.module)
+        if is_merged(root):
+            raise ValueError("the adapters are merged into the base weights and cannot train: call unmerge(model) first")
+        _check_hyperparameters(pl_module)
+        freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
+        rank_zero_info(summary(pl_module, path, root))
+        values = {"lora/" + key: str(value) if isinstance(value, (list, dict)) else value
+                  for key, value in _injection(root).config.to_dict().items()}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**values, **{f"lora/{key}": value for key, value in counts(pl_module, root).items()}})
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        _, root = find_root(pl_module, self.module)
+        for layer in named_lora_layers(root).values():
+            layer.training = True  # from_pretrained leaves models in eval mode: the adapter's dropout would be off
+            layer.lora_salt = trainer.global_rank
+        self._resumed_mid_epoch = self._say_what_repeats(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, AdapterOnly)
+        if self._resumed_mid_epoch:
+            strategy.restore_random_state()  # making the loader's iterator drew from the generators
+            self._resumed_mid_epoch = False
+        strategy.forget_random_state()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        if id(optimizer) in self._checked:
+            return
+        self._checked.add(id(optimizer))
+        _, root = find_root(pl_module, self.module)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        idle = [
+            name
+            for name, layer in named_lora_layers(root).items()
+            if id(layer.lora_A) in held and all(p.grad is None for _, p in layer.named_adapter_tensors())
+        ]
+        if idle:
+            some = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+            message = (
+                f"{len(idle)} adapted layers got no gradient in the first step: {some}. Either their output does not reach the loss, "
+                "or the model reads their weight without calling them; leave them out with exclude_modules"
+            )
+            if self.strict_idle:
+                raise ValueError(message)
+            rank_zero_warn(message)
+
+    def _say_what_repeats(self, trainer: "pl.Trainer") -> bool:
+        """Return whether the run goes on in mid-epoch, and say which batches a loader without a position repeats."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        total = trainer.num_training_batches
+        if not trainer.fit_loop.restarting or progress.ready == 0 or progress.ready >= total:
+            return False
+        loader = trainer.fit_loop._combined_loader
+        loaders = [] if loader is None else loader.flattened
+        if not all(hasattr(one, "state_dict") and hasattr(one, "load_state_dict") for one in loaders):
+            left = f"{int(total - progress.ready)} of {int(total)}" if total != float("inf") else "remaining"
+            rank_zero_info(
+                f"Resuming after batch {progress.ready} of epoch {trainer.current_epoch} with a dataloader that keeps no position: it "
+                f"starts at its first batch again for the {left} batches left, so batches repeat and others are not seen in this "
+                "epoch. torchdata.stateful_dataloader.StatefulDataLoader resumes exactly"
+            )
+        return True
+
+    def _check_company(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Refuse trainers, strategies, precisions and callbacks that would break the run's promises."""
+        if not isinstance(trainer, pl.Trainer):
+            raise TypeError(
+                f"the Trainer is {type(trainer).__module__}.{type(trainer).__qualname__}; lightning_lora works with the package lightning: "
+                "write `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`"
+            )
+        precision = type(trainer.precision_plugin).__name__
+        if precision in _REPLACING_PRECISIONS:
+            raise ValueError(
+                f"{precision} replaces the linear layers that adapters sit in and is not supported. Use precision=\"bf16-true\" for a "
+                "frozen base in half the memory, or \"bf16-mixed\""
+            )
+        for callback in trainer.callbacks:
+            if callback is self:
+                break
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                name = type(callback).__name__
+                raise ValueError(
+                    f"{name} copies the model at setup, before LoRACallback adapts it: list LoRACallback before {name}"
+                )
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            _, root = find_root(pl_module, self.module)
+            if injection_of(root) is None:
+                raise ValueError(
+                    "this strategy runs fit in forked or spawned processes, and the model in this script's process would come back "
+                    "without adapters. Use strategy=\"ddp\", or adapt it before fit: inject(model, LoRAConfig(...)) with the callback's "
+                    "settings"
+                )
+
+
+def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, init_from: str | None) -> None:
+    """Adapt the root inside ``pl_module``, from a file if there is one. A root that is adapted already stays as it is."""
+    _, root = find_root(pl_module, path)
+    if injection_of(root) is not None:
+        if init_from is None or config != LoRAConfig():
+            inject(root, config)  # an error where it was adapted otherwise
+        return
+    if init_from is None:
+        inject(root, config)
+    elif Path(init_from).is_dir():
+        load_peft(root, init_from)
+    else:
+        _adapt_from_checkpoint(pl_module, root, config, init_from)
+
+
+def configure_then_adapt(
+    configure_model: Callable[[], None],
+    pl_module: nn.Module,
+    config: LoRAConfig,
+    path: str | None,
+    init_from: str | None,
+) -> None:
+    """Stand in for ``configure_model``: build, then adapt."""
+    configure_model()
+    adapt_module(pl_module, config, path, init_from)
+
+
+def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
+    """Return what a run's first line says: what is adapted, what trains whole, what is frozen."""
+    layers, whole, count = named_lora_layers(root), named_trained_whole(root), counts(pl_module, root)
+    kinds: dict[str, int] = {}
+    for name in layers:
+        kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + 1
+    adapted = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
+    lines = [
+        f"LoRA on {type(root).__name__}{f' at {path!r}' if path else ''}: {len(layers)} layers adapted ({adapted})",
+        f"  adapters      {count['adapter_parameters']:>15,}  {_percent(count, 'adapter_parameters')}",
+        f"  trained whole {count['whole_parameters']:>15,}  {_percent(count, 'whole_parameters')}"
+        + (f"  ({', '.join(whole)})" if 0 < len(whole) <= 6 else ""),
+        f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}",
+        f"  frozen        {count['frozen_parameters']:>15,}  {_percent(count, 'frozen_parameters')}",
+    ]
+    return "\n".join(line for line in lines if "outside" not in line or count["outside_parameters"])
+
+
+def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:
+    """Return the numbers of parameters: adapters, trained whole, training outside the root, frozen, all."""
+    adapters = sum(p.numel() for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors())
+    whole = sum(p.numel() for p in named_trained_whole(root).values())
+    trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in pl_module.parameters())
+    return {
+        "adapter_parameters": adapters,
+        "whole_parameters": whole,
+        "outside_parameters": max(trainable - adapters - whole, 0),
+        "frozen_parameters": total - trainable,
+        "total_parameters": total,
+    }
+
+
+def _percent(count: dict[str, int], key: str) -> str:
+    return f"{100 * count[key] / max(count['total_parameters'], 1):6.2f} %"
+
+
+def _injection(root: nn.Module) -> Any:
+    injection = injection_of(root)
+    assert injection is not None
+    return injection
+
+
+def _adapt_from_checkpoint(pl_module: nn.Module, root: nn.Module, config: LoRAConfig, path: str) -> None:
+    """Adapt ``root`` with the file's config (or the user's, where given) and copy the file's weights."""
+    checkpoint = read_checkpoint(path)
+    inject(root, config_of(checkpoint, path) if config == LoRAConfig() else config)
+    try:
+        tensors = fitting_tensors(checkpoint, pl_module, path)
+    except ValueError:
+        remove(root)
+        raise
+    copy_tensors(tensors, pl_module)
+
+
+def _check_hyperparameters(pl_module: "pl.LightningModule") -> None:
+    """Find out at the start, not at the first save, that a checkpoint could not be read again."""
+    buffer = io.BytesIO()
+    torch.save(dict(pl_module.hparams), buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            "the module's hyperparameters hold objects that a safe load of the checkpoint would refuse: keep them out with "
+            f"self.save_hyperparameters(ignore=[...]), or allow their class with torch.serialization.add_safe_globals. {error}"
+        ) from error

@@ -1,0 +1,28 @@
+"""Files that are whole or not there."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write ``content`` to ``path`` so that at any moment the former or the new file is there in full.
+
+    The bytes go to a hidden file in the same directory, are flushed to the disk, and replace the former file in one step.
+
+    Raises:
+        OSError: it could not be written (disk full, no permission). The former file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"cannot write {len(content):,} bytes to {path}: {error.strerror}; a former file of that name is untouched",
+        ) from error

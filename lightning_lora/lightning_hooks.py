@@ -1,0 +1,74 @@
+"""The places where Lightning itself has to know about adapters and offers no hook.
+
+Importing the package wraps four methods: ``Fabric.save``, ``Fabric.load`` and ``Fabric.load_raw``, which have no callback, and the
+function behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most.
+Each looks for adapters first and is Lightning's own where there are none.
+"""
+
+import functools
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _unwrap_objects
+from lightning.pytorch.core import saving
+from torch import nn
+
+from lightning_lora.checkpoint import SECTION, fitting_tensors, section_of
+from lightning_lora.config import LoRAConfig
+from lightning_lora.inject import inject, injected_roots
+from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
+
+
+def install() -> None:
+    """Wrap the methods; a second call does nothing."""
+    for name in ("save", "load", "load_raw"):
+        method = getattr(Fabric, name)
+        if not hasattr(method, "knows_adapters"):
+            setattr(Fabric, name, _adopting(method))
+    if not hasattr(saving._load_state, "knows_adapters"):
+        saving._load_state = _adapting(saving._load_state)
+
+
+def _adopting(method: Any) -> Any:
+    """Return ``method(self, path, state, ...)`` of Fabric, which adopts the strategy if the state has adapters."""
+
+    @functools.wraps(method)
+    def adopting(self: Fabric, path: Any, *args: Any, **kwargs: Any) -> Any:
+        state = args[0] if args else kwargs.get("state", kwargs.get("obj"))
+        unwrapped = _unwrap_objects(state)
+        if adapted_modules(unwrapped) or (isinstance(unwrapped, nn.Module) and injected_roots(unwrapped)):
+            adopt_fabric(self._strategy)
+        return method(self, path, *args, **kwargs)
+
+    adopting.knows_adapters = True  # type: ignore[attr-defined]
+    return adopting
+
+
+def _adapting(load_state: Any) -> Any:
+    """Return Lightning's ``_load_state(cls, checkpoint, ...)``, which adapts the new module if the file has adapters."""
+
+    @functools.wraps(load_state)
+    def adapting(cls: type, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if SECTION not in checkpoint or not issubclass(cls, pl.LightningModule):
+            return load_state(cls, checkpoint, *args, **kwargs)
+        # on_load_checkpoint is the one moment between building the module and loading its state
+        adapted = type(cls.__name__, (_Adapting, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        module = load_state(adapted, dict(checkpoint), *args, **kwargs)
+        module.__class__ = cls
+        return module
+
+    adapting.knows_adapters = True  # type: ignore[attr-defined]
+    return adapting
+
+
+class _Adapting(pl.LightningModule):
+    """Mixin for a LightningModule that is being built from an adapter checkpoint."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        source = "the checkpoint"
+        for adapter in section_of(checkpoint, source)["adapters"]:
+            inject(self.get_submodule(adapter["root"]), LoRAConfig.from_dict(adapter["config"]))
+        tensors = fitting_tensors(checkpoint, self, source)
+        checkpoint["state_dict"] = {**self.state_dict(), **tensors}
+        super().on_load_checkpoint(checkpoint)

@@ -1,0 +1,1 @@
+"""Strategies: what is saved and loaded, and how gradients are reduced."""

@@ -1,0 +1,200 @@
+"""Adapter-only save and load for Lightning's own strategies, which are adopted in place.
+
+``adopt`` swaps a strategy's class for ``LoRA<Strategy>(AdapterOnly, <Strategy>)``: what it did before it still does, but its
+checkpoints hold the adapters and whatever else trains, and loading checks a file in full before anything is copied.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from typing_extensions import override
+
+from lightning_lora.checkpoint import (
+    SECTION,
+    check_tensors,
+    copy_tensors,
+    describe,
+    fitting_tensors,
+    read_checkpoint,
+    renaming,
+    section_of,
+    trained_tensors,
+)
+from lightning_lora.inject import injected_roots
+from lightning_lora.peft_format import save_peft
+from lightning_lora.strategies import random_state
+from lightning_lora.strategies.atomic_io import make_atomic
+from lightning_lora.strategies.optimizers import match_by_name, parameter_names, prepare_optimizers
+
+S = TypeVar("S")
+STATE_KEY = "state_dict"
+
+
+class AdapterOnly(Strategy):
+    """Mixin for a Trainer strategy that keeps the model whole on every rank (single device, DDP)."""
+
+    saves_peft: bool = False
+    _loaded: dict[str, Any] | None = None
+    _loaded_from: Any = None
+    _random_states: list[dict[str, Any]] | None = None
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what trains, under the names that it has in the LightningModule. Called on all ranks."""
+        return trained_tensors(self._adapted_module())
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write one file on rank 0. Called on all ranks; gathers a few kilobytes of random states."""
+        module = self._adapted_module()
+        section = describe(module, STATE_KEY) if self.is_global_zero else {}
+        if "optimizer_states" in checkpoint:
+            section["optimizers"] = [parameter_names(optimizer, module) for optimizer in self.optimizers]
+            section["random_states"] = self._gather(random_state.collect())
+        # hooks of the user and of averaging callbacks may have put a full state in its place
+        names = trained_tensors(module).keys()
+        checkpoint[STATE_KEY] = {name: value for name, value in checkpoint[STATE_KEY].items() if name in names}
+        checkpoint[SECTION] = section
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self.saves_peft and self.is_global_zero and not Path(filepath).name.startswith("."):
+            for path, root in injected_roots(module).items():
+                save_peft(root, peft_directory(filepath, path if len(injected_roots(module)) > 1 else ""))
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        super().remove_checkpoint(filepath)
+        directory = peft_directory(filepath)
+        if self.saves_peft and self.is_global_zero and directory.is_dir():
+            shutil.rmtree(directory)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file and check it against the model; copies nothing. Called on all ranks."""
+        torch.cuda.empty_cache()
+        module = self._adapted_module()
+        load = functools.partial(self.checkpoint_io.load_checkpoint, weights_only=True)
+        checkpoint = read_checkpoint(checkpoint_path, load)
+        tensors = fitting_tensors(checkpoint, module, checkpoint_path)
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and ("optimizer_states" not in checkpoint or "loops" not in checkpoint):
+            raise ValueError(
+                f"{checkpoint_path} holds adapters but no optimizer and loop state (save_weights_only, or written by Fabric or plain "
+                "torch), so no run can go on from it exactly. To start a new run from its weights: "
+                f"LoRACallback(init_from={str(checkpoint_path)!r})"
+            )
+        checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
+        checkpoint[STATE_KEY] = tensors
+        self._loaded, self._loaded_from = checkpoint, checkpoint_path
+        self._random_states = checkpoint[SECTION].get("random_states") if fitting else None
+        if self._random_states is not None and len(self._random_states) != self._num_ranks():
+            pl.utilities.rank_zero.rank_zero_info(
+                f"{checkpoint_path} was written by {len(self._random_states)} processes, this run has {self._num_ranks()}: random states "
+                "are not restored, so shuffling and dropout differ from an uninterrupted run"
+            )
+            self._random_states = None
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self._adapted_module()
+        check_tensors(checkpoint[STATE_KEY], module, self._loaded_from)
+        copy_tensors(checkpoint[STATE_KEY], module)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        module = self._adapted_module()
+        saved = section_of(checkpoint, self._loaded_from)["optimizers"]
+        if len(saved) != len(self.optimizers):
+            raise ValueError(
+                f"{self._loaded_from} holds the state of {len(saved)} optimizers, configure_optimizers returned {len(self.optimizers)}"
+            )
+        adapters = section_of(checkpoint, self._loaded_from)["adapters"]
+        rename = renaming(checkpoint, module, self._loaded_from, adapters[0]["state_key"])
+        states = [
+            match_by_name(state, names, optimizer, module, rename, self._loaded_from)
+            for state, names, optimizer in zip(checkpoint["optimizer_states"], saved, self.optimizers, strict=True)
+        ]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    @override
+    def setup_optimizers(self, trainer: "pl.Trainer") -> None:
+        super().setup_optimizers(trainer)
+        prepare_optimizers(self.optimizers, self._adapted_module())
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # the last moment before the training data's iterator is made, which draws from the generators
+        if self._adapted_module().trainer.training:
+            self.restore_random_state()
+        return super().process_dataloader(dataloader)
+
+    def restore_random_state(self) -> None:
+        """Put this rank's random generators where the loaded checkpoint left them; without one do nothing."""
+        if self._random_states is not None:
+            random_state.restore(self._random_states[self.global_rank if self._num_ranks() > 1 else 0])
+
+    def forget_random_state(self) -> None:
+        """Restore random states no more: the resumed run is under way."""
+        self._random_states = self._loaded = None
+
+    def _adapted_module(self) -> "pl.LightningModule":
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _num_ranks(self) -> int:
+        return int(getattr(self, "world_size", 1))
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._num_ranks() == 1:
+            return [value]
+        gathered: list[Any] = [None] * self._num_ranks()
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+
+def adopt(strategy: Strategy) -> AdapterOnly:
+    """Make a Trainer's strategy write and read adapter-only checkpoints, in place. Adopting twice does nothing.
+
+    Raises:
+        ValueError: the strategy shards or replaces the model in a way that is not served; the message says what to use.
+    """
+    if isinstance(strategy, AdapterOnly):
+        return strategy
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ValueError(unsupported(type(strategy).__name__))
+    make_atomic(strategy.checkpoint_io)
+    strategy.__class__ = adopted_class(AdapterOnly, type(strategy))
+    assert isinstance(strategy, AdapterOnly)
+    return strategy
+
+
+@functools.cache
+def adopted_class(mixin: type[Any], base: type[Any]) -> type[Any]:
+    """Return the class ``LoRA<Base>(mixin, Base)``."""
+    return type(f"LoRA{base.__name__}", (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def unsupported(name: str) -> str:
+    """Return the error for a strategy that cannot keep adapter checkpoints exact."""
+    return (
+        f"{name} is not supported: its checkpoints would hold the base or lose the adapters. Use strategy=\"auto\" or \"ddp\" "
+        "(every rank holds the frozen base, and only the adapters' gradients are exchanged)"
+    )
+
+
+def peft_directory(filepath: Any, path: str = "") -> Path:
+    """Return where the PEFT directory beside a checkpoint file is: ``last.ckpt`` has ``last-peft``."""
+    stem = os.fspath(filepath).removesuffix(".ckpt")
+    directory = Path(f"{stem}-peft")
+    return directory / path if path else directory
+
+

@@ -1,0 +1,162 @@
+"""Adapter-only ``fabric.save`` and ``fabric.load`` for Fabric's own strategies, which are adopted in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lora.checkpoint import (
+    SECTION,
+    copy_tensors,
+    describe,
+    fitting_tensors,
+    load_adapter_state_dict,
+    read_checkpoint,
+    renaming,
+    section_of,
+    trained_tensors,
+)
+from lightning_lora.inject import injected_roots
+from lightning_lora.strategies.adapter_only import adopted_class, unsupported
+from lightning_lora.strategies.atomic_io import make_atomic
+from lightning_lora.strategies.optimizers import match_by_name, parameter_names
+
+
+class FabricAdapterOnly(Strategy):
+    """Mixin for a Fabric strategy that keeps the model whole on every rank (single device, DDP)."""
+
+    @override
+    def save_checkpoint(
+        self,
+        path: Any,
+        state: dict[str, Any],
+        storage_options: Any | None = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Write one file on rank 0, in which adapted modules are their trained tensors. Called on all ranks."""
+        modules = adapted_modules(state)
+        if modules:
+            section = merge_sections([describe(module, key) for key, module in modules.items()])
+            section["optimizers"] = {
+                key: parameter_names(value, _owner(value, modules)) for key, value in state.items() if isinstance(value, Optimizer)
+            }
+            state = {**state, **{key: trained_tensors(module) for key, module in modules.items()}, SECTION: section}
+        super().save_checkpoint(path, state, storage_options, filter)
+
+    @override
+    def load_checkpoint(
+        self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file of Fabric, of the Trainer or of plain torch; check all of it, then copy. Called on all ranks."""
+        if isinstance(state, nn.Module) and injected_roots(state):
+            load_adapter_state_dict(state, self._read(path))
+            return {}
+        if not isinstance(state, dict) or not adapted_modules(state):
+            return super().load_checkpoint(path, state, strict, weights_only)
+        checkpoint = self._read(path)
+        section = section_of(checkpoint, path)
+        modules = adapted_modules(state)
+        sources = {key: _state_key(section, key, modules, path) for key in modules}
+        tensors = {key: fitting_tensors(checkpoint, module, path, sources[key]) for key, module in modules.items()}
+        optimizer_states = self._optimizer_states(checkpoint, state, modules, sources, path)
+        others = [key for key in state if key not in modules and key not in optimizer_states]
+        absent = [key for key in others if key not in checkpoint]
+        if strict and absent:
+            raise KeyError(f"{path} has no {absent[0]!r}, which the state asks for; to go on without it, pass strict=False")
+
+        for key, module in modules.items():
+            copy_tensors(tensors[key], module)
+        for key, optimizer_state in optimizer_states.items():
+            state[key].load_state_dict(optimizer_state)
+        for key in others:
+            if key in checkpoint:
+                if hasattr(state[key], "load_state_dict"):
+                    state[key].load_state_dict(checkpoint[key])
+                else:
+                    state[key] = checkpoint[key]
+        used = {SECTION, *others, *optimizer_states, *sources.values()}
+        return {key: value for key, value in checkpoint.items() if key not in used}
+
+    def _read(self, path: Any) -> dict[str, Any]:
+        torch.cuda.empty_cache()
+        return read_checkpoint(path, lambda where: self.checkpoint_io.load_checkpoint(where, weights_only=True))
+
+    def _optimizer_states(
+        self,
+        checkpoint: dict[str, Any],
+        state: dict[str, Any],
+        modules: dict[str, nn.Module],
+        sources: dict[str, str],
+        path: Any,
+    ) -> dict[str, dict[str, Any]]:
+        """Return every optimizer's state from the file, matched to its parameters by name."""
+        optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
+        saved_names = checkpoint[SECTION].get("optimizers") or {}
+        if isinstance(saved_names, list):  # the Trainer's file: a list of states beside a list of names
+            if len(saved_names) != len(optimizers):
+                raise ValueError(f"{path} holds {len(saved_names)} optimizers, the state has {len(optimizers)}")
+            saved = dict(zip(optimizers, zip(checkpoint["optimizer_states"], saved_names, strict=True), strict=True))
+        else:
+            saved = {key: (checkpoint[key], names) for key, names in saved_names.items()}
+        matched = {}
+        for key, optimizer in optimizers.items():
+            if key not in saved:
+                raise KeyError(f"{path} has no optimizer {key!r}; it has {sorted(saved)}")
+            owner = _owner(optimizer, modules)
+            module_key = next(k for k, module in modules.items() if module is owner)
+            rename = renaming(checkpoint, owner, path, sources[module_key])
+            matched[key] = match_by_name(*saved[key], optimizer, owner, rename, path)
+        return matched
+
+
+def adapted_modules(state: Any) -> dict[str, nn.Module]:
+    """Return the entries of a Fabric state that are modules with adapters."""
+    if not isinstance(state, dict):
+        return {}
+    return {key: value for key, value in state.items() if isinstance(value, nn.Module) and injected_roots(value)}
+
+
+def adopt_fabric(strategy: Strategy) -> None:
+    """Make a Fabric strategy write and read adapter-only checkpoints, in place. Adopting twice does nothing.
+
+    Raises:
+        ValueError: the strategy shards the model in a way that is not served; the message says what to use.
+    """
+    if isinstance(strategy, FabricAdapterOnly):
+        return
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ValueError(unsupported(type(strategy).__name__))
+    make_atomic(strategy.checkpoint_io)
+    strategy.__class__ = adopted_class(FabricAdapterOnly, type(strategy))
+
+
+def merge_sections(sections: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one section for a file that holds several adapted modules under different keys."""
+    return {**sections[0], "adapters": [adapter for section in sections for adapter in section["adapters"]]}
+
+
+def _state_key(section: dict[str, Any], key: str, modules: dict[str, nn.Module], path: Any) -> str:
+    """Return the file's key for the state's ``key``: the same one, or the only one of a single model."""
+    keys = {adapter["state_key"] for adapter in section["adapters"]}
+    if key in keys:
+        return key
+    if len(keys) == 1 == len(modules):
+        return next(iter(keys))
+    raise KeyError(f"{path} has no adapted model {key!r}; it has {sorted(keys)}")
+
+
+def _owner(optimizer: Optimizer, modules: dict[str, nn.Module]) -> nn.Module:
+    """Return the module that an optimizer's parameters are of.
+
+    Raises:
+        ValueError: they are of none of the modules in the state, so that they cannot be named.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for module in modules.values():
+        if held <= {id(parameter) for parameter in module.parameters()}:
+            return module
+    raise ValueError("an optimizer in the state holds parameters that are in none of its adapted modules: save it apart")

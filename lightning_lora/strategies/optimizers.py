@@ -1,0 +1,92 @@
+"""Optimizers of adapted models: frozen parameters out, state matched by parameter name."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.inject import injected_roots, named_adapter_parameters, named_trained_whole
+from lightning_lora.root import clean_name
+
+
+def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+    """Take frozen parameters out of the groups in place, and make sure that what should train is in some group.
+
+    Raises:
+        ValueError: adapters are frozen or in no optimizer, so that they would train in silence to nothing.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            kept = [i for i, parameter in enumerate(group["params"]) if parameter.requires_grad]
+            if "param_names" in group:
+                group["param_names"] = [group["param_names"][i] for i in kept]
+            for i, parameter in enumerate(group["params"]):
+                if i not in set(kept):
+                    optimizer.state.pop(parameter, None)
+            group["params"][:] = [group["params"][i] for i in kept]
+    if not optimizers:
+        return
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    wanted: dict[str, nn.Parameter] = {}
+    for root in injected_roots(module).values():
+        adapters = dict(named_adapter_parameters(root))
+        if not any(parameter.requires_grad for parameter in adapters.values()):
+            raise ValueError(
+                "all adapters are frozen. Another callback, such as BaseFinetuning, froze them after they were put in: list "
+                "LoRACallback after it"
+            )
+        wanted |= adapters | named_trained_whole(root)
+    missing = [name for name, parameter in wanted.items() if parameter.requires_grad and id(parameter) not in held]
+    if missing:
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} trainable tensors of the adapters are in no optimizer and would never change: {some}. "
+            "Build the optimizer in configure_optimizers (not in __init__, when there were no adapters yet), from "
+            "[p for p in self.parameters() if p.requires_grad]"
+        )
+
+
+def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
+    """Return the clean name in ``module`` of every parameter, group by group."""
+    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+
+
+def match_by_name(
+    state: dict[str, Any],
+    saved_names: list[list[str]],
+    optimizer: Optimizer,
+    module: nn.Module,
+    rename: Callable[[str], str],
+    source: Any,
+) -> dict[str, Any]:
+    """Return an optimizer state with its entries in the order of ``optimizer``'s parameters, matched by name.
+
+    Raises:
+        ValueError: the optimizer has other parameters, or has them in other groups.
+    """
+    own_names = parameter_names(optimizer, module)
+    theirs = [[rename(name) for name in group] for group in saved_names]
+    if [sorted(group) for group in theirs] != [sorted(group) for group in own_names]:
+        gone = sorted({n for g in theirs for n in g} - {n for g in own_names for n in g})[:3]
+        new = sorted({n for g in own_names for n in g} - {n for g in theirs for n in g})[:3]
+        raise ValueError(
+            f"the optimizer state in {source} is for other parameters or groups: sizes of groups {[len(g) for g in theirs]} there, "
+            f"{[len(g) for g in own_names]} here; only there {gone}, only here {new}. Resume with the configure_optimizers that "
+            "the file was written with, or warm-start with LoRACallback(init_from=...)"
+        )
+    ids = {
+        name: saved_id
+        for names, group in zip(theirs, state["param_groups"], strict=True)
+        for name, saved_id in zip(names, group["params"], strict=True)
+    }
+    order = [name for group in own_names for name in group]
+    position = {name: index for index, name in enumerate(order)}
+    groups = []
+    for names, group, own in zip(own_names, state["param_groups"], optimizer.param_groups, strict=True):
+        groups.append({**group, "params": [position[name] for name in names]})
+        if "param_names" in own:
+            groups[-1]["param_names"] = own["param_names"]
+    entries = {position[name]: state["state"][ids[name]] for name in order if ids[name] in state["state"]}
+    return {**state, "state": entries, "param_groups": groups}

@@ -1,0 +1,30 @@
+"""The state of all random generators of a process, in values that a safe ``torch.load`` can read."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def collect() -> dict[str, Any]:
+    """Return the states of torch (CPU and every CUDA device), numpy and ``random``."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "python": (version, list(internal), gauss_next),
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Put the generators back into a state of :func:`collect`."""
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
