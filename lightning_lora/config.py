@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -25,7 +26,10 @@ def answers_peft_names(init: Callable[P, T]) -> Callable[P, T]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         for theirs, ours in PEFT_FIELD_NAMES.items():
             if theirs in kwargs:
-                raise TypeError(f"{theirs!r} is PEFT's name; here it is {ours!r}: write {ours}={kwargs[theirs]!r}")
+                value = kwargs[theirs]
+                if isinstance(value, bool):  # PEFT's switches are words here
+                    value = "auto" if ours == "adapter_dtype" and not value else getattr(LoRAConfig, ours)
+                raise TypeError(f"{theirs!r} is PEFT's name; here it is {ours!r}: write {ours}={value!r}")
         return init(*args, **kwargs)
 
     return checked
@@ -89,11 +93,17 @@ class LoRAConfig:
         _check_choice("init", self.init, ("kaiming",))
         _check_choice("init_rng", self.init_rng, ("name", "peft"))
         _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"use_rslora={self.use_rslora!r} must be True or False")
+        if self.init_seed is not None and (not isinstance(self.init_seed, int) or isinstance(self.init_seed, bool)):
+            raise TypeError(f"init_seed={self.init_seed!r} must be an integer or None")
+        for name in ("rank_pattern", "alpha_pattern"):
+            _check_patterns(name, getattr(self, name))
         for key, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in (self.alpha_pattern or {}).items():
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
-        if self.target_modules is None or len(self.target_modules) == 0:
+        if not self.target_modules:
             raise ValueError(
                 f"target_modules={self.target_modules!r} adapts nothing; give a list of names, a regular expression, "
                 'or "all-linear"'
@@ -102,7 +112,7 @@ class LoRAConfig:
             raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}]")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, (str, int)):
+            if value is not None and not _is_single(name, value):
                 object.__setattr__(self, name, _as_list(name, value))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
@@ -151,8 +161,25 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
 
 
+def _check_patterns(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name}={value!r} must be a mapping from a pattern to its value")
+    for key in value or {}:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{name} key {key!r} is not a regular expression: {error}") from None
+
+
+def _is_single(name: str, value: object) -> bool:
+    """Whether a value stands for itself in a field that may also hold a list."""
+    return isinstance(value, int) and not isinstance(value, bool) if name == "layers_to_transform" else isinstance(value, str)
+
+
 def _as_list(name: str, value: Any) -> list[Any]:
-    items = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    if isinstance(value, str) or not isinstance(value, (Sequence, Set)):
+        raise TypeError(f"{name}={value!r} must be a list; got {type(value).__name__}")
+    items = sorted(value) if isinstance(value, Set) else list(value)
     wanted = int if name == "layers_to_transform" else str
     for item in items:
         if not isinstance(item, wanted) or item == "":

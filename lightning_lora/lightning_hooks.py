@@ -1,8 +1,8 @@
 """The places where Lightning itself has to know about adapters and offers no hook.
 
-Importing the package wraps four methods: ``Fabric.save``, ``Fabric.load`` and ``Fabric.load_raw``, which have no callback, and the
-function behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most.
-Each looks for adapters first and is Lightning's own where there are none.
+Importing the package wraps Fabric's ``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in
+time, and the function behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning
+at most. Each looks for adapters first and is Lightning's own where there are none.
 """
 
 import functools
@@ -22,7 +22,7 @@ from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
 
 def install() -> None:
     """Wrap the methods; a second call does nothing."""
-    for name in ("save", "load", "load_raw"):
+    for name in ("setup", "setup_module", "save", "load", "load_raw"):
         method = getattr(Fabric, name)
         if not hasattr(method, "knows_adapters"):
             setattr(Fabric, name, _adopting(method))
@@ -31,18 +31,20 @@ def install() -> None:
 
 
 def _adopting(method: Any) -> Any:
-    """Return ``method(self, path, state, ...)`` of Fabric, which adopts the strategy if the state has adapters."""
+    """Return a method of Fabric that adopts the strategy first, if any of its arguments has adapters."""
 
     @functools.wraps(method)
-    def adopting(self: Fabric, path: Any, *args: Any, **kwargs: Any) -> Any:
-        state = args[0] if args else kwargs.get("state", kwargs.get("obj"))
-        unwrapped = _unwrap_objects(state)
-        if adapted_modules(unwrapped) or (isinstance(unwrapped, nn.Module) and injected_roots(unwrapped)):
+    def adopting(self: Fabric, *args: Any, **kwargs: Any) -> Any:
+        if any(_has_adapters(_unwrap_objects(value)) for value in (*args, *kwargs.values())):
             adopt_fabric(self._strategy)
-        return method(self, path, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     adopting.knows_adapters = True  # type: ignore[attr-defined]
     return adopting
+
+
+def _has_adapters(value: Any) -> bool:
+    return bool(injected_roots(value) if isinstance(value, nn.Module) else adapted_modules(value))
 
 
 def _adapting(load_state: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_lora.checkpoint import (
@@ -29,11 +30,13 @@ from lightning_lora.checkpoint import (
     section_of,
     trained_tensors,
 )
-from lightning_lora.inject import injected_roots
+from lightning_lora.inject import injected_roots, named_adapter_parameters
 from lightning_lora.peft_format import save_peft
+from lightning_lora.root import clean_name
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.atomic_io import make_atomic
 from lightning_lora.strategies.optimizers import match_by_name, parameter_names, prepare_optimizers
+from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
 S = TypeVar("S")
 STATE_KEY = "state_dict"
@@ -108,6 +111,12 @@ class AdapterOnly(Strategy):
         module = self._adapted_module()
         check_tensors(checkpoint[STATE_KEY], module, self._loaded_from)
         copy_tensors(checkpoint[STATE_KEY], module)
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            # base parameters are in the file because they trained: BaseFinetuning freezes them again at setup
+            adapters = {id(parameter) for _, parameter in named_adapter_parameters(module)}
+            for name, parameter in module.named_parameters():
+                if clean_name(name) in checkpoint[STATE_KEY] and id(parameter) not in adapters:
+                    parameter.requires_grad_(True)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -129,6 +138,12 @@ class AdapterOnly(Strategy):
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
         super().setup_optimizers(trainer)
         prepare_optimizers(self.optimizers, self._adapted_module())
+
+    @override
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        wrapped = super()._setup_model(model)
+        reduce_in_fixed_order(wrapped, self)
+        return wrapped
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -172,6 +187,8 @@ def adopt(strategy: Strategy) -> AdapterOnly:
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(unsupported(type(strategy).__name__))
     make_atomic(strategy.checkpoint_io)
+    if isinstance(strategy, DDPStrategy):
+        prepare_ddp(strategy)
     strategy.__class__ = adopted_class(AdapterOnly, type(strategy))
     assert isinstance(strategy, AdapterOnly)
     return strategy

@@ -24,10 +24,18 @@ from lightning_lora.inject import injected_roots
 from lightning_lora.strategies.adapter_only import adopted_class, unsupported
 from lightning_lora.strategies.atomic_io import make_atomic
 from lightning_lora.strategies.optimizers import match_by_name, parameter_names
+from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
 
 class FabricAdapterOnly(Strategy):
     """Mixin for a Fabric strategy that keeps the model whole on every rank (single device, DDP)."""
+
+    @override
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        wrapped = super().setup_module(module)
+        if injected_roots(module):
+            reduce_in_fixed_order(wrapped, self)
+        return wrapped
 
     @override
     def save_checkpoint(
@@ -95,6 +103,8 @@ class FabricAdapterOnly(Strategy):
     ) -> dict[str, dict[str, Any]]:
         """Return every optimizer's state from the file, matched to its parameters by name."""
         optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
+        if not optimizers:
+            return {}
         saved_names = checkpoint[SECTION].get("optimizers") or {}
         if isinstance(saved_names, list):  # the Trainer's file: a list of states beside a list of names
             if len(saved_names) != len(optimizers):
@@ -131,6 +141,8 @@ def adopt_fabric(strategy: Strategy) -> None:
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(unsupported(type(strategy).__name__))
     make_atomic(strategy.checkpoint_io)
+    if isinstance(strategy, DDPStrategy):
+        prepare_ddp(strategy)
     strategy.__class__ = adopted_class(FabricAdapterOnly, type(strategy))
 
 

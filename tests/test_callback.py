@@ -1,0 +1,426 @@
+"""LoRACallback in the Trainer: what it adapts, what trains, what it refuses, how it goes with other callbacks."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    inject,
+    merge,
+    named_adapter_parameters,
+    remove,
+)
+from lightning_lora.layers import LoRALayer
+from tests import models
+from tests.runs import ClassifierModule, LanguageModule, LazyModule, fitted, loader, same_adapters, trainer
+
+
+def test_fit_changes_adapters_and_nothing_else(tmp_path: Path) -> None:
+    module = LanguageModule()
+    base = copy.deepcopy(module.model.state_dict())
+    trainer(tmp_path, LoRACallback(r=4)).fit(module, loader())
+    state = module.model.state_dict()
+    assert all(torch.equal(state[name], base[name]) for name in base)
+    assert all(parameter.abs().sum() > 0 for name, parameter in named_adapter_parameters(module))
+    assert module.losses[-1] < module.losses[0]
+
+
+@pytest.mark.parametrize("module_class", [LanguageModule, LazyModule])
+def test_every_stage_runs_however_the_model_is_built(tmp_path: Path, module_class: type) -> None:
+    module = module_class()
+    run = trainer(tmp_path, LoRACallback(r=4))
+    run.fit(module, loader(), loader())
+    after_fit = copy.deepcopy(adapter_state_dict(module))
+    run.validate(module, loader(), verbose=False)
+    run.test(module, loader(), verbose=False)
+    predictions = run.predict(module, loader())
+    assert len(predictions) == 4
+    assert all(torch.equal(after_fit[n], p) for n, p in adapter_state_dict(module).items())
+
+
+def test_lazy_and_eager_modules_train_alike(tmp_path: Path) -> None:
+    runs = []
+    for module in (LanguageModule(), LazyModule()):
+        trainer(tmp_path, LoRACallback(r=4)).fit(module, loader())
+        runs.append(module)
+    assert runs[0].losses == runs[1].losses
+    assert same_adapters(*runs)
+
+
+def test_second_fit_and_second_trainer_go_on_from_where_they_were(tmp_path: Path) -> None:
+    module = LanguageModule()
+    run = trainer(tmp_path, LoRACallback(r=4))
+    run.fit(module, loader())
+    before = {name: p for name, p in named_adapter_parameters(module)}
+    trainer(tmp_path, LoRACallback(r=4)).fit(module, loader())
+    after = dict(named_adapter_parameters(module))
+    assert all(after[name] is before[name] for name in before)
+    assert module.losses[4] < module.losses[0]
+
+
+def test_another_config_on_an_adapted_module_is_refused(tmp_path: Path) -> None:
+    module = LanguageModule()
+    trainer(tmp_path, LoRACallback(r=4)).fit(module, loader())
+    with pytest.raises(ValueError, match=r"already adapted with another config: r=8 \(there: 4\)"):
+        trainer(tmp_path, LoRACallback(r=8)).fit(module, loader())
+
+
+def test_module_can_be_pickled_and_copied_after_fit(tmp_path: Path) -> None:
+    module = LazyModule()
+    trainer(tmp_path, LoRACallback(r=4)).fit(module, loader())
+    module.trainer = None
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert same_adapters(module, twin)
+
+
+def test_frozen_parameters_are_in_no_optimizer_group(tmp_path: Path) -> None:
+    run, module = fitted(tmp_path)
+    held = [p for group in run.optimizers[0].param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in module.parameters() if p.requires_grad}
+    assert len(run.optimizers[0].state) == len(held)
+
+
+def test_optimizer_without_adapters_is_an_error(tmp_path: Path) -> None:
+    class Early(LanguageModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early = torch.optim.AdamW(self.model.parameters())
+
+        def configure_optimizers(self):
+            return self.early
+
+    with pytest.raises(ValueError, match="28 of 28 trainable tensors of the adapters are in no optimizer"):
+        trainer(tmp_path, LoRACallback(r=4)).fit(Early(), loader())
+
+
+def test_two_optimizers_and_manual_optimization_train_all_adapters(tmp_path: Path) -> None:
+    class Manual(LanguageModule):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            a = [p for n, p in self.named_parameters() if n.endswith("lora_A")]
+            b = [p for n, p in self.named_parameters() if n.endswith("lora_B")]
+            return torch.optim.SGD(a, 0.1), torch.optim.SGD(b, 0.1)
+
+    module = Manual()
+    run = trainer(tmp_path, LoRACallback(r=4))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "manual.ckpt")
+    twin = Manual()
+    trainer(tmp_path, LoRACallback(r=4), max_epochs=2).fit(twin, loader(), ckpt_path=tmp_path / "manual.ckpt")
+    assert twin.losses[0] < module.losses[0]
+    assert torch.load(tmp_path / "manual.ckpt", weights_only=True)["lightning_lora"]["optimizers"][0][0][0].endswith("A")
+
+
+def test_what_lies_outside_the_root_trains_and_is_saved(tmp_path: Path) -> None:
+    module = ClassifierModule()
+    callback = LoRACallback(r=2, module="backbone")
+    run = trainer(tmp_path, callback)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "head.ckpt")
+    saved = torch.load(tmp_path / "head.ckpt", weights_only=True)["state_dict"]
+    outside = {name for name in saved if not name.startswith("backbone")}
+    assert {"task.0.weight", "task.1.running_mean", "task.1.num_batches_tracked", "task.2.bias"} <= outside
+    assert not any(name.startswith("teacher") for name in saved)
+    twin = ClassifierModule()
+    trainer(tmp_path, LoRACallback(r=2, module="backbone"), max_epochs=2).fit(
+        twin, loader(), ckpt_path=tmp_path / "head.ckpt"
+    )
+    assert twin.task[1].num_batches_tracked == 8
+
+
+def test_several_pretrained_models_need_a_choice(tmp_path: Path) -> None:
+    class Distiller(LanguageModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = models.llama().requires_grad_(False)
+
+    with pytest.raises(ValueError, match=r"several pretrained models: model \(LlamaForCausalLM\), teacher"):
+        trainer(tmp_path, LoRACallback(r=4)).fit(Distiller(), loader())
+    module = Distiller()
+    run = trainer(tmp_path, LoRACallback(r=4, module="model"))
+    run.fit(module, loader())
+    assert not any(isinstance(m, LoRALayer) for m in module.teacher.modules())
+    run.save_checkpoint(tmp_path / "d.ckpt")
+    assert Distiller.load_from_checkpoint(tmp_path / "d.ckpt").model.lora_injection.config.r == 4
+
+
+def test_a_wrong_module_name_lists_the_children(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="module='modle' names nothing in LanguageModule; its children are: model"):
+        trainer(tmp_path, LoRACallback(r=4, module="modle")).fit(LanguageModule(), loader())
+
+
+def test_new_classification_head_trains_whole(tmp_path: Path) -> None:
+    class Classifier(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = models.bert_classifier().train()
+
+        def training_step(self, batch, batch_idx):
+            return self.bert(input_ids=batch, labels=batch[:, 0] % 3).loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    module = Classifier()
+    before = module.bert.classifier.weight.detach().clone()
+    trainer(tmp_path, LoRACallback(r=4)).fit(module, loader())
+    assert not torch.equal(module.bert.classifier.weight, before)
+    assert "classifier.weight" in adapter_state_dict(module)
+
+
+def test_adapter_dropout_is_on_in_a_model_left_in_eval_mode(tmp_path: Path) -> None:
+    class Pretrained(LanguageModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model.eval()
+            self.seen: set[bool] = set()
+
+        def training_step(self, batch, batch_idx):
+            self.seen.add(self.model.model.layers[0].self_attn.q_proj.training)
+            return super().training_step(batch, batch_idx)
+
+    module = Pretrained()
+    with pytest.warns(UserWarning, match="in eval mode"):
+        trainer(tmp_path, LoRACallback(r=4, dropout=0.5)).fit(module, loader(), loader())
+    assert module.seen == {True}
+    assert not module.model.model.layers[0].mlp.training
+
+
+def test_start_line_and_loggers_say_what_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = pl.loggers.CSVLogger(tmp_path)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, LoRACallback(r=4), logger=logger, log_every_n_steps=1).fit(LanguageModule(), loader())
+    line = next(record.message for record in caplog.records if record.message.startswith("LoRA on LlamaForCausalLM"))
+    module = inject(models.llama(), LoRAConfig(r=4))
+    adapters = sum(p.numel() for _, p in named_adapter_parameters(module))
+    total = sum(p.numel() for p in module.parameters())
+    assert "14 layers adapted" in line
+    assert f"{adapters:,}" in line
+    assert f"{100 * adapters / total:.2f} %" in line
+    assert f"{total - adapters:,}" in line
+    assert logger.experiment.hparams["lora/r"] == 4
+    assert logger.experiment.hparams["lora/adapter_parameters"] == adapters
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_idle_adapters_are_named_after_the_first_step(tmp_path: Path, strict: bool) -> None:
+    class Partial(LanguageModule):
+        def training_step(self, batch, batch_idx):
+            return self.model.model.layers[0].mlp(self.model.model.embed_tokens(batch)).square().mean()
+
+    run = trainer(tmp_path, LoRACallback(r=4, strict_idle=strict))
+    context = pytest.raises(ValueError, match="11 adapted layers") if strict else pytest.warns(match="11 adapted layers")
+    with context:
+        run.fit(Partial(), loader())
+
+
+def test_merged_model_cannot_be_fitted(tmp_path: Path) -> None:
+    _, module = fitted(tmp_path)
+    merge(module)
+    with pytest.raises(ValueError, match=r"call unmerge\(model\) first"):
+        trainer(tmp_path, LoRACallback(r=4)).fit(module, loader())
+
+
+def test_fit_after_remove_adapts_anew(tmp_path: Path) -> None:
+    _, module = fitted(tmp_path)
+    remove(module)
+    trainer(tmp_path, LoRACallback(r=2)).fit(module, loader())
+    assert {p.shape[0] for n, p in named_adapter_parameters(module) if n.endswith("A")} == {2}
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(
+        ("precision", "base", "adapter"),
+        [
+            ("bf16-true", torch.bfloat16, torch.float32),
+            ("bf16-mixed", torch.float32, torch.float32),
+            ("64-true", torch.float64, torch.float64),
+        ],
+    )
+    def test_base_follows_the_plugin_and_adapters_stay_wide(self, tmp_path: Path, precision, base, adapter) -> None:
+        module = LanguageModule()
+        trainer(tmp_path, LoRACallback(r=4), precision=precision).fit(module, loader())
+        layer = module.model.model.layers[0].self_attn.q_proj
+        assert (layer.weight.dtype, layer.lora_A.dtype) == (base, adapter)
+        assert module.losses[-1] < module.losses[0]
+        assert next(module.model.parameters()).dtype == base
+
+    def test_init_module_with_empty_init_leaves_adapters_real(self, tmp_path: Path) -> None:
+        run = trainer(tmp_path, LoRACallback(r=4))
+        with run.init_module(empty_init=True):
+            module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+            inject(module, LoRAConfig(r=4))
+        bound = 16**-0.5
+        values = [p for n, p in named_adapter_parameters(module) if n.endswith("A")]
+        assert all(0.1 * bound < p.abs().mean() < bound for p in values)
+
+    def test_plugins_that_replace_linears_are_refused(self, tmp_path: Path) -> None:
+        run = trainer(tmp_path, LoRACallback(r=4))
+        run.strategy.precision_plugin.__class__ = type("BitsandbytesPrecision", (type(run.precision_plugin),), {})
+        with pytest.raises(ValueError, match="BitsandbytesPrecision replaces the linear layers"):
+            run.fit(LanguageModule(), loader())
+
+
+class TestCompany:
+    @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+    def test_stock_sharding_strategies_are_refused_by_name(self, tmp_path: Path, strategy: type) -> None:
+        run = trainer(tmp_path, LoRACallback(r=4))
+        run._accelerator_connector.strategy = strategy()
+        module = LanguageModule()
+        with pytest.raises(ValueError, match=f"{strategy.__name__} is not supported: .* Use strategy=\"auto\" or \"ddp\""):
+            LoRACallback(r=4).setup(run, module, "fit")
+        assert not any(isinstance(m, LoRALayer) for m in module.modules())
+
+    @pytest.mark.parametrize("averaging", [EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-2)])
+    def test_averaging_callbacks_must_come_after(self, tmp_path: Path, averaging) -> None:
+        with pytest.raises(ValueError, match="list LoRACallback before"):
+            trainer(tmp_path, averaging(), LoRACallback(r=4)).fit(LanguageModule(), loader())
+
+    def test_stochastic_weight_averaging_averages_adapters(self, tmp_path: Path) -> None:
+        module = LanguageModule()
+        base = module.model.model.layers[0].mlp.up_proj.weight.detach().clone()
+        swa = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+        run = trainer(tmp_path, LoRACallback(r=4), swa, max_epochs=3)
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "swa.ckpt")
+        assert torch.equal(module.model.model.layers[0].mlp.up_proj.weight, base)
+        assert len(torch.load(tmp_path / "swa.ckpt", weights_only=True)["state_dict"]) == 28
+
+    def test_ema_checkpoints_are_adapter_only_and_resume(self, tmp_path: Path) -> None:
+        def run(epochs: int, ckpt_path: Path | None = None) -> tuple[pl.Trainer, LanguageModule]:
+            module = LanguageModule()
+            one = trainer(tmp_path, LoRACallback(r=4), EMAWeightAveraging(decay=0.5), max_epochs=epochs)
+            one.fit(module, loader(), ckpt_path=ckpt_path)
+            return one, module
+
+        callback = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        straight = LanguageModule()
+        trainer(tmp_path, LoRACallback(r=4), EMAWeightAveraging(decay=0.5), callback, max_epochs=2).fit(
+            straight, loader()
+        )
+        saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+        assert set(saved["state_dict"]) == set(saved["current_model_state"])
+        assert all("lora_" in name for name in saved["state_dict"])
+        _, resumed = run(2, tmp_path / "epoch=0.ckpt")
+        assert resumed.losses == straight.losses[4:]
+        assert same_adapters(resumed, straight)
+
+    @pytest.mark.parametrize("ours_first", [True, False])
+    def test_base_finetuning_unfreezes_beside_adapters_and_its_weights_are_kept(
+        self, tmp_path: Path, ours_first: bool
+    ) -> None:
+        class Unfreeze(BaseFinetuning):
+            def freeze_before_training(self, pl_module):
+                self.freeze(pl_module.model.model.embed_tokens)
+
+            def finetune_function(self, pl_module, epoch, optimizer):
+                if epoch == 1:
+                    self.unfreeze_and_add_param_group(pl_module.model.model.embed_tokens, optimizer)
+
+        callbacks = [LoRACallback(r=4), Unfreeze()]
+        module = LanguageModule()
+        module.configure_optimizers = lambda: torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad], lr=1e-2
+        )
+        checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        run = trainer(tmp_path, *(callbacks if ours_first else callbacks[::-1]), checkpoint, max_epochs=3)
+        run.fit(module, loader())
+        saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"]
+        assert "model.model.embed_tokens.weight" in saved
+        assert len(saved) == 29
+        twin = LanguageModule()
+        twin.configure_optimizers = lambda: torch.optim.AdamW(
+            [p for p in twin.parameters() if p.requires_grad], lr=1e-2
+        )
+        callbacks = [LoRACallback(r=4), Unfreeze()]
+        trainer(tmp_path, *(callbacks if ours_first else callbacks[::-1]), max_epochs=3).fit(
+            twin, loader(), ckpt_path=tmp_path / "epoch=1.ckpt"
+        )
+        assert twin.losses == module.losses[8:]
+
+    def test_finetuning_that_freezes_the_adapters_is_an_error(self, tmp_path: Path) -> None:
+        class FreezeAll(BaseFinetuning):
+            def freeze_before_training(self, pl_module):
+                self.freeze(pl_module)
+
+            def finetune_function(self, pl_module, epoch, optimizer):
+                pass
+
+        module = LanguageModule()
+        module.configure_optimizers = lambda: torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+        with pytest.raises(ValueError, match="list LoRACallback after it"):
+            trainer(tmp_path, LoRACallback(r=4), FreezeAll()).fit(module, loader())
+
+    def test_learning_rate_finder_leaves_adapters_as_they_were(self, tmp_path: Path) -> None:
+        class Tunable(LanguageModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lr = 1e-3
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+        module = Tunable()
+        run = trainer(tmp_path, LoRACallback(r=4))
+        pl.tuner.Tuner(run).lr_find(module, loader(rows=160), num_training=30, early_stop_threshold=None)
+        assert module.lr != 1e-3
+        assert all(p.abs().sum() == 0 for n, p in named_adapter_parameters(module) if n.endswith("B"))
+        assert not list(tmp_path.glob(".lr_find*"))
+
+    def test_batch_size_scaler_leaves_adapters_as_they_were(self, tmp_path: Path) -> None:
+        class Scalable(LanguageModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.batch_size = 2
+
+            def train_dataloader(self):
+                return loader(batch_size=self.batch_size)
+
+            val_dataloader = train_dataloader
+
+        module = Scalable()
+        run = trainer(tmp_path, LoRACallback(r=4))
+        pl.tuner.Tuner(run).scale_batch_size(module, mode="power", steps_per_trial=1, max_trials=2)
+        assert module.batch_size > 2
+        assert all(p.abs().sum() == 0 for n, p in named_adapter_parameters(module) if n.endswith("B"))
+
+    def test_pytorch_lightning_trainer_gets_one_error_with_the_right_import(self, tmp_path: Path) -> None:
+        pytorch_lightning = pytest.importorskip("pytorch_lightning")
+        run = pytorch_lightning.Trainer(
+            callbacks=[LoRACallback(r=4)], accelerator="cpu", logger=False, default_root_dir=tmp_path,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
+        )  # fmt: skip
+
+        class Module(pytorch_lightning.LightningModule):
+            def training_step(self, batch, batch_idx):
+                return None
+
+            def configure_optimizers(self):
+                return None
+
+        with pytest.raises(TypeError, match="import lightning.pytorch as pl"):
+            run.fit(Module(), loader())

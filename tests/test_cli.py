@@ -1,0 +1,69 @@
+"""LightningCLI: the callback from YAML, and back."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_lora import LoRAConfig
+from tests.runs import LanguageModule, loader
+
+CONFIG = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_epochs: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_lora.LoRACallback
+      init_args:
+        r: 4
+        target_modules: [q_proj, v_proj]
+        rank_pattern: {q_proj: 2}
+        dropout: 0.1
+"""
+
+
+
+
+def command(directory: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> LightningCLI:
+    class Module(LanguageModule):
+        def train_dataloader(self):
+            return loader()
+
+        def val_dataloader(self):
+            return loader()
+
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "argv", ["cli", *arguments])
+    return LightningCLI(Module, seed_everything_default=0)
+
+
+def test_yaml_configures_the_callback_and_is_written_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "input.yaml").write_text(CONFIG + f"  default_root_dir: {tmp_path}\n")
+    cli = command(tmp_path, monkeypatch, ["fit", "--config", "input.yaml"])
+    wanted = LoRAConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2}, dropout=0.1)
+    assert cli.model.model.lora_injection.config == wanted
+    written = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]["trainer"]["callbacks"][0]
+    again = yaml.safe_load(CONFIG)["trainer"]["callbacks"][0]
+    assert written["class_path"] == again["class_path"]
+    assert again["init_args"].items() <= written["init_args"].items()
+
+
+def test_arguments_of_the_command_line_configure_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [
+        "fit",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=1",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.callbacks+=lightning_lora.LoRACallback",
+        "--trainer.callbacks.r=3",
+    ]
+    cli = command(tmp_path, monkeypatch, arguments)
+    assert cli.model.model.lora_injection.config.r == 3

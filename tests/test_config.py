@@ -1,0 +1,176 @@
+"""LoRAConfig: what it accepts, what it answers, how it is written down and read again."""
+
+import dataclasses
+import inspect
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_lora import LoRACallback, LoRAConfig
+
+CALLBACK_ONLY = {"config", "module", "init_from", "save_peft", "strict_idle"}
+
+BAD_VALUES = [
+    ({"r": 0}, ValueError, "r=0 must be at least 1"),
+    ({"r": -4}, ValueError, "r=-4 must be at least 1"),
+    ({"r": "8"}, TypeError, "r='8' must be an integer"),
+    ({"r": 8.0}, TypeError, "r=8.0 must be an integer"),
+    ({"r": True}, TypeError, "r=True must be an integer"),
+    ({"r": None}, TypeError, "r=None must be an integer"),
+    ({"alpha": math.nan}, ValueError, "alpha=nan must be a finite number above 0"),
+    ({"alpha": math.inf}, ValueError, "alpha=inf must be a finite number"),
+    ({"alpha": 0}, ValueError, "alpha=0 must be"),
+    ({"alpha": -1.0}, ValueError, "alpha=-1.0 must be"),
+    ({"alpha": "16"}, TypeError, "alpha='16' must be a number"),
+    ({"alpha": True}, TypeError, "alpha=True must be a number"),
+    ({"dropout": 1.0}, ValueError, r"dropout=1.0 must be a probability in \[0, 1\)"),
+    ({"dropout": -0.1}, ValueError, "dropout=-0.1 must be"),
+    ({"dropout": math.nan}, ValueError, "dropout=nan must be"),
+    ({"dropout": "0.1"}, (TypeError, ValueError), "dropout='0.1' must be"),
+    ({"dropout": None}, (TypeError, ValueError), "dropout=None must be"),
+    ({"target_modules": None}, (TypeError, ValueError), "target_modules=None adapts nothing"),
+    ({"target_modules": []}, ValueError, r"target_modules=\[\] adapts nothing"),
+    ({"target_modules": ""}, ValueError, "target_modules='' adapts nothing"),
+    ({"target_modules": [1]}, TypeError, "target_modules holds 1"),
+    ({"target_modules": [""]}, TypeError, "target_modules holds ''"),
+    ({"target_modules": 3}, TypeError, "target_modules"),
+    ({"exclude_modules": 3}, TypeError, "exclude_modules"),
+    ({"exclude_modules": [None]}, TypeError, "exclude_modules holds None"),
+    ({"modules_to_save": "score"}, TypeError, r"modules_to_save='score' must be a list: \['score'\]"),
+    ({"modules_to_save": 3}, TypeError, "modules_to_save"),
+    ({"layers_to_transform": ["0"]}, TypeError, "layers_to_transform holds '0'"),
+    ({"layers_to_transform": "0"}, TypeError, "layers_to_transform"),
+    ({"layers_to_transform": 1.5}, TypeError, "layers_to_transform"),
+    ({"layers_to_transform": True}, TypeError, "layers_to_transform"),
+    ({"layers_pattern": 3}, TypeError, "layers_pattern"),
+    ({"bias": True}, ValueError, "bias=True must be one of 'none', 'all', 'lora_only'"),
+    ({"bias": "lora"}, ValueError, "bias='lora' must be one of"),
+    ({"init": "pissa"}, ValueError, "init='pissa' must be one of"),
+    ({"init": True}, ValueError, "init=True must be one of"),
+    ({"init_rng": "global"}, ValueError, "init_rng='global' must be one of 'name', 'peft'"),
+    ({"init_seed": "7"}, TypeError, "init_seed"),
+    ({"adapter_dtype": "fp32"}, ValueError, "adapter_dtype='fp32' must be one of 'float32'"),
+    ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]=0 must be at least 1"),
+    ({"rank_pattern": {"q": "4"}}, TypeError, r"rank_pattern\['q'\]='4' must be an integer"),
+    ({"rank_pattern": ["q"]}, TypeError, "rank_pattern"),
+    ({"rank_pattern": {"q(": 4}}, ValueError, "rank_pattern"),
+    ({"alpha_pattern": {"q": math.nan}}, ValueError, r"alpha_pattern\['q'\]=nan must be"),
+    ({"alpha_pattern": {"q": None}}, TypeError, r"alpha_pattern\['q'\]=None must be a number"),
+    ({"alpha_pattern": 16}, TypeError, "alpha_pattern"),
+    ({"use_rslora": "yes"}, TypeError, "use_rslora"),
+]
+
+
+@pytest.mark.parametrize("maker", [LoRAConfig, LoRACallback])
+@pytest.mark.parametrize(("values", "error", "message"), BAD_VALUES, ids=[str(row[0]) for row in BAD_VALUES])
+def test_a_bad_value_is_refused_with_what_was_expected(maker, values, error, message) -> None:
+    with pytest.raises(error, match=message):
+        maker(**values)
+
+
+@pytest.mark.parametrize("maker", [LoRAConfig, LoRACallback])
+@pytest.mark.parametrize(
+    ("theirs", "ours", "value"),
+    [
+        ("lora_alpha", "alpha", 16),
+        ("lora_dropout", "dropout", 0.1),
+        ("init_lora_weights", "init", True),
+        ("autocast_adapter_dtype", "adapter_dtype", True),
+    ],
+)
+def test_pefts_name_of_a_field_is_answered_with_ours(maker, theirs, ours, value) -> None:
+    with pytest.raises(TypeError, match=rf"'{theirs}' is PEFT's name; here it is '{ours}'"):
+        maker(**{theirs: value})
+
+
+def test_the_answer_to_a_peft_name_suggests_a_value_that_works() -> None:
+    with pytest.raises(TypeError, match="write ") as caught:
+        LoRAConfig(init_lora_weights=True)
+    suggestion = str(caught.value).rpartition("write ")[2]
+    eval(f"LoRAConfig({suggestion})", {"LoRAConfig": LoRAConfig})
+
+
+def test_an_unknown_field_is_pythons_own_error() -> None:
+    with pytest.raises(TypeError, match="rank"):
+        LoRAConfig(rank=8)
+
+
+def test_callback_takes_every_field_with_the_same_default() -> None:
+    defaults = {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(LoRAConfig)
+    }
+    parameters = inspect.signature(LoRACallback).parameters
+    shared = {name: p.default for name, p in parameters.items() if name not in CALLBACK_ONLY}
+    assert shared == defaults
+    assert set(parameters) - set(defaults) == CALLBACK_ONLY
+
+
+def test_callback_builds_the_config_of_its_arguments() -> None:
+    values = {"r": 4, "alpha": 3.0, "dropout": 0.1, "target_modules": ["q"], "rank_pattern": {"q": 2}, "bias": "all"}
+    assert LoRACallback(**values).config == LoRAConfig(**values)
+    assert LoRACallback(LoRAConfig(**values)).config == LoRAConfig(**values)
+
+
+def test_callback_refuses_config_and_fields_together() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        LoRACallback(LoRAConfig(r=4), r=2)
+    with pytest.raises(TypeError, match="r=8"):
+        LoRACallback(8)
+
+
+def test_config_is_frozen_and_compares_by_value() -> None:
+    config = LoRAConfig(target_modules=["q", "v"])
+    assert config == LoRAConfig(target_modules=("q", "v"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 4
+
+
+def test_config_copies_the_callers_containers() -> None:
+    targets, ranks = ["q"], {"q": 2}
+    config = LoRAConfig(target_modules=targets, rank_pattern=ranks)
+    targets.append("v")
+    ranks["v"] = 3
+    assert config.target_modules == ["q"]
+    assert config.rank_pattern == {"q": 2}
+
+
+def test_a_set_of_targets_has_one_order() -> None:
+    assert LoRAConfig(target_modules={"v", "k", "q"}).target_modules == ["k", "q", "v"]
+
+
+def test_scaling_is_alpha_over_r_or_its_root() -> None:
+    assert LoRAConfig().scaling(4, None) == 2.0
+    assert LoRAConfig().scaling(4, 6) == 1.5
+    assert LoRAConfig(use_rslora=True).scaling(4, 6) == 3.0
+
+
+NAMES = st.lists(st.text("abc_.", min_size=1, max_size=8), min_size=1, max_size=3)
+
+
+@given(
+    r=st.integers(1, 64),
+    alpha=st.none() | st.floats(0.1, 100),
+    dropout=st.floats(0, 0.99),
+    target_modules=st.just("all-linear") | NAMES,
+    modules_to_save=st.none() | NAMES,
+    rank_pattern=st.dictionaries(st.text("abc", min_size=1), st.integers(1, 9), max_size=2),
+    layers_to_transform=st.none() | st.integers(0, 9) | st.lists(st.integers(0, 9), max_size=3),
+    init_seed=st.none() | st.integers(0, 2**40),
+)
+def test_to_dict_survives_json_and_comes_back_equal(**values) -> None:
+    config = LoRAConfig(**values)
+    assert LoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_from_dict_names_the_field_of_a_newer_version() -> None:
+    values = {**LoRAConfig().to_dict(), "use_quantum": True}
+    with pytest.raises(ValueError, match=r"unknown LoRAConfig fields \['use_quantum'\].*[Uu]pgrade"):
+        LoRAConfig.from_dict(values)
+
+
+def test_from_dict_fills_in_what_an_older_version_did_not_write() -> None:
+    assert LoRAConfig.from_dict({"r": 4}) == LoRAConfig(r=4)

@@ -1,0 +1,158 @@
+"""Fabric on one device: adapter-only files that interchange with the Trainer's and plain torch's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import FSDPStrategy
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAConfig, adapter_checkpoint, adapter_state_dict, inject
+from tests import models
+from tests.runs import LanguageModule, fitted, loader, same_adapters, trainer
+
+
+def start(r: int = 4, **config: Any) -> tuple[Fabric, Any, Any]:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = inject(models.llama(), LoRAConfig(r=r, **config))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    return fabric, *fabric.setup(model, optimizer)
+
+
+def train(fabric: Fabric, model: Any, optimizer: Any, steps: int = 3) -> list[float]:
+    losses = []
+    for batch in list(loader())[:steps]:
+        loss = model(input_ids=batch, labels=batch).loss
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_save_is_adapter_only_and_load_resumes_exactly(tmp_path: Path) -> None:
+    fabric, model, optimizer = start()
+    train(fabric, model, optimizer)
+    fabric.save(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer, "step": 3})
+    straight = train(fabric, model, optimizer)
+
+    twin_fabric, twin, twin_optimizer = start()
+    state = {"model": twin, "optimizer": twin_optimizer, "step": 0}
+    rest = twin_fabric.load(tmp_path / "a.ckpt", state)
+    assert (state["step"], rest) == (3, {})
+    assert train(twin_fabric, twin, twin_optimizer) == straight
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert set(saved["model"]) == set(adapter_state_dict(model))
+
+
+def test_filter_still_applies(tmp_path: Path) -> None:
+    fabric, model, _ = start()
+    fabric.save(tmp_path / "a.ckpt", {"model": model}, filter={"model": lambda name, _: name.endswith("lora_B")})
+    assert all(name.endswith("lora_B") for name in torch.load(tmp_path / "a.ckpt", weights_only=True)["model"])
+
+
+def test_models_without_adapters_are_saved_as_ever(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = fabric.setup(nn.Linear(2, 2))
+    fabric.save(tmp_path / "a.ckpt", {"model": model})
+    assert set(torch.load(tmp_path / "a.ckpt", weights_only=True)) == {"model"}
+    fabric.load(tmp_path / "a.ckpt", {"model": model})
+
+
+@pytest.mark.parametrize("writer", ["trainer", "plain"])
+def test_reads_files_of_trainer_and_plain_torch(tmp_path: Path, writer: str) -> None:
+    _, module = fitted(tmp_path)
+    if writer == "plain":
+        torch.save(adapter_checkpoint(module), tmp_path / "last.ckpt")
+    fabric, model, _ = start()
+    fabric.load(tmp_path / "last.ckpt", {"model": model})
+    assert same_adapters(module, model)
+    fabric, model, _ = start()
+    fabric.load_raw(tmp_path / "last.ckpt", model)
+    assert same_adapters(module, model)
+
+
+def test_takes_the_trainers_optimizer_state_by_name(tmp_path: Path) -> None:
+    run, module = fitted(tmp_path)
+    fabric, model, optimizer = start()
+    fabric.load(tmp_path / "last.ckpt", {"model": model, "optimizer": optimizer})
+    theirs, ours = run.optimizers[0].state_dict()["state"], optimizer.state_dict()["state"]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_trainer_reads_fabrics_file_for_evaluation_and_says_why_not_for_fit(tmp_path: Path) -> None:
+    fabric, model, optimizer = start()
+    train(fabric, model, optimizer)
+    fabric.save(tmp_path / "f.ckpt", {"model": model, "optimizer": optimizer})
+    module = LanguageModule()
+    run = trainer(tmp_path, LoRACallback(r=4))
+    run.validate(module, loader(), ckpt_path=tmp_path / "f.ckpt", verbose=False)
+    assert same_adapters(module, model)
+    with pytest.raises(ValueError, match="no optimizer and loop state"):
+        run.fit(LanguageModule(), loader(), ckpt_path=tmp_path / "f.ckpt")
+    warm = LanguageModule()
+    trainer(tmp_path, LoRACallback(init_from=str(tmp_path / "f.ckpt")), max_epochs=0).fit(warm, loader())
+    assert same_adapters(warm, model)
+
+
+def test_nothing_is_loaded_when_anything_does_not_fit(tmp_path: Path) -> None:
+    fabric, model, optimizer = start()
+    train(fabric, model, optimizer)
+    fabric.save(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer})
+    fabric, twin, twin_optimizer = start()
+    fresh = {name: value.clone() for name, value in adapter_state_dict(twin).items()}
+    with pytest.raises(KeyError, match="has no 'step'"):
+        fabric.load(tmp_path / "a.ckpt", {"model": twin, "optimizer": twin_optimizer, "step": 0})
+    assert all(torch.equal(fresh[name], value) for name, value in adapter_state_dict(twin).items())
+    fabric, wide, _ = start(r=8)
+    with pytest.raises(ValueError, match="has r=4 at .*, the model has r=8"):
+        fabric.load(tmp_path / "a.ckpt", {"model": wide})
+
+
+def test_two_adapted_models_share_a_file(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    one, other = inject(models.llama(), LoRAConfig(r=2)), inject(models.qwen3(), LoRAConfig(r=3))
+    models.fill_adapters(one)
+    models.fill_adapters(other)
+    fabric.save(tmp_path / "two.ckpt", {"one": one, "other": other})
+    twins = {"one": inject(models.llama(), LoRAConfig(r=2)), "other": inject(models.qwen3(), LoRAConfig(r=3))}
+    fabric.load(tmp_path / "two.ckpt", dict(twins))
+    assert same_adapters(twins["one"], one)
+    assert same_adapters(twins["other"], other)
+
+
+def test_an_adapted_part_of_a_larger_module_keeps_the_rest_that_trains(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        whole = nn.ModuleDict({"body": models.encoder(), "head": nn.Linear(3, 2)})
+        inject(whole["body"], LoRAConfig(r=2))
+        return whole
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = build()
+    fabric.save(tmp_path / "part.ckpt", {"model": model})
+    assert {"head.weight", "head.bias"} < set(torch.load(tmp_path / "part.ckpt", weights_only=True)["model"])
+    twin = build()
+    fabric.load(tmp_path / "part.ckpt", {"model": twin})
+    assert torch.equal(twin["head"].weight, model["head"].weight)
+
+
+def test_stock_fsdp_is_refused_by_name(tmp_path: Path) -> None:
+    fabric, model, _ = start()
+    fabric._strategy = FSDPStrategy()
+    with pytest.raises(ValueError, match="FSDPStrategy is not supported"):
+        fabric.save(tmp_path / "a.ckpt", {"model": model})
+    assert not (tmp_path / "a.ckpt").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_precisions_keep_adapters_wide(precision: str) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    model = inject(models.llama(), LoRAConfig(r=4))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer = fabric.setup(model, optimizer)
+    losses = train(fabric, model, optimizer, 4)
+    wanted = torch.float64 if precision == "64-true" else torch.float32
+    assert {value.dtype for value in adapter_state_dict(model).values()} == {wanted}
+    assert losses[-1] < losses[0]
