@@ -32,17 +32,18 @@ _REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 class LoRACallback(Callback):
     """Freeze the pretrained model, adapt it with LoRA at ``setup``, and make the run's checkpoints adapter-only.
 
-    The model may be built in ``__init__`` or in ``configure_model``. Checkpoints resume with ``ckpt_path=`` exactly, and
-    are refused, before anything is copied, when they are for another base, rank or set of layers.
+    The model may be built in ``__init__`` or in ``configure_model``. Checkpoints resume with ``ckpt_path=`` exactly,
+    and are refused, before anything is copied, when they are for another base, rank or set of layers.
 
     Args:
         config: all settings of the adapter in one object, instead of the keyword arguments of the same names.
         module: name of the pretrained model inside the LightningModule, such as ``"model"`` or ``"student.encoder"``.
-            ``None`` finds the one transformers model there, or else takes the whole module. What lies outside is left as
-            it is: it trains, and is saved, if it requires grad.
-        init_from: start from the weights and config of an adapter checkpoint or PEFT directory; optimizer, step and epoch
-            start anew.
-        save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with it.
+            ``None`` finds the one transformers model there, or else takes the whole module. What lies outside is left
+            as it is: it trains, and is saved, if it requires grad.
+        init_from: start from the weights and config of an adapter checkpoint or PEFT directory; optimizer, step and
+            epoch start anew. Other settings than the defaults are then checked against the file.
+        save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with
+            it.
         strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step.
 
     Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`.
@@ -103,8 +104,11 @@ class LoRACallback(Callback):
             adapter_dtype=adapter_dtype,
         )
         if config is not None and not isinstance(config, LoRAConfig):
-            raise TypeError(f"config={config!r} must be a LoRAConfig; the rank is r={config!r}" if isinstance(config, int)
-                            else f"config must be a LoRAConfig, got {type(config).__name__}")
+            raise TypeError(
+                f"config={config!r} must be a LoRAConfig; the rank is r={config!r}"
+                if isinstance(config, int)
+                else f"config must be a LoRAConfig, got {type(config).__name__}"
+            )
         if config is not None and fields != LoRAConfig():
             raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
         self.config = config or fields
@@ -138,14 +142,20 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         path, root = find_root(pl_module, self.module)
         if is_merged(root):
-            raise ValueError("the adapters are merged into the base weights and cannot train: call unmerge(model) first")
+            raise ValueError(
+                "the adapters are merged into the base weights and cannot train: call unmerge(model) first"
+            )
         _check_hyperparameters(pl_module)
         freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
-        values = {"lora/" + key: str(value) if isinstance(value, (list, dict)) else value
-                  for key, value in _injection(root).config.to_dict().items()}
+        values = {
+            "lora/" + key: str(value) if isinstance(value, (list, dict)) else value
+            for key, value in _injection(root).config.to_dict().items()
+        }
         for logger in trainer.loggers:
-            logger.log_hyperparams({**values, **{f"lora/{key}": value for key, value in counts(pl_module, root).items()}})
+            logger.log_hyperparams(
+                {**values, **{f"lora/{key}": value for key, value in counts(pl_module, root).items()}}
+            )
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -183,8 +193,9 @@ class LoRACallback(Callback):
         if idle:
             some = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
             message = (
-                f"{len(idle)} adapted layers got no gradient in the first step: {some}. Either their output does not reach the loss, "
-                "or the model reads their weight without calling them; leave them out with exclude_modules"
+                f"{len(idle)} adapted layers got no gradient in the first step: {some}. Either their output does "
+                "not reach the loss, or the model reads their weight without calling them; leave them out with "
+                "exclude_modules"
             )
             if self.strict_idle:
                 raise ValueError(message)
@@ -201,9 +212,10 @@ class LoRACallback(Callback):
         if not all(hasattr(one, "state_dict") and hasattr(one, "load_state_dict") for one in loaders):
             left = f"{int(total - progress.ready)} of {int(total)}" if total != float("inf") else "remaining"
             rank_zero_info(
-                f"Resuming after batch {progress.ready} of epoch {trainer.current_epoch} with a dataloader that keeps no position: it "
-                f"starts at its first batch again for the {left} batches left, so batches repeat and others are not seen in this "
-                "epoch. torchdata.stateful_dataloader.StatefulDataLoader resumes exactly"
+                f"Resuming after batch {progress.ready} of epoch {trainer.current_epoch} with a dataloader that "
+                f"keeps no position: it starts at its first batch again for the {left} batches left, so batches "
+                "repeat and others are not seen in this epoch. torchdata.stateful_dataloader.StatefulDataLoader "
+                "resumes exactly"
             )
         return True
 
@@ -211,16 +223,18 @@ class LoRACallback(Callback):
         """Refuse trainers, strategies, precisions and callbacks that would break the run's promises."""
         if not isinstance(trainer, pl.Trainer):
             raise TypeError(
-                f"the Trainer is {type(trainer).__module__}.{type(trainer).__qualname__}; lightning_lora works with the package lightning: "
-                "write `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`"
+                f"the Trainer is {type(trainer).__module__}.{type(trainer).__qualname__}; lightning_lora works "
+                "with the package lightning: write `import lightning.pytorch as pl` instead of `import "
+                "pytorch_lightning as pl`"
             )
         precision = type(trainer.precision_plugin).__name__
         if precision in _REPLACING_PRECISIONS:
             raise ValueError(
-                f"{precision} replaces the linear layers that adapters sit in and is not supported. Use precision=\"bf16-true\" for a "
-                "frozen base in half the memory, or \"bf16-mixed\""
+                f"{precision} replaces the linear layers that adapters sit in and is not supported. Use "
+                'precision="bf16-true" for a frozen base in half the memory, or "bf16-mixed"'
             )
-        for callback in trainer.callbacks:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        for callback in callbacks:
             if callback is self:
                 break
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -232,14 +246,14 @@ class LoRACallback(Callback):
             _, root = find_root(pl_module, self.module)
             if injection_of(root) is None:
                 raise ValueError(
-                    "this strategy runs fit in forked or spawned processes, and the model in this script's process would come back "
-                    "without adapters. Use strategy=\"ddp\", or adapt it before fit: inject(model, LoRAConfig(...)) with the callback's "
-                    "settings"
+                    "this strategy runs fit in forked or spawned processes, and the model in this script's "
+                    "process would come back without adapters. Use strategy='ddp', or adapt it before fit with the "
+                    "callback's settings: inject(model, LoRAConfig(...))"
                 )
 
 
 def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, init_from: str | None) -> None:
-    """Adapt the root inside ``pl_module``, from a file if there is one. A root that is adapted already stays as it is."""
+    """Adapt the root inside ``pl_module``, from a file if there is one; an adapted root stays as it is."""
     _, root = find_root(pl_module, path)
     if injection_of(root) is not None:
         if init_from is None or config != LoRAConfig():
@@ -329,6 +343,7 @@ def _check_hyperparameters(pl_module: "pl.LightningModule") -> None:
         torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            "the module's hyperparameters hold objects that a safe load of the checkpoint would refuse: keep them out with "
-            f"self.save_hyperparameters(ignore=[...]), or allow their class with torch.serialization.add_safe_globals. {error}"
+            "the module's hyperparameters hold objects that a safe load of the checkpoint would refuse: keep "
+            "them out with self.save_hyperparameters(ignore=[...]), or allow their class with "
+            f"torch.serialization.add_safe_globals. {error}"
         ) from error

@@ -136,9 +136,9 @@ def read_checkpoint(path: Any, load: Callable[[Any], Any] | None = None) -> dict
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds objects that cannot be read without running code from the file, which is never done: {error}. If they "
-            "are hyperparameters of yours, keep them out with self.save_hyperparameters(ignore=[...]), or allow their "
-            "class with torch.serialization.add_safe_globals"
+            f"{path} holds objects that cannot be read without running code from the file, which is never done: "
+            f"{error}. If they are hyperparameters of yours, keep them out with "
+            "self.save_hyperparameters(ignore=[...]), or allow their class with torch.serialization.add_safe_globals"
         ) from error
     except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -159,13 +159,14 @@ def section_of(checkpoint: Mapping[str, Any], source: Any) -> dict[str, Any]:
     if not isinstance(section, dict):
         keys = ", ".join(map(str, list(checkpoint)[:8])) or "none"
         raise ValueError(
-            f"{source} is not an adapter checkpoint: it has no section {SECTION!r} (its keys: {keys}). Base weights are to be "
-            "loaded into the model before it is adapted; checkpoints of LoRACallback, Fabric with an adapted model and "
-            "adapter_checkpoint(model) are read here"
+            f"{source} is not an adapter checkpoint: it has no section {SECTION!r} (its keys: {keys}). Base "
+            "weights are to be loaded into the model before it is adapted; checkpoints of LoRACallback, Fabric "
+            "with an adapted model and adapter_checkpoint(model) are read here"
         )
     if section.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{source} has format version {section.get('format_version')!r}; this lightning_lora reads {FORMAT_VERSION}. Upgrade it"
+            f"{source} has format version {section.get('format_version')!r}; this lightning_lora reads "
+            f"{FORMAT_VERSION}. Upgrade it"
         )
     return section
 
@@ -195,7 +196,9 @@ def fitting_tensors(
     section = section_of(checkpoint, source)
     roots = injected_roots(module)
     if not roots:
-        raise ValueError(f"{source} is an adapter checkpoint, but the model holds no adapters; call inject(model, config) first")
+        raise ValueError(
+            f"{source} is an adapter checkpoint, but the model holds no adapters; call inject(model, config) first"
+        )
     if any(is_merged(root) for root in roots.values()):
         raise ValueError("the model's adapters are merged: call unmerge(model) before loading others")
     keys = {adapter["state_key"] for adapter in section["adapters"]}
@@ -217,14 +220,14 @@ def fitting_tensors(
         if difference is not None:
             origin = adapter["base"]["source"]
             raise ValueError(
-                f"{source} was trained on another base model{f' ({origin})' if origin else ''}: {difference}. Load the base that "
-                "the adapter was trained on"
+                f"{source} was trained on another base model{f' ({origin})' if origin else ''}: {difference}. "
+                "Load the base that the adapter was trained on"
             )
     return renamed
 
 
 def renaming(checkpoint: Mapping[str, Any], module: nn.Module, source: Any, state_key: str) -> Callable[[str], str]:
-    """Return the function from a name in the file to the name in ``module``, where the adapted model may sit elsewhere."""
+    """Return the function from a name in the file to the name in ``module``, where the root may sit elsewhere."""
     return _renaming(_by_path(section_of(checkpoint, source), injected_roots(module), state_key, source))
 
 
@@ -266,10 +269,13 @@ def _check_layers(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> N
     for name, (r, scaling) in theirs.items():
         own_r, own_scaling = ours[name]
         if r != own_r:
-            raise ValueError(f"{source} has r={r} at {name!r}, the model has r={own_r}: adapt the model with the file's rank")
+            raise ValueError(
+                f"{source} has r={r} at {name!r}, the model has r={own_r}: adapt the model with the file's rank"
+            )
         if abs(scaling - own_scaling) > 1e-9 * abs(scaling):
             raise ValueError(
-                f"{source} scales {name!r} by {scaling:g}, the model by {own_scaling:g}: adapt it with the file's alpha and use_rslora"
+                f"{source} scales {name!r} by {scaling:g}, the model by {own_scaling:g}: adapt it with the file's "
+                "alpha and use_rslora"
             )
     _check_same_names("tensors that train whole", adapter["trained_whole"], named_trained_whole(root), source)
 
@@ -278,8 +284,8 @@ def _check_same_names(what: str, theirs: Any, ours: Any, source: Any) -> None:
     missing, extra = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
     if missing or extra:
         raise ValueError(
-            f"{source} and the model differ in their {what}: {_some(extra)} only in the file, {_some(missing)} only in the "
-            "model. Use the target_modules, modules_to_save and bias that the file was written with"
+            f"{source} and the model differ in their {what}: {_some(extra)} only in the file, {_some(missing)} "
+            "only in the model. Use the target_modules, modules_to_save and bias that the file was written with"
         )
 
 
@@ -290,7 +296,8 @@ def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) ->
     unexpected = [name for name in tensors if name not in targets]
     if missing or unexpected:
         raise ValueError(
-            f"{source} does not fit {type(module).__name__}: {_some(missing)} missing in the file, {_some(unexpected)} not in the model"
+            f"{source} does not fit {type(module).__name__}: {_some(missing)} missing in the file, "
+            f"{_some(unexpected)} not in the model"
         )
     for name, value in tensors.items():
         if not isinstance(value, Tensor) or value.shape != targets[name].shape:

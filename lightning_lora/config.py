@@ -131,7 +131,9 @@ class LoRAConfig:
         """Build a config from :meth:`to_dict`; a field of a newer version is an error that names it."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown LoRAConfig fields {unknown}: written by a newer lightning_lora? Upgrade to read it")
+            raise ValueError(
+                f"unknown LoRAConfig fields {unknown}: written by a newer lightning_lora? Upgrade to read it"
+            )
         return cls(**values)
 
 
@@ -173,7 +175,11 @@ def _check_patterns(name: str, value: object) -> None:
 
 def _is_single(name: str, value: object) -> bool:
     """Whether a value stands for itself in a field that may also hold a list."""
-    return isinstance(value, int) and not isinstance(value, bool) if name == "layers_to_transform" else isinstance(value, str)
+    return (
+        isinstance(value, int) and not isinstance(value, bool)
+        if name == "layers_to_transform"
+        else isinstance(value, str)
+    )
 
 
 def _as_list(name: str, value: Any) -> list[Any]:

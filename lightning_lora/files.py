@@ -8,7 +8,8 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write ``content`` to ``path`` so that at any moment the former or the new file is there in full.
 
-    The bytes go to a hidden file in the same directory, are flushed to the disk, and replace the former file in one step.
+    The bytes go to a hidden file in the same directory, are flushed to the disk, and replace the former file in one
+    step.
 
     Raises:
         OSError: it could not be written (disk full, no permission). The former file is untouched.
@@ -16,11 +17,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

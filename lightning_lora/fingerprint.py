@@ -19,9 +19,9 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
     """Return one integer per frozen tensor of the base, as ``{"source", "names", "hashes", "dtypes"}``.
 
     Each integer is a sum, over up to 64 positions that depend on the tensor's size alone, of a hash of the position and
-    of the value there rounded to bfloat16. So it does not change with the precision that a base is loaded in, and sums of
-    shards are the sum of the whole. It tells one set of trained weights from another; it is no proof against a forger.
-    Tensors that are quantised or on the meta device are left out.
+    of the value there rounded to bfloat16. So it does not change with the precision that a base is loaded in, and sums
+    of shards are the sum of the whole. It tells one set of trained weights from another; it is no proof against a
+    forger. Tensors that are quantised or on the meta device are left out.
     """
     names, dtypes, hashes = [], [], []
     for name, tensor in named_base_tensors(root):
@@ -40,7 +40,8 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
 def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
     """Return what first tells ``root`` from the recorded base, in words, or ``None`` if nothing does.
 
-    Tensors without a fingerprint on either side, and float16 against another dtype (which rounds twice), are not compared.
+    Tensors without a fingerprint on either side, and float16 against another dtype (which rounds twice), are not
+    compared.
     """
     own = fingerprint(root)
     own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))

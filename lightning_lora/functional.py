@@ -1,8 +1,8 @@
 """The tensor math of LoRA: no modules, no process groups.
 
-    x [..., in] ---- W [out, in] frozen ------------- + --> y [..., out]
-         \\                                            |
-          dropout -- A [r, in] -- h [..., r] -- B [out, r] * scaling
+x [..., in] ---- W [out, in] frozen ------------- + --> y [..., out]
+     \\                                            |
+      dropout -- A [r, in] -- h [..., r] -- B [out, r] * scaling
 """
 
 from typing import Any
@@ -153,7 +153,9 @@ class _LoRALinear(torch.autograd.Function):
         grad = grad.reshape(-1, lora_B.shape[0])  # [T, out]
         rows = None if x is None else x.reshape(-1, x.shape[-1])  # [T, in]
         if need_B and torch.is_grad_enabled():
-            h = _down(rows, lora_A, ctx.scaling, ctx.dropout, seed)  # h is a constant to autograd: make it again for a second derivative
+            h = _down(
+                rows, lora_A, ctx.scaling, ctx.dropout, seed
+            )  # h is a constant to autograd: make it again for a second derivative
 
         v = None
         if need_x or need_A:
@@ -204,5 +206,3 @@ def _grad_x(grad: Tensor, weight: Tensor | None, v: Tensor, lora_A: Tensor, mask
     if mask is not None:
         through_adapter = through_adapter.masked_fill(mask, 0)
     return through_adapter if weight is None else torch.mm(grad, weight).add_(through_adapter)
-
-

@@ -43,11 +43,13 @@ def _draw(layer: LoRALayer, generator: torch.Generator | None) -> Tensor:
         return torch.empty(layer.lora_B.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
     # the bound of kaiming_uniform_(a=sqrt(5)), in its order of operations, for equal bits
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(layer.lora_A.shape[1]))
-    return torch.empty(layer.lora_A.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+    return torch.empty(layer.lora_A.shape, dtype=torch.float32, device="cpu").uniform_(
+        -bound, bound, generator=generator
+    )
 
 
 def _as_peft_draws(layer: LoRALayer) -> Tensor:
-    """Draw what PEFT draws, also what it throws away: the default values of two ``nn.Linear`` (or two normal tensors)."""
+    """Draw what PEFT draws, also what it throws away: default values of two ``nn.Linear``, or two normal tensors."""
     (r, in_features), (out_features, _) = layer.lora_A.shape, layer.lora_B.shape
     if isinstance(layer, LoRAEmbedding):
         torch.randn(r, in_features, device="cpu")

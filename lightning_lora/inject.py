@@ -54,7 +54,7 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 
 
 def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
-    """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size, as files may have."""
+    """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size."""
     _check_untouched(model)
     trained_whole = _modules_trained_whole(model, config)
     layers = select_layers(model, config, trained_whole)
@@ -244,7 +244,8 @@ def _check_untouched(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) or injection_of(module) is not None:
             raise ValueError(
-                f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on it first"
+                f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on "
+                "it first"
             )
     peft_layers = sys.modules.get("peft.tuners.tuners_utils")
     if peft_layers is None:
@@ -264,8 +265,9 @@ def _check_rank(name: str, layer: nn.Module, r: int, *, lenient: bool) -> None:
     # a sweep over all linear layers may meet a gate with one output: harmless; a rank above both sizes is a mistake
     if r > (max(sizes) if lenient else min(sizes)):
         raise ValueError(
-            f"r={r} is larger than {name!r}, a {sizes[0]} -> {sizes[1]} {type(layer).__name__}: give it its own rank with "
-            f"rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it out with exclude_modules"
+            f"r={r} is larger than {name!r}, a {sizes[0]} -> {sizes[1]} {type(layer).__name__}: give it its own "
+            f"rank with rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it "
+            "out with exclude_modules"
         )
 
 
@@ -283,9 +285,7 @@ def _keep_off_fused_paths(model: nn.Module, injection: Injection) -> None:
             change(module, "use_nested_tensor", False)
 
 
-def _complete_state_dict(
-    root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a base checkpoint load without adapters, and an adapter checkpoint without the base.
 
     The missing half is filled in with the tensors that are there, only when all of it is missing: one absent adapter

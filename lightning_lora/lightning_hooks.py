@@ -1,8 +1,8 @@
 """The places where Lightning itself has to know about adapters and offers no hook.
 
-Importing the package wraps Fabric's ``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in
-time, and the function behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning
-at most. Each looks for adapters first and is Lightning's own where there are none.
+Importing the package wraps Fabric's ``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no
+callback can reach in time, and the function behind ``LightningModule.load_from_checkpoint``, which would drop adapters
+from a file with a warning at most. Each looks for adapters first and is Lightning's own where there are none.
 """
 
 import functools
@@ -48,7 +48,7 @@ def _has_adapters(value: Any) -> bool:
 
 
 def _adapting(load_state: Any) -> Any:
-    """Return Lightning's ``_load_state(cls, checkpoint, ...)``, which adapts the new module if the file has adapters."""
+    """Return Lightning's ``_load_state(cls, checkpoint, ...)`` that adapts the new module if the file has adapters."""
 
     @functools.wraps(load_state)
     def adapting(cls: type, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

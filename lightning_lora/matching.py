@@ -1,7 +1,8 @@
 """Which modules a config means: PEFT's matching rules, and errors where PEFT is silent.
 
 Names are relative to the adapted model. The rules are those of PEFT 0.21 (``check_target_module_exists``,
-``_maybe_include_all_linear_layers``, ``get_pattern_key``); what differs is that a pattern which hits nothing is an error.
+``_maybe_include_all_linear_layers``, ``get_pattern_key``); what differs is that a pattern which hits nothing is an
+error.
 """
 
 import difflib
@@ -148,7 +149,8 @@ def _check_hits(
             if isinstance(patterns, str) and any(_hits([pattern], name) for name in modules):
                 hint = f"; a string is a regular expression for the whole name: for a suffix write [{pattern!r}]"
             raise ValueError(
-                f"{field} entry {pattern!r} matches no module of {type(model).__name__}{hint or _nearest([pattern], modules)}"
+                f"{field} entry {pattern!r} matches no module of "
+                f"{type(model).__name__}{hint or _nearest([pattern], modules)}"
             )
 
 
@@ -164,13 +166,14 @@ def _check_kind(name: str, module: nn.Module) -> None:
     mixin = mixin_for(module)
     if mixin is None:
         raise ValueError(
-            f"{name!r} is a {kind}, which cannot be adapted: linear layers and embeddings can. To train it whole, name it in "
-            "modules_to_save; to leave it, narrow target_modules or use exclude_modules. Other kinds: lightning_lora.layers.register"
+            f"{name!r} is a {kind}, which cannot be adapted: linear layers and embeddings can. To train it whole, "
+            "name it in modules_to_save; to leave it, narrow target_modules or use exclude_modules. Other kinds: "
+            "lightning_lora.layers.register"
         )
     if "forward" in module.__dict__:
         raise ValueError(
-            f"{name!r} has a forward of its own on the instance (accelerate's hooks do this), which would bypass the adapter; "
-            "remove it first: accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            f"{name!r} has a forward of its own on the instance (accelerate's hooks do this), which would bypass "
+            "the adapter; remove it first: accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
     try:
         mixin.check(module)

@@ -20,9 +20,9 @@ from lightning_lora.layers import LoRALayer
 def merge(model: nn.Module, remove: bool = False) -> nn.Module:
     """Add every adapter to its base weight in place: ``W += scaling * B A`` (Hu et al. 2021, sec. 4.1).
 
-    The sum is taken in float32 or wider and rounded once to the weight's dtype. The weights as they were are kept on CPU,
-    one copy of every adapted weight, so that :func:`unmerge` gives them back bit for bit. A merged model is the base
-    class's own code, at its speed. Merging what is merged does nothing.
+    The sum is taken in float32 or wider and rounded once to the weight's dtype. The weights as they were are kept on
+    CPU, one copy of every adapted weight, so that :func:`unmerge` gives them back bit for bit. A merged model is the
+    base class's own code, at its speed. Merging what is merged does nothing.
 
     Args:
         model: the adapted model, or a module around it.
@@ -147,8 +147,8 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
             raise ValueError(f"cannot merge {name!r}: its adapter holds NaN or infinity (a diverged run?)")
         if not layer.merge_is_exact():
             raise ValueError(
-                f"cannot merge {name!r}: {layer.lora_base_class.__name__} has a forward of its own, in which a changed weight "
-                "does not give the output that base plus adapter gives"
+                f"cannot merge {name!r}: {layer.lora_base_class.__name__} has a forward of its own, in which a "
+                "changed weight does not give the output that base plus adapter gives"
             )
 
 

@@ -202,7 +202,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in directory.iterdir())) if directory.is_dir() else "no such directory"
-        raise FileNotFoundError(f"{directory} is not an adapter directory: it has no {CONFIG_NAME} ({there or 'it is empty'})")
+        raise FileNotFoundError(
+            f"{directory} is not an adapter directory: it has no {CONFIG_NAME} ({there or 'it is empty'})"
+        )
     try:
         config = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
@@ -216,8 +218,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     init = config.get("init_lora_weights", True)
     if init not in _RELATIVE_TO_BASE:
         raise ValueError(
-            f"{path} was trained with init_lora_weights={init!r}, which changes the base weights: its tensors belong to that changed "
-            "base. Save it from PEFT with path_initial_model_for_weight_conversion to get an adapter for the original base"
+            f"{path} was trained with init_lora_weights={init!r}, which changes the base weights: its tensors "
+            "belong to that changed base. Save it from PEFT with path_initial_model_for_weight_conversion to get "
+            "an adapter for the original base"
         )
     for name in ("r", "lora_alpha", "target_modules"):
         if config.get(name) is None:
@@ -234,7 +237,9 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
             tensors = torch.load(legacy, map_location="cpu", weights_only=True)
             return dict(tensors)
     except Exception as error:
-        raise ValueError(f"{path if path.is_file() else legacy} is damaged or holds more than tensors: {error}") from error
+        raise ValueError(
+            f"{path if path.is_file() else legacy} is damaged or holds more than tensors: {error}"
+        ) from error
     raise FileNotFoundError(f"{directory} has neither {WEIGHTS_NAME} nor {LEGACY_WEIGHTS_NAME}")
 
 
@@ -259,21 +264,22 @@ def _sort_tensors(tensors: Mapping[str, Tensor], directory: Path) -> _Adapter:
             raise ValueError(f"{directory}: {layer!r} has only lora_{next(iter(pair))}")
         if pair["A"].ndim != 2 or pair["B"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
             raise ValueError(
-                f"{directory}: A {tuple(pair['A'].shape)} and B {tuple(pair['B'].shape)} of {layer!r} are no [r, in] and [out, r]"
+                f"{directory}: A {tuple(pair['A'].shape)} and B {tuple(pair['B'].shape)} of {layer!r} are no [r, "
+                "in] and [out, r]"
             )
     return adapter
 
 
-def _config_for(
-    model: nn.Module, peft_config: Mapping[str, Any], adapter: _Adapter, directory: Path
-) -> LoRAConfig:
+def _config_for(model: nn.Module, peft_config: Mapping[str, Any], adapter: _Adapter, directory: Path) -> LoRAConfig:
     """Return our config for a directory, after checking that its tensors fit the model."""
     modules = {clean_name(name): module for name, module in model.named_modules()}
     for layer, pair in adapter.factors.items():
         mixin = mixin_for(modules[layer]) if layer in modules else None
         if mixin is None:
             kind = type(modules[layer]).__name__ if layer in modules else "missing"
-            raise ValueError(f"{directory} adapts {layer!r}, which is {kind} in {type(model).__name__}: another base model?")
+            raise ValueError(
+                f"{directory} adapts {layer!r}, which is {kind} in {type(model).__name__}: another base model?"
+            )
         shapes = (pair["A"].shape[1], pair["B"].shape[0])
         if shapes != mixin.features(modules[layer]):
             raise ValueError(
@@ -282,16 +288,13 @@ def _config_for(
             )
     _check_trained(model, adapter, directory)
 
-    patterns = {"rank_pattern": dict(peft_config.get("rank_pattern") or {})}
-    patterns["alpha_pattern"] = dict(peft_config.get("alpha_pattern") or {})
-    for which, values in patterns.items():
-        used = {k: v for k, v in values.items() if any(re.match(rf"(.*\.)?({k})$", name) for name in adapter.factors)}
-        patterns[which] = used
+    rank_pattern: dict[str, int] = _live_patterns(peft_config.get("rank_pattern"), adapter)
+    alpha_pattern: dict[str, float] = _live_patterns(peft_config.get("alpha_pattern"), adapter)
     # the tensors know the ranks; patterns that PEFT wrote in another order than it applied them do not
     r = int(peft_config["r"])
     ranks = {layer: pair["A"].shape[0] for layer, pair in adapter.factors.items()}
-    if any(pattern_value(patterns["rank_pattern"], layer, r) != rank for layer, rank in ranks.items()):
-        patterns["rank_pattern"] = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != r}
+    if any(pattern_value(rank_pattern, layer, r) != rank for layer, rank in ranks.items()):
+        rank_pattern = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != r}
     trained_modules = _trained_modules(peft_config, adapter, modules)
     config = LoRAConfig(
         r=r,
@@ -305,14 +308,16 @@ def _config_for(
         layers_to_transform=peft_config.get("layers_to_transform"),
         layers_pattern=peft_config.get("layers_pattern") or None,
         adapter_dtype="float64" if any(p["A"].dtype == torch.float64 for p in adapter.factors.values()) else "float32",
-        **patterns,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
     )
     described = set(select_layers(model, config, trained_modules))
     if described != set(adapter.factors):
         without, undescribed = sorted(described - set(adapter.factors)), sorted(set(adapter.factors) - described)
         raise ValueError(
-            f"{directory}: config and tensors disagree: no tensors for {without[:3]} ({len(without)} layers), tensors that the config "
-            f"does not describe for {undescribed[:3]} ({len(undescribed)} layers). Is a file damaged, or from another model?"
+            f"{directory}: config and tensors disagree: no tensors for {without[:3]} ({len(without)} layers), "
+            f"tensors that the config does not describe for {undescribed[:3]} ({len(undescribed)} layers). Is a "
+            "file damaged, or from another model?"
         )
     return config
 
@@ -324,22 +329,31 @@ def _check_trained(model: nn.Module, adapter: _Adapter, directory: Path) -> None
         if name not in own:
             raise ValueError(f"{directory} holds {name!r}, which {type(model).__name__} lacks: another base model?")
         if value.shape != own[name].shape:
-            raise ValueError(f"{directory} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}")
+            raise ValueError(
+                f"{directory} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}"
+            )
     for name, value in adapter.base.items():
         if own[name].device.type != "meta" and not torch.equal(value.bfloat16(), own[name].detach().cpu().bfloat16()):
             raise ValueError(
-                f"{directory} brings its own base tensor {name!r}, which differs from the model's (a resized or trained embedding): load "
-                "that base first"
+                f"{directory} brings its own base tensor {name!r}, which differs from the model's (a resized or "
+                "trained embedding): load that base first"
             )
 
 
-def _trained_modules(
-    peft_config: Mapping[str, Any], adapter: _Adapter, modules: Mapping[str, nn.Module]
-) -> list[str]:
+def _trained_modules(peft_config: Mapping[str, Any], adapter: _Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the modules that PEFT's ``modules_to_save`` means here and the directory has tensors for."""
     entries = peft_config.get("modules_to_save") or []
     found = [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
     return [name for name in found if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
+
+
+def _live_patterns(patterns: Any, adapter: _Adapter) -> dict[str, Any]:
+    """Return the patterns that match an adapted layer; PEFT ignores the others."""
+    return {
+        key: value
+        for key, value in (patterns or {}).items()
+        if any(re.match(rf"(.*\.)?({key})$", name) for name in adapter.factors)
+    }
 
 
 def _live(targets: Any, modules: Mapping[str, nn.Module]) -> Any:

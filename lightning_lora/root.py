@@ -41,7 +41,7 @@ def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modul
             found[name] = child
     if len(found) > 1:
         names = ", ".join(f"{name} ({type(child).__name__})" for name, child in found.items())
-        raise ValueError(f"{type(module).__name__} holds several pretrained models: {names}. Choose with module=\"name\"")
+        raise ValueError(f'{type(module).__name__} holds several pretrained models: {names}. Choose with module="name"')
     return next(iter(found.items())) if found else ("", module)
 
 

@@ -66,7 +66,7 @@ def test_second_fit_and_second_trainer_go_on_from_where_they_were(tmp_path: Path
     module = LanguageModule()
     run = trainer(tmp_path, LoRACallback(r=4))
     run.fit(module, loader())
-    before = {name: p for name, p in named_adapter_parameters(module)}
+    before = dict(named_adapter_parameters(module))
     trainer(tmp_path, LoRACallback(r=4)).fit(module, loader())
     after = dict(named_adapter_parameters(module))
     assert all(after[name] is before[name] for name in before)
@@ -132,7 +132,9 @@ def test_two_optimizers_and_manual_optimization_train_all_adapters(tmp_path: Pat
     twin = Manual()
     trainer(tmp_path, LoRACallback(r=4), max_epochs=2).fit(twin, loader(), ckpt_path=tmp_path / "manual.ckpt")
     assert twin.losses[0] < module.losses[0]
-    assert torch.load(tmp_path / "manual.ckpt", weights_only=True)["lightning_lora"]["optimizers"][0][0][0].endswith("A")
+    assert torch.load(tmp_path / "manual.ckpt", weights_only=True)["lightning_lora"]["optimizers"][0][0][0].endswith(
+        "A"
+    )
 
 
 def test_what_lies_outside_the_root_trains_and_is_saved(tmp_path: Path) -> None:
@@ -233,7 +235,9 @@ def test_idle_adapters_are_named_after_the_first_step(tmp_path: Path, strict: bo
             return self.model.model.layers[0].mlp(self.model.model.embed_tokens(batch)).square().mean()
 
     run = trainer(tmp_path, LoRACallback(r=4, strict_idle=strict))
-    context = pytest.raises(ValueError, match="11 adapted layers") if strict else pytest.warns(match="11 adapted layers")
+    context = (
+        pytest.raises(ValueError, match="11 adapted layers") if strict else pytest.warns(match="11 adapted layers")
+    )
     with context:
         run.fit(Partial(), loader())
 
@@ -291,7 +295,7 @@ class TestCompany:
         run = trainer(tmp_path, LoRACallback(r=4))
         run._accelerator_connector.strategy = strategy()
         module = LanguageModule()
-        with pytest.raises(ValueError, match=f"{strategy.__name__} is not supported: .* Use strategy=\"auto\" or \"ddp\""):
+        with pytest.raises(ValueError, match=f"{strategy.__name__} is not supported: .* Use strategy='auto' or 'ddp'"):
             LoRACallback(r=4).setup(run, module, "fit")
         assert not any(isinstance(m, LoRALayer) for m in module.modules())
 

@@ -53,7 +53,9 @@ def test_file_holds_what_trains_and_how_it_was_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_no_way_of_saving_writes_the_base(tmp_path: Path, weights_only: bool) -> None:
-    callback = ModelCheckpoint(tmp_path / "top", monitor="val_loss", save_top_k=1, save_last=True, save_weights_only=weights_only)
+    callback = ModelCheckpoint(
+        tmp_path / "top", monitor="val_loss", save_top_k=1, save_last=True, save_weights_only=weights_only
+    )
     run = trainer(tmp_path, LoRACallback(r=4), callback, max_epochs=2)
     run.fit(LanguageModule(), loader(), loader())
     run.save_checkpoint(tmp_path / "by_hand.ckpt", weights_only=weights_only)
@@ -79,7 +81,9 @@ class TestResume:
     """A run that stopped and resumed equals one that never stopped, bit for bit."""
 
     @staticmethod
-    def run(directory: Path, max_epochs: int, make_loader: Callable[[], Any], ckpt_path: Path | None = None, **lora: Any):
+    def run(
+        directory: Path, max_epochs: int, make_loader: Callable[[], Any], ckpt_path: Path | None = None, **lora: Any
+    ):
         pl.seed_everything(7 if ckpt_path is None else 1234, verbose=False)  # the resumed process starts elsewhere
         module = LanguageModule(dropout=0.1)
         every = {"every_n_train_steps": 3} if lora.pop("mid_epoch", False) else {}
@@ -124,7 +128,12 @@ class TestResume:
         def run(ckpt_path: Path | None = None):
             module = LanguageModule()
             one = trainer(
-                tmp_path, LoRACallback(r=4), epochs(tmp_path), max_epochs=2, accumulate_grad_batches=2, gradient_clip_val=0.1
+                tmp_path,
+                LoRACallback(r=4),
+                epochs(tmp_path),
+                max_epochs=2,
+                accumulate_grad_batches=2,
+                gradient_clip_val=0.1,
             )
             one.fit(module, loader(), ckpt_path=ckpt_path)
             return module
@@ -157,7 +166,9 @@ class TestResume:
                 return torch.optim.AdamW([{"params": a}, {"params": b}])
 
         with pytest.raises(ValueError, match=r"sizes of groups \[28\] there, \[14, 14\] here"):
-            trainer(tmp_path, LoRACallback(r=4), max_epochs=2).fit(Grouped(), loader(), ckpt_path=tmp_path / "last.ckpt")
+            trainer(tmp_path, LoRACallback(r=4), max_epochs=2).fit(
+                Grouped(), loader(), ckpt_path=tmp_path / "last.ckpt"
+            )
 
     def test_weights_only_file_cannot_resume_but_warm_starts(self, tmp_path: Path) -> None:
         run, module = fitted(tmp_path)
@@ -234,7 +245,9 @@ class TestRefusals:
     """Each ends in one clear error, and the model is what it was."""
 
     @staticmethod
-    def refuse(directory: Path, path: Path, match: str, module: Any = None, error: type = ValueError, **lora: Any) -> None:
+    def refuse(
+        directory: Path, path: Path, match: str, module: Any = None, error: type = ValueError, **lora: Any
+    ) -> None:
         module = module or LanguageModule()
         run = trainer(directory, LoRACallback(**{"r": 4, **lora}))
         with pytest.raises(error, match=match):
@@ -274,7 +287,11 @@ class TestRefusals:
         else:
             saved["state_dict"][name] = torch.zeros(3, 3)
         torch.save(saved, tmp_path / "bad.ckpt")
-        match = {"missing": "missing in the file", "unexpected": "'model.nowhere' not in the model", "shape": r"has \(3, 3\)"}
+        match = {
+            "missing": "missing in the file",
+            "unexpected": "'model.nowhere' not in the model",
+            "shape": r"has \(3, 3\)",
+        }
         self.refuse(tmp_path, tmp_path / "bad.ckpt", match[change])
 
     @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
@@ -347,8 +364,12 @@ class TestAtomicity:
     def test_a_full_disk_leaves_the_former_file_and_no_litter(self, tmp_path: Path, monkeypatch) -> None:
         path = tmp_path / "last.ckpt"
         write_atomically(path, b"former")
-        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(OSError, match=r"cannot write 3 bytes to .*last.ckpt: No space left on device; a former file"):
+        monkeypatch.setattr(
+            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        )
+        with pytest.raises(
+            OSError, match=r"cannot write 3 bytes to .*last.ckpt: No space left on device; a former file"
+        ):
             write_atomically(path, b"new")
         assert path.read_bytes() == b"former"
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

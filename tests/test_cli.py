@@ -28,8 +28,6 @@ trainer:
 """
 
 
-
-
 def command(directory: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> LightningCLI:
     class Module(LanguageModule):
         def train_dataloader(self):

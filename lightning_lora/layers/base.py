@@ -1,11 +1,10 @@
 """What every adapted layer is: :class:`LoRALayer`, and how a layer becomes one and stops being one.
 
-A layer is adapted in place. Its class is swapped for a made class ``LoRA<Base>(mixin, Base)``, and it gains the parameters
-``lora_A`` and ``lora_B``; names, hooks, ties and tensors of the base stay what they were.
+A layer is adapted in place. Its class is swapped for a made class ``LoRA<Base>(mixin, Base)``, and it gains the
+parameters ``lora_A`` and ``lora_B``; names, hooks, ties and tensors of the base stay what they were.
 """
 
 import copyreg
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -92,7 +91,7 @@ class LoRALayer(nn.Module):
         # cannot empty it and a conversion to half precision cannot narrow it
         adapter = {name: self._parameters.pop(name) for name in self.adapter_names}
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters.update(adapter)
         for parameter in adapter.values():
@@ -111,7 +110,8 @@ class LoRALayer(nn.Module):
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the made class has no importable name: pickle and deepcopy make it again from its two parents
-        function, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        function, arguments, *state = reduced
         assert function is copyreg.__newobj__, function  # type: ignore[attr-defined]  # missing in the stubs
         mixin, base = type(self).__bases__
         return (_new_layer, (mixin, base, *arguments[1:]), *state)
@@ -121,11 +121,15 @@ class LoRALayer(nn.Module):
         return f"{super().extra_repr()}, r={self.r}, scaling={self.lora_scaling:g}"
 
 
-@functools.cache
+_MADE_CLASSES: dict[tuple[type[LoRALayer], type[nn.Module]], type[LoRALayer]] = {}
+
+
 def lora_class(mixin: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
     """Return the class ``LoRA<Base>(mixin, Base)``, the same object on every call."""
-    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_base_class": base}
-    return type(f"LoRA{base.__name__}", (mixin, base), namespace)
+    if (mixin, base) not in _MADE_CLASSES:
+        namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_base_class": base}
+        _MADE_CLASSES[mixin, base] = type(f"LoRA{base.__name__}", (mixin, base), namespace)
+    return _MADE_CLASSES[mixin, base]
 
 
 def adapt(

@@ -73,7 +73,7 @@ class LoRAConv1D(LoRALinear):
     @classmethod
     @override
     def features(cls, layer: nn.Module) -> tuple[int, int]:
-        in_features, out_features = layer.weight.shape  # type: ignore[union-attr]
+        in_features, out_features = layer.get_parameter("weight").shape
         return int(in_features), int(out_features)
 
     @override

@@ -1,8 +1,7 @@
 """Batch normalisation of a frozen base: its running statistics stay put, in training too."""
 
-import functools
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,9 +23,10 @@ class FrozenStatistics(nn.Module):
         return super().train(False)
 
     @override
-    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        _, arguments, *state = super().__reduce_ex__(2)  # type: ignore[misc]
-        return (_new_frozen, (self.frozen_base_class, *arguments[1:]), *state)  # type: ignore[has-type]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        _, arguments, *state = reduced
+        return (_new_frozen, (self.frozen_base_class, *arguments[1:]), *state)
 
 
 def freeze_statistics(model: nn.Module, trained_whole: Sequence[str]) -> None:
@@ -34,11 +34,12 @@ def freeze_statistics(model: nn.Module, trained_whole: Sequence[str]) -> None:
     for name, module in model.named_modules():
         clean = clean_name(name)
         inside = any(clean == whole or clean.startswith(f"{whole}.") for whole in trained_whole)
-        if isinstance(module, _BatchNorm) and not isinstance(module, FrozenStatistics) and not inside:
-            if module.running_mean is not None:
-                module.lora_was_training = module.training  # type: ignore[assignment]  # a plain attribute
-                module.__class__ = _frozen_class(type(module))
-                module.train(False)
+        if inside or isinstance(module, FrozenStatistics):
+            continue
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            module.lora_was_training = module.training  # type: ignore[assignment]  # a plain attribute
+            module.__class__ = _frozen_class(type(module))  # type: ignore[assignment]  # the class swap
+            module.train(False)
 
 
 def unfreeze_statistics(model: nn.Module) -> None:
@@ -50,10 +51,14 @@ def unfreeze_statistics(model: nn.Module) -> None:
             module.train(was_training)
 
 
-@functools.cache
+_MADE_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _frozen_class(base: type[nn.Module]) -> type[nn.Module]:
-    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "frozen_base_class": base}
-    return type(f"Frozen{base.__name__}", (FrozenStatistics, base), namespace)
+    if base not in _MADE_CLASSES:
+        namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "frozen_base_class": base}
+        _MADE_CLASSES[base] = type(f"Frozen{base.__name__}", (FrozenStatistics, base), namespace)
+    return _MADE_CLASSES[base]
 
 
 def _new_frozen(base: type[nn.Module], *arguments: object) -> nn.Module:

@@ -1,7 +1,8 @@
 """Adapter-only save and load for Lightning's own strategies, which are adopted in place.
 
-``adopt`` swaps a strategy's class for ``LoRA<Strategy>(AdapterOnly, <Strategy>)``: what it did before it still does, but its
-checkpoints hold the adapters and whatever else trains, and loading checks a file in full before anything is copied.
+``adopt`` swaps a strategy's class for ``LoRA<Strategy>(AdapterOnly, <Strategy>)``: what it did before it still does,
+but its checkpoints hold the adapters and whatever else trains, and loading checks a file in full before anything is
+copied.
 """
 
 import functools
@@ -15,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -90,8 +91,8 @@ class AdapterOnly(Strategy):
         fitting = module.trainer.state.fn == TrainerFn.FITTING
         if fitting and ("optimizer_states" not in checkpoint or "loops" not in checkpoint):
             raise ValueError(
-                f"{checkpoint_path} holds adapters but no optimizer and loop state (save_weights_only, or written by Fabric or plain "
-                "torch), so no run can go on from it exactly. To start a new run from its weights: "
+                f"{checkpoint_path} holds adapters but no optimizer and loop state (save_weights_only, or written "
+                "by Fabric or plain torch), so no run can go on from it exactly. To start a new run from its weights: "
                 f"LoRACallback(init_from={str(checkpoint_path)!r})"
             )
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
@@ -99,9 +100,10 @@ class AdapterOnly(Strategy):
         self._loaded, self._loaded_from = checkpoint, checkpoint_path
         self._random_states = checkpoint[SECTION].get("random_states") if fitting else None
         if self._random_states is not None and len(self._random_states) != self._num_ranks():
-            pl.utilities.rank_zero.rank_zero_info(
-                f"{checkpoint_path} was written by {len(self._random_states)} processes, this run has {self._num_ranks()}: random states "
-                "are not restored, so shuffling and dropout differ from an uninterrupted run"
+            rank_zero_info(
+                f"{checkpoint_path} was written by {len(self._random_states)} processes, this run has "
+                f"{self._num_ranks()}: random states are not restored, so shuffling and dropout differ from an "
+                "uninterrupted run"
             )
             self._random_states = None
         return checkpoint
@@ -124,7 +126,8 @@ class AdapterOnly(Strategy):
         saved = section_of(checkpoint, self._loaded_from)["optimizers"]
         if len(saved) != len(self.optimizers):
             raise ValueError(
-                f"{self._loaded_from} holds the state of {len(saved)} optimizers, configure_optimizers returned {len(self.optimizers)}"
+                f"{self._loaded_from} holds the state of {len(saved)} optimizers, configure_optimizers returned "
+                f"{len(self.optimizers)}"
             )
         adapters = section_of(checkpoint, self._loaded_from)["adapters"]
         rename = renaming(checkpoint, module, self._loaded_from, adapters[0]["state_key"])
@@ -155,7 +158,7 @@ class AdapterOnly(Strategy):
     def restore_random_state(self) -> None:
         """Put this rank's random generators where the loaded checkpoint left them; without one do nothing."""
         if self._random_states is not None:
-            random_state.restore(self._random_states[self.global_rank if self._num_ranks() > 1 else 0])
+            random_state.restore(self._random_states[int(getattr(self, "global_rank", 0))])
 
     def forget_random_state(self) -> None:
         """Restore random states no more: the resumed run is under way."""
@@ -203,8 +206,8 @@ def adopted_class(mixin: type[Any], base: type[Any]) -> type[Any]:
 def unsupported(name: str) -> str:
     """Return the error for a strategy that cannot keep adapter checkpoints exact."""
     return (
-        f"{name} is not supported: its checkpoints would hold the base or lose the adapters. Use strategy=\"auto\" or \"ddp\" "
-        "(every rank holds the frozen base, and only the adapters' gradients are exchanged)"
+        f"{name} is not supported: its checkpoints would hold the base or lose the adapters. Use strategy='auto' or "
+        "'ddp' (every rank holds the frozen base, and only the adapters' gradients are exchanged)"
     )
 
 
@@ -213,5 +216,3 @@ def peft_directory(filepath: Any, path: str = "") -> Path:
     stem = os.fspath(filepath).removesuffix(".ckpt")
     directory = Path(f"{stem}-peft")
     return directory / path if path else directory
-
-

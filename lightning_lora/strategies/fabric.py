@@ -50,7 +50,9 @@ class FabricAdapterOnly(Strategy):
         if modules:
             section = merge_sections([describe(module, key) for key, module in modules.items()])
             section["optimizers"] = {
-                key: parameter_names(value, _owner(value, modules)) for key, value in state.items() if isinstance(value, Optimizer)
+                key: parameter_names(value, _owner(value, modules))
+                for key, value in state.items()
+                if isinstance(value, Optimizer)
             }
             state = {**state, **{key: trained_tensors(module) for key, module in modules.items()}, SECTION: section}
         super().save_checkpoint(path, state, storage_options, filter)
@@ -74,7 +76,9 @@ class FabricAdapterOnly(Strategy):
         others = [key for key in state if key not in modules and key not in optimizer_states]
         absent = [key for key in others if key not in checkpoint]
         if strict and absent:
-            raise KeyError(f"{path} has no {absent[0]!r}, which the state asks for; to go on without it, pass strict=False")
+            raise KeyError(
+                f"{path} has no {absent[0]!r}, which the state asks for; to go on without it, pass strict=False"
+            )
 
         for key, module in modules.items():
             copy_tensors(tensors[key], module)
@@ -157,7 +161,7 @@ def _state_key(section: dict[str, Any], key: str, modules: dict[str, nn.Module],
     if key in keys:
         return key
     if len(keys) == 1 == len(modules):
-        return next(iter(keys))
+        return str(next(iter(keys)))
     raise KeyError(f"{path} has no adapted model {key!r}; it has {sorted(keys)}")
 
 
@@ -171,4 +175,6 @@ def _owner(optimizer: Optimizer, modules: dict[str, nn.Module]) -> nn.Module:
     for module in modules.values():
         if held <= {id(parameter) for parameter in module.parameters()}:
             return module
-    raise ValueError("an optimizer in the state holds parameters that are in none of its adapted modules: save it apart")
+    raise ValueError(
+        "an optimizer in the state holds parameters that are in none of its adapted modules: save it apart"
+    )

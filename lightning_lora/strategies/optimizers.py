@@ -33,17 +33,17 @@ def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> No
         adapters = dict(named_adapter_parameters(root))
         if not any(parameter.requires_grad for parameter in adapters.values()):
             raise ValueError(
-                "all adapters are frozen. Another callback, such as BaseFinetuning, froze them after they were put in: list "
-                "LoRACallback after it"
+                "all adapters are frozen. Another callback, such as BaseFinetuning, froze them after they were "
+                "put in: list LoRACallback after it"
             )
         wanted |= adapters | named_trained_whole(root)
     missing = [name for name, parameter in wanted.items() if parameter.requires_grad and id(parameter) not in held]
     if missing:
         some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} trainable tensors of the adapters are in no optimizer and would never change: {some}. "
-            "Build the optimizer in configure_optimizers (not in __init__, when there were no adapters yet), from "
-            "[p for p in self.parameters() if p.requires_grad]"
+            f"{len(missing)} of {len(wanted)} trainable tensors of the adapters are in no optimizer and would "
+            f"never change: {some}. Build the optimizer in configure_optimizers (not in __init__, when there were "
+            "no adapters yet), from [p for p in self.parameters() if p.requires_grad]"
         )
 
 
@@ -72,9 +72,10 @@ def match_by_name(
         gone = sorted({n for g in theirs for n in g} - {n for g in own_names for n in g})[:3]
         new = sorted({n for g in own_names for n in g} - {n for g in theirs for n in g})[:3]
         raise ValueError(
-            f"the optimizer state in {source} is for other parameters or groups: sizes of groups {[len(g) for g in theirs]} there, "
-            f"{[len(g) for g in own_names]} here; only there {gone}, only here {new}. Resume with the configure_optimizers that "
-            "the file was written with, or warm-start with LoRACallback(init_from=...)"
+            f"the optimizer state in {source} is for other parameters or groups: sizes of groups "
+            f"{[len(g) for g in theirs]} there, {[len(g) for g in own_names]} here; only there {gone}, only here "
+            f"{new}. Resume with the configure_optimizers that the file was written with, or warm-start with "
+            "LoRACallback(init_from=...)"
         )
     ids = {
         name: saved_id

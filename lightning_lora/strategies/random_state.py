@@ -9,7 +9,8 @@ import torch
 
 def collect() -> dict[str, Any]:
     """Return the states of torch (CPU and every CUDA device), numpy and ``random``."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)  # a tuple; the annotation also allows a dict
+    kind, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),

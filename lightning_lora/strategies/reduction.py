@@ -1,8 +1,8 @@
 """Reducing the adapters' gradients under DDP: one all-reduce per step, in an order that never changes.
 
-DDP sorts its buckets anew after its first backward, by the order in which gradients came. A ring all-reduce sums in an order
-that depends on a number's place in the bucket, so a run that resumed would differ in the last bit from one that never
-stopped. Here all gradients share a bucket, and are summed in the order of the model's parameters.
+DDP sorts its buckets anew after its first backward, by the order in which gradients came. A ring all-reduce sums in an
+order that depends on a number's place in the bucket, so a run that resumed would differ in the last bit from one that
+never stopped. Here all gradients share a bucket, and are summed in the order of the model's parameters.
 """
 
 import weakref
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import GradBucket
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 # adapters are tens of megabytes; a head or an embedding that trains whole may be more
@@ -37,7 +37,7 @@ def _mean_in_order(state: tuple[dict[int, int], Any], bucket: GradBucket) -> tor
     parameters, gradients = bucket.parameters(), bucket.gradients()
     fixed = sorted(range(len(parameters)), key=lambda index: order[id(parameters[index])])
     flat = torch.cat([gradients[index].reshape(-1) for index in fixed]).div_(group.size())
-    future = torch.distributed.all_reduce(flat, group=group, async_op=True).get_future()
+    future: torch.futures.Future[Any] = torch.distributed.all_reduce(flat, group=group, async_op=True).get_future()
 
     def put_back(_: Any) -> Tensor:
         pieces = flat.split([gradients[index].numel() for index in fixed])
