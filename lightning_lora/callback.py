@@ -146,6 +146,7 @@ class LoRACallback(Callback):
                 "the adapters are merged into the base weights and cannot train: call unmerge(model) first"
             )
         _check_hyperparameters(pl_module)
+        _let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
         values = {
@@ -332,6 +333,17 @@ def _adapt_from_checkpoint(pl_module: nn.Module, root: nn.Module, config: LoRACo
         remove(root)
         raise
     copy_tensors(tensors, pl_module)
+
+
+def _let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
+    """Make the output of frozen embeddings require grad where transformers checkpoints its blocks reentrantly.
+
+    A reentrant checkpoint whose input needs no gradient gives its parameters none.
+    """
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in root.modules()]
+    reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
+    if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
+        enable()
 
 
 def _check_hyperparameters(pl_module: "pl.LightningModule") -> None:

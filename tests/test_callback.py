@@ -428,3 +428,23 @@ class TestCompany:
 
         with pytest.raises(TypeError, match="import lightning.pytorch as pl"):
             run.fit(Module(), loader())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, use_reentrant: bool) -> None:
+    class Checkpointed(LanguageModule):
+        def __init__(self, checkpointing: bool) -> None:
+            super().__init__()
+            if checkpointing:
+                self.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+
+        def on_before_optimizer_step(self, optimizer):
+            self.gradients = {name: p.grad.clone() for name, p in named_adapter_parameters(self)}
+
+    runs = []
+    for checkpointing in (False, True):
+        pl.seed_everything(0, verbose=False)
+        module = Checkpointed(checkpointing)
+        trainer(tmp_path, LoRACallback(r=4, dropout=0.3), max_steps=1).fit(module, loader())
+        runs.append(module.gradients)
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)

@@ -1,0 +1,56 @@
+# For a fresh clone: `make quickstart` and `make test`. Before a commit: `make check`.
+# PYTHON chooses the interpreter of a new environment; PIP_ARGS and PYTEST_ARGS are handed on.
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+QUICKSTART_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+.PHONY: help venv quickstart test format lint types versions check clean
+
+help:
+	@echo "make quickstart  fine-tune SmolLM2-135M to write dictionary definitions, in about two minutes"
+	@echo "make test        run the tests"
+	@echo "make check       what every commit passes: format, lint, types, versions, tests"
+	@echo "make format      rewrite the code in the project's format"
+	@echo "make clean       remove caches and example outputs; the environment and the model stay"
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (1.5 GB, a minute or two)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev,examples]"
+	@touch $@
+
+quickstart: $(INSTALLED)
+	@$(BIN)/python examples/quickstart.py $(QUICKSTART_ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy --strict lightning_lora
+
+versions:
+	@grep -q '^__version__ = "$(VERSION)"' lightning_lora/__init__.py || \
+	  { echo "lightning_lora.__version__ is not pyproject.toml's $(VERSION)"; exit 1; }
+	@grep -q '^## \[$(VERSION)\]' CHANGELOG.md || { echo "CHANGELOG.md has no section [$(VERSION)]"; exit 1; }
+
+check: lint types versions test
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info examples/outputs
+	find lightning_lora tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
