@@ -1,0 +1,348 @@
+"""Against PEFT itself: starting values, logits, gradients, key sets, files in both directions, damaged files."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, inject, load_peft, merge, named_adapter_parameters, save_peft
+from lightning_lora.layers import LoRALayer
+from tests import models
+
+# other order of float32 operations in the adapter's term: a few units in the last place of the logits
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
+    "llama": (models.llama, {}, {"target_modules": "all-linear"}),
+    "llama tied": (lambda: models.llama(tied=True), {}, {"target_modules": "all-linear"}),
+    "qwen3": (models.qwen3, {"target_modules": ["q_proj", "down_proj"]}, {"target_modules": ["q_proj", "down_proj"]}),
+    "gpt2": (
+        models.gpt2,
+        {"target_modules": ["c_attn", "c_proj"]},
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    ),
+    "bert classifier": (models.bert_classifier, {}, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "embedding": (
+        models.llama,
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ),
+    "patterns": (
+        models.llama,
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.\w+": 6}, "alpha_pattern": {"v_proj": 3}, "alpha": 8},
+        {
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.\w+": 6},
+            "alpha_pattern": {"v_proj": 3},
+        },
+    ),
+    "rslora": (models.llama, {"use_rslora": True, "alpha": 8}, {"target_modules": "all-linear", "use_rslora": True}),
+    "bias of adapted layers": (
+        models.gpt2,
+        {"target_modules": ["c_attn"], "bias": "lora_only"},
+        {"target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True},
+    ),
+    "all biases": (
+        models.gpt2,
+        {"target_modules": ["c_attn"], "bias": "all"},
+        {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True},
+    ),
+    "head trains whole": (
+        models.llama,
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+}
+
+
+def ours(case: str, **settings: Any) -> nn.Module:
+    build, config, _ = CASES[case]
+    return inject(build(), LoRAConfig(**{"r": 4, "alpha": 8, **config, **settings})).eval()
+
+
+def theirs(case: str) -> Any:
+    build, _, config = CASES[case]
+    return peft.get_peft_model(build(), peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **config})).eval()
+
+
+def give_values(model: nn.Module, seed: int = 3) -> None:
+    """Change everything that trains, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_peft_reads_ours_without_a_warning_and_gives_equal_logits(case: str, tmp_path: Path) -> None:
+    model = ours(case)
+    give_values(model)
+    save_peft(model, tmp_path)
+    theirs_again = peft.PeftModel.from_pretrained(CASES[case][0](), tmp_path).eval()  # a warning is an error here
+    ids = models.token_ids()
+    torch.testing.assert_close(theirs_again(ids).logits, model(ids).logits, **CLOSE)
+
+
+def test_we_read_pefts_and_give_equal_logits(case: str, tmp_path: Path) -> None:
+    model = theirs(case)
+    give_values(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it adds the base embedding to the file
+        model.save_pretrained(tmp_path)
+    again = load_peft(CASES[case][0](), tmp_path).eval()
+    ids = models.token_ids()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, **CLOSE)
+
+
+def test_key_sets_are_pefts_own(case: str, tmp_path: Path) -> None:
+    theirs(case).save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    save_peft(ours(case), tmp_path / "ours")
+    keys = [set(safetensors.torch.load_file(tmp_path / who / "adapter_model.safetensors")) for who in ("ours", "theirs")]
+    assert keys[0] == keys[1]
+
+
+def test_starting_values_are_pefts_bit_for_bit(case: str) -> None:
+    torch.manual_seed(11)
+    reference = {n.replace(".default", ""): p for n, p in theirs(case).named_parameters() if "lora_" in n}
+    # models are built under a seed of their own, so that only the adapters draw from this one
+    torch.manual_seed(11)
+    model = ours(case, init_rng="peft")
+    for name, parameter in named_adapter_parameters(model):
+        layer, _, factor = name.rpartition(".")
+        prefix = f"base_model.model.{layer}."
+        key = prefix + factor + ".weight"
+        key = key if key in reference else prefix + factor.replace("lora_", "lora_embedding_")
+        assert torch.equal(parameter, reference[key]), name
+
+
+def test_starting_values_on_a_bf16_base_are_pefts_too() -> None:
+    torch.manual_seed(5)
+    reference = peft.get_peft_model(
+        models.llama(dtype=torch.bfloat16), peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    )
+    torch.manual_seed(5)
+    config = LoRAConfig(r=4, target_modules=["q_proj", "up_proj"], init_rng="peft")
+    model = inject(models.llama(dtype=torch.bfloat16), config)
+    values = [p for n, p in reference.named_parameters() if "lora_" in n]
+    assert all(torch.equal(a, b) for a, (_, b) in zip(values, named_adapter_parameters(model), strict=True))
+    assert values[0].dtype == torch.float32
+
+
+def test_every_gradient_is_pefts(case: str, tmp_path: Path) -> None:
+    model = ours(case)
+    give_values(model)
+    save_peft(model, tmp_path)
+    reference = peft.PeftModel.from_pretrained(CASES[case][0](), tmp_path, is_trainable=True).eval()
+    ids = models.token_ids()
+    for one in (model, reference):
+        one(ids).logits.square().mean().backward()
+    expected = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None and "original_module" not in n}
+    own = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert len(own) == len(expected)
+    for name, gradient in own.items():
+        stem = name.rpartition(".")
+        layer, leaf = stem[0], stem[2]
+        candidates = [n for n in expected if n.startswith(f"base_model.model.{layer}.") and _same_leaf(n, leaf)]
+        assert len(candidates) == 1, (name, candidates)
+        # gradients reach 1e-2 here; sums over 14 tokens and 32 channels differ in float32's last bits
+        torch.testing.assert_close(gradient, expected[candidates[0]], rtol=1e-4, atol=1e-6)
+
+
+def _same_leaf(theirs: str, leaf: str) -> bool:
+    if leaf.startswith("lora_"):
+        return f".{leaf}." in theirs or f".{leaf.replace('lora_', 'lora_embedding_')}." in theirs
+    return theirs.endswith(f".{leaf}") and "lora_" not in theirs
+
+
+def test_merged_weights_are_pefts_bit_for_bit(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = inject(models.llama(dtype=dtype), LoRAConfig(r=4, alpha=8))
+        models.fill_adapters(model)
+        save_peft(model, tmp_path)
+        reference = peft.PeftModel.from_pretrained(models.llama(dtype=dtype), tmp_path).merge_and_unload()
+        merge(model, remove=True)
+        expected = reference.state_dict()
+        assert model.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+class TestOtherFiles:
+    """Forms that PEFT writes or reads besides the usual one."""
+
+    @staticmethod
+    def saved(directory: Path) -> nn.Module:
+        model = inject(models.llama(), LoRAConfig(r=4))
+        models.fill_adapters(model)
+        save_peft(model, directory)
+        return model
+
+    @staticmethod
+    def assert_read(directory: Path, model: nn.Module, **tolerance: Any) -> None:
+        ids = models.token_ids()
+        expected = model(ids).logits
+        actual = load_peft(models.llama(), directory)(ids).logits
+        torch.testing.assert_close(actual, expected, **(tolerance or {"rtol": 0, "atol": 0}))
+
+    def test_legacy_bin(self, tmp_path: Path) -> None:
+        model = self.saved(tmp_path)
+        weights = tmp_path / "adapter_model.safetensors"
+        torch.save(safetensors.torch.load_file(weights), tmp_path / "adapter_model.bin")
+        weights.unlink()
+        self.assert_read(tmp_path, model)
+
+    def test_keys_with_the_adapters_name(self, tmp_path: Path) -> None:
+        model = self.saved(tmp_path)
+        weights = tmp_path / "adapter_model.safetensors"
+        tensors = {
+            key.replace(".weight", ".default.weight"): value for key, value in safetensors.torch.load_file(weights).items()
+        }
+        safetensors.torch.save_file(tensors, weights)
+        self.assert_read(tmp_path, model)
+
+    def test_bf16_tensors_keep_their_values(self, tmp_path: Path) -> None:
+        self.saved(tmp_path)
+        weights = tmp_path / "adapter_model.safetensors"
+        tensors = {key: value.bfloat16() for key, value in safetensors.torch.load_file(weights).items()}
+        safetensors.torch.save_file(tensors, weights)
+        model = load_peft(models.llama(), tmp_path)
+        for name, parameter in named_adapter_parameters(model):
+            assert torch.equal(parameter, tensors[f"base_model.model.{name}.weight"].float())
+
+    def test_a_target_list_that_names_more_than_the_model_has(self, tmp_path: Path) -> None:
+        model = self.saved(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        config["target_modules"] += ["query_key_value", "c_attn"]
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        self.assert_read(tmp_path, model)
+
+    def test_overlapping_rank_patterns_in_pefts_sorted_order(self, tmp_path: Path) -> None:
+        patterns = {"layers.0.self_attn.q_proj": 6, "q_proj": 2}
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], rank_pattern=patterns)
+        model = peft.get_peft_model(models.llama(), config)
+        give_values(model)
+        model.save_pretrained(tmp_path)
+        again = load_peft(models.llama(), tmp_path)
+        ids = models.token_ids()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, **CLOSE)
+
+    def test_saving_twice_gives_equal_bytes(self, tmp_path: Path) -> None:
+        model = self.saved(tmp_path / "a")
+        save_peft(load_peft(models.llama(), tmp_path / "a"), tmp_path / "b")
+        save_peft(model, tmp_path / "c")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert len({(tmp_path / folder / name).read_bytes() for folder in "abc"}) == 1
+
+
+class TestDamagedDirectories:
+    """One clear error each; the model is untouched and nothing is executed."""
+
+    @staticmethod
+    def refuse(directory: Path, match: str, error: type[Exception] = ValueError, model: nn.Module | None = None) -> None:
+        model = model or models.llama()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(error, match=match):
+            load_peft(model, directory)
+        assert not any(isinstance(module, LoRALayer) for module in model.modules())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Path:
+        save_peft(inject(models.llama(), LoRAConfig(r=4)), tmp_path)
+        return tmp_path
+
+    @staticmethod
+    def edit_config(directory: Path, **changes: Any) -> None:
+        path = directory / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    @staticmethod
+    def edit_tensors(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+        path = directory / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        change(tensors)
+        safetensors.torch.save_file(tensors, path)
+
+    def test_no_config(self, directory: Path) -> None:
+        (directory / "adapter_config.json").unlink()
+        self.refuse(directory, r"has no adapter_config.json \(adapter_model.safetensors\)", FileNotFoundError)
+
+    def test_no_directory(self, tmp_path: Path) -> None:
+        self.refuse(tmp_path / "nowhere", "no such directory", FileNotFoundError)
+
+    def test_no_tensors(self, directory: Path) -> None:
+        (directory / "adapter_model.safetensors").unlink()
+        self.refuse(directory, "neither adapter_model.safetensors nor adapter_model.bin", FileNotFoundError)
+
+    @pytest.mark.parametrize("keep", [0, 7, 500, -10])
+    def test_truncated_tensors(self, directory: Path, keep: int) -> None:
+        path = directory / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+        self.refuse(directory, "is damaged")
+
+    def test_config_that_is_no_json(self, directory: Path) -> None:
+        (directory / "adapter_config.json").write_text("{")
+        self.refuse(directory, "is not JSON")
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"peft_type": "IA3"}, "describes a 'IA3' adapter"),
+            ({"use_dora": True}, "use_dora=True, which is not supported"),
+            ({"init_lora_weights": "pissa"}, "changes the base weights"),
+            ({"r": None}, "lacks 'r'"),
+            ({"target_modules": ["q_proj"]}, "config and tensors disagree"),
+        ],
+    )
+    def test_configs_of_another_kind(self, directory: Path, changes: dict[str, Any], match: str) -> None:
+        self.edit_config(directory, **changes)
+        self.refuse(directory, match)
+
+    def test_a_missing_factor(self, directory: Path) -> None:
+        self.edit_tensors(directory, lambda tensors: tensors.pop(sorted(tensors)[0]))
+        self.refuse(directory, "has only lora_B")
+
+    def test_a_missing_layer(self, directory: Path) -> None:
+        def drop(tensors: dict[str, Any]) -> None:
+            for key in sorted(tensors)[:2]:
+                del tensors[key]
+
+        self.edit_tensors(directory, drop)
+        self.refuse(directory, r"no tensors for .* \(1 layers\)")
+
+    def test_an_extra_layer(self, directory: Path) -> None:
+        def add(tensors: dict[str, Any]) -> None:
+            tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 32)
+            tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_B.weight"] = torch.zeros(32, 4)
+
+        self.edit_tensors(directory, add)
+        self.refuse(directory, "adapts 'model.layers.7.self_attn.q_proj', which is missing")
+
+    def test_another_base(self, directory: Path) -> None:
+        model = models.gpt2()
+        self.refuse(directory, "missing in GPT2LMHeadModel: another base model", model=model)
+
+    def test_a_pickle_with_code_is_not_executed(self, directory: Path) -> None:
+        marker = directory / "executed"
+
+        class Hostile:
+            def __reduce__(self):
+                return (os.system, (f"touch {marker}",))
+
+        (directory / "adapter_model.safetensors").unlink()
+        torch.save({"a": Hostile()}, directory / "adapter_model.bin")
+        self.refuse(directory, "is damaged or holds more than tensors")
+        assert not marker.exists()

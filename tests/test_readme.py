@@ -1,0 +1,30 @@
+"""The README's Python blocks run, in order, as one script."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a loader with too few workers for Lightning's taste
+        exec(compile("\n".join(blocks), str(README), "exec"), {"__name__": "readme"})
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_the_file_tree_names_what_exists() -> None:
+    tree = re.search(r"```\nlightning_lora/\n(.*?)```", README.read_text(), re.DOTALL)
+    assert tree is not None
+    root = README.parent
+    for name in re.findall(r"^  (\S+)", tree[1], re.MULTILINE):
+        assert (root / "lightning_lora" / name).exists(), name
