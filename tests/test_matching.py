@@ -21,7 +21,9 @@ class Blocks(nn.Module):
         self.proj = nn.Linear(8, 8)
         self.q_proj = nn.Linear(8, 8)
         self.my_q_proj = nn.Linear(8, 8)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "proj": nn.Linear(8, 8)}) for _ in range(12))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q_proj": nn.Linear(8, 8), "proj": nn.Linear(8, 8)}) for _ in range(12)
+        )
         self.h = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(8, 8)}) for _ in range(3))
         self.tower = nn.ModuleDict({"layer": nn.ModuleList([nn.ModuleDict({"h": self.h_like()}) for _ in range(2)])})
 
@@ -83,7 +85,7 @@ TABLE = [
     ("blocks", {"target_modules": ["q_proj"]}),
     ("blocks", {"target_modules": ["proj"]}),
     ("blocks", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
-    ("blocks", {"target_modules": ["q_proj"], "layers_to_transform": [1, 11]}),
+    ("blocks", {"target_modules": ["q_proj"], "layers_to_transform": [0, 1]}),
     ("blocks", {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "h"}),
     ("blocks", {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": ["h", "blocks"]}),
     ("blocks", {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": ["blocks", "h"]}),
@@ -98,7 +100,10 @@ TABLE = [
     ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"(q|v)_proj": 3}}),
     ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj|v_proj": 3}}),
     ("llama", {"target_modules": ["q_proj"], "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}),
-    ("llama", {"target_modules": ["q_proj", "up_proj"], "alpha_pattern": {"mlp.up_proj": 5}, "rank_pattern": {"up_proj": 2}}),
+    (
+        "llama",
+        {"target_modules": ["q_proj", "up_proj"], "alpha_pattern": {"mlp.up_proj": 5}, "rank_pattern": {"up_proj": 2}},
+    ),
     ("llama", {"target_modules": ["q_proj", "up_proj"], "use_rslora": True, "rank_pattern": {"up_proj": 2}}),
     ("blocks", {"target_modules": ["q_proj", "my_q_proj"], "rank_pattern": {"q_proj": 2, "my_q_proj": 3}}),
     ("blocks", {"target_modules": ["q_proj", "my_q_proj"], "rank_pattern": {"my_q_proj": 3}}),
@@ -196,7 +201,10 @@ def assert_refused(model: nn.Module, config: LoRAConfig, message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"target_modules": ["q_prj"]}, r"target_modules entry 'q_prj' matches no module of LlamaForCausalLM; nearest: .*q_proj"),
+        (
+            {"target_modules": ["q_prj"]},
+            r"target_modules entry 'q_prj' matches no module of LlamaForCausalLM; nearest: .*q_proj",
+        ),
         ({"target_modules": ["q_proj", "v_prog"]}, r"'v_prog' matches no module .*nearest: .*v_proj"),
         ({"target_modules": ["proj"]}, "'proj' matches no module"),
         ({"target_modules": "q_proj"}, r"a string is a regular expression for the whole name: .*\['q_proj'\]"),
@@ -209,16 +217,37 @@ def assert_refused(model: nn.Module, config: LoRAConfig, message: str) -> None:
         ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, "leaves no layer"),
         ({"modules_to_save": ["lm_haed"]}, "modules_to_save entry 'lm_haed' .*nearest: .*lm_head"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [2]}, "layers_to_transform entry 2 .*there are: 0, 1"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 7]}, "layers_to_transform entry 7 .*there are: 0, 1"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layer"}, "layers_pattern='layer'.*none"),
-        ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 4}}, "rank_pattern key 'v_proj' matches none of the adapted"),
-        ({"target_modules": ["q_proj"], "alpha_pattern": {"q_prj": 4}}, "alpha_pattern key 'q_prj' .*nearest: .*q_proj"),
-        ({"target_modules": ["input_layernorm"]}, "'model.layers.0.input_layernorm' is a LlamaRMSNorm, which cannot be adapted"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0, 7]},
+            "layers_to_transform entry 7 .*there are: 0, 1",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layer"},
+            "layers_pattern='layer'.*none",
+        ),
+        (
+            {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 4}},
+            "rank_pattern key 'v_proj' matches none of the adapted",
+        ),
+        (
+            {"target_modules": ["q_proj"], "alpha_pattern": {"q_prj": 4}},
+            "alpha_pattern key 'q_prj' .*nearest: .*q_proj",
+        ),
+        (
+            {"target_modules": ["input_layernorm"]},
+            "'model.layers.0.input_layernorm' is a LlamaRMSNorm, which cannot be adapted",
+        ),
         ({"target_modules": r"model\.layers\.1.*"}, "'model.layers.1' is a LlamaDecoderLayer, which cannot be adapted"),
         ({"target_modules": ["self_attn"]}, "is a LlamaAttention, which cannot be adapted"),
-        ({"target_modules": ["q_proj"], "r": 33}, "r=33 is larger than 'model.layers.0.self_attn.q_proj', a 32 -> 32 Linear"),
+        (
+            {"target_modules": ["q_proj"], "r": 33},
+            "r=33 is larger than 'model.layers.0.self_attn.q_proj', a 32 -> 32 Linear",
+        ),
         ({"target_modules": ["k_proj"], "r": 17}, "r=17 is larger than .*32 -> 16 Linear.*rank_pattern"),
-        ({"target_modules": ["q_proj"], "rank_pattern": {"1.self_attn.q_proj": 64}}, "r=64 is larger than 'model.layers.1"),
+        (
+            {"target_modules": ["q_proj"], "rank_pattern": {"1.self_attn.q_proj": 64}},
+            "r=64 is larger than 'model.layers.1",
+        ),
         ({"r": 65}, "r=65 is larger than"),
     ],
     ids=str,
@@ -235,7 +264,9 @@ def test_the_suggestion_for_a_rank_that_is_too_large_works() -> None:
 @pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.BatchNorm1d(8), nn.GroupNorm(2, 8), nn.RMSNorm(8)])
 def test_a_normalisation_layer_is_refused_by_name(norm) -> None:
     model = nn.Sequential(nn.Linear(8, 8), norm)
-    assert_refused(model, LoRAConfig(r=2, target_modules=["0", "1"]), f"'1' is a {type(norm).__name__}, which cannot be adapted")
+    assert_refused(
+        model, LoRAConfig(r=2, target_modules=["0", "1"]), f"'1' is a {type(norm).__name__}, which cannot be adapted"
+    )
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
