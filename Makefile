@@ -5,6 +5,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
+# OpenMP's threads sleep while they wait; spinning, which is their default, makes torch ten times slower on a busy machine
+export OMP_WAIT_POLICY ?= passive
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -19,7 +19,6 @@ from lightning_lora.inject import (
     injected_roots,
     injection_of,
     is_merged,
-    named_adapter_parameters,
     named_lora_layers,
     named_trained_whole,
     require_root,
@@ -36,10 +35,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Names are relative to the adapted model. As with ``state_dict``, the tensors are the live ones, detached.
     """
-    root = require_root(model)
-    state = {name: parameter.detach() for name, parameter in named_adapter_parameters(root)}
-    state.update({name: parameter.detach() for name, parameter in named_trained_whole(root).items()})
-    return state
+    return dict(trained_tensors(require_root(model)))
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:

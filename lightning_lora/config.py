@@ -114,6 +114,13 @@ class LoRAConfig:
             value = getattr(self, name)
             if value is not None and not _is_single(name, value):
                 object.__setattr__(self, name, _as_list(name, value))
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise ValueError(
+                "layers_to_transform and layers_pattern narrow a list of target_modules; with the string "
+                f"{self.target_modules!r}, write the layers into it as a regular expression"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts: give both")
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
 

@@ -55,6 +55,7 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 
 def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
     """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size."""
+    given, model = model, _uncompiled(model)
     _check_untouched(model)
     trained_whole = _modules_trained_whole(model, config)
     layers = select_layers(model, config, trained_whole)
@@ -72,6 +73,7 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     for name, layer in layers.items():
         mixin = mixin_for(layer)
         assert mixin is not None
+        layer.__dict__.pop("forward", None)  # what accelerate leaves on unhooking: the class's own, see matching
         alpha = pattern_value(config.alpha_pattern, name, config.alpha)
         scaling = config.scaling(ranks[name], alpha)
         adapted[name] = adapt(layer, mixin, r=ranks[name], scaling=scaling, dropout=config.dropout, dtype=dtype)
@@ -81,7 +83,7 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     _keep_off_fused_paths(model, injection)
     model.register_load_state_dict_pre_hook(_complete_state_dict)
     model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
-    return model
+    return given
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -114,7 +116,8 @@ def take_out(root: nn.Module) -> None:
             unadapt(layer)
     unfreeze_statistics(root)
     for name, parameter in root.named_parameters():
-        parameter.requires_grad_(injection.requires_grad[clean_name(name)])
+        # a parameter that was put in since keeps its flag
+        parameter.requires_grad_(injection.requires_grad.get(clean_name(name), parameter.requires_grad))
     for module, name, former in injection.undo:
         setattr(module, name, former)
     for key, hook in list(root._load_state_dict_pre_hooks.items()):
@@ -125,7 +128,12 @@ def take_out(root: nn.Module) -> None:
 
 def injection_of(model: nn.Module) -> Injection | None:
     """Return the record that :func:`inject` left on this very module, or ``None``."""
-    return model.__dict__.get("lora_injection")
+    return _uncompiled(model).__dict__.get("lora_injection")
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or ``model`` itself."""
+    return model._modules.get("_orig_mod") or model
 
 
 def injected_roots(model: nn.Module) -> dict[str, nn.Module]:
@@ -241,6 +249,9 @@ def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:
 
 
 def _check_untouched(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(f"{name!r} has no size yet (a lazy module): run one batch through the model first")
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) or injection_of(module) is not None:
             raise ValueError(
@@ -297,18 +308,22 @@ def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: st
     own = {f"{prefix}{name}": tensor for name, tensor in root.state_dict(keep_vars=True).items()}
     adapters = {
         f"{prefix}{name}.{local}" if name else f"{prefix}{local}"
-        for name, layer in root.named_modules()
+        for name, layer in root.named_modules(remove_duplicate=False)
         if isinstance(layer, LoRALayer)
         for local in layer.adapter_names
     }
     whole = named_trained_whole(root)
     trained = {f"{prefix}{name}" for name, _ in root.named_parameters() if clean_name(name) in whole}
     base = own.keys() - adapters - trained
+    first: dict[int, str] = {}  # of the names of one tensor; a file has the others or not
+    for key, tensor in own.items():
+        first.setdefault(id(tensor), key)
     if not any(key in state_dict for key in adapters):
         state_dict.update({key: own[key] for key in adapters})
         for name in whole:
             value = state_dict.get(f"{prefix}{name}")
             if isinstance(value, Tensor):
                 injection.originals[name] = value.detach().clone()
-    elif adapters <= state_dict.keys() and not any(key in state_dict for key in base):
-        state_dict.update({key: own[key] for key in base})
+    elif all(first[id(own[key])] in state_dict for key in adapters) and not any(key in state_dict for key in base):
+        for key in (base | adapters) - state_dict.keys():
+            state_dict[key] = state_dict.get(first[id(own[key])], own[key])

@@ -37,6 +37,7 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
         candidates = {n: m for n, m in modules.items() if is_linear(m) and m is not head}
     else:
         candidates = {n: m for n, m in modules.items() if _is_target(n, config)}
+        _check_indices(config, modules)
     selected = {
         name: module
         for name, module in candidates.items()
@@ -53,11 +54,14 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
 
 
 def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the full names of the modules that ``modules_to_save`` means: exact names or dotted suffixes."""
+    """Return the full names of the modules that ``modules_to_save`` means: names that end in an entry."""
     wanted = list(names)
     modules = _named_modules(model)
-    _check_hits("modules_to_save", wanted, modules, model)
-    found = [name for name in modules if _hits(wanted, name)]
+    for entry in wanted:
+        if not any(name.endswith(entry) for name in modules):
+            nearest = _nearest([entry], modules)
+            raise ValueError(f"modules_to_save entry {entry!r} matches no module of {type(model).__name__}{nearest}")
+    found = [name for name in modules if name.endswith(tuple(wanted))]
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
@@ -127,6 +131,20 @@ def _layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int |
     return None
 
 
+def _check_indices(config: LoRAConfig, names: Iterable[str]) -> None:
+    """Raise ``ValueError`` for an index in ``layers_to_transform`` that no target lies in."""
+    wanted = config.layers_to_transform
+    hit = (_layer_index(name, config.layers_pattern) for name in names if _hits(config.target_modules, name))
+    there = sorted({index for index in hit if index is not None})
+    for index in [wanted] if isinstance(wanted, int) else wanted or []:
+        if index not in there:
+            lists = f" in layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
+            raise ValueError(
+                f"layers_to_transform entry {index} is the index of no block with {config.target_modules!r}{lists}; "
+                f"there are: {', '.join(map(str, there)) or 'none'}"
+            )
+
+
 def _output_head(model: nn.Module) -> nn.Module | None:
     """Return the output embeddings of a model that can name them, as transformers' models do."""
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
@@ -161,6 +179,11 @@ def _nearest(patterns: Iterable[str], names: Iterable[str]) -> str:
     return f"; nearest: {', '.join(near)}" if near else f"; there are: {', '.join(sorted(pool, key=len)[:10])}"
 
 
+def has_redundant_forward(module: nn.Module) -> bool:
+    """Whether the instance's ``forward`` is the class's own after all, which accelerate leaves on unhooking."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
+
+
 def _check_kind(name: str, module: nn.Module) -> None:
     kind = type(module).__name__
     mixin = mixin_for(module)
@@ -170,7 +193,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
             "name it in modules_to_save; to leave it, narrow target_modules or use exclude_modules. Other kinds: "
             "lightning_lora.layers.register"
         )
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not has_redundant_forward(module):
         raise ValueError(
             f"{name!r} has a forward of its own on the instance (accelerate's hooks do this), which would bypass "
             "the adapter; remove it first: accelerate.hooks.remove_hook_from_module(model, recurse=True)"

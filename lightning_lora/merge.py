@@ -34,9 +34,13 @@ def merge(model: nn.Module, remove: bool = False) -> nn.Module:
             changed weight does not add the adapter's term; an adapter holds NaN or infinity. Nothing is changed then.
     """
     roots = require_roots(model)
-    for root in roots.values():
-        layers = {name: layer for name, layer in named_lora_layers(root).items() if layer.lora_original is None}
+    unmerged = [
+        {name: layer for name, layer in named_lora_layers(root).items() if layer.lora_original is None}
+        for root in roots.values()
+    ]
+    for layers in unmerged:
         _check_mergeable(model, layers)
+    for layers in unmerged:
         for layer in layers.values():
             weight = layer.base_weight
             with torch.no_grad():
@@ -63,14 +67,13 @@ def unmerge(model: nn.Module) -> nn.Module:
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Merge inside the ``with`` block, and leave the model after it as it was before."""
-    if all(is_merged(root) for root in require_roots(model).values()):
-        yield model
-        return
+    unmerged = [root for root in require_roots(model).values() if not is_merged(root)]
     merge(model)
     try:
         yield model
     finally:
-        unmerge(model)
+        for root in unmerged:
+            unmerge(root)
 
 
 @contextmanager
@@ -80,13 +83,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     No tensor is written: graphs built before, inside or after the block keep what they were built from.
     """
     roots = require_roots(model)
-    was_merged = any(is_merged(root) for root in roots.values())
-    if was_merged:
-        unmerge(model)
     with ExitStack() as stack:
-        if was_merged:
-            stack.callback(merge, model)
         for root in roots.values():
+            if is_merged(root):
+                unmerge(root)
+                stack.callback(merge, root)
             stack.enter_context(_originals_in_place(root))
             layers = [layer for layer in named_lora_layers(root).values() if layer.lora_active]
             stack.callback(_set_active, layers, True)
@@ -125,6 +126,8 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     for module in model.modules():
         holders.update(_storage(p) for p in module._parameters.values() if p is not None and p.numel() > 0)
     for name, layer in layers.items():
+        if not layer.lora_active:
+            raise ValueError(f"cannot merge {name!r} inside disabled(model): leave the block first")
         weight = layer._parameters.get("weight")
         if weight is None:
             raise ValueError(f"cannot merge {name!r}: its weight is computed (weight_norm, parametrize), not stored")

@@ -6,13 +6,15 @@ from torch import Tensor, nn
 VOCAB = 100
 
 
-def llama(*, tied: bool = False, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def llama(
+    *, tied: bool = False, dropout: float = 0.0, dtype: torch.dtype = torch.float32, layers: int = 2
+) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=VOCAB,

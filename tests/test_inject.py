@@ -61,11 +61,7 @@ def shared() -> nn.Module:
     return seeded(Shared)
 
 
-def encoder_embedded() -> nn.Module:
-    return models.encoder()
-
-
-BUILDERS = [models.llama, models.qwen3, models.gpt2, models.bert_classifier, encoder_embedded, mlp, shared]
+BUILDERS = [models.llama, models.qwen3, models.gpt2, models.bert_classifier, models.encoder, mlp, shared]
 CONFIGS = {models.gpt2: {"bias": "all"}, models.bert_classifier: {"bias": "lora_only"}, models.llama: {"dropout": 0.1}}
 
 
@@ -112,9 +108,18 @@ def assert_same_state(model: nn.Module, expected: dict[str, Tensor]) -> None:
 # the model as a whole
 
 
+@pytest.fixture
+def no_fused_attention():
+    """Keep torch from choosing another kernel for the base, whose bits differ."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.usefixtures("no_fused_attention")
 @pytest.mark.parametrize("build", BUILDERS)
 def test_an_injected_model_starts_as_its_base_bit_for_bit(build) -> None:
-    base, model = build().eval(), inject(build(), config_for(build)).eval()
+    base, model = build().eval().requires_grad_(False), inject(build(), config_for(build)).eval()
     assert torch.equal(run(model), run(base))
 
 
@@ -186,7 +191,7 @@ def test_starting_values_depend_on_the_name_and_the_seed_alone() -> None:
     torch.manual_seed(77)
     other = inject(models.llama(), LoRAConfig(r=4, target_modules=["up_proj", "q_proj"]))
     reseeded = inject(models.llama(), LoRAConfig(r=4, target_modules=["q_proj"], init_seed=1))
-    first = {name: p for name, p in named_adapter_parameters(one)}
+    first = dict(named_adapter_parameters(one))
     others, seeded_otherwise = dict(named_adapter_parameters(other)), dict(named_adapter_parameters(reseeded))
     assert all(torch.equal(p, others[name]) for name, p in first.items())
     assert not torch.equal(*(first[f"model.layers.{i}.self_attn.q_proj.lora_A"] for i in (0, 1)))
@@ -249,8 +254,10 @@ def test_a_weight_normed_layer_is_adapted_beside_its_computed_weight() -> None:
 
 
 def test_a_lazy_layer_without_sizes_is_refused() -> None:
-    with pytest.raises(ValueError, match="0"):
-        inject(nn.Sequential(nn.LazyLinear(8)), LoRAConfig(r=2))
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+    with pytest.raises(ValueError, match="'1.weight' has no size yet"):
+        inject(model, LoRAConfig(r=2))
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_repr_says_rank_and_scale() -> None:
@@ -352,7 +359,7 @@ def through_torch_save(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_torch_save])
-@pytest.mark.parametrize("build", [models.llama, models.bert_classifier, encoder_embedded, mlp, shared])
+@pytest.mark.parametrize("build", [models.llama, models.bert_classifier, models.encoder, mlp, shared])
 def test_a_copy_is_whole_and_its_own(copy_of, build) -> None:
     model = inject(build(), config_for(build)).eval()
     models.fill_adapters(model)
@@ -431,6 +438,13 @@ def test_the_adapters_alone_load_strictly() -> None:
     train(source)
     model.load_state_dict(adapter_state_dict(source))
     assert torch.equal(run(model), run(source))
+
+
+def test_the_adapters_alone_load_into_a_batch_normalisation_that_trains_whole() -> None:
+    source, model = (inject(mlp(), LoRAConfig(r=4, modules_to_save=["norm"])).train() for _ in range(2))
+    train(source)
+    load_adapter_state_dict(model, adapter_state_dict(source))
+    assert torch.equal(run(model.eval()), run(source.eval()))
 
 
 def test_a_whole_state_of_an_adapted_model_loads_strictly() -> None:
@@ -576,7 +590,7 @@ def test_a_bf16_base_with_float32_adapters_trains_and_keeps_dtypes() -> None:
 def test_code_that_reads_the_dtype_of_the_first_parameter_sees_the_base(build) -> None:
     model = inject(
         build().bfloat16(),
-        config_for(build, target_modules=r".*(proj|c_attn|query|word_embeddings|embed\w*|wte|first|linear1)"),
+        config_for(build, target_modules=r".*(proj|c_attn|query|word_embeddings|embed_tokens|embed|wte|first|linear1)"),
     )
     assert next(model.parameters()).dtype == torch.bfloat16
     assert getattr(model, "dtype", torch.bfloat16) == torch.bfloat16
@@ -589,6 +603,50 @@ def test_an_adapted_embedding_equals_dense_math() -> None:
     table = layer.weight.double() + 2.0 * (layer.lora_B.double() @ layer.lora_A.double()).T
     torch.testing.assert_close(model(ids).double(), table[ids], rtol=1e-5, atol=1e-5)  # float32 sums of 4 terms
     assert model(torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3, 6)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As in Gemma: what is looked up is multiplied."""
+
+    embed_scale = 5.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+def test_an_embedding_that_scales_its_output_scales_the_adapters_term_too() -> None:
+    model = inject(nn.Sequential(ScaledEmbedding(10, 6)), LoRAConfig(r=3, target_modules=["0"]))
+    models.fill_adapters(model, std=1.0)
+    layer, ids = model[0], torch.arange(10)
+    table = layer.weight.double() + 2.0 * (layer.lora_B.double() @ layer.lora_A.double()).T
+    torch.testing.assert_close(model(ids).double(), 5.0 * table, rtol=1e-5, atol=1e-5)  # float32 sums of 4 terms
+
+
+class ReversedEmbedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).flip(-1)
+
+
+def test_an_embedding_with_another_forward_is_refused() -> None:
+    with pytest.raises(ValueError, match="ReversedEmbedding has a forward of its own"):
+        inject(nn.Sequential(ReversedEmbedding(10, 6)), LoRAConfig(r=3, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("max_passes", [40])
+def test_the_work_of_an_injection_grows_with_the_model_and_not_with_its_square(max_passes, monkeypatch) -> None:
+    visited = 0
+    named_modules = nn.Module.named_modules
+
+    def counting(self, *args, **kwargs):
+        nonlocal visited
+        for item in named_modules(self, *args, **kwargs):
+            visited += 1
+            yield item
+
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(100))
+    monkeypatch.setattr(nn.Module, "named_modules", counting)
+    inject(model, LoRAConfig(r=2))
+    assert visited <= max_passes * 101  # a bounded number of walks over the modules
 
 
 # batch normalisation
@@ -670,6 +728,7 @@ def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in named_adapter_parameters(model)}
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False, None])
 @pytest.mark.parametrize("order", ["inject first", "checkpointing first"])
 def test_gradient_checkpointing_with_a_frozen_embedding_gives_every_adapter_the_same_gradient(reentrant, order) -> None:
@@ -691,19 +750,15 @@ def test_gradient_checkpointing_with_a_frozen_embedding_gives_every_adapter_the_
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing builds one
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_an_injected_llama_compiles_in_one_graph(dropout) -> None:
-    model = inject(models.llama(), LoRAConfig(r=4, dropout=dropout)).train()
+    model = inject(models.llama(layers=1), LoRAConfig(r=4, dropout=dropout)).train()
     models.fill_adapters(model)
-    twin = copy.deepcopy(model).eval()
-    expected = adapter_gradients(twin)
+    expected = adapter_gradients(copy.deepcopy(model))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    if dropout:
-        assert torch.isfinite(compiled(input_ids=IDS, labels=IDS).loss)
-        model.eval()
+    torch.manual_seed(3)
     compiled(input_ids=IDS, labels=IDS).loss.backward()
     for name, parameter in named_adapter_parameters(model):
-        torch.testing.assert_close(
-            parameter.grad, expected[name], rtol=1e-4, atol=1e-6
-        )  # float32 sums in another order
+        # float32 sums in another order
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_names_are_clean_on_a_compiled_model() -> None:

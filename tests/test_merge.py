@@ -1,5 +1,7 @@
 """Merging, unmerging, and switching adapters off."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -205,3 +207,135 @@ def test_parameters_keep_their_identity_through_merge_and_unmerge() -> None:
     unmerge(merge(model))
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert len(list(named_adapter_parameters(model))) == 28
+
+
+# blocks within blocks, several models, copies
+
+
+def test_a_merge_that_fails_at_the_last_layer_has_changed_nothing() -> None:
+    model = adapted()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.lora_A[0, 0] = float("inf")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj"):
+        merge(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.model.layers[0].mlp.up_proj.lora_active
+
+
+def test_a_merge_that_fails_in_the_second_of_two_models_has_changed_neither() -> None:
+    both = nn.ModuleList([adapted(), adapted()])
+    with torch.no_grad():
+        both[1].model.layers[1].mlp.down_proj.lora_A[0, 0] = float("nan")
+    expected = logits(both[0])
+    with pytest.raises(ValueError, match="holds NaN"):
+        merge(both)
+    assert torch.equal(logits(both[0]), expected)
+    assert both[0].model.layers[0].mlp.up_proj.lora_original is None
+
+
+def test_the_context_around_two_models_leaves_each_as_it_was() -> None:
+    both = nn.ModuleList([merge(adapted()), adapted()])
+    with merged(both):
+        assert both[1].model.layers[0].mlp.up_proj.lora_original is not None
+    assert both[0].model.layers[0].mlp.up_proj.lora_original is not None
+    assert both[1].model.layers[0].mlp.up_proj.lora_original is None
+
+
+def test_merged_inside_merged_and_disabled_inside_disabled_end_where_they_began() -> None:
+    model, base = adapted(), logits(models.llama().eval())
+    expected = logits(model)
+    with merged(model):
+        inside = logits(model)
+        with merged(model):
+            pass
+        assert torch.equal(logits(model), inside)
+    with disabled(model):
+        with disabled(model):
+            pass
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), expected)
+
+
+def test_disabled_inside_merged_gives_the_base_and_then_the_merged_again() -> None:
+    model, base = adapted(), logits(models.llama().eval())
+    expected = logits(model)
+    with merged(model):
+        inside = logits(model)
+        with disabled(model):
+            assert torch.equal(logits(model), base)
+        assert torch.equal(logits(model), inside)
+    assert torch.equal(logits(model), expected)
+
+
+def test_merging_what_is_disabled_is_an_error() -> None:
+    model = adapted()
+    expected = logits(model)
+    with disabled(model):
+        with pytest.raises(ValueError, match="disabled"):
+            merge(model)
+        with pytest.raises(ValueError, match="disabled"), merged(model):
+            pass
+        assert torch.equal(logits(model), logits(models.llama().eval()))
+    assert torch.equal(logits(model), expected)
+
+
+def test_unmerge_inside_disabled_does_not_wake_the_adapters() -> None:
+    model = adapted()
+    expected, base = logits(model), logits(models.llama().eval())
+    with disabled(model):
+        unmerge(model)
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), expected)
+
+
+def test_an_exception_deep_inside_leaves_everything_as_it_was() -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    expected, parameters = logits(model), dict(model.named_parameters())
+    with pytest.raises(KeyError), merged(model), disabled(model):
+        raise KeyError
+    assert torch.equal(logits(model), expected)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("targets", [["c_attn", "c_fc", "c_proj"], ["wpe"], "all-linear"])
+def test_conv1d_and_embeddings_merge_and_come_back(targets) -> None:
+    model = inject(models.gpt2(), LoRAConfig(r=4, target_modules=targets, modules_to_save=[]))
+    models.fill_adapters(model)
+    expected, state = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+    merge(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    unmerge(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_copy_of_a_merged_model_unmerges_on_its_own() -> None:
+    model = adapted()
+    expected = logits(model)
+    twin = copy.deepcopy(merge(model))
+    assert torch.equal(logits(unmerge(twin)), expected)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, twin.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_weight_normed_layer_cannot_be_merged_and_says_why() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    models.fill_adapters(inject(model, LoRAConfig(r=2)))
+    with pytest.raises(ValueError, match="its weight is computed"):
+        merge(model)
+
+
+def test_merge_on_the_meta_device_says_to_load_the_base_first() -> None:
+    with torch.device("meta"):
+        model = inject(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="meta device; load the base first"):
+        merge(model)
+
+
+def test_the_question_to_a_subclass_leaves_weight_mode_and_random_state_alone() -> None:
+    model = inject(nn.Sequential(Renamed(8, 8)), LoRAConfig(r=2, target_modules=["0"], dropout=0.5)).train()
+    weight, state = model[0].weight.clone(), torch.get_rng_state()
+    assert model[0].merge_is_exact()
+    assert torch.equal(model[0].weight, weight)
+    assert model[0].training
+    assert model[0].lora_active
+    assert torch.equal(torch.get_rng_state(), state)

@@ -110,7 +110,9 @@ def test_we_read_pefts_and_give_equal_logits(case: str, tmp_path: Path) -> None:
 def test_key_sets_are_pefts_own(case: str, tmp_path: Path) -> None:
     theirs(case).save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     save_peft(ours(case), tmp_path / "ours")
-    keys = [set(safetensors.torch.load_file(tmp_path / who / "adapter_model.safetensors")) for who in ("ours", "theirs")]
+    keys = [
+        set(safetensors.torch.load_file(tmp_path / who / "adapter_model.safetensors")) for who in ("ours", "theirs")
+    ]
     assert keys[0] == keys[1]
 
 
@@ -207,7 +209,8 @@ class TestOtherFiles:
         model = self.saved(tmp_path)
         weights = tmp_path / "adapter_model.safetensors"
         tensors = {
-            key.replace(".weight", ".default.weight"): value for key, value in safetensors.torch.load_file(weights).items()
+            key.replace(".weight", ".default.weight"): value
+            for key, value in safetensors.torch.load_file(weights).items()
         }
         safetensors.torch.save_file(tensors, weights)
         self.assert_read(tmp_path, model)
@@ -246,11 +249,90 @@ class TestOtherFiles:
             assert len({(tmp_path / folder / name).read_bytes() for folder in "abc"}) == 1
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one block": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "one block of a named list": {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    "regular expression": {"target_modules": r"model\.layers\.0\..*(q|v)_proj"},
+    "full names": {"target_modules": ["model.layers.1.mlp.up_proj", "model.layers.0.self_attn.k_proj"]},
+    "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.1.*"},
+    "overlapping alphas": {"target_modules": ["q_proj"], "alpha_pattern": {"layers.0.self_attn.q_proj": 3}},
+    "rslora with ranks": {"target_modules": ["q_proj", "up_proj"], "use_rslora": True, "rank_pattern": {"up_proj": 2}},
+    "norms train whole": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "a block trains whole": {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp"]},
+    "embedding trains whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head adapted": {"target_modules": ["lm_head", "q_proj"]},
+    "dropout": {"target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_both_mean_the_same_through_files_in_both_directions(option: str, tmp_path: Path) -> None:
+    dropout = 0.2 if option == "dropout" else 0.0
+    wrapped = peft.get_peft_model(
+        models.llama(), peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, **OPTIONS[option])
+    ).eval()
+    give_values(wrapped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it adds the base embedding to the file
+        wrapped.save_pretrained(tmp_path / "theirs")
+    ids = models.token_ids()
+    expected = wrapped(ids).logits
+    model = load_peft(models.llama(), tmp_path / "theirs").eval()
+    torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+    save_peft(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(models.llama(), tmp_path / "ours").eval()  # a warning is an error here
+    torch.testing.assert_close(again(ids).logits, expected, **CLOSE)
+    assert again.peft_config["default"].lora_dropout == dropout
+
+
+def test_a_body_without_its_head_keeps_names_of_its_own(tmp_path: Path) -> None:
+    body = models.llama().model
+    model = inject(body, LoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])).eval()
+    give_values(model)
+    save_peft(model, tmp_path)
+    again = peft.PeftModel.from_pretrained(models.llama().model, tmp_path).eval()
+    ids = models.token_ids()
+    torch.testing.assert_close(again(ids).last_hidden_state, model(ids).last_hidden_state, **CLOSE)
+
+
+def test_a_head_whose_name_ends_anothers_reaches_peft_alone(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"score": nn.Linear(8, 8), "prescore": nn.Linear(8, 8), "body": nn.Linear(8, 8)})
+
+    model = inject(build(), LoRAConfig(r=2, target_modules=["body", "prescore"], modules_to_save=["score"]))
+    give_values(model)
+    save_peft(model, tmp_path)
+    again = load_peft(build(), tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_load_peft_on_an_adapted_model_is_an_error_that_changes_nothing(tmp_path: Path) -> None:
+    model = inject(models.llama(), LoRAConfig(r=4))
+    models.fill_adapters(model)
+    save_peft(model, tmp_path)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="already adapted"):
+        load_peft(model, tmp_path)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_load_peft_on_a_bf16_base_keeps_float32_adapters_exactly(tmp_path: Path) -> None:
+    model = inject(models.llama(), LoRAConfig(r=4))
+    models.fill_adapters(model)
+    save_peft(model, tmp_path)
+    again = load_peft(models.llama(dtype=torch.bfloat16), tmp_path)
+    expected = dict(named_adapter_parameters(model))
+    assert all(torch.equal(p, expected[name]) for name, p in named_adapter_parameters(again))
+
+
 class TestDamagedDirectories:
     """One clear error each; the model is untouched and nothing is executed."""
 
     @staticmethod
-    def refuse(directory: Path, match: str, error: type[Exception] = ValueError, model: nn.Module | None = None) -> None:
+    def refuse(
+        directory: Path, match: str, error: type[Exception] = ValueError, model: nn.Module | None = None
+    ) -> None:
         model = model or models.llama()
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(error, match=match):

@@ -148,8 +148,9 @@ def adapt(
     assert isinstance(layer, LoRALayer)
     layer.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=own_dtype))
     layer.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=own_dtype))
-    layer.lora_scaling, layer.lora_dropout, layer.lora_dtype = scaling, dropout, dtype
-    layer.lora_active, layer.lora_original, layer.lora_salt = True, None, 0
+    # past nn.Module.__setattr__, which looks for parameters and modules among them
+    layer.__dict__.update(lora_scaling=scaling, lora_dropout=dropout, lora_dtype=dtype)
+    layer.__dict__.update(lora_active=True, lora_original=None, lora_salt=0)
     return layer
 
 

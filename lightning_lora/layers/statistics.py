@@ -17,9 +17,11 @@ class FrozenStatistics(nn.Module):
     """
 
     frozen_base_class: ClassVar[type[nn.Module]]
+    lora_was_training: bool
 
     @override
     def train(self, mode: bool = True) -> Self:
+        self.lora_was_training = mode  # the mode that it is given when it thaws
         return super().train(False)
 
     @override
@@ -37,9 +39,8 @@ def freeze_statistics(model: nn.Module, trained_whole: Sequence[str]) -> None:
         if inside or isinstance(module, FrozenStatistics):
             continue
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            module.lora_was_training = module.training  # type: ignore[assignment]  # a plain attribute
             module.__class__ = _frozen_class(type(module))  # type: ignore[assignment]  # the class swap
-            module.train(False)
+            module.train(module.training)
 
 
 def unfreeze_statistics(model: nn.Module) -> None:
