@@ -23,7 +23,8 @@ from lightning_lora.config import LoRAConfig, answers_peft_names
 from lightning_lora.inject import inject, injection_of, is_merged, named_lora_layers, named_trained_whole, remove
 from lightning_lora.layers.statistics import freeze_statistics
 from lightning_lora.peft_format import load_peft
-from lightning_lora.root import find_root
+from lightning_lora.root import clean_name, find_root
+from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
 
 _REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
@@ -116,7 +117,7 @@ class LoRACallback(Callback):
         self.init_from = None if init_from is None else str(init_from)
         self.save_peft = save_peft
         self.strict_idle = strict_idle
-        self._resumed_mid_epoch = False
+        self._random_state: dict[str, Any] | None = None
         self._checked: set[int] = set()
 
     @property
@@ -127,25 +128,38 @@ class LoRACallback(Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         self._check_company(trainer, pl_module)
-        adopt(trainer.strategy).saves_peft = self.save_peft
-        self._resumed_mid_epoch, self._checked = False, set()
+        strategy, own = adopt(trainer.strategy), frozenset((self.module,))
+        strategy.peft_roots = strategy.peft_roots | own if self.save_peft else strategy.peft_roots - own
+        self._checked = set()
         if is_overridden("configure_model", pl_module):
             # built later, and perhaps by another callback: whoever calls it gets the adapted model
-            if not isinstance(pl_module.configure_model, functools.partial):
-                pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
-                    configure_then_adapt, pl_module.configure_model, pl_module, self.config, self.module, self.init_from
-                )
+            pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
+                configure_then_adapt, pl_module.configure_model, pl_module, self.config, self.module, self.init_from
+            )
         else:
             adapt_module(pl_module, self.config, self.module, self.init_from)
 
     @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        pl_module.__dict__.pop("configure_model", None)  # ours, around the class's own
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        pl_module.__dict__.pop("configure_model", None)
+
+    @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         path, root = find_root(pl_module, self.module)
+        _check_built_in_time(root)
         if is_merged(root):
             raise ValueError(
                 "the adapters are merged into the base weights and cannot train: call unmerge(model) first"
             )
-        _check_hyperparameters(pl_module)
+        for holder in (pl_module, getattr(trainer, "datamodule", None)):
+            if holder is not None:
+                _check_hyperparameters(holder)
+        assert isinstance(trainer.strategy, AdapterOnly)
+        trainer.strategy.watch_frozen()
         _let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
@@ -154,9 +168,9 @@ class LoRACallback(Callback):
             for key, value in _injection(root).config.to_dict().items()
         }
         for logger in trainer.loggers:
-            logger.log_hyperparams(
-                {**values, **{f"lora/{key}": value for key, value in counts(pl_module, root).items()}}
-            )
+            # TensorBoard keeps the last call alone: the user's own go with ours
+            numbers = {f"lora/{key}": value for key, value in counts(pl_module, root).items()}
+            logger.log_hyperparams({**dict(pl_module.hparams_initial), **values, **numbers})
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -164,18 +178,20 @@ class LoRACallback(Callback):
         for layer in named_lora_layers(root).values():
             layer.training = True  # from_pretrained leaves models in eval mode: the adapter's dropout would be off
             layer.lora_salt = trainer.global_rank
-        self._resumed_mid_epoch = self._say_what_repeats(trainer)
-
-    @override
-    def on_train_batch_start(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
-    ) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, AdapterOnly)
-        if self._resumed_mid_epoch:
+        self._random_state = None
+        if self._say_what_repeats(trainer):
             strategy.restore_random_state()  # making the loader's iterator drew from the generators
-            self._resumed_mid_epoch = False
+        elif strategy.has_random_state():
+            self._random_state = random_state.collect()
         strategy.forget_random_state()
+
+    @override
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if self._random_state is not None:  # a run that never stopped has no on_train_start hooks here
+            random_state.restore(self._random_state)
+            self._random_state = None
 
     @override
     def on_before_optimizer_step(
@@ -206,8 +222,16 @@ class LoRACallback(Callback):
         """Return whether the run goes on in mid-epoch, and say which batches a loader without a position repeats."""
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         total = trainer.num_training_batches
+        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs) and trainer.fit_loop.restarting:
+            rank_zero_info("Lightning skips one step of ReduceLROnPlateau when it resumes at an epoch's end")
         if not trainer.fit_loop.restarting or progress.ready == 0 or progress.ready >= total:
             return False
+        if progress.ready % trainer.accumulate_grad_batches:
+            rank_zero_info(
+                f"Resuming after {progress.ready % trainer.accumulate_grad_batches} of "
+                f"{trainer.accumulate_grad_batches} accumulated batches: their gradients are not in the "
+                "file, so the first step is made of the others"
+            )
         loader = trainer.fit_loop._combined_loader
         loaders = [] if loader is None else loader.flattened
         if not all(hasattr(one, "state_dict") and hasattr(one, "load_state_dict") for one in loaders):
@@ -254,18 +278,27 @@ class LoRACallback(Callback):
 
 
 def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, init_from: str | None) -> None:
-    """Adapt the root inside ``pl_module``, from a file if there is one; an adapted root stays as it is."""
+    """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is."""
     _, root = find_root(pl_module, path)
-    if injection_of(root) is not None:
+    injection = injection_of(root)
+    if injection is not None and (init_from is None or injection.source == init_from):
         if init_from is None or config != LoRAConfig():
             inject(root, config)  # an error where it was adapted otherwise
         return
+    if injection is not None:
+        if any(bool(layer.lora_B.any()) and bool(layer.lora_A.any()) for layer in named_lora_layers(root).values()):
+            raise ValueError(
+                f"init_from={init_from!r} is for a model without adapters; this one has adapters that trained. Call "
+                "remove(model) first, or leave init_from out to go on with them"
+            )
+        remove(root)
     if init_from is None:
         inject(root, config)
     elif Path(init_from).is_dir():
         load_peft(root, init_from)
     else:
-        _adapt_from_checkpoint(pl_module, root, config, init_from)
+        _adapt_from_checkpoint(root, config, init_from)
+    _injection(root).source = init_from
 
 
 def configure_then_adapt(
@@ -323,16 +356,30 @@ def _injection(root: nn.Module) -> Any:
     return injection
 
 
-def _adapt_from_checkpoint(pl_module: nn.Module, root: nn.Module, config: LoRAConfig, path: str) -> None:
-    """Adapt ``root`` with the file's config (or the user's, where given) and copy the file's weights."""
+def _adapt_from_checkpoint(root: nn.Module, config: LoRAConfig, path: str) -> None:
+    """Adapt ``root`` with the file's config (or the user's, where given) and copy the weights that lie inside it."""
     checkpoint = read_checkpoint(path)
     inject(root, config_of(checkpoint, path) if config == LoRAConfig() else config)
     try:
-        tensors = fitting_tensors(checkpoint, pl_module, path)
+        tensors = fitting_tensors(checkpoint, root, path)
     except ValueError:
         remove(root)
         raise
-    copy_tensors(tensors, pl_module)
+    copy_tensors(tensors, root)
+
+
+def _check_built_in_time(root: nn.Module) -> None:
+    """Raise ``ValueError`` for a model, or a part of it, that was built after the callback adapted what was there."""
+    injection = injection_of(root)
+    known = set() if injection is None else set(injection.requires_grad)
+    adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
+    late = [n for n, p in root.named_parameters() if clean_name(n) not in known and id(p) not in adapters]
+    if injection is None or late:
+        some = f" ({late[0]!r} is new)" if injection is not None else ""
+        raise ValueError(
+            f"{type(root).__name__} was built or changed after LoRACallback's setup{some}, in the module's own setup() "
+            "perhaps: build the model in __init__ or configure_model"
+        )
 
 
 def _let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
@@ -346,7 +393,7 @@ def _let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
         enable()
 
 
-def _check_hyperparameters(pl_module: "pl.LightningModule") -> None:
+def _check_hyperparameters(pl_module: Any) -> None:
     """Find out at the start, not at the first save, that a checkpoint could not be read again."""
     buffer = io.BytesIO()
     torch.save(dict(pl_module.hparams), buffer)

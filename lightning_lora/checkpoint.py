@@ -7,7 +7,7 @@ their names in the module that was saved; a section ``"lightning_lora"`` says ho
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import fingerprint, first_difference
 from lightning_lora.inject import (
+    check_not_disabled,
     injected_roots,
     injection_of,
     is_merged,
@@ -24,7 +25,8 @@ from lightning_lora.inject import (
     require_root,
 )
 from lightning_lora.layers import LoRALayer
-from lightning_lora.root import clean_name
+from lightning_lora.layers.statistics import FrozenStatistics
+from lightning_lora.root import clean_name, is_pretrained
 
 SECTION = "lightning_lora"
 FORMAT_VERSION = 1
@@ -66,24 +68,36 @@ def adapter_checkpoint(model: nn.Module) -> dict[str, Any]:
     return {"state_dict": trained_tensors(root), SECTION: describe(root, "state_dict")}
 
 
-def trained_tensors(module: nn.Module) -> "OrderedDict[str, Tensor]":
-    """Return what a checkpoint of ``module`` holds: adapters, parameters that train, and the buffers beside those.
+def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDict[str, Tensor]":
+    """Return what a checkpoint of ``module`` holds: adapters, parameters that train, and buffers that may change.
 
-    Outside the adapted models also buffers of modules without any parameter are held, such as a counter of the user's.
+    Inside the adapted models those are the buffers beside parameters that train, and of what the user's own
+    LightningModule holds; outside, all persistent ones.
+
+    Args:
+        also: identities (``id``) of further parameters to hold, such as those of an optimizer.
     """
     roots = injected_roots(module)
+    for root in roots.values():
+        check_not_disabled(root)
     state: OrderedDict[str, Tensor] = OrderedDict()
-    wanted = {id(p) for root in roots.values() for p in named_trained_whole(root).values()}
+    wanted = {id(p) for root in roots.values() for p in named_trained_whole(root).values()} | set(also)
+    pretrained = [path for path, root in roots.items() if root is not module or is_pretrained(root)]
     whole = [_join(path, name) for path, root in roots.items() for name in _injection(root).trained_whole]
     for name, owner in module.named_modules():
         clean = clean_name(name)
         adapters = owner.adapter_names if isinstance(owner, LoRALayer) else ()
         for local, parameter in owner._parameters.items():
-            if parameter is not None and (parameter.requires_grad or local in adapters or id(parameter) in wanted):
+            if parameter is None:
+                continue
+            if parameter.requires_grad or local in adapters or id(parameter) in wanted:
                 state[_join(clean, local)] = parameter.detach()
         own = [parameter for parameter in owner._parameters.values() if parameter is not None]
-        in_root = any(_is_inside(clean, path) for path in roots)
-        keeps_buffers = any(parameter.requires_grad for parameter in own) or (not own and not in_root)
+        keeps_buffers = any(parameter.requires_grad for parameter in own)
+        if not any(_is_inside(clean, path) for path in roots):
+            keeps_buffers = True
+        elif not any(_is_inside(clean, path) for path in pretrained):
+            keeps_buffers |= not own and not isinstance(owner, FrozenStatistics)
         if keeps_buffers or any(_is_inside(clean, path) for path in whole):
             for local, buffer in owner._buffers.items():
                 if buffer is not None and local not in owner._non_persistent_buffers_set:
@@ -176,7 +190,12 @@ def config_of(checkpoint: Mapping[str, Any], source: Any) -> LoRAConfig:
 
 
 def fitting_tensors(
-    checkpoint: Mapping[str, Any], module: nn.Module, source: Any, state_key: str | None = None
+    checkpoint: Mapping[str, Any],
+    module: nn.Module,
+    source: Any,
+    state_key: str | None = None,
+    *,
+    check_names: bool = True,
 ) -> dict[str, Tensor]:
     """Return the checkpoint's tensors under their names in ``module``, after checking that they fit.
 
@@ -185,6 +204,7 @@ def fitting_tensors(
 
     Args:
         state_key: take the tensors under this key of the checkpoint; ``None`` takes the only ones that there are.
+        check_names: ``False`` leaves names and shapes to a later :func:`check_tensors`.
 
     Raises:
         ValueError: something differs. The message says what the file has, what the model has, and what to do.
@@ -209,8 +229,12 @@ def fitting_tensors(
     for path, adapter in by_path.items():
         _check_layers(adapter, roots[path], source)
     rename = _renaming(by_path)
+    if roots.keys() == {""}:  # the adapted model itself: what trained around it has no place here
+        file_root = by_path[""]["root"]
+        state = {name: value for name, value in state.items() if _is_inside(name, file_root)}
     renamed = {rename(name): value for name, value in state.items()}
-    check_tensors(renamed, module, source)
+    if check_names:
+        check_tensors(renamed, module, source)
     for path, adapter in by_path.items():
         difference = first_difference(roots[path], adapter["base"])
         if difference is not None:
@@ -249,12 +273,30 @@ def _renaming(by_path: Mapping[str, Mapping[str, Any]]) -> Callable[[str], str]:
     return rename
 
 
+def other_state(module: nn.Module) -> dict[str, Any]:
+    """Return what a state dict holds besides tensors of modules: extra state, persistent states of metrics.
+
+    The pretrained models' own, such as a quantised base's, is left out.
+    """
+    tensors = _named_tensors(module)
+    pretrained = [path for path, root in injected_roots(module).items() if root is not module or is_pretrained(root)]
+    state = {clean_name(name): value for name, value in module.state_dict().items()}
+    return {
+        name: value
+        for name, value in state.items()
+        if name not in tensors and not any(_is_inside(name, path) for path in pretrained)
+    }
+
+
 def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
     """Copy checked tensors into ``module`` in place, each in its own dtype and device."""
     targets = _named_tensors(module)
+    others = {name: value for name, value in tensors.items() if name not in targets}
     with torch.no_grad():
-        for name, value in tensors.items():
-            targets[name].copy_(value)
+        for name in tensors.keys() - others.keys():
+            targets[name].copy_(tensors[name])
+    if others:
+        module.load_state_dict(others, strict=False)
 
 
 def _check_layers(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> None:
@@ -288,14 +330,17 @@ def _check_same_names(what: str, theirs: Any, ours: Any, source: Any) -> None:
 def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) -> None:
     """Compare names and shapes of a checkpoint's tensors with what ``module`` trains."""
     targets = _named_tensors(module)
+    others = other_state(module)
     missing = [name for name in trained_tensors(module) if name not in tensors]
-    unexpected = [name for name in tensors if name not in targets]
+    unexpected = [name for name in tensors if name not in targets and name not in others]
     if missing or unexpected:
         raise ValueError(
             f"{source} does not fit {type(module).__name__}: {_some(missing)} missing in the file, "
             f"{_some(unexpected)} not in the model"
         )
     for name, value in tensors.items():
+        if name in others and name not in targets:
+            continue
         if not isinstance(value, Tensor) or value.shape != targets[name].shape:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{source} has {given} for {name!r}, the model has {tuple(targets[name].shape)}")

@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     Raises:
         OSError: it could not be written (disk full, no permission). The former file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{hashlib.blake2b(path.name.encode(), digest_size=8).hexdigest()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

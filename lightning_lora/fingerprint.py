@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.inject import named_lora_layers, named_trained_whole
+from lightning_lora.inject import injected_roots, named_lora_layers, named_trained_whole
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.root import clean_name, name_or_path
 
 NUM_SAMPLES = 64
@@ -45,7 +46,7 @@ def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
     """
     own = fingerprint(root)
     own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
-    present = {name for name, _ in root.named_parameters()} | set(own_hashes)
+    present = {name for name, _ in [*root.named_parameters(), *root.named_buffers()]} | set(own_hashes)
     cleaned = {clean_name(name) for name in present}
     rows = zip(recorded["names"], recorded["hashes"].tolist(), recorded["dtypes"], strict=True)
     for name, value, dtype in rows:
@@ -59,8 +60,25 @@ def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
     return None
 
 
+def hashes_outside_roots(module: nn.Module) -> dict[str, int]:
+    """Return the hash of every frozen parameter of ``module`` that lies outside its adapted models, by clean name."""
+    inside = {id(p) for root in injected_roots(module).values() for p in root.parameters()}
+    return {
+        clean_name(name): int(_hash(parameter.detach()))
+        for name, parameter in module.named_parameters()
+        if id(parameter) not in inside
+        and not parameter.requires_grad
+        and parameter.is_floating_point()
+        and parameter.device.type != "meta"
+        and parameter.numel() > 0
+    }
+
+
 def named_base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the frozen parameters of the base by clean name, as they are without any merged adapter."""
+    """Yield the frozen tensors of the base by clean name, as they are without any merged adapter.
+
+    These are its parameters, and the running statistics of its batch normalisations.
+    """
     layers = named_lora_layers(root)
     adapters = {id(p) for layer in layers.values() for _, p in layer.named_adapter_tensors()}
     originals = {id(layer.base_weight): layer.lora_original for layer in layers.values() if _is_merged(layer)}
@@ -71,6 +89,9 @@ def named_base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         original = originals.get(id(parameter))
         yield clean, parameter.detach() if original is None else original
+    for name, module in root.named_modules():
+        if isinstance(module, FrozenStatistics):
+            yield from module.named_buffers(clean_name(name), recurse=False)
 
 
 def _is_merged(layer: LoRALayer) -> bool:

@@ -195,7 +195,8 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
 
 
-# apply() binds its arguments to the signature of forward, which costs 90 us a call where it has to be read from the code
+# apply() binds its inputs to the signature of forward on every call; reading it from the code
+# each time would take a third of a small layer's forward
 _LoRALinear.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)]
 )

@@ -26,6 +26,7 @@ class Injection:
         originals: frozen copies of the base tensors that train (heads, biases), by name; those on meta have none.
         requires_grad: what every base parameter's flag was before.
         undo: attributes that were changed, as ``(module, name, former value)``.
+        source: the file that the adapters started from, if any.
     """
 
     config: LoRAConfig
@@ -33,6 +34,7 @@ class Injection:
     originals: dict[str, Tensor] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    source: str | None = None
 
 
 def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
@@ -100,6 +102,7 @@ def remove(model: nn.Module) -> nn.Module:
                 "the adapters are merged into the base weights: call merge(model, remove=True) to keep the merged "
                 "weights without adapters, or unmerge(model) first to get the base back"
             )
+        check_not_disabled(root)
         for parameter, original in _with_originals(root):
             with torch.no_grad():
                 parameter.copy_(original)
@@ -173,6 +176,14 @@ def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Paramet
 def is_merged(model: nn.Module) -> bool:
     """Whether any adapter is merged into its base weight."""
     return any(isinstance(m, LoRALayer) and m.lora_original is not None for m in model.modules())
+
+
+def check_not_disabled(root: nn.Module) -> None:
+    """Raise ``ValueError`` inside ``disabled(model)``, where first values stand in for those that trained."""
+    if any(isinstance(m, LoRALayer) and not m.lora_active and m.lora_original is None for m in root.modules()):
+        raise ValueError(
+            f"the adapters of {type(root).__name__} are disabled: leave the block of disabled(model) first"
+        )
 
 
 def named_trained_whole(root: nn.Module) -> dict[str, nn.Parameter]:
@@ -305,6 +316,8 @@ def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: st
     injection = injection_of(root)
     if injection is None:
         return
+    if is_merged(root):
+        raise ValueError("the adapters are merged into the weights: call unmerge(model) before loading a state into it")
     own = {f"{prefix}{name}": tensor for name, tensor in root.state_dict(keep_vars=True).items()}
     adapters = {
         f"{prefix}{name}.{local}" if name else f"{prefix}{local}"

@@ -17,6 +17,7 @@ from lightning_lora.checkpoint import copy_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.files import write_atomically
 from lightning_lora.inject import (
+    check_not_disabled,
     inject_anew,
     injection_of,
     named_lora_layers,
@@ -69,6 +70,7 @@ def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     patterns can change their meaning. A tied tensor that trains is written under each of its modules.
     """
     root = require_root(model)
+    check_not_disabled(root)
     tensors = {name: value.detach().to("cpu").contiguous() for name, value in _peft_tensors(root).items()}
     config = json.dumps(_peft_config(root), indent=2, sort_keys=True) + "\n"
     directory = Path(directory)

@@ -29,7 +29,8 @@ def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modul
     """
     if path is not None:
         try:
-            return path, module.get_submodule(path)
+            root = module.get_submodule(path)
+            return path, root._modules.get("_orig_mod") or root  # what torch.compile wrapped
         except AttributeError:
             children = ", ".join(name for name, _ in module.named_children()) or "none"
             raise ValueError(

@@ -26,11 +26,13 @@ from lightning_lora import (
     adapter_state_dict,
     inject,
     load_adapter_state_dict,
+    merge,
     save_peft,
 )
 from lightning_lora.files import write_atomically
+from lightning_lora.layers import LoRALayer
 from tests import models
-from tests.runs import LanguageModule, fitted, loader, same_adapters, trainer
+from tests.runs import LanguageModule, LazyModule, fitted, loader, same_adapters, trainer
 
 
 def epochs(directory: Path, **settings: Any) -> ModelCheckpoint:
@@ -422,3 +424,109 @@ class TestPlainTorch:
         state = adapter_state_dict(inject(models.llama(), LoRAConfig(r=4, target_modules=["q_proj"])))
         with pytest.raises(ValueError, match="missing in the file"):
             load_adapter_state_dict(model, state)
+
+
+class TestWhatChangesIsKept:
+    """State of the user's that a resume needs, though it does not require grad."""
+
+    class Module(LanguageModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = nn.Linear(2, 2).requires_grad_(False)
+            self.constant = nn.Linear(2, 2).requires_grad_(False)
+            self.norm = nn.BatchNorm1d(2, affine=False)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            self.seen += 1
+            self.norm(torch.randn(4, 2))
+            self.target.weight.data.add_(1)
+            return super().training_step(batch, batch_idx)
+
+    def test_target_networks_buffers_and_statistics_resume(self, tmp_path: Path) -> None:
+        _, module = fitted(tmp_path, self.Module())
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+        assert "constant.weight" not in saved
+        twin = self.Module()
+        trainer(tmp_path, LoRACallback(r=4)).fit(twin, loader(), ckpt_path=tmp_path / "last.ckpt")
+        assert torch.equal(twin.target.weight, module.target.weight)
+        assert (twin.seen, twin.norm.num_batches_tracked) == (4, 4)
+        assert not twin.target.weight.requires_grad
+
+    def test_a_hook_that_loses_trained_tensors_is_found_at_the_save(self, tmp_path: Path) -> None:
+        class Losing(LanguageModule):
+            def on_save_checkpoint(self, checkpoint):
+                checkpoint["state_dict"] = {f"x.{k}": v for k, v in checkpoint["state_dict"].items()}
+
+        with pytest.raises(ValueError, match="on_save_checkpoint took 28 trained tensors out"):
+            fitted(tmp_path, Losing())
+
+    def test_keys_that_hooks_add_and_take_away_again_go_through(self, tmp_path: Path) -> None:
+        class Adding(LanguageModule):
+            def on_save_checkpoint(self, checkpoint):
+                checkpoint["state_dict"]["mine"] = torch.ones(1)
+
+            def on_load_checkpoint(self, checkpoint):
+                self.mine = checkpoint["state_dict"].pop("mine")
+
+        fitted(tmp_path, Adding())
+        twin = Adding()
+        trainer(tmp_path, LoRACallback(r=4)).validate(twin, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+        assert twin.mine == 1
+
+    def test_what_could_not_be_read_back_is_found_at_the_first_save(self, tmp_path: Path) -> None:
+        class Unsafe(LanguageModule):
+            def on_save_checkpoint(self, checkpoint):
+                checkpoint["where"] = Path("x")
+
+        with pytest.raises(ValueError, match="objects that a safe load refuses"):
+            fitted(tmp_path, Unsafe())
+
+    def test_a_stateful_loader_shuffles_alike_after_an_epochs_end(self, tmp_path: Path) -> None:
+        def run(directory: Path, ckpt_path: Path | None = None):
+            pl.seed_everything(7 if ckpt_path is None else 8, verbose=False)
+            module = LanguageModule()
+            rows = StatefulDataLoader(models.token_ids(16, 8, seed=1), batch_size=4, shuffle=True)
+            trainer(directory, LoRACallback(r=4), epochs(directory), max_epochs=2).fit(
+                module, rows, ckpt_path=ckpt_path
+            )
+            return module
+
+        straight = run(tmp_path / "a")
+        assert run(tmp_path / "b", tmp_path / "a" / "epoch=0.ckpt").losses == straight.losses[4:]
+
+
+class TestLateChanges:
+    """Modules that change between runs are adapted as the callback at hand says."""
+
+    def test_lazy_modules_follow_the_settings_of_each_trainer(self, tmp_path: Path) -> None:
+        module = LazyModule()
+        trainer(tmp_path, LoRACallback(r=4)).fit(module, loader())
+        with pytest.raises(ValueError, match="already adapted with another config"):
+            trainer(tmp_path, LoRACallback(r=2)).fit(module, loader())
+        merge(module, remove=True)
+        trainer(tmp_path).fit(module, loader())
+        assert not any(isinstance(m, LoRALayer) for m in module.modules())
+
+    def test_a_model_built_in_the_modules_setup_is_an_error(self, tmp_path: Path) -> None:
+        class Late(LanguageModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = nn.Linear(2, 2)
+
+            def setup(self, stage):
+                self.model = models.llama()
+
+        with pytest.raises(ValueError, match="built or changed after LoRACallback's setup"):
+            trainer(tmp_path, LoRACallback(r=2)).fit(Late(), loader())
+
+    def test_init_from_is_never_ignored(self, tmp_path: Path) -> None:
+        _, source = fitted(tmp_path)
+        validated = LanguageModule()
+        trainer(tmp_path, LoRACallback(r=4)).validate(validated, loader(), verbose=False)
+        callback = LoRACallback(init_from=str(tmp_path / "last.ckpt"))
+        trainer(tmp_path, callback, max_epochs=0).fit(validated, loader())
+        assert same_adapters(validated, source)
+        _, trained = fitted(tmp_path / "other")
+        with pytest.raises(ValueError, match="this one has adapters that trained"):
+            trainer(tmp_path, callback, max_epochs=0).fit(trained, loader())

@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, disabled, inject, merge, merged, named_adapter_parameters, remove, unmerge
+from lightning_lora import (
+    LoRAConfig,
+    adapter_checkpoint,
+    adapter_state_dict,
+    disabled,
+    inject,
+    merge,
+    merged,
+    named_adapter_parameters,
+    remove,
+    save_peft,
+    unmerge,
+)
 from lightning_lora.functional import merged_weight
 from tests import models
 
@@ -339,3 +351,20 @@ def test_the_question_to_a_subclass_leaves_weight_mode_and_random_state_alone() 
     assert model[0].training
     assert model[0].lora_active
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_saving_and_removing_inside_disabled_are_errors_for_the_trained_values_are_away(tmp_path) -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    expected = logits(model)
+    with disabled(model):
+        for function in (adapter_state_dict, adapter_checkpoint, lambda m: save_peft(m, tmp_path), remove):
+            with pytest.raises(ValueError, match=r"leave the block of disabled\(model\) first"):
+                function(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_loading_a_base_into_merged_weights_is_an_error_for_unmerge_would_undo_it() -> None:
+    model = merge(adapted())
+    with pytest.raises(ValueError, match=r"call unmerge\(model\) before loading"):
+        model.load_state_dict(models.llama().state_dict())
+    unmerge(model).load_state_dict(models.llama().state_dict())

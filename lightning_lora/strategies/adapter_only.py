@@ -6,8 +6,10 @@ copied.
 """
 
 import functools
+import inspect
+import io
 import os
-import shutil
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,13 +28,15 @@ from lightning_lora.checkpoint import (
     copy_tensors,
     describe,
     fitting_tensors,
+    other_state,
     read_checkpoint,
     renaming,
     section_of,
     trained_tensors,
 )
+from lightning_lora.fingerprint import hashes_outside_roots
 from lightning_lora.inject import injected_roots, named_adapter_parameters
-from lightning_lora.peft_format import save_peft
+from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME, save_peft
 from lightning_lora.root import clean_name
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.atomic_io import make_atomic
@@ -46,15 +50,29 @@ STATE_KEY = "state_dict"
 class AdapterOnly(Strategy):
     """Mixin for a Trainer strategy that keeps the model whole on every rank (single device, DDP)."""
 
-    saves_peft: bool = False
+    peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
+    _frozen_outside: dict[str, int] | None = None
+    _checked_readable: bool = False
     _loaded: dict[str, Any] | None = None
     _loaded_from: Any = None
     _random_states: list[dict[str, Any]] | None = None
+    _loaders_to_restore: list[list[torch.Tensor]] | None = None
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what trains, under the names that it has in the LightningModule. Called on all ranks."""
-        return trained_tensors(self._adapted_module())
+        """Return what trains or changed, under the names that it has in the LightningModule. Called on all ranks."""
+        module = self._adapted_module()
+        # toggle_optimizer freezes for a while what another optimizer has moved
+        held = {id(p) for optimizer in self.optimizers for p, state in optimizer.state.items() if state}
+        # a target network follows without requiring grad, and is lost if it is not seen
+        now = hashes_outside_roots(module) if self._frozen_outside is not None else {}
+        changed = {name for name, value in now.items() if value != (self._frozen_outside or {}).get(name)}
+        held |= {id(parameter) for name, parameter in module.named_parameters() if clean_name(name) in changed}
+        return {**trained_tensors(module, also=held), **other_state(module)}
+
+    def watch_frozen(self) -> None:
+        """Remember the frozen parameters outside the adapted models, to save those that change all the same."""
+        self._frozen_outside = hashes_outside_roots(self._adapted_module())
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -63,22 +81,44 @@ class AdapterOnly(Strategy):
         section = describe(module, STATE_KEY) if self.is_global_zero else {}
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, module) for optimizer in self.optimizers]
-            section["random_states"] = self._gather(random_state.collect())
-        # hooks of the user and of averaging callbacks may have put a full state in its place
-        names = trained_tensors(module).keys()
-        checkpoint[STATE_KEY] = {name: value for name, value in checkpoint[STATE_KEY].items() if name in names}
+            combined = module.trainer.fit_loop._combined_loader
+            loaders = random_state.collect_loaders([] if combined is None else combined.flattened)
+            section["random_states"] = self._gather({**random_state.collect(), "loaders": loaders})
+        # averaging callbacks may have put a full state in its place, the user's hook may have added to it
+        names = self.lightning_module_state_dict().keys()
+        base = {clean_name(name) for name, _ in module.named_parameters()} - names
+        state = {name: value for name, value in checkpoint[STATE_KEY].items() if clean_name(name) not in base}
+        lost = [name for name in trained_tensors(module) if name not in state]
+        if lost:
+            raise ValueError(
+                f"on_save_checkpoint took {len(lost)} trained tensors out of checkpoint['state_dict'], {lost[0]!r} "
+                "among them, and the file could not be resumed: keep them under their names"
+            )
+        checkpoint[STATE_KEY] = state
         checkpoint[SECTION] = section
+        if self.is_global_zero and not self._checked_readable:
+            _check_readable(checkpoint)
+            self._checked_readable = True
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self.saves_peft and self.is_global_zero and not Path(filepath).name.startswith("."):
-            for path, root in injected_roots(module).items():
-                save_peft(root, peft_directory(filepath, path if len(injected_roots(module)) > 1 else ""))
+        if self.peft_roots and self.is_global_zero and not Path(filepath).name.startswith("."):
+            roots = injected_roots(module)
+            wanted = (
+                roots if None in self.peft_roots else {path: roots[path] for path in roots if path in self.peft_roots}
+            )
+            for path, root in wanted.items():
+                save_peft(root, peft_directory(filepath, path if len(roots) > 1 else ""))
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
         directory = peft_directory(filepath)
-        if self.saves_peft and self.is_global_zero and directory.is_dir():
-            shutil.rmtree(directory)
+        if self.peft_roots and self.is_global_zero and directory.is_dir():
+            for config in [*directory.rglob(CONFIG_NAME)]:
+                config.unlink()
+                config.with_name(WEIGHTS_NAME).unlink(missing_ok=True)
+            for folder in sorted((directory, *directory.rglob("*")), reverse=True):
+                if folder.is_dir() and not any(folder.iterdir()):  # files of the user's stay
+                    folder.rmdir()
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -87,7 +127,8 @@ class AdapterOnly(Strategy):
         module = self._adapted_module()
         load = functools.partial(self.checkpoint_io.load_checkpoint, weights_only=True)
         checkpoint = read_checkpoint(checkpoint_path, load)
-        tensors = fitting_tensors(checkpoint, module, checkpoint_path)
+        # names and shapes are checked after the user's on_load_checkpoint, which may put back what its twin changed
+        tensors = fitting_tensors(checkpoint, module, checkpoint_path, check_names=False)
         fitting = module.trainer.state.fn == TrainerFn.FITTING
         if fitting and ("optimizer_states" not in checkpoint or "loops" not in checkpoint):
             raise ValueError(
@@ -95,6 +136,8 @@ class AdapterOnly(Strategy):
                 "by Fabric or plain torch), so no run can go on from it exactly. To start a new run from its weights: "
                 f"LoRACallback(init_from={str(checkpoint_path)!r})"
             )
+        if fitting:
+            _let_finished_loaders_start_anew(checkpoint["loops"]["fit_loop"])
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
         checkpoint[STATE_KEY] = tensors
         self._loaded, self._loaded_from = checkpoint, checkpoint_path
@@ -116,8 +159,9 @@ class AdapterOnly(Strategy):
         if module.trainer.state.fn == TrainerFn.FITTING:
             # base parameters are in the file because they trained: BaseFinetuning freezes them again at setup
             adapters = {id(parameter) for _, parameter in named_adapter_parameters(module)}
+            inside = {id(p) for root in injected_roots(module).values() for p in root.parameters()} - adapters
             for name, parameter in module.named_parameters():
-                if clean_name(name) in checkpoint[STATE_KEY] and id(parameter) not in adapters:
+                if clean_name(name) in checkpoint[STATE_KEY] and id(parameter) in inside:
                     parameter.requires_grad_(True)
 
     @override
@@ -151,18 +195,30 @@ class AdapterOnly(Strategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         # the last moment before the training data's iterator is made, which draws from the generators
-        if self._adapted_module().trainer.training:
+        if self._adapted_module().trainer.training and self._random_states is not None:
             self.restore_random_state()
+            if self._loaders_to_restore is None:
+                self._loaders_to_restore = list(self._own_random_state().get("loaders", []))
+            if self._loaders_to_restore:
+                random_state.restore_loader(dataloader, self._loaders_to_restore.pop(0))
         return super().process_dataloader(dataloader)
 
     def restore_random_state(self) -> None:
         """Put this rank's random generators where the loaded checkpoint left them; without one do nothing."""
         if self._random_states is not None:
-            random_state.restore(self._random_states[int(getattr(self, "global_rank", 0))])
+            random_state.restore(self._own_random_state())
+
+    def _own_random_state(self) -> dict[str, Any]:
+        assert self._random_states is not None
+        return self._random_states[int(getattr(self, "global_rank", 0))]
+
+    def has_random_state(self) -> bool:
+        """Whether a loaded checkpoint's random states are still to be restored."""
+        return self._random_states is not None
 
     def forget_random_state(self) -> None:
         """Restore random states no more: the resumed run is under way."""
-        self._random_states = self._loaded = None
+        self._random_states = self._loaders_to_restore = self._loaded = None
 
     def _adapted_module(self) -> "pl.LightningModule":
         assert self.lightning_module is not None
@@ -187,8 +243,9 @@ def adopt(strategy: Strategy) -> AdapterOnly:
     """
     if isinstance(strategy, AdapterOnly):
         return strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or shards(strategy):
         raise ValueError(unsupported(type(strategy).__name__))
+    _check_reader(strategy.checkpoint_io)
     make_atomic(strategy.checkpoint_io)
     if isinstance(strategy, DDPStrategy):
         prepare_ddp(strategy)
@@ -201,6 +258,45 @@ def adopt(strategy: Strategy) -> AdapterOnly:
 def adopted_class(mixin: type[Any], base: type[Any]) -> type[Any]:
     """Return the class ``LoRA<Base>(mixin, Base)``."""
     return type(f"LoRA{base.__name__}", (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def shards(strategy: object) -> bool:
+    """Whether a strategy is DeepSpeed's, which Lightning derives from DDP's."""
+    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)
+
+
+def _check_reader(checkpoint_io: Any) -> None:
+    """Raise ``ValueError`` for a ``CheckpointIO`` of the user's that cannot be told to read without running code."""
+    parameters = inspect.signature(checkpoint_io.load_checkpoint).parameters.values()
+    if not any(p.name == "weights_only" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            f"{type(checkpoint_io).__name__}.load_checkpoint takes no weights_only argument, so that its files could "
+            "not be read back safely: add `weights_only=None` to it and hand it to torch.load"
+        )
+
+
+def _check_readable(checkpoint: dict[str, Any]) -> None:
+    """Find out at the first save, not at the resume, that a file holds objects which a safe load refuses."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            "the checkpoint would hold objects that a safe load refuses, from hyperparameters (keep them out with "
+            "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values, or "
+            f"allow their class with torch.serialization.add_safe_globals. {error}"
+        ) from error
+
+
+def _let_finished_loaders_start_anew(fit_loop: dict[str, Any]) -> None:
+    """Drop the position of stateful dataloaders from a file of an epoch's end.
+
+    Loaded, they would go on behind their last batch, or shuffle by a state that an uninterrupted run has left behind.
+    """
+    if fit_loop["epoch_loop.batch_progress"].get("is_last_batch"):
+        fit_loop["state_dict"].pop("combined_loader", None)
 
 
 def unsupported(name: str) -> str:

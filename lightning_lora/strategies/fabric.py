@@ -21,7 +21,7 @@ from lightning_lora.checkpoint import (
     trained_tensors,
 )
 from lightning_lora.inject import injected_roots
-from lightning_lora.strategies.adapter_only import adopted_class, unsupported
+from lightning_lora.strategies.adapter_only import adopted_class, shards, unsupported
 from lightning_lora.strategies.atomic_io import make_atomic
 from lightning_lora.strategies.optimizers import match_by_name, parameter_names
 from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
@@ -142,7 +142,7 @@ def adopt_fabric(strategy: Strategy) -> None:
     """
     if isinstance(strategy, FabricAdapterOnly):
         return
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or shards(strategy):
         raise ValueError(unsupported(type(strategy).__name__))
     make_atomic(strategy.checkpoint_io)
     if isinstance(strategy, DDPStrategy):

@@ -11,19 +11,25 @@ from lightning_lora.root import clean_name
 
 
 def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
-    """Take frozen parameters out of the groups in place, and make sure that what should train is in some group.
+    """Take the frozen base out of the groups in place, and make sure that what should train is in some group.
+
+    What lies outside the adapted models, and adapters that their user froze, stay where the user put them: they may be
+    unfrozen later.
 
     Raises:
         ValueError: adapters are frozen or in no optimizer, so that they would train in silence to nothing.
     """
+    base = {id(p) for root in injected_roots(module).values() for p in root.parameters() if not p.requires_grad}
+    for root in injected_roots(module).values():
+        base -= {id(parameter) for _, parameter in named_adapter_parameters(root)}
+        base -= {id(parameter) for parameter in named_trained_whole(root).values()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            kept = [i for i, parameter in enumerate(group["params"]) if parameter.requires_grad]
+            kept = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in base]
             if "param_names" in group:
                 group["param_names"] = [group["param_names"][i] for i in kept]
-            for i, parameter in enumerate(group["params"]):
-                if i not in set(kept):
-                    optimizer.state.pop(parameter, None)
+            for i in set(range(len(group["params"]))) - set(kept):
+                optimizer.state.pop(group["params"][i], None)
             group["params"][:] = [group["params"][i] for i in kept]
     if not optimizers:
         return
@@ -31,6 +37,11 @@ def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> No
     wanted: dict[str, nn.Parameter] = {}
     for root in injected_roots(module).values():
         adapters = dict(named_adapter_parameters(root))
+        if not adapters:
+            raise ValueError(
+                f"the adapted layers of {type(root).__name__} were built or changed after LoRACallback's setup, in the "
+                "module's own setup() perhaps: build the model in __init__ or configure_model"
+            )
         if not any(parameter.requires_grad for parameter in adapters.values()):
             raise ValueError(
                 "all adapters are frozen. Another callback, such as BaseFinetuning, froze them after they were "
@@ -48,9 +59,12 @@ def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> No
 
 
 def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
-    """Return the clean name in ``module`` of every parameter, group by group."""
+    """Return the clean name in ``module`` of every parameter, group by group; one from elsewhere gets its position."""
     names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
-    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    return [
+        [names.get(id(p), f"#{index}.{position}") for position, p in enumerate(group["params"])]
+        for index, group in enumerate(optimizer.param_groups)
+    ]
 
 
 def match_by_name(

@@ -1,6 +1,7 @@
 """The state of all random generators of a process, in values that a safe ``torch.load`` can read."""
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,24 @@ def collect() -> dict[str, Any]:
         "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
         "python": (version, list(internal), gauss_next),
     }
+
+
+def collect_loaders(loaders: Iterable[Any]) -> list[list[torch.Tensor]]:
+    """Return the states of the generators that dataloaders and their samplers hold, loader by loader."""
+    return [[generator.get_state() for generator in _generators(loader)] for loader in loaders]
+
+
+def restore_loader(loader: Any, states: list[torch.Tensor]) -> None:
+    """Put a dataloader's generators back; with another number of them than was saved do nothing."""
+    generators = _generators(loader)
+    if len(generators) == len(states):
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state.cpu())
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    held = (getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None))
+    return [generator for generator in dict.fromkeys(held) if isinstance(generator, torch.Generator)]
 
 
 def restore(state: dict[str, Any]) -> None:

@@ -1,0 +1,62 @@
+"""What can be counted instead of timed: activation bytes kept for backward, and aten kernels, of one decoder block."""
+
+from typing import Any
+
+import torch
+from blocks import QWEN3_06B, Shape, Work, contenders
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TOKENS = 512
+# neither reads nor writes elements
+_NO_KERNEL = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view"}
+
+
+def measure(shape: Shape = QWEN3_06B) -> list[dict[str, Any]]:
+    cases = [(dtype, dropout) for dtype in (torch.float32, torch.bfloat16) for dropout in (0.0, 0.05)]
+    results = []
+    for dtype, dropout in cases:
+        works = contenders(shape, TOKENS, dropout, dtype)
+        results.append(
+            {
+                "shape": shape.name,
+                "tokens": TOKENS,
+                "dtype": str(dtype).removeprefix("torch."),
+                "dropout": dropout,
+                "saved_bytes": {name: saved_bytes(work) for name, work in works.items()},
+                "kernels": {name: kernels(work) for name, work in works.items()},
+            }
+        )
+    return results
+
+
+def saved_bytes(work: Work) -> int:
+    """Return the bytes that autograd keeps between forward and backward, each storage once, parameters left out."""
+    kept: list[Tensor] = []  # alive until counted, so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = work.forward()
+    parameters = {p.untyped_storage().data_ptr() for p in work.block.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    del output
+    return sum(size for address, size in storages.items() if address not in parameters)
+
+
+def kernels(work: Work) -> int:
+    """Return how many aten operators that touch elements run in forward and backward, gradient sums included."""
+    work.clear()
+    with _KernelCount() as count:
+        work.step()
+    return count.total
+
+
+class _KernelCount(TorchDispatchMode):
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.total += not (func.is_view or func._schema.name in _NO_KERNEL)
+        return func(*args, **(kwargs or {}))
