@@ -67,9 +67,9 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
         _check_rank(name, layer, ranks[name], lenient=is_all_linear(config.target_modules))
 
     injection = Injection(config, trained_whole)
-    injection.requires_grad = {clean_name(name): p.requires_grad for name, p in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        injection.requires_grad[clean_name(name)] = parameter.requires_grad
+        parameter.requires_grad = False
     dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
     adapted: dict[str, LoRALayer] = {}
     for name, layer in layers.items():
@@ -190,6 +190,8 @@ def named_trained_whole(root: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base parameters that train by design, heads and biases, by clean name."""
     injection = injection_of(root)
     assert injection is not None
+    if not injection.trained_whole and injection.config.bias == "none":
+        return {}
     names = _names_trained_whole(root, injection)
     return {clean_name(name): p for name, p in root.named_parameters() if clean_name(name) in names}
 
@@ -260,20 +262,17 @@ def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:
 
 
 def _check_untouched(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise ValueError(f"{name!r} has no size yet (a lazy module): run one batch through the model first")
+    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
+    theirs = () if peft_layers is None else (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)
     for name, module in model.named_modules():
+        if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values()):
+            raise ValueError(f"{name!r} has no size yet (a lazy module): run one batch through the model first")
         if isinstance(module, LoRALayer) or injection_of(module) is not None:
             raise ValueError(
                 f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on "
                 "it first"
             )
-    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
-    if peft_layers is None:
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)):
+        if isinstance(module, theirs):
             raise ValueError(
                 f"{type(model).__name__} is already wrapped by PEFT (at {name or 'the top'!r}): pass the base model, "
                 "peft_model.unload(); adapters that PEFT saved are read by load_peft(model, directory)"

@@ -48,6 +48,8 @@ def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modul
 
 def clean_name(name: str) -> str:
     """Return a parameter's or module's name without the parts that ``torch.compile`` puts in."""
+    if "_orig_mod" not in name:
+        return name
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
