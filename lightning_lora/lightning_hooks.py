@@ -37,7 +37,15 @@ def _adopting(method: Any) -> Any:
     def adopting(self: Fabric, *args: Any, **kwargs: Any) -> Any:
         if any(_has_adapters(_unwrap_objects(value)) for value in (*args, *kwargs.values())):
             adopt_fabric(self._strategy)
-        return method(self, *args, **kwargs)
+        result = method(self, *args, **kwargs)
+        if method.__name__ == "load" and isinstance(result, dict) and SECTION in result:
+            state = args[1] if len(args) > 1 else kwargs.get("state")
+            if any(isinstance(value, nn.Module) for value in (state or {}).values()):
+                raise ValueError(
+                    "the file holds adapters, and no model in the state has any: call inject(model, config) before "
+                    "fabric.setup"
+                )
+        return result
 
     adopting.knows_adapters = True  # type: ignore[attr-defined]
     return adopting

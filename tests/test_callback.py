@@ -1,6 +1,7 @@
 """LoRACallback in the Trainer: what it adapts, what trains, what it refuses, how it goes with other callbacks."""
 
 import copy
+import importlib
 import pickle
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from lightning_lora import (
     remove,
 )
 from lightning_lora.layers import LoRALayer
+from lightning_lora.strategies.adapter_only import adopt
+from lightning_lora.strategies.fabric import adopt_fabric
 from tests import models
 from tests.runs import ClassifierModule, LanguageModule, LazyModule, fitted, loader, same_adapters, trainer
 
@@ -298,6 +301,13 @@ class TestCompany:
         with pytest.raises(ValueError, match=f"{strategy.__name__} is not supported: .* Use strategy='auto' or 'ddp'"):
             LoRACallback(r=4).setup(run, module, "fit")
         assert not any(isinstance(m, LoRALayer) for m in module.modules())
+
+    @pytest.mark.parametrize("package", ["pytorch", "fabric"])
+    def test_deepspeed_is_refused_though_it_derives_from_ddp(self, package: str) -> None:
+        strategies = importlib.import_module(f"lightning.{package}.strategies")
+        strategy = strategies.DeepSpeedStrategy.__new__(strategies.DeepSpeedStrategy)
+        with pytest.raises(ValueError, match="DeepSpeedStrategy is not supported"):
+            (adopt if package == "pytorch" else adopt_fabric)(strategy)
 
     @pytest.mark.parametrize("averaging", [EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-2)])
     def test_averaging_callbacks_must_come_after(self, tmp_path: Path, averaging) -> None:

@@ -156,3 +156,35 @@ def test_precisions_keep_adapters_wide(precision: str) -> None:
     wanted = torch.float64 if precision == "64-true" else torch.float32
     assert {value.dtype for value in adapter_state_dict(model).values()} == {wanted}
     assert losses[-1] < losses[0]
+
+
+def test_one_optimizer_over_an_adapted_model_and_a_head_resumes(tmp_path: Path) -> None:
+    def build() -> dict[str, Any]:
+        model, head = inject(models.llama(), LoRAConfig(r=4)), nn.Linear(2, 2)
+        trained = [*(p for p in model.parameters() if p.requires_grad), *head.parameters()]
+        return {"model": model, "head": head, "optimizer": torch.optim.AdamW(trained, lr=1e-2)}
+
+    fabric, state, twin = Fabric(accelerator="cpu", devices=1), build(), build()
+    for parameter in state["optimizer"].param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    state["optimizer"].step()
+    fabric.save(tmp_path / "both.ckpt", state)
+    fabric.load(tmp_path / "both.ckpt", twin)
+    moments = [one["optimizer"].state_dict()["state"] for one in (state, twin)]
+    torch.testing.assert_close(moments[1], moments[0], rtol=0, atol=0)
+    assert torch.equal(twin["head"].weight, state["head"].weight)
+
+
+def test_a_bare_model_never_takes_an_adapter_file_in_silence(tmp_path: Path) -> None:
+    fabric, model, _ = start()
+    fabric.save(tmp_path / "a.ckpt", {"model": model})
+    with pytest.raises(ValueError, match="no model in the state has any: call inject"):
+        fabric.load(tmp_path / "a.ckpt", {"model": models.llama()}, strict=False)
+
+
+def test_a_missing_optimizer_is_left_alone_when_not_strict(tmp_path: Path) -> None:
+    fabric, model, optimizer = start()
+    fabric.save(tmp_path / "a.ckpt", {"model": model})
+    fabric.load(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer}, strict=False)
+    with pytest.raises(KeyError, match="no optimizer 'optimizer'"):
+        fabric.load(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer})

@@ -40,7 +40,7 @@ from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME, save_peft
 from lightning_lora.root import clean_name
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.atomic_io import make_atomic
-from lightning_lora.strategies.optimizers import match_by_name, parameter_names, prepare_optimizers
+from lightning_lora.strategies.optimizers import match_by_name, names_of, parameter_names, prepare_optimizers
 from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
 S = TypeVar("S")
@@ -80,7 +80,7 @@ class AdapterOnly(Strategy):
         module = self._adapted_module()
         section = describe(module, STATE_KEY) if self.is_global_zero else {}
         if "optimizer_states" in checkpoint:
-            section["optimizers"] = [parameter_names(optimizer, module) for optimizer in self.optimizers]
+            section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
             combined = module.trainer.fit_loop._combined_loader
             loaders = random_state.collect_loaders([] if combined is None else combined.flattened)
             section["random_states"] = self._gather({**random_state.collect(), "loaders": loaders})
@@ -176,7 +176,7 @@ class AdapterOnly(Strategy):
         adapters = section_of(checkpoint, self._loaded_from)["adapters"]
         rename = renaming(checkpoint, module, self._loaded_from, adapters[0]["state_key"])
         states = [
-            match_by_name(state, names, optimizer, module, rename, self._loaded_from)
+            match_by_name(state, names, optimizer, names_of(module), rename, self._loaded_from)
             for state, names, optimizer in zip(checkpoint["optimizer_states"], saved, self.optimizers, strict=True)
         ]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})

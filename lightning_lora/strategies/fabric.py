@@ -23,7 +23,7 @@ from lightning_lora.checkpoint import (
 from lightning_lora.inject import injected_roots
 from lightning_lora.strategies.adapter_only import adopted_class, shards, unsupported
 from lightning_lora.strategies.atomic_io import make_atomic
-from lightning_lora.strategies.optimizers import match_by_name, parameter_names
+from lightning_lora.strategies.optimizers import match_by_name, names_of, parameter_names
 from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
 
@@ -49,11 +49,9 @@ class FabricAdapterOnly(Strategy):
         modules = adapted_modules(state)
         if modules:
             section = merge_sections([describe(module, key) for key, module in modules.items()])
-            section["optimizers"] = {
-                key: parameter_names(value, _owner(value, modules))
-                for key, value in state.items()
-                if isinstance(value, Optimizer)
-            }
+            optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
+            names = _parameter_names(state)
+            section["optimizers"] = {key: parameter_names(value, names) for key, value in optimizers.items()}
             state = {**state, **{key: trained_tensors(module) for key, module in modules.items()}, SECTION: section}
         super().save_checkpoint(path, state, storage_options, filter)
 
@@ -72,7 +70,7 @@ class FabricAdapterOnly(Strategy):
         modules = adapted_modules(state)
         sources = {key: _state_key(section, key, modules, path) for key in modules}
         tensors = {key: fitting_tensors(checkpoint, module, path, sources[key]) for key, module in modules.items()}
-        optimizer_states = self._optimizer_states(checkpoint, state, modules, sources, path)
+        optimizer_states = self._optimizer_states(checkpoint, state, sources, path, strict)
         others = [key for key in state if key not in modules and key not in optimizer_states]
         absent = [key for key in others if key not in checkpoint]
         if strict and absent:
@@ -98,33 +96,36 @@ class FabricAdapterOnly(Strategy):
         return read_checkpoint(path, lambda where: self.checkpoint_io.load_checkpoint(where, weights_only=True))
 
     def _optimizer_states(
-        self,
-        checkpoint: dict[str, Any],
-        state: dict[str, Any],
-        modules: dict[str, nn.Module],
-        sources: dict[str, str],
-        path: Any,
+        self, checkpoint: dict[str, Any], state: dict[str, Any], sources: dict[str, str], path: Any, strict: bool
     ) -> dict[str, dict[str, Any]]:
-        """Return every optimizer's state from the file, matched to its parameters by name."""
+        """Return every optimizer's state from the file, matched to its parameters by name.
+
+        Args:
+            sources: the key in the file of every adapted module in the state.
+        """
         optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
         if not optimizers:
             return {}
+        renamings = {key: renaming(checkpoint, state[key], path, source) for key, source in sources.items()}
         saved_names = checkpoint[SECTION].get("optimizers") or {}
         if isinstance(saved_names, list):  # the Trainer's file: a list of states beside a list of names
             if len(saved_names) != len(optimizers):
                 raise ValueError(f"{path} holds {len(saved_names)} optimizers, the state has {len(optimizers)}")
             saved = dict(zip(optimizers, zip(checkpoint["optimizer_states"], saved_names, strict=True), strict=True))
+            key = next(iter(sources))
+            rename = _prefixed(f"{key}.", renamings[key])
         else:
             saved = {key: (checkpoint[key], names) for key, names in saved_names.items()}
-        matched = {}
-        for key, optimizer in optimizers.items():
-            if key not in saved:
-                raise KeyError(f"{path} has no optimizer {key!r}; it has {sorted(saved)}")
-            owner = _owner(optimizer, modules)
-            module_key = next(k for k, module in modules.items() if module is owner)
-            rename = renaming(checkpoint, owner, path, sources[module_key])
-            matched[key] = match_by_name(*saved[key], optimizer, owner, rename, path)
-        return matched
+            rename = _by_key({source: (key, renamings[key]) for key, source in sources.items()})
+        absent = [key for key in optimizers if key not in saved]
+        if absent and strict:
+            raise KeyError(f"{path} has no optimizer {absent[0]!r}; it has {sorted(saved)}")
+        names = _parameter_names(state)
+        return {
+            key: match_by_name(*saved[key], optimizer, names, rename, path)
+            for key, optimizer in optimizers.items()
+            if key not in absent
+        }
 
 
 def adapted_modules(state: Any) -> dict[str, nn.Module]:
@@ -165,16 +166,27 @@ def _state_key(section: dict[str, Any], key: str, modules: dict[str, nn.Module],
     raise KeyError(f"{path} has no adapted model {key!r}; it has {sorted(keys)}")
 
 
-def _owner(optimizer: Optimizer, modules: dict[str, nn.Module]) -> nn.Module:
-    """Return the module that an optimizer's parameters are of.
+def _parameter_names(state: dict[str, Any]) -> dict[int, str]:
+    """Return the names of the parameters of all modules in a state, each behind its module's key."""
+    names: dict[int, str] = {}
+    for key, value in state.items():
+        if isinstance(value, nn.Module):
+            names = names_of(value, f"{key}.") | names
+    return names
 
-    Raises:
-        ValueError: they are of none of the modules in the state, so that they cannot be named.
-    """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for module in modules.values():
-        if held <= {id(parameter) for parameter in module.parameters()}:
-            return module
-    raise ValueError(
-        "an optimizer in the state holds parameters that are in none of its adapted modules: save it apart"
-    )
+
+def _prefixed(prefix: str, rename: Callable[[str], str]) -> Callable[[str], str]:
+    return lambda name: prefix + rename(name)
+
+
+def _by_key(renamings: dict[str, tuple[str, Callable[[str], str]]]) -> Callable[[str], str]:
+    """Return the function that renames ``"<key in the file>.<name>"`` to what it is in the state."""
+
+    def renamed(full_name: str) -> str:
+        key, _, name = full_name.partition(".")
+        if key not in renamings:
+            return full_name
+        own_key, rename = renamings[key]
+        return f"{own_key}.{rename(name)}"
+
+    return renamed

@@ -1,6 +1,6 @@
 """Optimizers of adapted models: frozen parameters out, state matched by parameter name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -58,9 +58,13 @@ def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> No
         )
 
 
-def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
-    """Return the clean name in ``module`` of every parameter, group by group; one from elsewhere gets its position."""
-    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+def names_of(module: nn.Module, prefix: str = "") -> dict[int, str]:
+    """Return the clean names of the module's parameters by identity."""
+    return {id(parameter): prefix + clean_name(name) for name, parameter in module.named_parameters()}
+
+
+def parameter_names(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """Return the name of every parameter, group by group; one that ``names`` lacks gets its position."""
     return [
         [names.get(id(p), f"#{index}.{position}") for position, p in enumerate(group["params"])]
         for index, group in enumerate(optimizer.param_groups)
@@ -71,7 +75,7 @@ def match_by_name(
     state: dict[str, Any],
     saved_names: list[list[str]],
     optimizer: Optimizer,
-    module: nn.Module,
+    names: Mapping[int, str],
     rename: Callable[[str], str],
     source: Any,
 ) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def match_by_name(
     Raises:
         ValueError: the optimizer has other parameters, or has them in other groups.
     """
-    own_names = parameter_names(optimizer, module)
+    own_names = parameter_names(optimizer, names)
     theirs = [[rename(name) for name in group] for group in saved_names]
     if [sorted(group) for group in theirs] != [sorted(group) for group in own_names]:
         gone = sorted({n for g in theirs for n in g} - {n for g in own_names for n in g})[:3]
@@ -93,14 +97,14 @@ def match_by_name(
         )
     ids = {
         name: saved_id
-        for names, group in zip(theirs, state["param_groups"], strict=True)
-        for name, saved_id in zip(names, group["params"], strict=True)
+        for group_names, group in zip(theirs, state["param_groups"], strict=True)
+        for name, saved_id in zip(group_names, group["params"], strict=True)
     }
     order = [name for group in own_names for name in group]
     position = {name: index for index, name in enumerate(order)}
     groups = []
-    for names, group, own in zip(own_names, state["param_groups"], optimizer.param_groups, strict=True):
-        groups.append({**group, "params": [position[name] for name in names]})
+    for group_names, group, own in zip(own_names, state["param_groups"], optimizer.param_groups, strict=True):
+        groups.append({**group, "params": [position[name] for name in group_names]})
         if "param_names" in own:
             groups[-1]["param_names"] = own["param_names"]
     entries = {position[name]: state["state"][ids[name]] for name in order if ids[name] in state["state"]}
