@@ -37,6 +37,8 @@ def _adopting(method: Any) -> Any:
     def adopting(self: Fabric, *args: Any, **kwargs: Any) -> Any:
         if any(_has_adapters(_unwrap_objects(value)) for value in (*args, *kwargs.values())):
             adopt_fabric(self._strategy)
+        if method.__name__ == "save":
+            _check_top_level(args[1] if len(args) > 1 else kwargs.get("state"))
         result = method(self, *args, **kwargs)
         if method.__name__ == "load" and isinstance(result, dict) and SECTION in result:
             state = args[1] if len(args) > 1 else kwargs.get("state")
@@ -49,6 +51,16 @@ def _adopting(method: Any) -> Any:
 
     adopting.knows_adapters = True  # type: ignore[attr-defined]
     return adopting
+
+
+def _check_top_level(state: Any) -> None:
+    """Raise ``ValueError`` for an adapted model inside a nested container, which Fabric would pickle with its base."""
+    for key, value in state.items() if isinstance(state, dict) else ():
+        inner = list(value.values()) if isinstance(value, dict) else value
+        if isinstance(inner, (list, tuple)) and any(_has_adapters(_unwrap_objects(one)) for one in inner):
+            raise ValueError(
+                f"state[{key!r}] holds an adapted model inside a container: put it at the top of the state"
+            )
 
 
 def _has_adapters(value: Any) -> bool:

@@ -188,3 +188,10 @@ def test_a_missing_optimizer_is_left_alone_when_not_strict(tmp_path: Path) -> No
     fabric.load(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer}, strict=False)
     with pytest.raises(KeyError, match="no optimizer 'optimizer'"):
         fabric.load(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer})
+
+
+def test_an_adapted_model_in_a_nested_state_is_refused(tmp_path: Path) -> None:
+    fabric, model, _ = start()
+    with pytest.raises(ValueError, match=r"state\['train'\] holds an adapted model inside a container"):
+        fabric.save(tmp_path / "a.ckpt", {"train": {"model": model}})
+    assert not (tmp_path / "a.ckpt").exists()

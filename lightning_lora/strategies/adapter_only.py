@@ -100,6 +100,8 @@ class AdapterOnly(Strategy):
             _check_readable(checkpoint)
             self._checked_readable = True
         super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self.peft_roots and "://" in str(filepath):
+            raise ValueError(f"save_peft=True writes directories on local disks only; the checkpoint is at {filepath}")
         if self.peft_roots and self.is_global_zero and not Path(filepath).name.startswith("."):
             roots = injected_roots(module)
             wanted = (
