@@ -265,8 +265,10 @@ def _check_untouched(model: nn.Module) -> None:
     peft_layers = sys.modules.get("peft.tuners.tuners_utils")
     theirs = () if peft_layers is None else (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)
     for name, module in model.named_modules():
-        if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values()):
-            raise ValueError(f"{name!r} has no size yet (a lazy module): run one batch through the model first")
+        for local, parameter in module._parameters.items():
+            if nn.parameter.is_lazy(parameter):
+                lazy = f"{name}.{local}"
+                raise ValueError(f"{lazy!r} has no size yet (a lazy module): run one batch through the model first")
         if isinstance(module, LoRALayer) or injection_of(module) is not None:
             raise ValueError(
                 f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on "
