@@ -43,7 +43,7 @@ def rank_loader(rank: int, num_ranks: int, epochs: int = 1) -> DataLoader:
 
 def train(directory: Path, strategy: str, rank: int, num_ranks: int, **settings: Any) -> tuple[pl.Trainer, Recorded]:
     module = Recorded()
-    ckpt_path = settings.pop("ckpt_path", None)
+    ckpt_path, dropout = settings.pop("ckpt_path", None), settings.pop("dropout", 0.0)
     callback = ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -54,7 +54,7 @@ def train(directory: Path, strategy: str, rank: int, num_ranks: int, **settings:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=directory,
-        callbacks=[LoRACallback(r=4), callback],
+        callbacks=[LoRACallback(r=4, dropout=dropout), callback],
         **{"max_epochs": 1, **settings},
     )
     trainer.fit(module, rank_loader(rank, num_ranks), ckpt_path=ckpt_path)
@@ -121,6 +121,11 @@ def main(directory: Path) -> None:
     _, from_one = train(
         directory / "from_one", "ddp", rank, num_ranks, max_epochs=2, ckpt_path=directory / "single" / "epoch=0.ckpt"
     )
+    pl.seed_everything(7, verbose=False)
+    _, straight = train(directory / "dropout", "ddp", rank, num_ranks, max_epochs=2, dropout=0.2)
+    pl.seed_everything(1234, verbose=False)
+    after_one = directory / "dropout" / "epoch=0.ckpt"
+    _, again = train(directory / "again", "ddp", rank, num_ranks, max_epochs=2, dropout=0.2, ckpt_path=after_one)
     accumulated, _ = train(
         directory / "accumulated", "ddp", rank, num_ranks, accumulate_grad_batches=2, gradient_clip_val=0.05
     )
@@ -135,6 +140,8 @@ def main(directory: Path) -> None:
             "resumed": adapter_state_dict(resumed),
             "from_one": adapter_state_dict(from_one),
             "all_reduces": sizes,
+            "dropout_losses": straight.losses,
+            "dropout_resumed_losses": again.losses,
             "steps": accumulated.global_step,
             "fabric_going_on": going_on,
             "fabric_resumed": back,

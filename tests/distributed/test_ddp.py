@@ -52,6 +52,11 @@ def test_resume_on_the_same_ranks_is_bit_exact(run: dict[str, Any]) -> None:
         torch.testing.assert_close(rank["resumed"], rank["adapters"], rtol=0, atol=0)
 
 
+def test_resume_with_dropout_is_bit_exact_on_every_rank(run: dict[str, Any]) -> None:
+    for rank in run["ranks"]:
+        assert rank["dropout_resumed_losses"] == rank["dropout_losses"][4:]
+
+
 def test_a_file_of_one_process_resumes_on_many(run: dict[str, Any]) -> None:
     torch.testing.assert_close(run["ranks"][0]["from_one"], adapter_state_dict(run["single"]), **STEP_TOLERANCE)
 
