@@ -3,10 +3,14 @@
 from lightning_lora import lightning_hooks
 from lightning_lora.callback import LoRACallback
 from lightning_lora.checkpoint import adapter_checkpoint, adapter_state_dict, load_adapter_state_dict
+from lightning_lora.combine import combine
 from lightning_lora.config import LoRAConfig
+from lightning_lora.convert import convert
 from lightning_lora.inject import inject, named_adapter_parameters, remove
 from lightning_lora.merge import disabled, merge, merged, unmerge
-from lightning_lora.peft_format import load_peft, save_peft
+from lightning_lora.peft_export import save_peft
+from lightning_lora.peft_import import load_peft
+from lightning_lora.readers import check_portable
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,6 +18,9 @@ __all__ = [
     "LoRAConfig",
     "adapter_checkpoint",
     "adapter_state_dict",
+    "check_portable",
+    "combine",
+    "convert",
     "disabled",
     "inject",
     "load_adapter_state_dict",

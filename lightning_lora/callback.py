@@ -20,9 +20,19 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint import config_of, copy_tensors, fitting_tensors, read_checkpoint
 from lightning_lora.config import LoRAConfig, answers_peft_names
-from lightning_lora.inject import inject, injection_of, is_merged, named_lora_layers, named_trained_whole, remove
+from lightning_lora.inject import (
+    has_trained,
+    inject,
+    injection_of,
+    is_merged,
+    named_adapter_parameters,
+    named_lora_layers,
+    named_trained_whole,
+    remove,
+)
 from lightning_lora.layers.statistics import freeze_statistics
-from lightning_lora.peft_format import load_peft
+from lightning_lora.matching import is_all_linear, left_out_towers
+from lightning_lora.peft_import import load_peft
 from lightning_lora.root import clean_name, find_root
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
@@ -77,7 +87,9 @@ class LoRACallback(Callback):
         use_rslora: bool = False,
         layers_to_transform: int | list[int] | None = None,
         layers_pattern: str | list[str] | None = None,
-        init: Literal["kaiming"] = "kaiming",
+        target_parameters: list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
+        init: str = "kaiming",
         init_rng: Literal["name", "peft"] = "name",
         init_seed: int | None = None,
         adapter_dtype: str = "float32",
@@ -99,6 +111,8 @@ class LoRACallback(Callback):
             use_rslora=use_rslora,
             layers_to_transform=layers_to_transform,
             layers_pattern=layers_pattern,
+            target_parameters=target_parameters,
+            trainable_token_indices=trainable_token_indices,
             init=init,
             init_rng=init_rng,
             init_seed=init_seed,
@@ -205,7 +219,8 @@ class LoRACallback(Callback):
         idle = [
             name
             for name, layer in named_lora_layers(root).items()
-            if id(layer.lora_A) in held and all(p.grad is None for _, p in layer.named_adapter_tensors())
+            if any(id(p) in held for _, p in layer.named_adapter_tensors())
+            and all(p.grad is None for _, p in layer.named_adapter_tensors())
         ]
         if idle:
             some = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
@@ -286,7 +301,7 @@ def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, ini
             inject(root, config)  # an error where it was adapted otherwise
         return
     if injection is not None:
-        if any(bool(layer.lora_B.any()) and bool(layer.lora_A.any()) for layer in named_lora_layers(root).values()):
+        if has_trained(root):
             raise ValueError(
                 f"init_from={init_from!r} is for a model without adapters; this one has adapters that trained. Call "
                 "remove(model) first, or leave init_from out to go on with them"
@@ -328,12 +343,18 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}",
         f"  frozen        {count['frozen_parameters']:>15,}  {_percent(count, 'frozen_parameters')}",
     ]
+    towers = left_out_towers(root) if is_all_linear(_injection(root).config.target_modules) else {}
+    if towers:
+        left = ", ".join(f"{name} ({number} linear layers)" for name, number in towers.items())
+        lines.append(
+            f'  left out: {left}; "all-linear" means the language model. Name them in target_modules to adapt them'
+        )
     return "\n".join(line for line in lines if "outside" not in line or count["outside_parameters"])
 
 
 def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:
     """Return the numbers of parameters: adapters, trained whole, training outside the root, frozen, all."""
-    adapters = sum(p.numel() for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors())
+    adapters = sum(p.numel() for _, p in named_adapter_parameters(root))
     whole = sum(p.numel() for p in named_trained_whole(root).values())
     trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in pl_module.parameters())

@@ -20,12 +20,14 @@ from lightning_lora.inject import (
     injected_roots,
     injection_of,
     is_merged,
-    named_lora_layers,
+    named_pairs,
+    named_token_rows,
     named_trained_whole,
     require_root,
 )
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import FrozenStatistics
+from lightning_lora.peft_export import describe_for_peft
 from lightning_lora.root import clean_name, is_pretrained
 
 SECTION = "lightning_lora"
@@ -86,7 +88,7 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
     whole = [_join(path, name) for path, root in roots.items() for name in _injection(root).trained_whole]
     for name, owner in module.named_modules():
         clean = clean_name(name)
-        adapters = owner.adapter_names if isinstance(owner, LoRALayer) else ()
+        adapters = owner.tensor_names if isinstance(owner, LoRALayer) else ()
         for local, parameter in owner._parameters.items():
             if parameter is None:
                 continue
@@ -113,19 +115,28 @@ def describe(module: nn.Module, state_key: str) -> dict[str, Any]:
     """
     adapters = []
     for path, root in injected_roots(module).items():
-        layers = named_lora_layers(root)
         adapters.append(
             {
                 "name": "default",
                 "state_key": state_key,
                 "root": path,
                 "config": _injection(root).config.to_dict(),
-                "layers": {name: (layer.r, layer.lora_scaling) for name, layer in layers.items()},
+                "layers": {name: (pair.r, pair.scaling) for name, pair in named_pairs(root).items()},
+                "token_rows": named_token_rows(root),
                 "trained_whole": list(named_trained_whole(root)),
                 "base": fingerprint(root),
+                "peft": _for_peft(root),
             }
         )
     return {"format_version": FORMAT_VERSION, "adapters": adapters}
+
+
+def _for_peft(root: nn.Module) -> dict[str, Any]:
+    """Return what :func:`~lightning_lora.convert` needs, or why it cannot be done."""
+    try:
+        return describe_for_peft(root)
+    except ValueError as error:
+        return {"refused": str(error)}
 
 
 def read_checkpoint(path: Any, load: Callable[[Any], Any] | None = None) -> dict[str, Any]:
@@ -302,7 +313,7 @@ def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
 def _check_layers(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> None:
     """Compare adapted layers, their ranks and scales, and what trains whole."""
     theirs = {name: tuple(value) for name, value in adapter["layers"].items()}
-    ours = {name: (layer.r, layer.lora_scaling) for name, layer in named_lora_layers(root).items()}
+    ours = {name: (pair.r, pair.scaling) for name, pair in named_pairs(root).items()}
     _check_same_names("adapted layers", theirs, ours, source)
     for name, (r, scaling) in theirs.items():
         own_r, own_scaling = ours[name]
@@ -315,7 +326,17 @@ def _check_layers(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> N
                 f"{source} scales {name!r} by {scaling:g}, the model by {own_scaling:g}: adapt it with the file's "
                 "alpha and use_rslora"
             )
+    rows = adapter.get("token_rows", {})
+    if rows != named_token_rows(root):
+        raise ValueError(
+            f"{source} trains rows {_short(rows)} of embeddings, the model {_short(named_token_rows(root))}: adapt it "
+            "with the file's trainable_token_indices"
+        )
     _check_same_names("tensors that train whole", adapter["trained_whole"], named_trained_whole(root), source)
+
+
+def _short(rows: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{name}: {ids[:5]}{' ...' if len(ids) > 5 else ''}" for name, ids in rows.items()) or "none"
 
 
 def _check_same_names(what: str, theirs: Any, ours: Any, source: Any) -> None:

@@ -1,10 +1,13 @@
 """What to adapt and how: :class:`LoRAConfig`, a frozen record that checks itself."""
 
 import functools
+import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 PEFT_FIELD_NAMES = {
@@ -13,7 +16,44 @@ PEFT_FIELD_NAMES = {
     "init_lora_weights": "init",
     "autocast_adapter_dtype": "adapter_dtype",
 }
+# fields of PEFT's config that change what an adapter computes and have no counterpart here
+PEFT_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "megatron_config",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+)
+_PEFT_SAME_NAMES = (
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+)
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
+
+_LISTS = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,7 +95,15 @@ class LoRAConfig:
         use_rslora: scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``alpha / r``.
         layers_to_transform: indices of the blocks to adapt; applies to targets that match by suffix.
         layers_pattern: names of the block lists that those indices count in.
-        init: starting values; ``"kaiming"`` draws A from U(-1/sqrt(in), 1/sqrt(in)) and sets B to zero.
+        target_parameters: names, or dotted suffixes, of parameters to adapt that their module reads itself: the 3-D
+            tensors of fused experts (``"mlp.experts.gate_up_proj"``) or a router's matrix. The factors are kept apart.
+        trainable_token_indices: rows of the input embedding that train whole, ``[32000, 32001]``; or
+            ``{"embed_tokens": [...]}`` to name the embedding. A tied output head follows.
+        init: starting values. ``"kaiming"`` draws A from U(-1/sqrt(in), 1/sqrt(in)) and sets B to zero; ``"gaussian"``
+            draws A from N(0, 1/r^2); ``"orthogonal"`` draws both so that B A = 0 (even ranks). ``"pissa"`` starts from
+            the largest singular values of W (Meng et al. 2024), ``"pissa_niter_4"`` from their fast estimate with so
+            many power iterations, ``"olora"`` from its QR decomposition (Buyukakyuz 2024); their start is subtracted in
+            the product and the base stays as it is.
         init_rng: ``"name"`` seeds each adapter's own generator from its name, so that values do not depend on the order
             of layers or the number of processes; ``"peft"`` draws from the default generator exactly as PEFT does.
         init_seed: mixed into the seed of ``init_rng="name"``; ``None`` takes the seed of ``seed_everything``, else 0.
@@ -78,7 +126,9 @@ class LoRAConfig:
     use_rslora: bool = False
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
-    init: Literal["kaiming"] = "kaiming"
+    target_parameters: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    init: str = "kaiming"
     init_rng: Literal["name", "peft"] = "name"
     init_seed: int | None = None
     adapter_dtype: str = "float32"
@@ -90,7 +140,7 @@ class LoRAConfig:
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be a probability in [0, 1)")
         _check_choice("bias", self.bias, ("none", "all", "lora_only"))
-        _check_choice("init", self.init, ("kaiming",))
+        _check_init(self.init)
         _check_choice("init_rng", self.init_rng, ("name", "peft"))
         _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
         if not isinstance(self.use_rslora, bool):
@@ -103,14 +153,25 @@ class LoRAConfig:
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in (self.alpha_pattern or {}).items():
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError(
                 f"target_modules={self.target_modules!r} adapts nothing; give a list of names, a regular expression, "
-                'or "all-linear"'
+                '"all-linear", or target_parameters'
             )
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}]")
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"target_parameters={self.target_parameters!r} must be a list: [{self.target_parameters!r}]"
+            )
+        if self.target_parameters and self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout} cannot be had with target_parameters: the model multiplies by those weights "
+                "itself, so there is no input of the adapter to drop entries of (PEFT reads no such adapter either). "
+                "Give dropout=0"
+            )
+        object.__setattr__(self, "trainable_token_indices", _token_indices(self.trainable_token_indices))
+        for name in _LISTS:
             value = getattr(self, name)
             if value is not None and not _is_single(name, value):
                 object.__setattr__(self, name, _as_list(name, value))
@@ -123,6 +184,11 @@ class LoRAConfig:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts: give both")
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether the adapters start at a part of the base weight, which is then subtracted in the product."""
+        return self.init == "olora" or self.init.startswith("pissa")
 
     def scaling(self, r: int, alpha: float | None) -> float:
         """Return the factor of ``B A`` for a layer of rank ``r``; ``alpha=None`` is twice ``r``."""
@@ -142,6 +208,62 @@ class LoRAConfig:
                 f"unknown LoRAConfig fields {unknown}: written by a newer lightning_lora? Upgrade to read it"
             )
         return cls(**values)
+
+    @classmethod
+    def from_peft(cls, config: Any) -> "LoRAConfig":
+        """Return the settings of a ``peft.LoraConfig``, of its ``to_dict()``, or of a PEFT directory.
+
+        Fields that say nothing about training (``task_type``, ``fan_in_fan_out``, ...) are left out.
+
+        Raises:
+            ValueError: it is no LoRA config, leaves the targets to PEFT's table, or uses what is not supported here.
+        """
+        values = _peft_values(config)
+        kind = getattr(values.get("peft_type", "LORA"), "value", values.get("peft_type", "LORA"))
+        if kind != "LORA":
+            raise ValueError(f"{config!r} describes a {kind!r} adapter; only 'LORA' is read")
+        used = [name for name in PEFT_UNSUPPORTED if values.get(name)]
+        if used:
+            raise ValueError(f"PEFT's {used[0]}={values[used[0]]!r} is not supported")
+        init = values.get("init_lora_weights", True)
+        if init is False or (isinstance(init, str) and init in ("eva", "corda", "loftq", "lora_ga", "mica")):
+            raise ValueError(f"PEFT's init_lora_weights={init!r} is not supported")
+        if values.get("target_modules") is None and not values.get("target_parameters"):
+            raise ValueError("target_modules=None leaves the targets to PEFT's table of models: name them")
+        same = {name: values[name] for name in _PEFT_SAME_NAMES if values.get(name) is not None}
+        if values.get("target_modules") is None:
+            same["target_modules"] = []
+        return cls(
+            **same,
+            alpha=values.get("lora_alpha", 8),
+            dropout=values.get("lora_dropout", 0.0),
+            init="kaiming" if init is True else init,
+            init_rng="peft",
+        )
+
+    def to_peft(self) -> dict[str, Any]:
+        """Return keyword arguments for ``peft.LoraConfig`` that mean the same adapter."""
+        alphas = {} if self.alpha is not None else {key: 2 * r for key, r in (self.rank_pattern or {}).items()}
+        same = {name: getattr(self, name) for name in _PEFT_SAME_NAMES}
+        return {
+            **same,
+            "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
+            "lora_dropout": self.dropout,
+            "alpha_pattern": {**(self.alpha_pattern or {}), **alphas} if alphas else dict(self.alpha_pattern or {}),
+            "init_lora_weights": True if self.init == "kaiming" else self.init,
+        }
+
+
+def _peft_values(config: Any) -> dict[str, Any]:
+    if isinstance(config, (str, os.PathLike)):
+        path = Path(config)
+        path = path / "adapter_config.json" if path.is_dir() else path
+        values = json.loads(path.read_text())
+    else:
+        values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{config!r} must be a mapping, a peft.LoraConfig or the path of a PEFT directory")
+    return dict(values)
 
 
 LoRAConfig.__init__ = answers_peft_names(LoRAConfig.__init__)  # type: ignore[method-assign]  # dataclass made it
@@ -163,6 +285,30 @@ def _check_alpha(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r} must be a number; got {type(value).__name__}")
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}={value!r} must be a finite number above 0")
+
+
+def _check_init(init: object) -> None:
+    words = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+    if init not in words and not (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init)):
+        raise ValueError(f"init={init!r} must be one of {', '.join(map(repr, words))} or 'pissa_niter_N'")
+
+
+def _token_indices(value: Any) -> Any:
+    """Return plain lists of integers, or ``None``."""
+    if value is None:
+        return None
+    named = value if isinstance(value, Mapping) else {"": value}
+    lists: dict[str, list[int]] = {}
+    for name, ids in named.items():
+        if isinstance(ids, str) or not isinstance(ids, Sequence) or not ids:
+            raise TypeError(
+                f"trainable_token_indices={value!r} must be a list of token ids, or such lists by embedding"
+            )
+        for index in ids:
+            if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+                raise TypeError(f"trainable_token_indices holds {index!r}; every entry must be an integer from 0")
+        lists[name] = list(ids)
+    return lists if isinstance(value, Mapping) else lists[""]
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

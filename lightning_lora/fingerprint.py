@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.inject import injected_roots, named_lora_layers, named_trained_whole
-from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.root import clean_name, name_or_path
 
@@ -17,24 +16,31 @@ _MASK = 2**62 - 1
 
 
 def fingerprint(root: nn.Module) -> dict[str, Any]:
-    """Return one integer per frozen tensor of the base, as ``{"source", "names", "hashes", "dtypes"}``.
+    """Return one integer per frozen tensor of the base, as ``{"source", "names", "hashes", "dtypes", "embeddings"}``.
 
     Each integer is a sum, over up to 64 positions that depend on the tensor's size alone, of a hash of the position and
     of the value there rounded to bfloat16. So it does not change with the precision that a base is loaded in, and sums
     of shards are the sum of the whole. It tells one set of trained weights from another; it is no proof against a
-    forger. Tensors that are quantised or on the meta device are left out.
+    forger. Tensors that are quantised or on the meta device are left out. For embeddings the number of rows and a hash
+    of the last one are kept too: rows that a resize added hold values of their own.
     """
     names, dtypes, hashes = [], [], []
+    embeddings: dict[str, list[Any]] = {}
+    tables = {id(m._parameters.get("weight")) for m in root.modules() if isinstance(m, nn.Embedding)}
+    parameters = {clean_name(name): parameter for name, parameter in root.named_parameters()}
     for name, tensor in named_base_tensors(root):
         if tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel() > 0:
             names.append(name)
             dtypes.append(str(tensor.dtype).removeprefix("torch."))
             hashes.append(_hash(tensor).to("cpu", non_blocking=False))
+            if id(parameters.get(name)) in tables:
+                embeddings[name] = [tensor.shape[0], int(_hash(tensor[-1].contiguous())), dtypes[-1]]
     return {
         "source": name_or_path(root),
         "names": names,
         "hashes": torch.stack(hashes) if hashes else torch.empty(0, dtype=torch.int64),
         "dtypes": dtypes,
+        "embeddings": embeddings,
     }
 
 
@@ -48,6 +54,9 @@ def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
     own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
     present = {name for name, _ in [*root.named_parameters(), *root.named_buffers()]} | set(own_hashes)
     cleaned = {clean_name(name) for name in present}
+    difference = _resized(own["embeddings"], recorded.get("embeddings", {}))
+    if difference is not None:
+        return difference
     rows = zip(recorded["names"], recorded["hashes"].tolist(), recorded["dtypes"], strict=True)
     for name, value, dtype in rows:
         if name not in cleaned:
@@ -57,6 +66,23 @@ def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
         own_value, own_dtype = own_hashes[name]
         if own_value != value and (dtype == own_dtype or "float16" not in (dtype, own_dtype)):
             return f"the base tensor {name!r} holds other values"
+    return None
+
+
+def _resized(own: dict[str, list[Any]], recorded: dict[str, list[Any]]) -> str | None:
+    """Return what tells embeddings apart that were resized, in words, or ``None``."""
+    for name in recorded.keys() & own.keys():
+        (rows, last, dtype), (own_rows, own_last, own_dtype) = recorded[name], own[name]
+        if rows != own_rows:
+            return (
+                f"its {name!r} has {rows} rows, this model's {own_rows}: call "
+                f"model.resize_token_embeddings({rows}) before the model is adapted"
+            )
+        if last != own_last and (dtype == own_dtype or "float16" not in (dtype, own_dtype)):
+            return (
+                f"{name!r} holds other values in its last row. Rows that resize_token_embeddings adds are random: seed "
+                "before it, or train them (trainable_token_indices, modules_to_save), so that they are in the file"
+            )
     return None
 
 
@@ -81,7 +107,11 @@ def named_base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     layers = named_lora_layers(root)
     adapters = {id(p) for layer in layers.values() for _, p in layer.named_adapter_tensors()}
-    originals = {id(layer.base_weight): layer.lora_original for layer in layers.values() if _is_merged(layer)}
+    originals = {
+        id(layer._parameters[name]): original
+        for layer in layers.values()
+        for name, original in (layer.lora_original or {}).items()
+    }
     whole = named_trained_whole(root)
     for name, parameter in root.named_parameters():
         clean = clean_name(name)
@@ -92,10 +122,6 @@ def named_base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in root.named_modules():
         if isinstance(module, FrozenStatistics):
             yield from module.named_buffers(clean_name(name), recurse=False)
-
-
-def _is_merged(layer: LoRALayer) -> bool:
-    return layer.lora_original is not None
 
 
 def _hash(tensor: Tensor) -> Tensor:

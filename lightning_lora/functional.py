@@ -101,6 +101,17 @@ def _kept(seed: Tensor, num_rows: int, num_columns: int, dropout: float, like: T
     return _hashes(seed, num_rows, num_columns, like.device).ge_(_threshold(dropout)).to(like.dtype)
 
 
+def keep_entries(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    """Return ``x`` with a share ``dropout`` of its entries set to zero and the others scaled up, by a hash of ``seed``.
+
+    Args:
+        x: ``[rows, ...]``, any number of dimensions.
+    """
+    rows = x.reshape(x.shape[0], -1) if x.ndim > 1 else x[None]
+    kept = _kept(seed, rows.shape[0], rows.shape[1], dropout, rows)
+    return (rows * kept / (1 - dropout)).view(x.shape)
+
+
 def _threshold(dropout: float) -> int:
     """Return the signed 32-bit number that a share ``dropout`` of all such numbers lies below."""
     return round(dropout * 2**32) - 2**31
@@ -146,7 +157,8 @@ class _LoRALinear(torch.autograd.Function):
         else:
             y = F.linear(rows, weight, bias)
             y.addmm_(h, B.t())  # a buffer of our own: nobody else has seen it
-        return y.view(*x.shape[:-1], B.shape[0]), h
+        # not a view to autograd: the caller may change the output in place, as nn.ReLU(inplace=True) does
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], B.shape[0]]), h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Freeze a model, put adapters into it, take them out again."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,22 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.init import initialize
-from lightning_lora.layers import LoRALayer, adapt, mixin_for, unadapt
+from lightning_lora.layers import LoRALayer, Pair, adapt, is_read_by_parent, mixin_for, unadapt
+from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.linear import LoRALinear, LoRAReadLinear
+from lightning_lora.layers.parameters import adapt_parameters
+from lightning_lora.layers.residual import RESIDUAL, ResidualLinear
 from lightning_lora.layers.statistics import freeze_statistics, unfreeze_statistics
-from lightning_lora.matching import check_patterns, is_all_linear, pattern_value, select_layers, select_trained_whole
+from lightning_lora.layers.token_rows import TokenRowsEmbedding, train_rows
+from lightning_lora.matching import (
+    check_patterns,
+    is_all_linear,
+    pattern_value,
+    select_layers,
+    select_parameters,
+    select_token_rows,
+    select_trained_whole,
+)
 from lightning_lora.root import clean_name, new_heads
 
 
@@ -61,10 +74,20 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     _check_untouched(model)
     trained_whole = _modules_trained_whole(model, config)
     layers = select_layers(model, config, trained_whole)
-    check_patterns(config, layers)
-    ranks = {name: pattern_value(config.rank_pattern, name, config.r) for name in layers}
-    for name, layer in layers.items() if check_ranks else ():
-        _check_rank(name, layer, ranks[name], lenient=is_all_linear(config.target_modules))
+    parameters = select_parameters(model, config)
+    rows = select_token_rows(model, config)
+    _check_apart(layers, parameters, rows)
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    mixins = {name: _mixin(modules, name, layer, config) for name, layer in layers.items()}
+    pairs = [*layers, *(_join(name, local) for name, locals_ in parameters.items() for local in locals_)]
+    check_patterns(config, pairs)
+    ranks = {name: pattern_value(config.rank_pattern, _rank_name(layers, name), config.r) for name in pairs}
+    sizes = [size for name, layer in layers.items() for size in mixins[name].features(layer)]
+    largest = max(sizes, default=0) if is_all_linear(config.target_modules) else 0
+    for name, layer in layers.items():
+        if check_ranks:
+            _check_rank(name, layer, mixins[name], ranks[name], largest)
+        _check_shapes(name, layer, mixins[name], ranks[name])
 
     injection = Injection(config, trained_whole)
     for name, parameter in model.named_parameters():
@@ -72,14 +95,23 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
         parameter.requires_grad = False
     dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
     adapted: dict[str, LoRALayer] = {}
+    scales = {
+        name: config.scaling(r, pattern_value(config.alpha_pattern, _rank_name(layers, name), config.alpha))
+        for name, r in ranks.items()
+    }
+    # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
+    scales |= {name: 2 * scales[name] for name in layers if _rank_name(layers, name) != name}
     for name, layer in layers.items():
-        mixin = mixin_for(layer)
-        assert mixin is not None
         layer.__dict__.pop("forward", None)  # what accelerate leaves on unhooking: the class's own, see matching
-        alpha = pattern_value(config.alpha_pattern, name, config.alpha)
-        scaling = config.scaling(ranks[name], alpha)
-        adapted[name] = adapt(layer, mixin, r=ranks[name], scaling=scaling, dropout=config.dropout, dtype=dtype)
+        adapted[name] = adapt(
+            layer, mixins[name], r=ranks[name], scaling=scales[name], dropout=config.dropout, dtype=dtype
+        )
+    for name, locals_ in parameters.items():
+        parts = {local: (ranks[_join(name, local)], scales[_join(name, local)]) for local in locals_}
+        adapted[name] = adapt_parameters(modules[name], parts, dtype=dtype)
     initialize(adapted, config)
+    for embedding, heads, token_ids in rows.values():
+        train_rows(embedding, heads, token_ids, dtype=dtype)
     _train_whole(model, injection)
     freeze_statistics(model, trained_whole)
     _keep_off_fused_paths(model, injection)
@@ -167,10 +199,40 @@ def named_lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield every adapter parameter with its name relative to the adapted model, such as ``layers.0.q_proj.lora_A``."""
+    seen: set[int] = set()
     for root in require_roots(model).values():
         for name, layer in named_lora_layers(root).items():
-            for local_name, parameter in layer.named_adapter_tensors():
-                yield f"{name}.{local_name}" if name else local_name, parameter
+            for local_name in layer.adapter_names:
+                parameter = getattr(layer, local_name)
+                if id(parameter) not in seen:  # a tied head shares the rows of its embedding
+                    seen.add(id(parameter))
+                    yield f"{name}.{local_name}" if name else local_name, parameter
+
+
+def named_pairs(root: nn.Module) -> dict[str, Pair]:
+    """Return every low-rank pair by the name of the layer, or of the parameter, that it adapts."""
+    return {
+        ".".join(part for part in (name, local) if part): pair
+        for name, layer in named_lora_layers(root).items()
+        for local, pair in layer.pairs().items()
+    }
+
+
+def named_token_rows(root: nn.Module) -> dict[str, list[int]]:
+    """Return the indices of the rows that train, by the name of the embedding; tied heads are left out."""
+    layers = named_lora_layers(root)
+    return {name: layer.lora_token_ids for name, layer in layers.items() if isinstance(layer, TokenRowsEmbedding)}
+
+
+def has_trained(root: nn.Module) -> bool:
+    """Whether any pair differs from its start, at which B A is zero."""
+    for layer in named_lora_layers(root).values():
+        if isinstance(layer, ResidualLinear):
+            if not (torch.equal(layer.lora_A, layer.lora_A0) and torch.equal(layer.lora_B, layer.lora_B0)):
+                return True
+        elif any(bool(pair.B.any()) and bool(pair.A.any()) for pair in layer.pairs().values()):
+            return True
+    return False
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -206,7 +268,7 @@ def _names_trained_whole(root: nn.Module, injection: Injection) -> set[str]:
             if injection.config.bias == "lora_only" and isinstance(getattr(module, "bias", None), nn.Parameter):
                 wanted.add(id(module.bias))
             wanted.difference_update(id(parameter) for _, parameter in module.named_adapter_tensors())
-    adapters = {f"{n}.{local}" for n, m in named_lora_layers(root).items() for local in m.adapter_names}
+    adapters = {f"{n}.{local}" for n, m in named_lora_layers(root).items() for local in m.tensor_names}
     return {
         clean_name(name)
         for name, parameter in root.named_parameters()
@@ -281,12 +343,64 @@ def _check_untouched(model: nn.Module) -> None:
             )
 
 
-def _check_rank(name: str, layer: nn.Module, r: int, *, lenient: bool) -> None:
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _rank_name(layers: Mapping[str, nn.Module], name: str) -> str:
+    """Return the name that patterns are matched with: an attention's output projection takes the attention's."""
+    parent = name.rpartition(".")[0]
+    return parent if isinstance(layers.get(parent), nn.MultiheadAttention) else name
+
+
+def _mixin(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALayer]:
+    """Return the mixin for a layer, by its type, by how its parent uses it and by how it starts."""
     mixin = mixin_for(layer)
     assert mixin is not None
+    parent, _, child = name.rpartition(".")
+    if mixin is LoRALinear and is_read_by_parent(modules[parent], child):
+        mixin = LoRAReadLinear
+    if not config.starts_from_base or mixin is LoRAEmbedding:
+        return mixin
+    residual = RESIDUAL.get(mixin)
+    weight = layer._parameters.get("weight")
+    if residual is None or weight is None or weight.device.type == "meta" or not weight.is_floating_point():
+        why = "its weight is on the meta device" if weight is not None and weight.is_meta else type(layer).__name__
+        raise ValueError(
+            f"init={config.init!r} starts from the weights of linear layers, and {name!r} has none to start from "
+            f"({why}): load the base first, or leave the layer out with exclude_modules"
+        )
+    return residual
+
+
+def _check_apart(
+    layers: Mapping[str, nn.Module], parameters: Mapping[str, Any], rows: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise ``ValueError`` for a module that is meant twice."""
+    adapted = {id(layer): name for name, layer in layers.items()}
+    for name in parameters:
+        if name in layers:
+            raise ValueError(f"{name!r} is in target_modules and has a parameter in target_parameters: name it once")
+    for name, (embedding, heads, _) in rows.items():
+        for module in (embedding, *heads):
+            if id(module) in adapted:
+                raise ValueError(
+                    f"{adapted[id(module)]!r} is adapted, and trainable_token_indices trains rows of the same weight "
+                    f"(of {name!r}): leave it out with exclude_modules, or adapt it without trainable_token_indices"
+                )
+
+
+def _check_shapes(name: str, layer: nn.Module, mixin: type[LoRALayer], r: int) -> None:
+    try:
+        mixin.shapes(layer, r)
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot be adapted: {error}") from None
+
+
+def _check_rank(name: str, layer: nn.Module, mixin: type[LoRALayer], r: int, largest: int) -> None:
     sizes = mixin.features(layer)
-    # a sweep over all linear layers may meet a gate with one output: harmless; a rank above both sizes is a mistake
-    if r > (max(sizes) if lenient else min(sizes)):
+    # a sweep over all linear layers may meet a gate with one output: harmless; a rank above all sizes is a mistake
+    if r > (largest or min(sizes)):
         raise ValueError(
             f"r={r} is larger than {name!r}, a {sizes[0]} -> {sizes[1]} {type(layer).__name__}: give it its own "
             f"rank with rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it "
@@ -324,7 +438,7 @@ def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: st
         f"{prefix}{name}.{local}" if name else f"{prefix}{local}"
         for name, layer in root.named_modules(remove_duplicate=False)
         if isinstance(layer, LoRALayer)
-        for local in layer.adapter_names
+        for local in layer.tensor_names
     }
     whole = named_trained_whole(root)
     trained = {f"{prefix}{name}" for name, _ in root.named_parameters() if clean_name(name) in whole}

@@ -8,15 +8,17 @@ error.
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import is_linear, mixin_for
-from lightning_lora.root import clean_name
+from lightning_lora.layers.parameters import sizes_of_parameter
+from lightning_lora.root import clean_name, is_pretrained
 
 V = TypeVar("V")
+_MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # whose out_proj PEFT refuses to adapt
 ALL_LINEAR = "all-linear"
 
 
@@ -33,11 +35,16 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
     for field in ("target_modules", "exclude_modules"):
         _check_hits(field, getattr(config, field), modules, model)
     if is_all_linear(config.target_modules):
-        head = _output_head(model)
-        candidates = {n: m for n, m in modules.items() if is_linear(m) and m is not head}
+        candidates = all_linear(model)
+    elif not config.target_modules:
+        return {}
     else:
         candidates = {n: m for n, m in modules.items() if _is_target(n, config)}
         _check_indices(config, modules)
+        # the output projection of an attention is read by it, and adapted with it, as in PEFT
+        attentions = [name for name, module in candidates.items() if isinstance(module, nn.MultiheadAttention)]
+        projections = {f"{name}.out_proj" for name in attentions}
+        candidates = {name: module for name, module in modules.items() if name in candidates or name in projections}
     selected = {
         name: module
         for name, module in candidates.items()
@@ -51,6 +58,118 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
     for name, module in selected.items():
         _check_kind(name, module)
     return selected
+
+
+def all_linear(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what ``"all-linear"`` means: every linear layer but the output head and what PEFT refuses to adapt.
+
+    In a model of several modalities it means the language model; see :func:`left_out_towers`.
+    """
+    modules = _named_modules(model)
+    head = _output_head(model)
+    inert = ("out_proj",) if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES else ()
+    towers = left_out_towers(model)
+    return {
+        name: module
+        for name, module in modules.items()
+        if is_linear(module)
+        and module is not head
+        and name.rpartition(".")[2] not in inert
+        and not _is_inside(name, list(towers))
+    }
+
+
+def left_out_towers(model: nn.Module) -> dict[str, int]:
+    """Return the parts beside the language model of a multimodal one, each with its number of linear layers.
+
+    These are vision and audio towers and projectors. A model has them when its config describes a text model and
+    another one (transformers' ``sub_configs``) and it holds a ``language_model``.
+    """
+    config = getattr(model, "config", None)
+    modules = _named_modules(model)
+    language = [name for name in modules if name.rpartition(".")[2] in ("language_model", "thinker")]
+    if not is_pretrained(model) or "text_config" not in getattr(config, "sub_configs", {}) or not language:
+        return {}
+    outermost = min(language, key=len)
+    parent = outermost.rpartition(".")[0]
+    siblings = [
+        name
+        for name in modules
+        if name.rpartition(".")[0] == parent and name != outermost and modules[name] is not _output_head(model)
+    ]
+    counts = {n: sum(is_linear(m) for m in modules[n].modules()) for n in siblings}
+    return {name: count for name, count in counts.items() if count}
+
+
+def select_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
+    """Return the parameters that ``target_parameters`` means: names of a module's own parameters, by the module's name.
+
+    Raises:
+        ValueError: an entry names no parameter, or one that is neither a matrix nor a stack of matrices.
+    """
+    wanted = config.target_parameters or []
+    found: dict[str, list[str]] = {}
+    hit: set[str] = set()
+    for module_name, module in {"": model, **_named_modules(model)}.items():
+        for local in module._parameters:
+            name = f"{module_name}.{local}" if module_name else local
+            entries = [entry for entry in wanted if name == entry or name.endswith(f".{entry}")]
+            if entries and not _hits(config.exclude_modules, module_name):
+                sizes_of_parameter(module, local)
+                found.setdefault(module_name, []).append(local)
+            hit.update(entries)
+    for entry in wanted:
+        if entry not in hit:
+            names = [clean_name(name) for name, _ in model.named_parameters()]
+            raise ValueError(
+                f"target_parameters entry {entry!r} matches no parameter of {type(model).__name__}"
+                f"{_nearest([entry], names)}"
+            )
+    return found
+
+
+def select_token_rows(
+    model: nn.Module, config: LoRAConfig
+) -> dict[str, tuple[nn.Embedding, list[nn.Linear], list[int]]]:
+    """Return the embeddings with rows that train: ``{name: (embedding, heads tied to it, token ids)}``.
+
+    Raises:
+        ValueError: no embedding is meant, or something else than output heads is tied to it.
+    """
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return {}
+    modules = _named_modules(model)
+    if not isinstance(wanted, Mapping):
+        wanted = {_input_embedding(model, modules): wanted}
+    selected: dict[str, tuple[nn.Embedding, list[nn.Linear], list[int]]] = {}
+    for entry, token_ids in wanted.items():
+        names = [n for n, m in modules.items() if (n == entry or n.endswith(f".{entry}")) and type(m) is not nn.Linear]
+        embeddings = [name for name in names if isinstance(modules[name], nn.Embedding)]
+        if len(embeddings) != 1:
+            raise ValueError(
+                f"trainable_token_indices: {entry!r} names {len(embeddings)} embeddings of {type(model).__name__}, "
+                f"expected one{_nearest([entry], modules)}"
+            )
+        embedding: Any = modules[embeddings[0]]
+        tied: list[Any] = [
+            m for m in modules.values() if m is not embedding and m._parameters.get("weight") is embedding.weight
+        ]
+        if not all(type(module) is nn.Linear for module in tied):
+            raise ValueError(
+                f"trainable_token_indices: the weight of {embeddings[0]!r} is tied to more than linear heads"
+            )
+        selected[embeddings[0]] = (embedding, tied, list(token_ids))
+    return selected
+
+
+def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    get_input_embeddings = getattr(model, "get_input_embeddings", None)
+    embedding = get_input_embeddings() if callable(get_input_embeddings) else None
+    for name, module in modules.items():
+        if module is embedding:
+            return name
+    return "embed_tokens"
 
 
 def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -189,9 +308,9 @@ def _check_kind(name: str, module: nn.Module) -> None:
     mixin = mixin_for(module)
     if mixin is None:
         raise ValueError(
-            f"{name!r} is a {kind}, which cannot be adapted: linear layers and embeddings can. To train it whole, "
-            "name it in modules_to_save; to leave it, narrow target_modules or use exclude_modules. Other kinds: "
-            "lightning_lora.layers.register"
+            f"{name!r} is a {kind}, which cannot be adapted: linear layers, embeddings, convolutions and attentions "
+            "can. To train it whole, name it in modules_to_save; to leave it, narrow target_modules or use "
+            "exclude_modules. Other kinds: lightning_lora.layers.register"
         )
     if "forward" in module.__dict__ and not has_redundant_forward(module):
         raise ValueError(

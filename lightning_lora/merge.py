@@ -15,6 +15,7 @@ from lightning_lora.inject import (
     trained_with_originals,
 )
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.token_rows import TokenRows
 
 
 def merge(model: nn.Module, remove: bool = False) -> nn.Module:
@@ -40,13 +41,10 @@ def merge(model: nn.Module, remove: bool = False) -> nn.Module:
     ]
     for layers in unmerged:
         _check_mergeable(model, layers)
+    originals: dict[int, Tensor] = {}
     for layers in unmerged:
         for layer in layers.values():
-            weight = layer.base_weight
-            with torch.no_grad():
-                original = weight.detach().to("cpu", copy=True)
-                weight.copy_(layer.merged())
-            layer.lora_original, layer.lora_active = original, False
+            _merge_layer(layer, originals)
     if remove:
         for root in roots.values():
             take_out(root)
@@ -59,7 +57,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         for layer in named_lora_layers(root).values():
             if layer.lora_original is not None:
                 with torch.no_grad():
-                    layer.base_weight.copy_(layer.lora_original)
+                    for name, original in layer.lora_original.items():
+                        layer._parameters[name].copy_(original)  # type: ignore[union-attr]  # merged: it is stored
                 layer.lora_original, layer.lora_active = None, True
     return model
 
@@ -95,6 +94,20 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
+def _merge_layer(layer: LoRALayer, originals: dict[int, Tensor]) -> None:
+    """Merge one layer; ``originals`` holds the tensors merged so far, of which layers may share one."""
+    merged_tensors = {} if layer.lora_active is False else layer.merged_tensors()
+    kept: dict[str, Tensor] = {}
+    for name, weight in layer.base_tensors().items():
+        assert weight is not None
+        with torch.no_grad():
+            if id(weight) not in originals:
+                originals[id(weight)] = weight.detach().to("cpu", copy=True)
+                weight.copy_(merged_tensors[name])
+        kept[name] = originals[id(weight)]
+    layer.lora_original, layer.lora_active = kept, False
+
+
 def _set_active(layers: list[LoRALayer], active: bool) -> None:
     for layer in layers:
         layer.lora_active = active
@@ -128,31 +141,39 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         if not layer.lora_active:
             raise ValueError(f"cannot merge {name!r} inside disabled(model): leave the block first")
-        weight = layer._parameters.get("weight")
-        if weight is None:
-            raise ValueError(f"cannot merge {name!r}: its weight is computed (weight_norm, parametrize), not stored")
-        if weight.device.type == "meta":
-            raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load the base first")
-        if not weight.is_floating_point():
-            raise ValueError(f"cannot merge {name!r}: its weight is quantised ({weight.dtype})")
-        if holders[_storage(weight)] > 1:
-            twins = [
-                other
-                for other, module in model.named_modules()
-                for p in module._parameters.values()
-                if p is not None and module is not layer and p.numel() > 0 and _storage(p) == _storage(weight)
-            ]
-            raise ValueError(
-                f"cannot merge {name!r}: its weight is tied to {', '.join(twins)}, which would change too. "
-                "Keep the adapter unmerged, or untie the weights first"
-            )
+        for weight in layer.base_tensors().values():
+            _check_writable(model, name, layer, weight, holders)
         if not all(torch.isfinite(parameter).all() for _, parameter in layer.named_adapter_tensors()):
             raise ValueError(f"cannot merge {name!r}: its adapter holds NaN or infinity (a diverged run?)")
-        if not layer.merge_is_exact():
-            raise ValueError(
-                f"cannot merge {name!r}: {layer.lora_base_class.__name__} has a forward of its own, in which a "
-                "changed weight does not give the output that base plus adapter gives"
-            )
+        obstacle = layer.merge_obstacle()
+        if obstacle is not None:
+            raise ValueError(f"cannot merge {name!r}: {obstacle}")
+
+
+def _check_writable(
+    model: nn.Module, name: str, layer: LoRALayer, weight: Tensor | None, holders: Counter[int]
+) -> None:
+    """Raise ``ValueError`` for a base tensor that a merge cannot write, or that belongs to another layer too."""
+    if weight is None:
+        raise ValueError(f"cannot merge {name!r}: its weight is computed (weight_norm, parametrize), not stored")
+    if weight.device.type == "meta":
+        raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load the base first")
+    if not weight.is_floating_point():
+        raise ValueError(f"cannot merge {name!r}: its weight is quantised ({weight.dtype})")
+    if holders[_storage(weight)] <= 1:
+        return
+    twins = {
+        other: module
+        for other, module in model.named_modules()
+        for p in module._parameters.values()
+        if p is not None and module is not layer and p.numel() > 0 and _storage(p) == _storage(weight)
+    }
+    if isinstance(layer, TokenRows) and all(isinstance(m, TokenRows) for m in twins.values()):
+        return  # they share the rows as well
+    raise ValueError(
+        f"cannot merge {name!r}: its weight is tied to {', '.join(twins)}, which would change too. "
+        "Keep the adapter unmerged, or untie the weights first"
+    )
 
 
 def _storage(tensor: Tensor) -> int:

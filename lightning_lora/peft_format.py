@@ -1,206 +1,116 @@
-"""PEFT directories, out and in: ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT 0.21 has them."""
+"""The files of a PEFT directory, as PEFT 0.21 has them: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Names and layouts of tensors only; nothing here knows a model.
+"""
 
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_lora.checkpoint import copy_tensors
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import PEFT_UNSUPPORTED
 from lightning_lora.files import write_atomically
-from lightning_lora.inject import (
-    check_not_disabled,
-    inject_anew,
-    injection_of,
-    named_lora_layers,
-    named_trained_whole,
-    require_root,
-)
-from lightning_lora.layers import mixin_for
-from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.linear import LoRAConv1D
-from lightning_lora.matching import pattern_value, select_layers
-from lightning_lora.root import clean_name, name_or_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEGACY_WEIGHTS_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
+METADATA = "lightning_lora"  # what PEFT has no field for, in the metadata of the tensors' file
 
-_TASK_TYPES = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
-# fields of PEFT's config that change what the adapter computes and are not read here
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "megatron_config",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-)
 _RELATIVE_TO_BASE = (True, False, "gaussian", "orthogonal", "eva")
 _ADAPTER_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.[^.]+)??(?P<weight>\.weight)?")
-
-
-def save_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the adapter as a directory that PEFT reads. Never writes base weights, never asks the network.
-
-    Rank and alpha that differ from most layers' are written as anchored patterns of full names, so that no order of
-    patterns can change their meaning. A tied tensor that trains is written under each of its modules.
-    """
-    root = require_root(model)
-    check_not_disabled(root)
-    tensors = {name: value.detach().to("cpu").contiguous() for name, value in _peft_tensors(root).items()}
-    config = json.dumps(_peft_config(root), indent=2, sort_keys=True) + "\n"
-    directory = Path(directory)
-    write_atomically(directory / WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
-    write_atomically(directory / CONFIG_NAME, config.encode())
-
-
-def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
-    """Adapt ``model`` as a PEFT directory describes, in place, and load its tensors. Returns the same object.
-
-    The tensors decide which layers are adapted and with what rank; the config must agree with them. Nothing is changed
-    unless everything fits.
-
-    Raises:
-        FileNotFoundError: the directory, its config or its tensors are missing.
-        ValueError: the adapter is of another kind, does not fit the model, or its files are damaged.
-    """
-    directory = Path(directory)
-    peft_config = _read_config(directory)
-    adapter = _sort_tensors(_read_tensors(directory), directory)
-    config = _config_for(model, peft_config, adapter, directory)
-    inject_anew(model, config, check_ranks=False)
-    copy_tensors(adapter.by_our_names(), model)
-    return model
+_ROWS_KEY = re.compile(r"(?P<layer>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
 
 
 @dataclass
-class _Adapter:
-    """The tensors of a directory: factors by layer, and base tensors that trained, by name."""
+class Adapter:
+    """The tensors of a directory, sorted: what each one is follows from its key alone.
+
+    Attributes:
+        factors: A and B in PEFT's layout, by the layer's name; ``base_layer`` parts stay in it.
+        rows: rows of embeddings that trained, by the embedding's name.
+        trained: base tensors that trained, by name.
+        base: copies of base tensors that did not train, by name.
+        metadata: what lightning_lora recorded beside them.
+    """
 
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
-
-    def by_our_names(self) -> dict[str, Tensor]:
-        factors = {f"{layer}.lora_{x}": value for layer, pair in self.factors.items() for x, value in pair.items()}
-        return factors | self.trained
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def _peft_tensors(root: nn.Module) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    layers = named_lora_layers(root)
-    for name, layer in layers.items():
-        kind, suffix = ("embedding_", "") if isinstance(layer, LoRAEmbedding) else ("", ".weight")
-        tensors[f"{PREFIX}{name}.lora_{kind}A{suffix}"] = layer.lora_A
-        tensors[f"{PREFIX}{name}.lora_{kind}B{suffix}"] = layer.lora_B
-    whole = {id(parameter) for parameter in named_trained_whole(root).values()}
-    modules = _modules_trained_whole(root)
-    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
-        clean = clean_name(name)
-        owner = clean.rpartition(".")[0]
-        if any(owner == module or owner.startswith(f"{module}.") for module in modules):
-            tensors[PREFIX + clean] = tensor.clone() if id(tensor) in whole else tensor
-        elif id(tensor) in whole:
-            tensors[f"{PREFIX}{owner}.base_layer.bias" if owner in layers else PREFIX + clean] = tensor
-    return tensors
+@dataclass(frozen=True)
+class Entry:
+    """How one tensor of the file is made from tensors of the model: see :func:`laid_out`."""
+
+    key: str
+    layout: str
+    names: Sequence[str]
 
 
-def _modules_trained_whole(root: nn.Module) -> list[str]:
-    """Return the modules that train whole, with those that hold a tied twin of one of their tensors."""
-    injection = injection_of(root)
-    assert injection is not None
-    modules = list(injection.trained_whole)
-    inside = {
-        id(p)
-        for name, p in root.named_parameters(remove_duplicate=False)
-        if any(clean_name(name).startswith(f"{module}.") for module in modules)
-    }
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        owner = clean_name(name).rpartition(".")[0]
-        if id(parameter) in inside and not any(owner == m or owner.startswith(f"{m}.") for m in modules):
-            modules.append(owner)
-    return modules
+def laid_out(layout: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Return one tensor in PEFT's layout.
+
+    ``"plain"`` is the tensor itself. ``"experts_A"`` makes ``[E, r, in]`` expert-major rows ``[E r, in]``;
+    ``"experts_B"`` makes ``[E, out, r]`` rank-major columns ``[out, r E]``. ``"residual_A"`` and ``"residual_B"`` put
+    an adapter and its start under one another, ``[A; A0]`` and ``[B, -B0]``: the difference from the original base.
+    """
+    first = tensors[0]
+    if layout == "experts_A":
+        return first.flatten(0, 1)
+    if layout == "experts_B":
+        return first.permute(1, 2, 0).flatten(1)
+    if layout == "residual_A":
+        return torch.cat([first, tensors[1]])
+    if layout == "residual_B":
+        return torch.cat([first, -tensors[1]], dim=1)
+    assert layout == "plain", layout
+    return first
 
 
-def _peft_config(root: nn.Module) -> dict[str, Any]:
-    injection = injection_of(root)
-    assert injection is not None
-    config, layers = injection.config, named_lora_layers(root)
-    factor = {name: layer.r**0.5 if config.use_rslora else layer.r for name, layer in layers.items()}
-    alphas = {name: _as_integer(layer.lora_scaling * factor[name]) for name, layer in layers.items()}
-    ranks = {name: layer.r for name, layer in layers.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    trained_whole = _modules_trained_whole(root)
-    return {
-        "peft_type": "LORA",
-        "task_type": next((task for ending, task in _TASK_TYPES.items() if type(root).__name__.endswith(ending)), None),
-        "base_model_name_or_path": name_or_path(root),
-        "revision": None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.use_rslora,
-        "use_dora": False,
-        "bias": config.bias,
-        "target_modules": _target_modules(root, list(layers), trained_whole),
-        "exclude_modules": None,
-        "modules_to_save": trained_whole or None,
-        "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != r},
-        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
-        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
-        "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
+def write_directory(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write both files; each is there in full or not at all."""
+    directory = Path(directory)
+    strings = {"format": "pt"}
+    if metadata:
+        strings[METADATA] = json.dumps(metadata, sort_keys=True)
+    contiguous = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    write_atomically(directory / WEIGHTS_NAME, _in_order(safetensors.torch.save(contiguous, strings)))
+    write_atomically(directory / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _target_modules(root: nn.Module, adapted: list[str], trained_whole: list[str]) -> list[str] | str:
-    """Return the shortest of suffixes, full names or one expression that PEFT resolves to exactly these layers."""
-    names = [clean_name(name) for name, _ in root.named_modules() if clean_name(name)]
-    free = [name for name in names if not any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in trained_whole)]
-
-    def hit(targets: list[str]) -> set[str]:
-        return {name for name in free if name in targets or any(name.endswith(f".{target}") for target in targets)}
-
-    suffixes = sorted({name.rpartition(".")[2] for name in adapted})
-    for targets in (suffixes, adapted):
-        if hit(targets) == set(adapted):
-            return targets
-    return "|".join(re.escape(name) for name in adapted)
+def _in_order(content: bytes) -> bytes:
+    """Return the same safetensors file with its metadata sorted: the library writes them in no order of its own."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-def _as_integer(value: float) -> int | float:
-    nearest = round(value)
-    return nearest if abs(value - nearest) < 1e-9 * max(1, nearest) else value
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the config of a directory with a LoRA adapter for the original base.
 
-
-def _read_config(directory: Path) -> dict[str, Any]:
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON, of another kind of adapter, or of one that is not supported.
+    """
     path = directory / CONFIG_NAME
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in directory.iterdir())) if directory.is_dir() else "no such directory"
@@ -214,7 +124,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} describes a {kind!r} adapter; only 'LORA' is read")
-    for name in _UNSUPPORTED:
+    for name in PEFT_UNSUPPORTED:
         if config.get(name):
             raise ValueError(f"{path} uses {name}={config[name]!r}, which is not supported")
     init = config.get("init_lora_weights", True)
@@ -230,14 +140,18 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a directory by key, and lightning_lora's metadata. No code of the file is run."""
     path, legacy = directory / WEIGHTS_NAME, directory / LEGACY_WEIGHTS_NAME
     try:
         if path.is_file():
-            return safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, framework="pt") as file:
+                strings = file.metadata() or {}
+            metadata = json.loads(strings[METADATA]) if METADATA in strings else {}
+            return safetensors.torch.load_file(path), metadata
         if legacy.is_file():
             tensors = torch.load(legacy, map_location="cpu", weights_only=True)
-            return dict(tensors)
+            return dict(tensors), {}
     except Exception as error:
         raise ValueError(
             f"{path if path.is_file() else legacy} is damaged or holds more than tensors: {error}"
@@ -245,13 +159,23 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{directory} has neither {WEIGHTS_NAME} nor {LEGACY_WEIGHTS_NAME}")
 
 
-def _sort_tensors(tensors: Mapping[str, Tensor], directory: Path) -> _Adapter:
-    adapter = _Adapter()
+def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], directory: Path) -> Adapter:
+    """Sort a file's tensors by their keys.
+
+    Raises:
+        ValueError: there are no LoRA tensors, half a pair, a pair whose sizes do not fit, or another method's tensor.
+    """
+    adapter = Adapter(metadata=dict(metadata))
     for key, value in tensors.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{directory}: {key!r} is {kind}, expected a floating-point tensor")
         name = key.removeprefix(PREFIX)
-        match = _ADAPTER_KEY.fullmatch(name)
+        match, rows = _ADAPTER_KEY.fullmatch(name), _ROWS_KEY.fullmatch(name)
         if match is not None:
             adapter.factors.setdefault(match["layer"], {})[match["factor"]] = value
+        elif rows is not None:
+            adapter.rows[rows["layer"]] = value
         elif ".base_layer." in name and not name.endswith(".bias"):
             adapter.base[name.replace(".base_layer.", ".")] = value
         elif ".lora_" in name or ".token_adapter." in name:
@@ -262,104 +186,15 @@ def _sort_tensors(tensors: Mapping[str, Tensor], directory: Path) -> _Adapter:
     if not adapter.factors:
         raise ValueError(f"{directory} holds no LoRA tensors; its keys begin with {list(tensors)[:3]}")
     for layer, pair in adapter.factors.items():
-        if set(pair) != {"A", "B"}:
-            raise ValueError(f"{directory}: {layer!r} has only lora_{next(iter(pair))}")
-        if pair["A"].ndim != 2 or pair["B"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise ValueError(
-                f"{directory}: A {tuple(pair['A'].shape)} and B {tuple(pair['B'].shape)} of {layer!r} are no [r, "
-                "in] and [out, r]"
-            )
+        _check_pair(layer, pair, directory)
     return adapter
 
 
-def _config_for(model: nn.Module, peft_config: Mapping[str, Any], adapter: _Adapter, directory: Path) -> LoRAConfig:
-    """Return our config for a directory, after checking that its tensors fit the model."""
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    for layer, pair in adapter.factors.items():
-        mixin = mixin_for(modules[layer]) if layer in modules else None
-        if mixin is None:
-            kind = type(modules[layer]).__name__ if layer in modules else "missing"
-            raise ValueError(
-                f"{directory} adapts {layer!r}, which is {kind} in {type(model).__name__}: another base model?"
-            )
-        shapes = (pair["A"].shape[1], pair["B"].shape[0])
-        if shapes != mixin.features(modules[layer]):
-            raise ValueError(
-                f"{directory} adapts {layer!r} as {shapes[0]} -> {shapes[1]}, the model has "
-                f"{mixin.features(modules[layer])[0]} -> {mixin.features(modules[layer])[1]}: another base model?"
-            )
-    _check_trained(model, adapter, directory)
-
-    rank_pattern: dict[str, int] = _live_patterns(peft_config.get("rank_pattern"), adapter)
-    alpha_pattern: dict[str, float] = _live_patterns(peft_config.get("alpha_pattern"), adapter)
-    # the tensors know the ranks; patterns that PEFT wrote in another order than it applied them do not
-    r = int(peft_config["r"])
-    ranks = {layer: pair["A"].shape[0] for layer, pair in adapter.factors.items()}
-    if any(pattern_value(rank_pattern, layer, r) != rank for layer, rank in ranks.items()):
-        rank_pattern = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != r}
-    trained_modules = _trained_modules(peft_config, adapter, modules)
-    config = LoRAConfig(
-        r=r,
-        alpha=float(peft_config["lora_alpha"]),
-        dropout=float(peft_config.get("lora_dropout") or 0.0),
-        target_modules=_live(peft_config["target_modules"], modules),
-        exclude_modules=_live(peft_config.get("exclude_modules"), modules) or None,
-        modules_to_save=trained_modules,
-        bias=peft_config.get("bias") or "none",
-        use_rslora=bool(peft_config.get("use_rslora")),
-        layers_to_transform=peft_config.get("layers_to_transform"),
-        layers_pattern=peft_config.get("layers_pattern") or None,
-        adapter_dtype="float64" if any(p["A"].dtype == torch.float64 for p in adapter.factors.values()) else "float32",
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-    )
-    described = set(select_layers(model, config, trained_modules))
-    if described != set(adapter.factors):
-        without, undescribed = sorted(described - set(adapter.factors)), sorted(set(adapter.factors) - described)
+def _check_pair(layer: str, pair: Mapping[str, Tensor], directory: Path) -> None:
+    if set(pair) != {"A", "B"}:
+        raise ValueError(f"{directory}: {layer!r} has only lora_{next(iter(pair))}")
+    A, B = pair["A"], pair["B"]
+    if A.ndim != B.ndim or A.ndim < 2 or 0 in A.shape or 0 in B.shape or (A.ndim == 2 and A.shape[0] != B.shape[1]):
         raise ValueError(
-            f"{directory}: config and tensors disagree: no tensors for {without[:3]} ({len(without)} layers), "
-            f"tensors that the config does not describe for {undescribed[:3]} ({len(undescribed)} layers). Is a "
-            "file damaged, or from another model?"
+            f"{directory}: A {tuple(A.shape)} and B {tuple(B.shape)} of {layer!r} are no [r, in] and [out, r]"
         )
-    return config
-
-
-def _check_trained(model: nn.Module, adapter: _Adapter, directory: Path) -> None:
-    """Check the base tensors in a directory: those that trained must fit, untrained copies must be the model's own."""
-    own = {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
-    for name, value in (adapter.trained | adapter.base).items():
-        if name not in own:
-            raise ValueError(f"{directory} holds {name!r}, which {type(model).__name__} lacks: another base model?")
-        if value.shape != own[name].shape:
-            raise ValueError(
-                f"{directory} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}"
-            )
-    for name, value in adapter.base.items():
-        if own[name].device.type != "meta" and not torch.equal(value.bfloat16(), own[name].detach().cpu().bfloat16()):
-            raise ValueError(
-                f"{directory} brings its own base tensor {name!r}, which differs from the model's (a resized or "
-                "trained embedding): load that base first"
-            )
-
-
-def _trained_modules(peft_config: Mapping[str, Any], adapter: _Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the modules that PEFT's ``modules_to_save`` means here and the directory has tensors for."""
-    entries = peft_config.get("modules_to_save") or []
-    found = [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
-    return [name for name in found if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
-
-
-def _live_patterns(patterns: Any, adapter: _Adapter) -> dict[str, Any]:
-    """Return the patterns that match an adapted layer; PEFT ignores the others."""
-    return {
-        key: value
-        for key, value in (patterns or {}).items()
-        if any(re.match(rf"(.*\.)?({key})$", name) for name in adapter.factors)
-    }
-
-
-def _live(targets: Any, modules: Mapping[str, nn.Module]) -> Any:
-    """Return the entries of a list that name something; PEFT's lists may name more than the model has."""
-    if targets is None or isinstance(targets, str):
-        return targets
-    return sorted(t for t in targets if any(name == t or name.endswith(f".{t}") for name in modules))

@@ -51,7 +51,7 @@ BAD_VALUES = [
     ({"layers_pattern": 3}, TypeError, "layers_pattern"),
     ({"bias": True}, ValueError, "bias=True must be one of 'none', 'all', 'lora_only'"),
     ({"bias": "lora"}, ValueError, "bias='lora' must be one of"),
-    ({"init": "pissa"}, ValueError, "init='pissa' must be one of"),
+    ({"init": "loftq"}, ValueError, "init='loftq' must be one of"),
     ({"init": True}, ValueError, "init=True must be one of"),
     ({"init_rng": "global"}, ValueError, "init_rng='global' must be one of 'name', 'peft'"),
     ({"init_seed": "7"}, TypeError, "init_seed"),

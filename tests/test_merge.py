@@ -346,7 +346,7 @@ def test_merge_on_the_meta_device_says_to_load_the_base_first() -> None:
 def test_the_question_to_a_subclass_leaves_weight_mode_and_random_state_alone() -> None:
     model = inject(nn.Sequential(Renamed(8, 8)), LoRAConfig(r=2, target_modules=["0"], dropout=0.5)).train()
     weight, state = model[0].weight.clone(), torch.get_rng_state()
-    assert model[0].merge_is_exact()
+    assert model[0].merge_obstacle() is None
     assert torch.equal(model[0].weight, weight)
     assert model[0].training
     assert model[0].lora_active

@@ -1,6 +1,6 @@
 """Adapted layers: one file per kind of base layer, a registry that picks by type."""
 
-from lightning_lora.layers.base import LoRALayer, adapt, unadapt
-from lightning_lora.layers.registry import is_linear, mixin_for, register
+from lightning_lora.layers.base import LoRALayer, Pair, adapt, unadapt
+from lightning_lora.layers.registry import is_linear, is_read_by_parent, mixin_for, register
 
-__all__ = ["LoRALayer", "adapt", "is_linear", "mixin_for", "register", "unadapt"]
+__all__ = ["LoRALayer", "Pair", "adapt", "is_linear", "is_read_by_parent", "mixin_for", "register", "unadapt"]

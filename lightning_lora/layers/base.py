@@ -6,6 +6,7 @@ parameters ``lora_A`` and ``lora_B``; names, hooks, ties and tensors of the base
 
 import copyreg
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,16 @@ from typing_extensions import Self, override
 from lightning_lora.functional import merged_weight
 
 MAX_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One low-rank pair of a layer: its term is ``scaling * B A``."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    r: int
 
 
 class LoRALayer(nn.Module):
@@ -27,12 +38,15 @@ class LoRALayer(nn.Module):
         lora_dropout: dropout probability on the adapter's input while training.
         lora_dtype: dtype that the adapter never falls below, or ``None`` to follow the base.
         lora_active: False while the layer is merged or disabled: the layer is then its base class.
-        lora_original: the base weight as it was, on CPU, while the layer is merged; else ``None``.
+        lora_original: the base tensors as they were, on CPU, while the layer is merged; else ``None``.
         lora_salt: makes dropout differ between data-parallel ranks that share a seed.
     """
 
     lora_base_class: ClassVar[type[nn.Module]]
-    adapter_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    base_name: ClassVar[str] = "weight"  # of the base tensor that is adapted
+
+    adapter_names: tuple[str, ...] = ("lora_A", "lora_B")
+    frozen_names: tuple[str, ...] = ()  # adapter tensors that never train
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -40,7 +54,7 @@ class LoRALayer(nn.Module):
     lora_dropout: float
     lora_dtype: torch.dtype | None
     lora_active: bool
-    lora_original: Tensor | None
+    lora_original: dict[str, Tensor] | None
     lora_salt: int
 
     @classmethod
@@ -52,13 +66,31 @@ class LoRALayer(nn.Module):
     def check(cls, layer: nn.Module) -> None:
         """Raise ``ValueError``, with the reason, for a base layer of this kind that cannot be adapted."""
 
+    @classmethod
+    def shapes(cls, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B for rank ``r``."""
+        in_features, out_features = cls.features(layer)
+        return (r, in_features), (out_features, r)
+
     def merged(self) -> Tensor:
         """Return ``W + scaling * B A`` in the shape and dtype of the base weight."""
-        return merged_weight(self.base_weight, self.lora_A, self.lora_B, self.lora_scaling)
+        return merged_weight(self.base_weight, *self.factors(), self.lora_scaling)
 
-    def merge_is_exact(self) -> bool:
-        """Whether the base layer with :meth:`merged` as its weight gives what the adapted layer gives."""
-        return True
+    def merged_tensors(self) -> dict[str, Tensor]:
+        """Return what a merge writes, by the local name of the base tensor that it writes to."""
+        return {self.base_name: self.merged()}
+
+    def merge_obstacle(self) -> str | None:
+        """Return why the base layer with the merged weight would not give what the adapted layer gives, if so."""
+        return None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B of all that the layer adds to its base."""
+        return self.lora_A, self.lora_B
+
+    def pairs(self) -> dict[str, Pair]:
+        """Return the layer's pairs by the name of the parameter that each one adapts; ``""`` is the layer itself."""
+        return {"": Pair(self.lora_A, self.lora_B, self.lora_scaling, self.lora_A.shape[0])}
 
     @property
     def r(self) -> int:
@@ -68,8 +100,12 @@ class LoRALayer(nn.Module):
     @property
     def base_weight(self) -> Tensor:
         """The weight of the base as it is stored, also where reading ``weight`` gives the effective one."""
-        stored = self._parameters.get("weight")
-        return self.weight if stored is None else stored  # type: ignore[return-value]  # a Tensor in every base layer
+        stored = self._parameters.get(self.base_name)
+        return getattr(self, self.base_name) if stored is None else stored
+
+    def base_tensors(self) -> dict[str, Tensor | None]:
+        """Return the stored base tensors that a merge writes to, by local name; ``None`` for a computed one."""
+        return {self.base_name: self._parameters.get(self.base_name)}
 
     def dropout_seed(self) -> Tensor | None:
         """Return a fresh seed for one call's dropout mask, or ``None`` when nothing is to be dropped.
@@ -80,16 +116,21 @@ class LoRALayer(nn.Module):
             return None
         return torch.randint(MAX_SEED, (), device="cpu") + self.lora_salt * MAX_SEED
 
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Local names of all adapter tensors, those that train and those that never do."""
+        return self.adapter_names + self.frozen_names
+
     def named_adapter_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield this layer's own adapter parameters with their local names."""
-        for name in self.adapter_names:
+        """Yield this layer's own adapter tensors with their local names."""
+        for name in self.tensor_names:
             yield name, getattr(self, name)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # the base goes its way; of what fn does to the adapter only device and wider dtype count, so that to_empty()
         # cannot empty it and a conversion to half precision cannot narrow it
-        adapter = {name: self._parameters.pop(name) for name in self.adapter_names}
+        adapter = {name: self._parameters.pop(name) for name in self.tensor_names}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
@@ -118,7 +159,8 @@ class LoRALayer(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, r={self.r}, scaling={self.lora_scaling:g}"
+        pairs = (f"{name and name + ': '}r={p.r}, scaling={p.scaling:g}" for name, p in self.pairs().items())
+        return ", ".join([super().extra_repr(), *pairs])
 
 
 _MADE_CLASSES: dict[tuple[type[LoRALayer], type[nn.Module]], type[LoRALayer]] = {}
@@ -135,31 +177,45 @@ def lora_class(mixin: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]
 def adapt(
     layer: nn.Module, mixin: type[LoRALayer], *, r: int, scaling: float, dropout: float, dtype: torch.dtype | None
 ) -> LoRALayer:
-    """Turn ``layer`` into a :class:`LoRALayer` in place, with all-zero A ``[r, in]`` and B ``[out, r]``.
+    """Turn ``layer`` into a :class:`LoRALayer` in place, with all-zero A and B.
 
     The parameters are real also where the base is on the meta device: they are then on CPU.
     """
-    in_features, out_features = mixin.features(layer)
-    weight = layer._parameters.get("weight")
-    weight = getattr(layer, "weight", None) if weight is None else weight
-    device = weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else torch.device("cpu")
-    own_dtype = dtype or (weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32)
-    layer.__class__ = lora_class(mixin, type(layer))
+    shape_A, shape_B = mixin.shapes(layer, r)
+    swap_class(layer, mixin, scaling=scaling, dropout=dropout, dtype=dtype)
     assert isinstance(layer, LoRALayer)
-    layer.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=own_dtype))
-    layer.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=own_dtype))
+    weight = layer._parameters.get(mixin.base_name)
+    put(layer, getattr(layer, mixin.base_name, None) if weight is None else weight, lora_A=shape_A, lora_B=shape_B)
+    return layer
+
+
+def swap_class(
+    layer: nn.Module, mixin: type[LoRALayer], *, scaling: float, dropout: float, dtype: torch.dtype | None
+) -> None:
+    """Give ``layer`` the made class and the plain attributes of a :class:`LoRALayer`."""
+    layer.__class__ = lora_class(mixin, type(layer))
     # past nn.Module.__setattr__, which looks for parameters and modules among them
     layer.__dict__.update(lora_scaling=scaling, lora_dropout=dropout, lora_dtype=dtype)
     layer.__dict__.update(lora_active=True, lora_original=None, lora_salt=0)
-    return layer
+
+
+def put(layer: LoRALayer, like: Any, **shapes: tuple[int, ...]) -> None:
+    """Register all-zero adapter parameters of the given shapes, where ``like`` lies if that is a real tensor."""
+    device = like.device if isinstance(like, Tensor) and like.device.type != "meta" else torch.device("cpu")
+    own = like.dtype if isinstance(like, Tensor) and like.is_floating_point() else torch.float32
+    for name, shape in shapes.items():
+        values = torch.zeros(shape, device=device, dtype=layer.lora_dtype or own)
+        layer.register_parameter(name, nn.Parameter(values))
 
 
 def unadapt(layer: LoRALayer) -> nn.Module:
     """Give the layer its base class back and drop the adapter. The base weight is left as it is."""
-    for name in layer.adapter_names:
+    for name in layer.tensor_names:
         del layer._parameters[name]
-    for name in ("scaling", "dropout", "dtype", "active", "original", "salt"):
-        del layer.__dict__[f"lora_{name}"]
+    for name in [name for name in layer.__dict__ if name.startswith("lora_")]:
+        del layer.__dict__[name]
+    for name in ("adapter_names", "frozen_names"):
+        layer.__dict__.pop(name, None)
     base = layer.lora_base_class
     layer.__class__ = base  # type: ignore[assignment]  # the reverse of the class swap
     return layer

@@ -32,9 +32,9 @@ class LoRALinear(LoRALayer):
 
     @override
     @torch.no_grad()
-    def merge_is_exact(self) -> bool:
+    def merge_obstacle(self) -> str | None:
         if self.lora_base_class.forward is nn.Linear.forward:
-            return True
+            return None
         # a subclass may do anything with its weight: ask it, on two random rows, with a random weight added
         weight = self.base_weight
         generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,12 @@ class LoRALinear(LoRALayer):
             self.training, self.lora_active = training, True
         expected = x @ delta.t()
         tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
-        return torch.allclose(after - before, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+        if torch.allclose(after - before, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()):
+            return None
+        return (
+            f"{self.lora_base_class.__name__} has a forward of its own, in which a changed weight does not give the "
+            "output that base plus adapter gives"
+        )
 
     def _lora_linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return lora_linear(
@@ -83,12 +88,12 @@ class LoRAConv1D(LoRALinear):
         return self._lora_linear(x, self.weight.t(), self.bias)
 
     @override
-    def merge_is_exact(self) -> bool:
-        return True
+    def merge_obstacle(self) -> str | None:
+        return None
 
     @override
     def merged(self) -> Tensor:
-        return merged_weight(self.base_weight.t(), self.lora_A, self.lora_B, self.lora_scaling).t()
+        return merged_weight(self.base_weight.t(), *self.factors(), self.lora_scaling).t()
 
 
 class LoRAReadLinear(LoRALinear):
@@ -111,8 +116,8 @@ class LoRAReadLinear(LoRALinear):
         return stored
 
     @override
-    def merge_is_exact(self) -> bool:
-        return True
+    def merge_obstacle(self) -> str | None:
+        return None
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -3,7 +3,9 @@
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 
@@ -13,6 +15,23 @@ _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
     NonDynamicallyQuantizableLinear: LoRAReadLinear,
     "transformers.pytorch_utils.Conv1D": LoRAConv1D,
     nn.Embedding: LoRAEmbedding,
+    nn.Conv1d: LoRAConv,
+    nn.Conv2d: LoRAConv,
+    nn.Conv3d: LoRAConv,
+    nn.MultiheadAttention: LoRAMultiheadAttention,
+}
+
+
+# transformers' classes that read the weight of these children instead of calling them, on some path or on all
+_READ_BY_PARENT = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MobileBertLMPredictionHead": ("dense",),
+    "MambaMixer": ("dt_proj", "x_proj"),
+    "FalconMambaMixer": ("dt_proj", "x_proj"),
+    "JambaMambaMixer": ("dt_proj", "x_proj"),
+    "BambaMixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
 }
 
 
@@ -33,6 +52,11 @@ def mixin_for(layer: nn.Module) -> type[LoRALayer] | None:
         if mixin is not None:
             return mixin
     return None
+
+
+def is_read_by_parent(parent: nn.Module, child_name: str) -> bool:
+    """Whether ``parent`` reads the weight of its linear child instead of calling the child."""
+    return child_name in _READ_BY_PARENT.get(type(parent).__name__, ())
 
 
 def is_linear(layer: nn.Module) -> bool:

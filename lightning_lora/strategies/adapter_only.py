@@ -36,7 +36,8 @@ from lightning_lora.checkpoint import (
 )
 from lightning_lora.fingerprint import hashes_outside_roots
 from lightning_lora.inject import injected_roots, named_adapter_parameters
-from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME, save_peft
+from lightning_lora.peft_export import save_peft
+from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from lightning_lora.root import clean_name
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.atomic_io import make_atomic

@@ -1,0 +1,34 @@
+"""``convert``: an adapter checkpoint as a PEFT directory."""
+
+import os
+
+from lightning_lora.checkpoint import read_checkpoint, section_of
+from lightning_lora.peft_export import write_described
+
+
+def convert(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str], *, portable: bool = False) -> None:
+    """Turn an adapter checkpoint into a PEFT directory, with neither the base nor the model's code at hand.
+
+    Args:
+        checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``.
+        portable: as in :func:`save_peft`.
+
+    Raises:
+        ValueError: the file is damaged, holds no adapter or several, or what PEFT's format cannot express.
+    """
+    content = read_checkpoint(checkpoint)
+    adapters = section_of(content, checkpoint)["adapters"]
+    if len(adapters) != 1:
+        raise ValueError(
+            f"{checkpoint} holds {len(adapters)} adapters, at {[a['root'] for a in adapters]}; expected one. Load them "
+            "into their models and call save_peft on each"
+        )
+    adapter = adapters[0]
+    description = adapter.get("peft")
+    if description is None or "refused" in description:
+        why = (description or {}).get("refused", "it was written before checkpoints held what a conversion needs")
+        raise ValueError(f"{checkpoint} cannot be converted: {why}. Load it into its model and call save_peft or merge")
+    prefix = f"{adapter['root']}." if adapter["root"] else ""
+    state = content[adapter["state_key"]]
+    named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    write_described(description, named, directory, portable=portable)

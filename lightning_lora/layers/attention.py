@@ -1,0 +1,44 @@
+"""Adapted ``nn.MultiheadAttention``: its packed input projection; its output projection is a layer of its own."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.functional import merged_weight
+from lightning_lora.layers.base import LoRALayer
+
+
+class LoRAMultiheadAttention(LoRALayer):
+    """``in_proj_weight`` reads as ``W + scaling * B A``, with A ``[r, embed_dim]`` and B ``[3 embed_dim, r]``.
+
+    The parent's own code, the fused path too, then sees the adapter. Dropout has no input to act on here and does
+    nothing, as in PEFT. ``out_proj`` is adapted with it, at twice the scale: PEFT 0.21 adds that update twice.
+    """
+
+    base_name = "in_proj_weight"
+
+    @classmethod
+    @override
+    def features(cls, layer: nn.Module) -> tuple[int, int]:
+        size = int(layer.embed_dim)  # type: ignore[arg-type]
+        return size, 3 * size
+
+    @classmethod
+    @override
+    def check(cls, layer: nn.Module) -> None:
+        base: Any = layer
+        if not base._qkv_same_embed_dim:
+            raise ValueError(
+                f"its keys and values have other widths (kdim={base.kdim}, vdim={base.vdim}) than its queries "
+                f"({base.embed_dim}), so that it holds three weights; its out_proj can be adapted by name"
+            )
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The effective weight of queries, keys and values: ``[3 embed_dim, embed_dim]``."""
+        return self.merged() if self.lora_active else self.base_weight
+
+    @override
+    def merged(self) -> Tensor:
+        return merged_weight(self.base_weight, self.lora_A, self.lora_B, self.lora_scaling)

@@ -1,0 +1,96 @@
+"""Adapted parameters of modules that read them: the 3-D tensors of fused experts, a router's matrix."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.functional import merged_weight
+from lightning_lora.layers.base import LoRALayer, Pair, put, swap_class
+from lightning_lora.layers.factored import FactoredWeight
+
+
+class LoRAParameters(LoRALayer):
+    """A module some of whose parameters read as ``W + scaling * B A``, with the factors kept apart in its products.
+
+    For a parameter ``p`` of shape ``[experts, out, in]`` (``[experts, in, out]`` where the module says
+    ``is_transposed``) there are ``lora_A_p`` ``[experts, r, in]`` and ``lora_B_p`` ``[experts, out, r]``; a matrix
+    ``[out, in]`` has the pair of a linear layer. There is no dropout: the module reads its weight and multiplies by
+    itself.
+    """
+
+    lora_parts: dict[str, tuple[int, float]]  # rank and scaling by parameter, in the module's order of parameters
+
+    @property
+    def lora_transposed(self) -> bool:
+        """Whether 3-D parameters are ``[experts, in, out]``."""
+        return bool(self.__dict__.get("is_transposed", getattr(type(self), "is_transposed", False)))
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        if name not in self.__dict__.get("lora_parts", ()) or not self.lora_active:
+            return value
+        pair = self.pairs()[name]
+        A, B, scaling = pair.A, pair.B, pair.scaling
+        if value.ndim == 3 and self.lora_transposed:
+            return FactoredWeight.of(value, A.transpose(1, 2), B.transpose(1, 2), scaling)
+        return FactoredWeight.of(value, B, A, scaling)
+
+    @override
+    def pairs(self) -> dict[str, Pair]:
+        return {
+            name: Pair(getattr(self, f"lora_A_{name}"), getattr(self, f"lora_B_{name}"), scaling, r)
+            for name, (r, scaling) in self.lora_parts.items()
+        }
+
+    @override
+    def base_tensors(self) -> dict[str, Tensor | None]:
+        return {name: self._parameters.get(name) for name in self.lora_parts}
+
+    @override
+    def merged_tensors(self) -> dict[str, Tensor]:
+        return {name: self._merged_part(name) for name in self.lora_parts}
+
+    def _merged_part(self, name: str) -> Tensor:
+        weight, pair = self._parameters[name], self.pairs()[name]
+        assert weight is not None
+        if weight.ndim == 3 and self.lora_transposed:
+            return merged_weight(weight.transpose(1, 2), pair.A, pair.B, pair.scaling).transpose(1, 2)
+        return merged_weight(weight, pair.A, pair.B, pair.scaling)
+
+
+def sizes_of_parameter(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """Return ``(experts, in_features, out_features)`` of a parameter; a matrix counts as one expert.
+
+    Raises:
+        ValueError: it has other than two or three dimensions.
+    """
+    shape = tuple(module.get_parameter(name).shape)
+    if len(shape) == 2:
+        return 1, shape[1], shape[0]
+    if len(shape) != 3:
+        raise ValueError(f"parameter {name!r} is {list(shape)}; adapted can be matrices and 3-D stacks of them")
+    first, second = shape[1:]
+    return (shape[0], first, second) if getattr(module, "is_transposed", False) else (shape[0], second, first)
+
+
+def adapt_parameters(
+    module: nn.Module, parts: Mapping[str, tuple[int, float]], *, dtype: torch.dtype | None
+) -> LoRAParameters:
+    """Turn ``module`` into :class:`LoRAParameters` in place: all-zero pairs of the ranks and scales in ``parts``."""
+    ordered = {name: parts[name] for name in module._parameters if name in parts}
+    sizes = {name: sizes_of_parameter(module, name) for name in ordered}
+    likes = {name: module._parameters[name] for name in ordered}
+    swap_class(module, LoRAParameters, scaling=1.0, dropout=0.0, dtype=dtype)
+    assert isinstance(module, LoRAParameters)
+    names = tuple(f"lora_{factor}_{name}" for name in ordered for factor in "AB")
+    module.__dict__.update(adapter_names=names, lora_parts=ordered)
+    for name, (r, _) in ordered.items():
+        like: Any = likes[name]
+        experts, in_features, out_features = sizes[name]
+        stack = (experts,) if like.ndim == 3 else ()
+        shapes = {f"lora_A_{name}": (*stack, r, in_features), f"lora_B_{name}": (*stack, out_features, r)}
+        put(module, like, **shapes)
+    return module

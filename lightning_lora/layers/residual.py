@@ -1,0 +1,48 @@
+"""Layers whose adapter starts at a part of the base weight: PiSSA and OLoRA, with the base left alone."""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.functional import lora_linear
+from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+
+
+class ResidualLinear(LoRALinear):
+    """``y = x (W - s B0 A0)^T + b + s dropout(x) A^T B^T``, with the starting values A0 and B0 kept beside A and B.
+
+    PEFT subtracts ``s B0 A0`` from the stored weight; here it is subtracted in the product, so that the base stays
+    what it was and the file fits the original base.
+    """
+
+    frozen_names = ("lora_A0", "lora_B0")
+
+    lora_A0: nn.Parameter  # [r, in_features], never trained
+    lora_B0: nn.Parameter  # [out_features, r], never trained
+
+    def keep_start(self) -> None:
+        """Take the present A and B as the starting values."""
+        for name in ("lora_A", "lora_B"):
+            values = getattr(self, name).detach().clone()
+            self.register_parameter(f"{name}0", nn.Parameter(values, requires_grad=False))
+
+    @override
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.lora_A, self.lora_A0]), torch.cat([self.lora_B, -self.lora_B0], dim=1)
+
+    @override
+    def _lora_linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        seed = self.dropout_seed()
+        if seed is None:
+            return lora_linear(x, weight, bias, *self.factors(), scaling=self.lora_scaling)
+        start = lora_linear(x, weight, bias, self.lora_A0, -self.lora_B0, scaling=self.lora_scaling)
+        return start + lora_linear(
+            x, None, None, self.lora_A, self.lora_B, scaling=self.lora_scaling, dropout=self.lora_dropout, seed=seed
+        )
+
+
+class ResidualConv1D(ResidualLinear, LoRAConv1D):
+    """The same for transformers' ``Conv1D``."""
+
+
+RESIDUAL: dict[type, type[ResidualLinear]] = {LoRALinear: ResidualLinear, LoRAConv1D: ResidualConv1D}

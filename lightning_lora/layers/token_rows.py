@@ -1,0 +1,93 @@
+"""Single rows of an embedding that train: new tokens, without training the whole table."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.layers.base import LoRALayer, Pair, swap_class
+
+
+class TokenRows(LoRALayer):
+    """A layer some of whose weight trains: ``lora_rows`` ``[n, embedding_dim]`` stand for ``weight[lora_token_ids]``.
+
+    A tied output head shares the parameter. ``lora_rows`` holds the rows themselves, not differences (PEFT's layout).
+    """
+
+    adapter_names = ("lora_rows",)
+
+    lora_rows: nn.Parameter
+    lora_token_ids: list[int]
+    weight: Tensor  # [num_embeddings, embedding_dim]
+
+    @override
+    def pairs(self) -> dict[str, Pair]:
+        return {}
+
+    @override
+    def merged(self) -> Tensor:
+        index = torch.tensor(self.lora_token_ids, device=self.base_weight.device)
+        return self.base_weight.index_copy(0, index, self.lora_rows.to(self.base_weight))
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {len(self.lora_token_ids)} rows train"
+
+
+class TokenRowsEmbedding(TokenRows):
+    """``nn.Embedding`` with rows that train."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = super().forward(input)
+        if not self.lora_active:
+            return y
+        place = torch.full((self.base_weight.shape[0],), -1, dtype=torch.int64, device=input.device)
+        place[torch.tensor(self.lora_token_ids, device=input.device)] = torch.arange(
+            len(self.lora_token_ids), device=input.device
+        )
+        index = place[input]
+        rows = F.embedding(index.clamp(min=0), self.lora_rows) * getattr(self, "embed_scale", 1.0)
+        return torch.where((index >= 0).unsqueeze(-1), rows.to(y.dtype), y)
+
+
+class TokenRowsLinear(TokenRows):
+    """The output head that is tied to such an embedding."""
+
+    bias: Tensor | None
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        if not self.lora_active:
+            return y
+        index = torch.tensor(self.lora_token_ids, device=y.device)
+        bias = None if self.bias is None else self.bias[index]
+        return y.index_copy(-1, index, F.linear(x, self.lora_rows.to(x.dtype), bias).to(y.dtype))
+
+
+def train_rows(
+    layer: nn.Embedding, tied: Sequence[nn.Linear], token_ids: Sequence[int], *, dtype: torch.dtype | None
+) -> None:
+    """Let the given rows of ``layer``, and of the heads tied to it, train in place, beginning at their present values.
+
+    Raises:
+        ValueError: an index is outside the table or given twice, or the weight is on the meta device.
+    """
+    weight = layer.weight
+    wrong = [token for token in token_ids if not 0 <= token < weight.shape[0]]
+    if wrong or len(set(token_ids)) != len(token_ids) or not token_ids:
+        what = f"{wrong[0]} is outside the table of {weight.shape[0]} rows" if wrong else "an index is given twice"
+        raise ValueError(f"trainable_token_indices: {what if token_ids else 'the list is empty'}; resize it first?")
+    if weight.device.type == "meta":
+        raise ValueError("trainable_token_indices: the embedding is on the meta device; load the base first")
+    ids = list(token_ids)
+    values = weight.detach()[torch.tensor(ids, device=weight.device)].to(dtype or weight.dtype, copy=True)
+    rows = nn.Parameter(values)
+    kinds: list[tuple[nn.Module, type[TokenRows]]] = [(layer, TokenRowsEmbedding)]
+    for module, mixin in kinds + [(head, TokenRowsLinear) for head in tied]:
+        swap_class(module, mixin, scaling=1.0, dropout=0.0, dtype=dtype)
+        module.__dict__["lora_token_ids"] = ids
+        module.register_parameter("lora_rows", rows)

@@ -1,0 +1,279 @@
+"""``save_peft``: an adapted model as a PEFT directory."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.fingerprint import fingerprint
+from lightning_lora.inject import (
+    check_not_disabled,
+    injection_of,
+    named_lora_layers,
+    named_pairs,
+    named_token_rows,
+    named_trained_whole,
+    require_root,
+)
+from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.convolution import LoRAConv
+from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+from lightning_lora.layers.parameters import LoRAParameters
+from lightning_lora.layers.residual import ResidualLinear
+from lightning_lora.layers.token_rows import TokenRows, TokenRowsEmbedding
+from lightning_lora.peft_format import PREFIX, Entry, laid_out, write_directory
+from lightning_lora.portable import make_portable
+from lightning_lora.root import clean_name, name_or_path
+
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+# linear layers of these names PEFT takes for the parts of fused experts, in a model that has such
+_EXPERT_PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def save_peft(
+    model: nn.Module, directory: str | os.PathLike[str], *, portable: bool = False, tokenizer: Any = None
+) -> None:
+    """Write the adapter as a directory that PEFT reads. Never writes base weights, never asks the network.
+
+    Rank and alpha that differ from most layers' are written as anchored patterns of full names, so that no order of
+    patterns can change their meaning. A tied tensor that trains is written under each of its modules. PiSSA and OLoRA
+    adapters are written as their difference from the original base, at twice the rank.
+
+    Args:
+        portable: for readers that know one rank and one scale, such as vLLM, SGLang and llama.cpp: pad every layer with
+            zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``.
+        tokenizer: saved beside the adapter with its ``save_pretrained``; ``None`` takes ``model.tokenizer`` if there is
+            one.
+
+    Raises:
+        ValueError: the adapter has what the format, or with ``portable`` those readers, cannot express.
+    """
+    root = require_root(model)
+    check_not_disabled(root)
+    description = describe_for_peft(root)
+    tensors = dict(root.state_dict(keep_vars=True))
+    named = {clean_name(name): tensor for name, tensor in tensors.items()}
+    write_described(description, named, directory, portable=portable)
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    if callable(save := getattr(tokenizer, "save_pretrained", None)):
+        save(Path(directory))
+
+
+def describe_for_peft(root: nn.Module) -> dict[str, Any]:
+    """Return all that a PEFT directory needs beside the tensors, in plain values: config, entries, metadata.
+
+    Raises:
+        ValueError: PEFT would compute something else from the file.
+    """
+    for name, layer in named_lora_layers(root).items():
+        if isinstance(layer, LoRAConv) and (layer.padding_mode != "zeros" or set(layer.dilation) != {1}):
+            raise ValueError(
+                f"PEFT convolves with lora_A of {name!r} without the base's dilation={tuple(layer.dilation)} and "
+                f"padding_mode={layer.padding_mode!r}, and would compute something else from the file. Keep the "
+                "adapter in checkpoints, or merge(model, remove=True) and save the merged model"
+            )
+    base = fingerprint(root)
+    metadata = {**base, "hashes": base["hashes"].tolist()}
+    return {
+        "config": _peft_config(root),
+        "entries": [(e.key, e.layout, list(e.names)) for e in _entries(root)],
+        "metadata": {"base": metadata},
+    }
+
+
+def write_described(
+    description: Mapping[str, Any],
+    named: Mapping[str, Tensor],
+    directory: str | os.PathLike[str],
+    *,
+    portable: bool,
+) -> None:
+    """Write a directory from what :func:`describe_for_peft` returned and the model's tensors by name."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for key, layout, names in description["entries"]:
+        value = laid_out(layout, [named[name].detach() for name in names])
+        shared = value.data_ptr() in seen  # a tied tensor under its second name: safetensors wants memory of its own
+        tensors[key] = value.clone() if shared else value
+        seen.add(value.data_ptr())
+    config = description["config"]
+    if portable:
+        config, tensors = make_portable(config, tensors)
+    write_directory(directory, config, tensors, description["metadata"])
+
+
+def _entries(root: nn.Module) -> list[Entry]:
+    entries: list[Entry] = []
+    layers = named_lora_layers(root)
+    for name, layer in layers.items():
+        entries.extend(_layer_entries(name, layer, layers))
+    whole = {id(parameter): name for name, parameter in named_trained_whole(root).items()}
+    modules = _modules_trained_whole(root)
+    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
+        clean = clean_name(name)
+        owner = clean.rpartition(".")[0]
+        if any(owner == module or owner.startswith(f"{module}.") for module in modules):
+            entries.append(Entry(PREFIX + clean, "plain", [whole.get(id(tensor), clean)]))
+        elif id(tensor) in whole:
+            key = f"{PREFIX}{owner}.base_layer.bias" if owner in layers else PREFIX + clean
+            entries.append(Entry(key, "plain", [clean]))
+    return entries
+
+
+def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer]) -> list[Entry]:
+    if isinstance(layer, TokenRows):
+        key = f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
+        return [Entry(key, "plain", [f"{name}.lora_rows"])] if isinstance(layer, TokenRowsEmbedding) else []
+    if isinstance(layer, LoRAParameters):
+        return _parameter_entries(name, layer)
+    parent, _, child = name.rpartition(".")
+    if isinstance(layers.get(parent), nn.MultiheadAttention):
+        name_there = f"{parent}.base_layer.{child}"
+    else:
+        name_there = name
+    kind, suffix = ("embedding_", "") if isinstance(layer, LoRAEmbedding) else ("", ".weight")
+    start = isinstance(layer, ResidualLinear)
+    return [
+        Entry(
+            f"{PREFIX}{name_there}.lora_{kind}{x}{suffix}",
+            f"residual_{x}" if start else "plain",
+            [f"{name}.lora_{x}", f"{name}.lora_{x}0"] if start else [f"{name}.lora_{x}"],
+        )
+        for x in "AB"
+    ]
+
+
+def _parameter_entries(name: str, layer: LoRAParameters) -> list[Entry]:
+    """Return the entries of PEFT's nested wrappers: the module's first parameter is the innermost."""
+    entries = []
+    parts = list(layer.lora_parts)
+    for index, part in enumerate(parts):
+        inner = ".base_layer" * (len(parts) - 1 - index)
+        for x in "AB":
+            stacked = getattr(layer, f"lora_{x}_{part}").ndim == 3
+            key = f"{PREFIX}{name}{inner}.lora_{x}.weight"
+            entries.append(Entry(key, f"experts_{x}" if stacked else "plain", [f"{name}.lora_{x}_{part}"]))
+    return entries
+
+
+def _modules_trained_whole(root: nn.Module) -> list[str]:
+    """Return the modules that train whole, with those that hold a tied twin of one of their tensors."""
+    injection = injection_of(root)
+    assert injection is not None
+    modules = list(injection.trained_whole)
+    inside = {
+        id(p)
+        for name, p in root.named_parameters(remove_duplicate=False)
+        if any(clean_name(name).startswith(f"{module}.") for module in modules)
+    }
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        owner = clean_name(name).rpartition(".")[0]
+        if id(parameter) in inside and not any(owner == m or owner.startswith(f"{m}.") for m in modules):
+            modules.append(owner)
+    return modules
+
+
+def _peft_config(root: nn.Module) -> dict[str, Any]:
+    injection = injection_of(root)
+    assert injection is not None
+    config, layers = injection.config, named_lora_layers(root)
+    doubled = {name for name, layer in layers.items() if isinstance(layer, ResidualLinear)}
+    pairs = {  # an attention's output projection goes with the attention
+        name: pair
+        for name, pair in named_pairs(root).items()
+        if not isinstance(layers.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+    }
+    ranks = {name: pair.r * (2 if name in doubled else 1) for name, pair in pairs.items()}
+    factor = {name: r**0.5 if config.use_rslora else r for name, r in ranks.items()}
+    alphas = {name: _as_integer(pair.scaling * factor[name]) for name, pair in pairs.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else config.r
+    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else _as_integer(config.alpha or 2 * config.r)
+    trained_whole = _modules_trained_whole(root)
+    modules, parameters = _targets(root, layers)
+    rows = named_token_rows(root)
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(root),
+        "base_model_name_or_path": name_or_path(root),
+        "revision": getattr(getattr(root, "config", None), "_commit_hash", None),
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT takes none with target_parameters
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "bias": config.bias,
+        "target_modules": _target_modules(root, modules, trained_whole),
+        "target_parameters": parameters or None,
+        "trainable_token_indices": rows or None,
+        "exclude_modules": None,
+        "modules_to_save": trained_whole or None,
+        "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != r},
+        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
+        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _targets(root: nn.Module, layers: Mapping[str, LoRALayer]) -> tuple[list[str], list[str]]:
+    """Return the names of adapted modules and of adapted parameters, as PEFT has to be told them."""
+    fused = any(
+        parameter is not None and parameter.ndim == 3 and local == "gate_up_proj"
+        for module in root.modules()
+        for local, parameter in module._parameters.items()
+    )
+    modules: list[str] = []
+    parameters: list[str] = []
+    for name, layer in layers.items():
+        if isinstance(layer, TokenRows) or isinstance(layers.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            continue
+        if isinstance(layer, LoRAParameters):
+            parameters.extend(f"{name}.{part}" for part in layer.lora_parts)
+        elif fused and isinstance(layer, LoRALinear) and name.rpartition(".")[2] in _EXPERT_PARTS:
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(name)
+    return modules, parameters
+
+
+def _task_type(root: nn.Module) -> str | None:
+    """Return PEFT's task, which decides the arguments that PEFT's model passes on: only for models that take them."""
+    if getattr(root, "main_input_name", None) != "input_ids":
+        return None
+    task = next((task for ending, task in _TASK_TYPES.items() if type(root).__name__.endswith(ending)), None)
+    is_encoder_decoder = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
+    return None if task == "SEQ_2_SEQ_LM" and not is_encoder_decoder else task
+
+
+def _target_modules(root: nn.Module, adapted: list[str], trained_whole: list[str]) -> list[str] | str:
+    """Return the shortest of suffixes, full names or one expression that PEFT resolves to exactly these layers."""
+    names = [clean_name(name) for name, _ in root.named_modules() if clean_name(name)]
+    free = [name for name in names if not any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in trained_whole)]
+
+    def hit(targets: list[str]) -> set[str]:
+        return {name for name in free if name in targets or any(name.endswith(f".{target}") for target in targets)}
+
+    suffixes = sorted({name.rpartition(".")[2] for name in adapted})
+    for targets in (suffixes, adapted):
+        if hit(targets) == set(adapted):
+            return targets
+    return "|".join(re.escape(name) for name in adapted)
+
+
+def _as_integer(value: float) -> int | float:
+    nearest = round(value)
+    return nearest if abs(value - nearest) < 1e-9 * max(1, nearest) else value

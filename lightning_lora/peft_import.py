@@ -1,0 +1,351 @@
+"""``load_peft``: a PEFT directory into a model."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.checkpoint import copy_tensors
+from lightning_lora.config import LoRAConfig
+from lightning_lora.fingerprint import first_difference
+from lightning_lora.inject import inject_anew, remove
+from lightning_lora.layers import LoRALayer, mixin_for
+from lightning_lora.layers.convolution import LoRAConv
+from lightning_lora.layers.parameters import sizes_of_parameter
+from lightning_lora.matching import is_all_linear, pattern_value, select_layers, select_parameters
+from lightning_lora.peft_experts import fuse_experts
+from lightning_lora.peft_format import Adapter, read_config, read_tensors, sorted_tensors
+from lightning_lora.root import clean_name
+
+
+def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, check_base: bool = True) -> nn.Module:
+    """Adapt ``model`` as a PEFT directory describes, in place, and load its tensors. Returns the same object.
+
+    The tensors decide which layers are adapted and with what rank; the config must agree with them. Nothing is changed
+    unless everything fits. Rows that a resized embedding has beyond those it shares with the model's are copied.
+
+    Args:
+        check_base: compare the model with the fingerprint of the base that :func:`save_peft` left in the file.
+
+    Raises:
+        FileNotFoundError: the directory, its config or its tensors are missing.
+        ValueError: the adapter is of another kind, does not fit the model, or its files are damaged.
+    """
+    directory = Path(directory)
+    peft_config = read_config(directory)
+    adapter = sorted_tensors(*read_tensors(directory), directory)
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    _set_copies_apart(adapter, peft_config, modules)
+    peft_config = fuse_experts(adapter, peft_config, modules, directory)
+    tensors = _by_our_names(adapter, peft_config, modules, model, directory)
+    tails = _check_trained(model, adapter, directory)
+    config = _config_for(model, peft_config, adapter, tensors, modules, directory)
+    inject_anew(model, config, check_ranks=False)
+    recorded = adapter.metadata.get("base") if check_base else None
+    if recorded is not None:
+        difference = first_difference(model, {**recorded, "hashes": torch.tensor(recorded["hashes"])})
+        if difference is not None:
+            remove(model)
+            source = f" ({recorded['source']})" if recorded.get("source") else ""
+            raise ValueError(
+                f"{directory} was trained on another base model{source}: {difference}. Load that base, or accept this "
+                "one with check_base=False"
+            )
+    copy_tensors(tensors | adapter.trained, model)
+    for target, first, rows in tails:
+        with torch.no_grad():
+            target[first:].copy_(rows)
+    return model
+
+
+def _set_copies_apart(adapter: Adapter, peft_config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+    """Move embeddings and heads that did not train, which PEFT may copy into the file, from ``trained`` to ``base``."""
+    whole = tuple(peft_config.get("modules_to_save") or [])
+    for name in list(adapter.trained):
+        owner, _, local = name.rpartition(".")
+        if local == "weight" and not any(_is_within(owner, entry) for entry in whole) and owner in modules:
+            adapter.base[name] = adapter.trained.pop(name)
+
+
+def _is_within(owner: str, entry: str) -> bool:
+    """Whether a module lies in one whose name ends with ``entry``."""
+    parts = owner.split(".")
+    return any(".".join(parts[:end]).endswith(entry) for end in range(1, len(parts) + 1))
+
+
+def _by_our_names(
+    adapter: Adapter,
+    peft_config: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    model: nn.Module,
+    directory: Path,
+) -> dict[str, Tensor]:
+    """Return the adapter's tensors under our names and in our layout, after checking their shapes; renames
+    ``adapter.factors`` to the names of layers and parameters.
+    """
+    tensors: dict[str, Tensor] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for path, pair in adapter.factors.items():
+        parts = path.split(".")
+        layer = ".".join(part for part in parts if part != "base_layer")
+        name, owner, part = _owner(layer, parts.count("base_layer"), peft_config, modules)
+        if part is not None:
+            pair = _unstacked(pair, modules[owner], part, layer, directory)
+            tensors |= {f"{owner}.lora_{x}_{part}": value for x, value in pair.items()}
+        else:
+            _check_layer(layer, pair, modules, model, directory)
+            tensors |= {f"{layer}.lora_{x}": value for x, value in pair.items()}
+        pairs[name] = pair
+    adapter.factors = pairs
+    tensors |= {f"{name}.lora_rows": rows for name, rows in adapter.rows.items()}
+    return tensors
+
+
+def _owner(
+    layer: str, depth: int, peft_config: Mapping[str, Any], modules: Mapping[str, nn.Module]
+) -> tuple[str, str, str | None]:
+    """Return ``(name of the pair, module, parameter)`` for PEFT's path; the parameter is ``None`` for a layer.
+
+    PEFT wraps a module once for every adapted parameter: the module's first parameter is the innermost.
+    """
+    module = modules.get(layer)
+    wanted = peft_config.get("target_parameters") or []
+    if module is None or mixin_for(module) is not None:
+        return layer, layer, None
+    parts = [
+        local
+        for local in module._parameters
+        if any(f"{layer}.{local}" == entry or f"{layer}.{local}".endswith(f".{entry}") for entry in wanted)
+    ]
+    if depth >= len(parts):
+        return layer, layer, None
+    part = parts[len(parts) - 1 - depth]
+    return f"{layer}.{part}", layer, part
+
+
+def _unstacked(pair: dict[str, Tensor], module: nn.Module, part: str, layer: str, directory: Path) -> dict[str, Tensor]:
+    """Return A ``[E, r, in]`` and B ``[E, out, r]`` from PEFT's expert-major rows and rank-major columns."""
+    experts, in_features, out_features = sizes_of_parameter(module, part)
+    A, B = pair["A"], pair["B"]
+    if A.ndim != 2 or A.shape[1] != in_features or B.shape[0] != out_features or A.shape[0] % experts:
+        raise ValueError(
+            f"{directory} adapts {part!r} of {layer!r} with A {tuple(A.shape)} and B {tuple(B.shape)}, the model has "
+            f"{experts} x {in_features} -> {out_features}: another base model?"
+        )
+    if module.get_parameter(part).ndim == 2:
+        return pair
+    r = A.shape[0] // experts
+    return {"A": A.view(experts, r, in_features), "B": B.view(out_features, r, experts).permute(2, 0, 1)}
+
+
+def _check_layer(
+    layer: str, pair: Mapping[str, Tensor], modules: Mapping[str, nn.Module], model: nn.Module, directory: Path
+) -> None:
+    mixin = mixin_for(modules[layer]) if layer in modules else None
+    if mixin is None:
+        kind = type(modules[layer]).__name__ if layer in modules else "missing"
+        raise ValueError(
+            f"{directory} adapts {layer!r}, which is {kind} in {type(model).__name__}: another base model?"
+        )
+    module: Any = modules[layer]
+    if issubclass(mixin, LoRAConv) and (module.padding_mode != "zeros" or set(module.dilation) != {1}):
+        raise ValueError(
+            f"{directory} adapts {layer!r}, a convolution with dilation={tuple(module.dilation)} and "
+            f"padding_mode={module.padding_mode!r}, both of which PEFT leaves out of lora_A: its adapter means another "
+            "function here"
+        )
+    given = (tuple(pair["A"].shape), tuple(pair["B"].shape))
+    expected = _shapes(mixin, module, given[0][0])
+    if given != expected:
+        sizes = mixin.features(module)
+        raise ValueError(
+            f"{directory} adapts {layer!r} as {_sizes(pair)}, the model has {sizes[0]} -> {sizes[1]}: "
+            "another base model?"
+        )
+
+
+def _sizes(pair: Mapping[str, Tensor]) -> str:
+    return f"{pair['A'][0].numel()} -> {pair['B'].shape[0]}"
+
+
+def _shapes(mixin: type[LoRALayer], module: nn.Module, r: int) -> Any:
+    try:
+        return mixin.shapes(module, r)
+    except ValueError:
+        return None
+
+
+def _config_for(
+    model: nn.Module,
+    peft_config: Mapping[str, Any],
+    adapter: Adapter,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    directory: Path,
+) -> LoRAConfig:
+    """Return our config for a directory, after checking that it describes the layers that there are tensors for."""
+    r = int(peft_config["r"])
+    pairs = adapter.factors
+    ranks = {
+        name: pair["A"].shape[pair["A"].ndim - 2 if f"{name}.lora_A" not in tensors else 0]
+        for name, pair in pairs.items()
+    }
+    rank_pattern: dict[str, int] = _live_patterns(peft_config.get("rank_pattern"), pairs)
+    alpha_pattern: dict[str, float] = _live_patterns(peft_config.get("alpha_pattern"), pairs)
+    own = _without_projections(pairs, modules)
+    # the tensors know the ranks; patterns that PEFT wrote in another order than it applied them do not
+    if any(pattern_value(rank_pattern, name, r) != ranks[name] for name in own):
+        rank_pattern = {f"^{re.escape(name)}": ranks[name] for name in own if ranks[name] != r}
+    trained_modules = _trained_modules(peft_config, adapter, modules)
+    layers = [name for name in own if f"{name}.lora_A" in tensors]
+    parameters = [name for name in own if name not in layers]
+    targets = _live(peft_config["target_modules"], modules)
+    if (targets and is_all_linear(targets)) or (
+        not parameters and any(_is_weight(t, pairs) for t in _entries(peft_config))
+    ):
+        targets = layers  # what the word means differs with the library and its version: the tensors say
+    config = LoRAConfig(
+        r=r,
+        alpha=float(peft_config["lora_alpha"]),
+        dropout=0.0 if parameters else float(peft_config.get("lora_dropout") or 0.0),
+        target_modules=targets,
+        target_parameters=parameters or None,
+        trainable_token_indices=_token_rows(peft_config, adapter, model, directory),
+        exclude_modules=_live(peft_config.get("exclude_modules"), modules) or None,
+        modules_to_save=trained_modules,
+        bias=peft_config.get("bias") or "none",
+        use_rslora=bool(peft_config.get("use_rslora")),
+        layers_to_transform=peft_config.get("layers_to_transform"),
+        layers_pattern=peft_config.get("layers_pattern") or None,
+        adapter_dtype="float64" if any(p["A"].dtype == torch.float64 for p in pairs.values()) else "float32",
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
+    described = set(select_layers(model, config, trained_modules)) if config.target_modules else set()
+    if parameters and described != set(layers) | (set(pairs) - set(own)):
+        # PEFT takes layers named like parts of fused experts for those; the tensors say which ones it adapted
+        config = replace(
+            config, target_modules=layers, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+        )
+        described = set(select_layers(model, config, trained_modules)) if layers else set()
+    described |= {f"{m}.{p}" if m else p for m, ps in select_parameters(model, config).items() for p in ps}
+    if described != set(pairs):
+        without, undescribed = sorted(described - set(pairs)), sorted(set(pairs) - described)
+        raise ValueError(
+            f"{directory}: config and tensors disagree: no tensors for {without[:3]} ({len(without)} layers), "
+            f"tensors that the config does not describe for {undescribed[:3]} ({len(undescribed)} layers). Is a "
+            "file damaged, or from another model?"
+        )
+    return config
+
+
+def _entries(peft_config: Mapping[str, Any]) -> list[str]:
+    return list(peft_config.get("target_parameters") or [])
+
+
+def _is_weight(entry: str, pairs: Mapping[str, Any]) -> bool:
+    """Whether an entry of ``target_parameters`` names the weight of an adapted layer."""
+    layer, _, local = entry.rpartition(".")
+    return local == "weight" and any(name == layer or name.endswith(f".{layer}") for name in pairs)
+
+
+def _without_projections(pairs: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the names that patterns and targets speak of: an attention's output projection goes with it."""
+    return [
+        name
+        for name in pairs
+        if not (
+            name.rpartition(".")[0] in pairs and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+        )
+    ]
+
+
+def _token_rows(
+    peft_config: Mapping[str, Any], adapter: Adapter, model: nn.Module, directory: Path
+) -> dict[str, list[int]] | None:
+    """Return the trained rows' indices by embedding, which must be those that the file has rows for."""
+    wanted = peft_config.get("trainable_token_indices")
+    if not wanted and not adapter.rows:
+        return None
+    lists = list(wanted.values()) if isinstance(wanted, Mapping) else [wanted or []]
+    entries = list(wanted) if isinstance(wanted, Mapping) else [""]
+    found: dict[str, list[int]] = {}
+    for name, rows in adapter.rows.items():
+        matches = [ids for entry, ids in zip(entries, lists, strict=True) if name.endswith(entry)]
+        if not matches or len(matches[0]) != rows.shape[0]:
+            raise ValueError(
+                f"{directory} has {rows.shape[0]} trained rows for {name!r}; its trainable_token_indices list "
+                f"{len(matches[0]) if matches else 0}"
+            )
+        table: Any = dict(model.named_parameters(remove_duplicate=False)).get(f"{name}.weight")
+        if table is None or table.ndim != 2 or table.shape[1:] != rows.shape[1:] or max(matches[0]) >= table.shape[0]:
+            there = "no such embedding" if table is None else f"a table of {tuple(table.shape)}"
+            raise ValueError(
+                f"{directory} trains rows up to {max(matches[0])} of width {rows.shape[-1]} of {name!r}, the model has "
+                f"{there}: resize it first (resize_token_embeddings), or load the right base"
+            )
+        found[name] = list(matches[0])
+    if wanted and not found:
+        raise ValueError(f"{directory} names trainable_token_indices, but has no rows for them: is a file damaged?")
+    return found
+
+
+def _check_trained(model: nn.Module, adapter: Adapter, directory: Path) -> list[tuple[Tensor, int, Tensor]]:
+    """Check the base tensors in a directory: those that trained must fit, untrained copies must be the model's own.
+
+    Returns:
+        ``(table, first row, rows)`` for every embedding whose copy differs in its last rows: rows that were added.
+    """
+    own = {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    for name, value in (adapter.trained | adapter.base).items():
+        if name not in own:
+            raise ValueError(f"{directory} holds {name!r}, which {type(model).__name__} lacks: another base model?")
+        if value.shape != own[name].shape:
+            resized = value.ndim == 2 and value.shape[1:] == own[name].shape[1:] and name in adapter.base
+            hint = f": call model.resize_token_embeddings({value.shape[0]}) first" if resized else ""
+            raise ValueError(
+                f"{directory} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}{hint}"
+            )
+    tails: list[tuple[Tensor, int, Tensor]] = []
+    for name, value in adapter.base.items():
+        if own[name].device.type == "meta":
+            continue
+        differs = value.bfloat16() != own[name].detach().cpu().bfloat16()
+        if not bool(differs.any()):
+            continue
+        first = int(differs.flatten(1).any(1).nonzero()[0]) if value.ndim > 1 else 0
+        if first < value.shape[0] // 2:
+            raise ValueError(
+                f"{directory} brings its own base tensor {name!r}, which differs from the model's (a trained "
+                "embedding, or another base): load that base first"
+            )
+        tails.append((own[name].detach(), first, value[first:]))
+    return tails
+
+
+def _trained_modules(peft_config: Mapping[str, Any], adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the modules that PEFT's ``modules_to_save`` means here and the directory has tensors for."""
+    entries = peft_config.get("modules_to_save") or []
+    found = [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
+    return [name for name in found if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
+
+
+def _live_patterns(patterns: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the patterns that match an adapted layer; PEFT ignores the others."""
+    return {
+        key: value
+        for key, value in (patterns or {}).items()
+        if any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+    }
+
+
+def _live(targets: Any, modules: Mapping[str, nn.Module]) -> Any:
+    """Return the entries of a list that name something; PEFT's lists may name more than the model has."""
+    if targets is None or isinstance(targets, str):
+        return targets
+    return sorted(t for t in targets if any(name == t or name.endswith(f".{t}") for name in modules))
