@@ -1,4 +1,4 @@
-"""The README's Python blocks run, in order, as one script."""
+"""The Python blocks of README and docs run, in order, as one script each."""
 
 import re
 import warnings
@@ -28,3 +28,12 @@ def test_the_file_tree_names_what_exists() -> None:
     root = README.parent
     for name in re.findall(r"^  (\S+)", tree[1], re.MULTILINE):
         assert (root / "lightning_lora" / name).exists(), name
+
+
+def test_the_migration_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = README.parent / "docs" / "from_peft.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 8
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "from_peft"})  # a warning is an error here
+    assert (tmp_path / "converted" / "adapter_config.json").exists()
