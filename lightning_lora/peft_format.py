@@ -4,9 +4,10 @@ Names and layouts of tensors only; nothing here knows a model.
 """
 
 import json
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,54 @@ METADATA = "lightning_lora"  # what PEFT has no field for, in the metadata of th
 _RELATIVE_TO_BASE = (True, False, "gaussian", "orthogonal", "eva")
 _ADAPTER_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.[^.]+)??(?P<weight>\.weight)?")
 _ROWS_KEY = re.compile(r"(?P<layer>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_patterns(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(_is_number(item) and item > 0 and _is_expression(key) for key, item in value.items())
+
+
+def _is_expression(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _is_indices(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return all(isinstance(ids, list) and ids and all(_is_count(i) and i >= 0 for i in ids) for ids in lists)
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: _is_count(value) and value > 0, "an integer above 0"),
+    "lora_alpha": (lambda value: _is_number(value) and value > 0, "a finite number above 0"),
+    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a probability in [0, 1)"),
+    "target_modules": (lambda value: isinstance(value, str) or _is_names(value), "a string or a list of names"),
+    "exclude_modules": (lambda value: isinstance(value, str) or _is_names(value), "a string or a list of names"),
+    "target_parameters": (_is_names, "a list of names"),
+    "modules_to_save": (_is_names, "a list of names"),
+    "rank_pattern": (
+        lambda value: _is_patterns(value) and all(_is_count(r) for r in value.values()),
+        "a mapping from regular expressions to ranks",
+    ),
+    "alpha_pattern": (_is_patterns, "a mapping from regular expressions to numbers above 0"),
+    "trainable_token_indices": (_is_indices, "a list of token ids, or such lists by embedding"),
+}
 
 
 @dataclass
@@ -134,9 +183,15 @@ def read_config(directory: Path) -> dict[str, Any]:
             "belong to that changed base. Save it from PEFT with path_initial_model_for_weight_conversion to get "
             "an adapter for the original base"
         )
+    if config.get("target_modules") is None and config.get("target_parameters"):
+        config["target_modules"] = []
     for name in ("r", "lora_alpha", "target_modules"):
         if config.get(name) is None:
             raise ValueError(f"{path} lacks {name!r}")
+    for name, (is_right, expected) in _FIELDS.items():
+        value = config.get(name)
+        if value is not None and not is_right(value):
+            raise ValueError(f"{path} has {name}={value!r}; expected {expected}")
     return config
 
 
