@@ -170,6 +170,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    return checked_config(config, path)
+
+
+def checked_config(config: Any, path: Path) -> dict[str, Any]:
+    """Return PEFT's config after checking that it is of a kind that is read here, with fields of the right kinds."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} describes a {kind!r} adapter; only 'LORA' is read")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoint import copy_tensors
 from lightning_lora.config import LoRAConfig
+from lightning_lora.diffusers_format import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.fingerprint import first_difference
 from lightning_lora.inject import inject_anew, remove
 from lightning_lora.layers import LoRALayer, mixin_for
@@ -19,17 +20,25 @@ from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.matching import is_all_linear, pattern_value, select_layers, select_parameters
 from lightning_lora.peft_experts import fuse_experts
-from lightning_lora.peft_format import Adapter, read_config, read_tensors, sorted_tensors
+from lightning_lora.peft_format import CONFIG_NAME, Adapter, checked_config, read_config, read_tensors, sorted_tensors
 from lightning_lora.root import clean_name
 
 
-def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, check_base: bool = True) -> nn.Module:
+def load_peft(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    check_base: bool = True,
+    component: str | None = None,
+) -> nn.Module:
     """Adapt ``model`` as a PEFT directory describes, in place, and load its tensors. Returns the same object.
 
     The tensors decide which layers are adapted and with what rank; the config must agree with them. Nothing is changed
     unless everything fits. Rows that a resized embedding has beyond those it shares with the model's are copied.
 
     Args:
+        component: which model's adapter to take from a directory of diffusers (``pytorch_lora_weights.safetensors``),
+            such as ``"unet"`` or ``"text_encoder"``; not needed where it holds one.
         check_base: compare the model with the fingerprint of the base that :func:`save_peft` left in the file.
 
     Raises:
@@ -37,8 +46,13 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, check_base
         ValueError: the adapter is of another kind, does not fit the model, or its files are damaged.
     """
     directory = Path(directory)
-    peft_config = read_config(directory)
-    adapter = sorted_tensors(*read_tensors(directory), directory)
+    if (directory / DIFFUSERS_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
+        values, loaded = read_diffusers(directory, component)
+        peft_config = checked_config(values, directory / DIFFUSERS_NAME)
+        adapter = sorted_tensors(loaded, {}, directory)
+    else:
+        peft_config = read_config(directory)
+        adapter = sorted_tensors(*read_tensors(directory), directory)
     modules = {clean_name(name): module for name, module in model.named_modules()}
     _set_copies_apart(adapter, peft_config, modules)
     peft_config = fuse_experts(adapter, peft_config, modules, directory)

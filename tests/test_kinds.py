@@ -518,3 +518,37 @@ def test_twice_the_rank_is_said_to_peft_layer_by_layer() -> None:
 def test_a_peft_config_that_has_no_counterpart_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoRAConfig.from_peft(values)
+
+
+UNET_NAMES = {  # a layer, and what diffusers called its factors over time
+    "peft": lambda layer, x: f"unet.{layer}.lora_{x}.weight",
+    "diffusers": lambda layer, x: f"unet.{layer}.lora.{'down' if x == 'A' else 'up'}.weight",
+    "processor": lambda layer, x: "unet.{}.processor.{}_lora.{}.weight".format(
+        *layer.replace("to_out.0", "to_out").rsplit(".", 1), "down" if x == "A" else "up"
+    ),
+}
+
+
+@pytest.mark.parametrize("names", UNET_NAMES)
+@pytest.mark.parametrize("scales", ["none", "alphas", "recorded"])
+def test_diffusers_layouts_are_read(names: str, scales: str, tmp_path: Path) -> None:
+    unet = next(f for f in zoo.FAMILIES if f.name == "unet")
+    attentions = ["to_q", "to_v", "to_out.0"]
+    model = inject(unet.build(), LoRAConfig(r=4, alpha={"none": 4}.get(scales, 2), target_modules=attentions)).eval()
+    give_values(model)
+    tensors, metadata = {"text_encoder.a.lora_A.weight": torch.ones(2, 2)}, {}
+    for layer, adapted in named_lora_layers(model).items():
+        for x in "AB":
+            tensors[UNET_NAMES[names](layer, x)] = getattr(adapted, f"lora_{x}").detach()
+        if scales == "alphas":
+            key = UNET_NAMES[names](layer, "A").removesuffix(".weight").removesuffix(".down").removesuffix(".lora_A")
+            tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    if scales == "recorded":
+        metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2})}
+    safetensors.torch.save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", metadata)
+    again = load_peft(unet.build(), tmp_path, component="unet").eval()
+    with torch.no_grad():
+        expected, actual = (unet.output(m(**unet.inputs())) for m in (model, again))
+    assert torch.equal(actual, expected)
+    with pytest.raises(ValueError, match=r"holds \['text_encoder', 'unet'\]; choose"):
+        load_peft(unet.build(), tmp_path)
