@@ -18,8 +18,6 @@ PEFT_FIELD_NAMES = {
 }
 # fields of PEFT's config that change what an adapter computes and have no counterpart here
 PEFT_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
     "alora_invocation_tokens",
     "layer_replication",
     "use_qalora",
@@ -39,6 +37,8 @@ _PEFT_SAME_NAMES = (
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
+    "lora_bias",
     "layers_to_transform",
     "layers_pattern",
     "target_parameters",
@@ -93,6 +93,8 @@ class LoRAConfig:
             the first that matches counts.
         alpha_pattern: own alphas, ``{pattern: alpha}``, in the same way.
         use_rslora: scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``alpha / r``.
+        use_dora: train the length of every row of ``W + scaling * B A`` apart from its direction (Liu et al. 2024).
+        lora_bias: give every adapter a bias, ``y = base(x) + scaling * (B A x + c)``.
         layers_to_transform: indices of the blocks to adapt; applies to targets that match by suffix.
         layers_pattern: names of the block lists that those indices count in.
         target_parameters: names, or dotted suffixes, of parameters to adapt that their module reads itself: the 3-D
@@ -124,6 +126,8 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     target_parameters: Sequence[str] | None = None
@@ -143,8 +147,10 @@ class LoRAConfig:
         _check_init(self.init)
         _check_choice("init_rng", self.init_rng, ("name", "peft"))
         _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"use_rslora={self.use_rslora!r} must be True or False")
+        for name in ("use_rslora", "use_dora", "lora_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
+        _check_combination(self)
         if self.init_seed is not None and (not isinstance(self.init_seed, int) or isinstance(self.init_seed, bool)):
             raise TypeError(f"init_seed={self.init_seed!r} must be an integer or None")
         for name in ("rank_pattern", "alpha_pattern"):
@@ -285,6 +291,20 @@ def _check_alpha(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r} must be a number; got {type(value).__name__}")
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}={value!r} must be a finite number above 0")
+
+
+def _check_combination(config: LoRAConfig) -> None:
+    """Raise ``ValueError`` for options that exclude one another, most of them in PEFT too."""
+    if config.use_dora and config.lora_bias:
+        raise ValueError("use_dora=True and lora_bias=True exclude one another, as in PEFT: give one of them")
+    for name in ("use_dora", "lora_bias"):
+        if getattr(config, name) and config.target_parameters:
+            raise ValueError(f"{name}=True cannot be had with target_parameters={list(config.target_parameters)}")
+        if getattr(config, name) and config.starts_from_base:
+            raise ValueError(
+                f"{name}=True cannot be had with init={config.init!r}, which starts from a part of the base: give "
+                "init='kaiming', 'gaussian' or 'orthogonal'"
+            )
 
 
 def _check_init(init: object) -> None:

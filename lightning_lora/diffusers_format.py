@@ -53,6 +53,10 @@ def read_diffusers(directory: Path, component: str | None) -> tuple[dict[str, An
 
 
 def _peft_key(key: str, path: Path) -> str:
+    if key.endswith((".lora_magnitude_vector", ".lora_magnitude_vector.weight")):
+        return f"base_model.model.{key.removesuffix('.weight')}"
+    if key.endswith(".lora_B.bias"):
+        return f"base_model.model.{key}"
     match = _FACTORS.fullmatch(key)
     if match is None:
         raise ValueError(f"{path}: tensor {key!r} is of a kind that is not supported")
@@ -80,6 +84,7 @@ def _config(pairs: Mapping[str, Tensor], alphas: Mapping[str, float], recorded: 
         return {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": []}
     if recorded:
         return {"peft_type": "LORA", **recorded, "target_modules": sorted(ranks)}
+    options = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
     r = Counter(ranks.values()).most_common(1)[0][0]
     own_alphas = {name: alphas.get(name, rank) for name, rank in ranks.items()}
     alpha = Counter(own_alphas.values()).most_common(1)[0][0]
@@ -88,6 +93,7 @@ def _config(pairs: Mapping[str, Tensor], alphas: Mapping[str, float], recorded: 
         "r": r,
         "lora_alpha": alpha,
         "target_modules": sorted(ranks),
+        **{option: True for option, ending in options.items() if any(key.endswith(ending) for key in pairs)},
         "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {f"^{re.escape(name)}": value for name, value in own_alphas.items() if value != alpha},
     }

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, Pair
+from lightning_lora.layers.bias import Biased
+from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D
 from lightning_lora.layers.parameters import LoRAParameters
@@ -33,6 +35,8 @@ def initialize(layers: Mapping[str, LoRALayer], config: LoRAConfig) -> None:
             _initialize_pair(layer, pair, full_name, config)
         if isinstance(layer, ResidualLinear):
             layer.keep_start()
+        if isinstance(layer, DoRA):
+            layer.start_magnitude()
 
 
 @torch.no_grad()
@@ -40,7 +44,8 @@ def _initialize_pair(layer: LoRALayer, pair: Pair, name: str, config: LoRAConfig
     like_peft = config.init_rng == "peft"
     generator = None if like_peft else torch.Generator(device="cpu").manual_seed(_seed(name, config.init_seed))
     if like_peft:
-        _burn(pair, normal=isinstance(layer, LoRAEmbedding))
+        bias = [layer.lora_bias] if isinstance(layer, Biased) else []
+        _burn([pair.A, pair.B, *bias], normal=isinstance(layer, LoRAEmbedding))
     if isinstance(layer, LoRAEmbedding):
         values: Sequence[Tensor | None] = (None, _normal(pair.B.shape, 1.0, generator))
     elif isinstance(layer, ResidualLinear):
@@ -110,9 +115,9 @@ def _from_base(
     return root @ right, left @ root
 
 
-def _burn(pair: Pair, normal: bool = False) -> None:
+def _burn(parameters: Sequence[Tensor], normal: bool = False) -> None:
     """Draw what PEFT draws and throws away: default values of two layers, or two normal tensors."""
-    for factor in (pair.A, pair.B):
+    for factor in parameters:
         values = torch.empty(factor.shape, device="cpu")
         if normal:
             values.normal_()

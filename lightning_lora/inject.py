@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.functional import row_norms
 from lightning_lora.init import initialize
-from lightning_lora.layers import LoRALayer, Pair, adapt, is_read_by_parent, mixin_for, unadapt
+from lightning_lora.layers import LoRALayer, Pair, adapt, is_read_by_parent, mixin_for, unadapt, with_options
+from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear, LoRAReadLinear
 from lightning_lora.layers.parameters import adapt_parameters
@@ -360,6 +362,14 @@ def _mixin(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, config
     parent, _, child = name.rpartition(".")
     if mixin is LoRALinear and is_read_by_parent(modules[parent], child):
         mixin = LoRAReadLinear
+    try:
+        mixin = with_options(mixin, layer, use_dora=config.use_dora, lora_bias=config.lora_bias)
+    except ValueError as error:
+        option = "use_dora" if config.use_dora else "lora_bias"
+        raise ValueError(
+            f"{name!r} cannot be adapted with {option}=True: {error}. Leave the layer out with exclude_modules, or "
+            f"give {option}=False"
+        ) from None
     if not config.starts_from_base or mixin is LoRAEmbedding:
         return mixin
     residual = RESIDUAL.get(mixin)
@@ -448,6 +458,7 @@ def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: st
         first.setdefault(id(tensor), key)
     if not any(key in state_dict for key in adapters):
         state_dict.update({key: own[key] for key in adapters})
+        _restart_magnitudes(root, state_dict, prefix)
         for name in whole:
             value = state_dict.get(f"{prefix}{name}")
             if isinstance(value, Tensor):
@@ -455,3 +466,15 @@ def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: st
     elif all(first[id(own[key])] in state_dict for key in adapters) and not any(key in state_dict for key in base):
         for key in (base | adapters) - state_dict.keys():
             state_dict[key] = state_dict.get(first[id(own[key])], own[key])
+
+
+@torch.no_grad()
+def _restart_magnitudes(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let magnitudes that have not trained start at the norms of the base that a state dict brings."""
+    for name, layer in root.named_modules():
+        weight = state_dict.get(f"{prefix}{_join(name, 'weight')}")
+        if not isinstance(layer, DoRA) or not isinstance(weight, Tensor) or not layer.is_at_start():
+            continue
+        matrix = layer.as_matrix(weight.to(layer.base_weight))
+        norms = row_norms(matrix, *layer.factors(), layer.lora_scaling)
+        state_dict[f"{prefix}{_join(name, 'lora_magnitude')}"] = norms.view_as(layer.lora_magnitude)

@@ -33,6 +33,8 @@ def fuse_experts(
         container = match["container"]
         container = container if container in modules else container.replace(".block_sparse_moe.", ".mlp.")
         if container in modules and "gate_up_proj" in modules[container]._parameters:
+            if set(adapter.factors[path]) != {"A", "B"}:
+                raise ValueError(f"{directory} adapts {path!r} with more than A and B, which fused experts cannot have")
             group = groups.setdefault(container, {}).setdefault(match["part"], {})
             group[int(match["index"])] = {**adapter.factors.pop(path), "scaling": _scaling(peft_config, path)}
     if not groups:

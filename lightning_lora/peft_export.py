@@ -145,7 +145,12 @@ def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer])
         name_there = name
     kind, suffix = ("embedding_", "") if isinstance(layer, LoRAEmbedding) else ("", ".weight")
     start = isinstance(layer, ResidualLinear)
+    more = {"lora_magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
     return [
+        Entry(f"{PREFIX}{name_there}.{key}", "plain", [f"{name}.{local}"])
+        for local, key in more.items()
+        if local in layer.adapter_names
+    ] + [
         Entry(
             f"{PREFIX}{name_there}.lora_{kind}{x}{suffix}",
             f"residual_{x}" if start else "plain",
@@ -213,7 +218,8 @@ def _peft_config(root: nn.Module) -> dict[str, Any]:
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT takes none with target_parameters
         "use_rslora": config.use_rslora,
-        "use_dora": False,
+        "use_dora": config.use_dora,
+        **({"lora_bias": True} if config.lora_bias else {}),  # a field that older PEFTs do not know
         "bias": config.bias,
         "target_modules": _target_modules(root, modules, trained_whole),
         "target_parameters": parameters or None,

@@ -28,6 +28,8 @@ METADATA = "lightning_lora"  # what PEFT has no field for, in the metadata of th
 
 _RELATIVE_TO_BASE = (True, False, "gaussian", "orthogonal", "eva")
 _ADAPTER_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.[^.]+)??(?P<weight>\.weight)?")
+_MAGNITUDE_KEY = re.compile(r"(?P<layer>.+)\.lora_magnitude_vector(\.[^.]+)??(\.weight)?")
+_BIAS_KEY = re.compile(r"(?P<layer>.+)\.lora_B(\.[^.]+)?\.bias")
 _ROWS_KEY = re.compile(r"(?P<layer>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
 
 
@@ -84,7 +86,8 @@ class Adapter:
     """The tensors of a directory, sorted: what each one is follows from its key alone.
 
     Attributes:
-        factors: A and B in PEFT's layout, by the layer's name; ``base_layer`` parts stay in it.
+        factors: A and B in PEFT's layout, and ``magnitude`` or ``bias`` where there is one, by the layer's name;
+            ``base_layer`` parts stay in it.
         rows: rows of embeddings that trained, by the embedding's name.
         trained: base tensors that trained, by name.
         base: copies of base tensors that did not train, by name.
@@ -232,8 +235,13 @@ def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], d
             raise ValueError(f"{directory}: {key!r} is {kind}, expected a floating-point tensor")
         name = key.removeprefix(PREFIX)
         match, rows = _ADAPTER_KEY.fullmatch(name), _ROWS_KEY.fullmatch(name)
-        if match is not None:
+        magnitude, bias = _MAGNITUDE_KEY.fullmatch(name), _BIAS_KEY.fullmatch(name)
+        if bias is not None:  # first: to the key of a factor, "bias" would be an adapter's name
+            adapter.factors.setdefault(bias["layer"], {})["bias"] = value
+        elif match is not None:
             adapter.factors.setdefault(match["layer"], {})[match["factor"]] = value
+        elif magnitude is not None:
+            adapter.factors.setdefault(magnitude["layer"], {})["magnitude"] = value
         elif rows is not None:
             adapter.rows[rows["layer"]] = value
         elif ".base_layer." in name and not name.endswith(".bias"):
@@ -251,8 +259,8 @@ def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], d
 
 
 def _check_pair(layer: str, pair: Mapping[str, Tensor], directory: Path) -> None:
-    if set(pair) != {"A", "B"}:
-        raise ValueError(f"{directory}: {layer!r} has only lora_{next(iter(pair))}")
+    if not {"A", "B"} <= set(pair):
+        raise ValueError(f"{directory}: {layer!r} has only {', '.join(f'lora_{part}' for part in pair)}")
     A, B = pair["A"], pair["B"]
     if A.ndim != B.ndim or A.ndim < 2 or 0 in A.shape or 0 in B.shape or (A.ndim == 2 and A.shape[0] != B.shape[1]):
         raise ValueError(

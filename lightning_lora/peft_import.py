@@ -15,7 +15,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.diffusers_format import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.fingerprint import first_difference
 from lightning_lora.inject import inject_anew, remove
-from lightning_lora.layers import LoRALayer, mixin_for
+from lightning_lora.layers import LoRALayer, mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.matching import is_all_linear, pattern_value, select_layers, select_parameters
@@ -102,9 +102,11 @@ def _by_our_names(
     """Return the adapter's tensors under our names and in our layout, after checking their shapes; renames
     ``adapter.factors`` to the names of layers and parameters.
     """
+    asked = {"magnitude": bool(peft_config.get("use_dora")), "bias": bool(peft_config.get("lora_bias"))}
     tensors: dict[str, Tensor] = {}
     pairs: dict[str, dict[str, Tensor]] = {}
     for path, pair in adapter.factors.items():
+        _check_parts(path, pair, asked, directory)
         parts = path.split(".")
         layer = ".".join(part for part in parts if part != "base_layer")
         name, owner, part = _owner(layer, parts.count("base_layer"), peft_config, modules)
@@ -113,6 +115,7 @@ def _by_our_names(
             tensors |= {f"{owner}.lora_{x}_{part}": value for x, value in pair.items()}
         else:
             _check_layer(layer, pair, modules, model, directory)
+            _check_more(layer, pair, modules[layer], directory)
             tensors |= {f"{layer}.lora_{x}": value for x, value in pair.items()}
         pairs[name] = pair
     adapter.factors = pairs
@@ -144,6 +147,8 @@ def _owner(
 
 def _unstacked(pair: dict[str, Tensor], module: nn.Module, part: str, layer: str, directory: Path) -> dict[str, Tensor]:
     """Return A ``[E, r, in]`` and B ``[E, out, r]`` from PEFT's expert-major rows and rank-major columns."""
+    if set(pair) != {"A", "B"}:
+        raise ValueError(f"{directory} adapts {part!r} of {layer!r} with {sorted(pair)}; expected A and B alone")
     experts, in_features, out_features = sizes_of_parameter(module, part)
     A, B = pair["A"], pair["B"]
     if A.ndim != 2 or A.shape[1] != in_features or B.shape[0] != out_features or A.shape[0] % experts:
@@ -181,6 +186,32 @@ def _check_layer(
             f"{directory} adapts {layer!r} as {_sizes(pair)}, the model has {sizes[0]} -> {sizes[1]}: "
             "another base model?"
         )
+
+
+def _check_parts(path: str, pair: Mapping[str, Tensor], asked: Mapping[str, bool], directory: Path) -> None:
+    """Raise ``ValueError`` where a magnitude or a bias lacks that the config tells of, or is there untold."""
+    fields = {"magnitude": ("use_dora", "lora_magnitude_vector"), "bias": ("lora_bias", "lora_B.bias")}
+    for part, is_asked in asked.items():
+        field, key = fields[part]
+        if is_asked != (part in pair):
+            there = f"no {key}" if is_asked else f"a {key}"
+            raise ValueError(
+                f"{directory}: its config says {field}={is_asked}, and {path!r} has {there}. Is a file damaged?"
+            )
+
+
+def _check_more(layer: str, pair: Mapping[str, Tensor], module: nn.Module, directory: Path) -> None:
+    """Check the shapes of a magnitude or a bias, and that the layer can have one."""
+    given = {f"lora_{part}": tuple(value.shape) for part, value in pair.items() if part not in "AB"}
+    mixin = mixin_for(module)
+    assert mixin is not None
+    try:
+        mixin = with_options(mixin, module, use_dora="lora_magnitude" in given, lora_bias="lora_bias" in given)
+    except ValueError as error:
+        raise ValueError(f"{directory} adapts {layer!r} with {', '.join(given)}: {error}") from None
+    expected = mixin.more_shapes(module)
+    if given != expected:
+        raise ValueError(f"{directory} adapts {layer!r} with {given}, the model has {expected}: another base model?")
 
 
 def _sizes(pair: Mapping[str, Tensor]) -> str:
@@ -234,6 +265,8 @@ def _config_for(
         modules_to_save=trained_modules,
         bias=peft_config.get("bias") or "none",
         use_rslora=bool(peft_config.get("use_rslora")),
+        use_dora=bool(peft_config.get("use_dora")),
+        lora_bias=bool(peft_config.get("lora_bias")),
         layers_to_transform=peft_config.get("layers_to_transform"),
         layers_pattern=peft_config.get("layers_pattern") or None,
         adapter_dtype="float64" if any(p["A"].dtype == torch.float64 for p in pairs.values()) else "float32",

@@ -510,7 +510,7 @@ def test_twice_the_rank_is_said_to_peft_layer_by_layer() -> None:
     ("values", "message"),
     [
         ({"peft_type": "IA3"}, "only 'LORA'"),
-        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora=True is not supported"),
+        ({"target_modules": ["q_proj"], "use_qalora": True}, "use_qalora=True is not supported"),
         ({"target_modules": ["q_proj"], "init_lora_weights": "loftq"}, "'loftq' is not supported"),
         ({"target_modules": None}, "PEFT's table of models"),
     ],

@@ -383,7 +383,7 @@ class TestDamagedDirectories:
         ("changes", "match"),
         [
             ({"peft_type": "IA3"}, "describes a 'IA3' adapter"),
-            ({"use_dora": True}, "use_dora=True, which is not supported"),
+            ({"use_qalora": True}, "use_qalora=True, which is not supported"),
             ({"init_lora_weights": "pissa"}, "changes the base weights"),
             ({"r": None}, "lacks 'r'"),
             ({"target_modules": ["q_proj"]}, "config and tensors disagree"),

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import merged_weight
 from lightning_lora.layers.base import LoRALayer
 
 
@@ -38,7 +37,3 @@ class LoRAMultiheadAttention(LoRALayer):
     def in_proj_weight(self) -> Tensor:
         """The effective weight of queries, keys and values: ``[3 embed_dim, embed_dim]``."""
         return self.merged() if self.lora_active else self.base_weight
-
-    @override
-    def merged(self) -> Tensor:
-        return merged_weight(self.base_weight, self.lora_A, self.lora_B, self.lora_scaling)

@@ -72,9 +72,28 @@ class LoRALayer(nn.Module):
         in_features, out_features = cls.features(layer)
         return (r, in_features), (out_features, r)
 
+    @classmethod
+    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of adapter parameters beside A and B, by their local names."""
+        return {}
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a tensor that is shaped as the base weight as ``[out_features, in_features]``."""
+        return weight
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Return a matrix ``[out_features, in_features]`` in the shape of the base weight."""
+        return matrix
+
     def merged(self) -> Tensor:
         """Return ``W + scaling * B A`` in the shape and dtype of the base weight."""
-        return merged_weight(self.base_weight, *self.factors(), self.lora_scaling)
+        return self.from_matrix(
+            merged_weight(self.as_matrix(self.base_weight), *self.factors(), self.lora_scaling, ratio=self.row_ratio())
+        )
+
+    def row_ratio(self) -> Tensor | None:
+        """Return what the rows of ``W + scaling * B A`` are multiplied by, ``[out_features]``, if by anything."""
+        return None
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return what a merge writes, by the local name of the base tensor that it writes to."""
@@ -85,7 +104,7 @@ class LoRALayer(nn.Module):
         return None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A and B of all that the layer adds to its base."""
+        """Return A ``[r, in_features]`` and B ``[out_features, r]`` of all that the layer adds to its base."""
         return self.lora_A, self.lora_B
 
     def pairs(self) -> dict[str, Pair]:
@@ -182,10 +201,12 @@ def adapt(
     The parameters are real also where the base is on the meta device: they are then on CPU.
     """
     shape_A, shape_B = mixin.shapes(layer, r)
+    more_shapes = mixin.more_shapes(layer)
     swap_class(layer, mixin, scaling=scaling, dropout=dropout, dtype=dtype)
     assert isinstance(layer, LoRALayer)
     weight = layer._parameters.get(mixin.base_name)
-    put(layer, getattr(layer, mixin.base_name, None) if weight is None else weight, lora_A=shape_A, lora_B=shape_B)
+    like = getattr(layer, mixin.base_name, None) if weight is None else weight
+    put(layer, like, lora_A=shape_A, lora_B=shape_B, **more_shapes)
     return layer
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import keep_entries, merged_weight
+from lightning_lora.functional import keep_entries
 from lightning_lora.layers.base import LoRALayer
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -58,6 +58,10 @@ class LoRAConv(LoRALayer):
         seed = self.dropout_seed()
         if seed is not None:
             x = keep_entries(x, seed, self.lora_dropout)
+        return y + self._term(x).to(y.dtype)
+
+    def _term(self, x: Tensor) -> Tensor:
+        """Return what the adapter adds for an input whose entries were dropped already."""
         convolve: Any = _CONVOLUTIONS[self.lora_A.ndim - 2]
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -66,14 +70,19 @@ class LoRAConv(LoRALayer):
         h = convolve(x, self.lora_A.to(x.dtype), None, self.stride, padding, self.dilation)
         # scale h, not the output: r channels instead of out_channels
         term: Tensor = convolve(h * self.lora_scaling, self.lora_B.to(h.dtype), groups=self.groups)
-        return y + term.to(y.dtype)
+        return term
 
     @override
-    def merged(self) -> Tensor:
-        flat = merged_weight(
-            self.base_weight.flatten(1), self.lora_A.flatten(1), self.lora_B.flatten(1), self.lora_scaling
-        )
-        return flat.view(self.base_weight.shape)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A.flatten(1), self.lora_B.flatten(1)
+
+    @override
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    @override
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.base_weight.shape)
 
     @override
     def merge_obstacle(self) -> str | None:

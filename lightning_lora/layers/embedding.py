@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import merged_weight
 from lightning_lora.layers.base import LoRALayer
 
 
@@ -42,5 +41,9 @@ class LoRAEmbedding(LoRALayer):
         return y + (F.linear(h.to(y.dtype), self.lora_B.to(y.dtype)) * scaling).to(y.dtype)  # type: ignore[no-any-return]
 
     @override
-    def merged(self) -> Tensor:
-        return merged_weight(self.base_weight.t(), self.lora_A, self.lora_B, self.lora_scaling).t()
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    @override
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t()

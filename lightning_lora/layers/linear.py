@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import lora_linear, merged_weight
+from lightning_lora.functional import lora_linear
 from lightning_lora.layers.base import LoRALayer
 
 
@@ -92,8 +92,12 @@ class LoRAConv1D(LoRALinear):
         return None
 
     @override
-    def merged(self) -> Tensor:
-        return merged_weight(self.base_weight.t(), *self.factors(), self.lora_scaling).t()
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    @override
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
 
 
 class LoRAReadLinear(LoRALinear):

@@ -5,7 +5,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.bias import biased_mixin
 from lightning_lora.layers.convolution import LoRAConv
+from lightning_lora.layers.dora import dora_mixin
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 
@@ -52,6 +54,17 @@ def mixin_for(layer: nn.Module) -> type[LoRALayer] | None:
         if mixin is not None:
             return mixin
     return None
+
+
+def with_options(mixin: type[LoRALayer], layer: nn.Module, *, use_dora: bool, lora_bias: bool) -> type[LoRALayer]:
+    """Return the mixin that does what ``mixin`` does with a magnitude or a bias, if one is asked for.
+
+    Raises:
+        ValueError: a layer of this kind cannot have it; the message says why.
+    """
+    if use_dora:
+        return dora_mixin(mixin, layer)
+    return biased_mixin(mixin, layer) if lora_bias else mixin
 
 
 def is_read_by_parent(parent: nn.Module, child_name: str) -> bool:

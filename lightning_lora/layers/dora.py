@@ -1,0 +1,146 @@
+"""Weight-decomposed adapters, DoRA: every row of ``W + scaling * B A`` has a trained length, its magnitude."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.functional import keep_entries, lora_linear, rescaled, row_norms
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.convolution import LoRAConv
+from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
+
+
+class DoRA(LoRALayer):
+    """A layer whose weight is ``W' = m V / ||V||`` with ``V = W + scaling * B A`` (Liu et al. 2024, sec. 4.1).
+
+    The norm is taken of each row of V ``[out_features, in_features]`` and is a constant to autograd (sec. 4.3). With
+    dropout the base's product is of the dropped input as well, as far as the magnitude changes it, as in PEFT:
+    ``y = W x + b + (m / ||V|| - 1) W x_d + (m / ||V||) scaling * B A x_d``.
+    """
+
+    adapter_names = ("lora_A", "lora_B", "lora_magnitude")
+
+    lora_magnitude: nn.Parameter  # [out_features]
+
+    @classmethod
+    @override
+    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {"lora_magnitude": (cls.features(layer)[1],)}
+
+    def norms(self) -> Tensor:
+        """Return the norms of the rows of V: ``[out_features]``, without gradient."""
+        return row_norms(self.as_matrix(self.base_weight), *self.factors(), self.lora_scaling)
+
+    @override
+    def row_ratio(self) -> Tensor:
+        return self.lora_magnitude.flatten() / self.norms()
+
+    @torch.no_grad()
+    def start_magnitude(self) -> None:
+        """Set the magnitude to the present norms, so that the layer is what it is without it."""
+        self.lora_magnitude.copy_(self.norms().view_as(self.lora_magnitude))
+
+    def is_at_start(self) -> bool:
+        """Whether the magnitude is the present norms', but for the rounding of another device."""
+        return bool(
+            torch.allclose(self.lora_magnitude.flatten(), self.norms().to(self.lora_magnitude.dtype), rtol=1e-6)
+        )
+
+
+class DoRALinear(DoRA, LoRALinear):
+    """``nn.Linear``, or a subclass whose own ``forward`` is kept."""
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.lora_active:
+            return super().forward(x, *args, **kwargs)
+        seed = self.dropout_seed()
+        if seed is None:
+            return rescaled(super().forward(x, *args, **kwargs), self.row_ratio(), self.bias)
+        y: Tensor = super(LoRALinear, self).forward(x, *args, **kwargs)
+        x = keep_entries(x, seed, self.lora_dropout)
+        term = lora_linear(x, None, None, *self.factors(), scaling=self.lora_scaling)
+        product = F.linear(x, self.as_matrix(self.base_weight)) + term
+        return torch.addcmul(y + term, product, self.row_ratio() - 1).to(y.dtype)
+
+
+class DoRAConv1D(DoRALinear, LoRAConv1D):
+    """transformers' ``Conv1D`` (GPT-2)."""
+
+
+class DoRAReadLinear(DoRA, LoRAReadLinear):
+    """A linear layer whose parent reads ``weight``, which reads as ``W'``."""
+
+
+class DoRAEmbedding(DoRA, LoRAEmbedding):
+    """``nn.Embedding``; a magnitude belongs to a column of the table, over all tokens (PEFT's layout)."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return rescaled(y, self.row_ratio(), None) if self.lora_active else y
+
+
+class DoRAConv(DoRA, LoRAConv):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` without groups; the norm is of a whole kernel.
+
+    ``lora_magnitude`` is ``[1, out_channels, 1, ...]``.
+    """
+
+    bias: Tensor | None
+
+    @classmethod
+    @override
+    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        base: Any = layer
+        return {"lora_magnitude": (1, base.out_channels, *(1 for _ in base.kernel_size))}
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.lora_active:
+            return super().forward(x)
+        channels = (-1, *(1 for _ in self.stride))
+        ratio = self.row_ratio().view(channels)
+        seed = self.dropout_seed()
+        if seed is None:
+            return rescaled(super().forward(x), ratio, None if self.bias is None else self.bias.view(channels))
+        y: Tensor = super(LoRAConv, self).forward(x)
+        x = keep_entries(x, seed, self.lora_dropout)
+        term = self._term(x).to(y.dtype)
+        base: Any = self
+        product = base._conv_forward(x, self.weight, None) + term
+        return torch.addcmul(y + term, product, ratio - 1).to(y.dtype)
+
+
+DORA: dict[type[LoRALayer], type[DoRA]] = {
+    LoRALinear: DoRALinear,
+    LoRAConv1D: DoRAConv1D,
+    LoRAReadLinear: DoRAReadLinear,
+    LoRAEmbedding: DoRAEmbedding,
+    LoRAConv: DoRAConv,
+}
+
+
+def dora_mixin(mixin: type[LoRALayer], layer: nn.Module) -> type[DoRA]:
+    """Return the weight-decomposed counterpart of ``mixin`` for ``layer``.
+
+    Raises:
+        ValueError: there is none for layers of this kind, or the layer has no weight to take norms of.
+    """
+    if mixin not in DORA:
+        raise ValueError(f"{type(layer).__name__} is of a kind that has no weight-decomposed adapter, here or in PEFT")
+    if getattr(layer, "groups", 1) != 1:
+        raise ValueError(
+            f"it is a convolution with groups={layer.groups}, whose adapter mixes all input channels, so that there is "
+            "no sum W + BA to take norms of"
+        )
+    weight: Any = layer._parameters.get("weight")
+    weight = getattr(layer, "weight", None) if weight is None else weight
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+        what = "is on the meta device: load the base first" if getattr(weight, "is_meta", False) else "is quantised"
+        raise ValueError(f"the magnitude starts at the norms of its weight, which {what}")
+    return DORA[mixin]
