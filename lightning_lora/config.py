@@ -249,13 +249,15 @@ class LoRAConfig:
 
     def to_peft(self) -> dict[str, Any]:
         """Return keyword arguments for ``peft.LoraConfig`` that mean the same adapter."""
-        alphas = {} if self.alpha is not None else {key: 2 * r for key, r in (self.rank_pattern or {}).items()}
+        alphas: dict[str, float] = dict(self.alpha_pattern or {})
+        if self.alpha is None:  # an alpha of the user's own counts, and comes first
+            alphas |= {key: 2 * r for key, r in (self.rank_pattern or {}).items() if key not in alphas}
         same = {name: getattr(self, name) for name in _PEFT_SAME_NAMES}
         return {
             **same,
             "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
             "lora_dropout": self.dropout,
-            "alpha_pattern": {**(self.alpha_pattern or {}), **alphas} if alphas else dict(self.alpha_pattern or {}),
+            "alpha_pattern": alphas,
             "init_lora_weights": True if self.init == "kaiming" else self.init,
         }
 

@@ -504,6 +504,8 @@ def test_twice_the_rank_is_said_to_peft_layer_by_layer() -> None:
     values = LoRAConfig(r=8, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 5}).to_peft()
     assert values["lora_alpha"] == 16
     assert values["alpha_pattern"] == {"v_proj": 5, "q_proj": 4}
+    both = LoRAConfig(r=8, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 5}, target_modules=["q_proj"])
+    assert both.to_peft()["alpha_pattern"] == {"q_proj": 5}
 
 
 @pytest.mark.parametrize(
