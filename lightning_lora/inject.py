@@ -62,7 +62,10 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
         ValueError: the config hits nothing or the wrong kind of module, a rank exceeds a layer, or the model is already
             adapted otherwise (here or by PEFT). The message names the module and the remedy.
     """
-    config = config or LoRAConfig()
+    config = LoRAConfig() if config is None else config
+    if not isinstance(config, LoRAConfig):
+        hint = ": write LoRAConfig.from_peft(config)" if hasattr(config, "peft_type") else ""
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{hint}")
     existing = injection_of(model)
     if existing is not None:
         _check_same_config(existing.config, config)
@@ -275,7 +278,7 @@ def _names_trained_whole(root: nn.Module, injection: Injection) -> set[str]:
         clean_name(name)
         for name, parameter in root.named_parameters()
         if clean_name(name) not in adapters
-        and (id(parameter) in wanted or (injection.config.bias == "all" and "bias" in name))
+        and (id(parameter) in wanted or (injection.config.bias == "all" and clean_name(name).split(".")[-1] == "bias"))
     }
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.inject import named_lora_layers, named_trained_whole
-from tests import models
+from tests import models, zoo
 
 Found = dict[str, tuple[int, float]]
 
@@ -41,6 +41,8 @@ MODELS = {
     "gpt2": models.gpt2,
     "bert": models.bert_classifier,
     "blocks": Blocks,
+    "encoder": models.encoder,
+    "t5": next(family.build for family in zoo.FAMILIES if family.name == "t5"),
 }
 
 TABLE = [
@@ -143,11 +145,11 @@ def test_layers_ranks_scales_and_what_trains_whole_are_pefts(name, values) -> No
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-@pytest.mark.parametrize("name", ["gpt2", "bert", "blocks"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "blocks", "encoder", "t5"])
 def test_trained_biases_are_pefts(name, bias) -> None:
-    targets = {"gpt2": ["c_attn"], "bert": ["query", "value"], "blocks": ["q_proj"]}[name]
-    _, whole = found_by_us(name, {"target_modules": targets, "bias": bias})
-    _, expected = found_by_peft(name, {"target_modules": targets, "bias": bias})
+    targets = {"gpt2": "c_attn", "bert": "query", "blocks": "q_proj", "encoder": "linear1", "t5": "q"}[name]
+    _, whole = found_by_us(name, {"target_modules": [targets], "bias": bias})
+    _, expected = found_by_peft(name, {"target_modules": [targets], "bias": bias})
     assert whole == {key.replace(".base_layer.", ".") for key in expected}
 
 
@@ -271,6 +273,13 @@ def test_a_normalisation_layer_is_refused_by_name(norm) -> None:
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     assert_refused(nn.Sequential(nn.Conv2d(3, 3, 1)), LoRAConfig(), "leaves no layer of Sequential")
+
+
+def test_a_config_of_peft_is_refused_with_the_way_to_take_it_over() -> None:
+    from peft import LoraConfig
+
+    with pytest.raises(TypeError, match=r"got LoraConfig: write LoRAConfig.from_peft\(config\)"):
+        inject(models.llama(), LoraConfig(target_modules=["q_proj"]))
 
 
 def test_a_model_that_peft_wrapped_is_refused() -> None:
