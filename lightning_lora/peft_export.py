@@ -38,6 +38,7 @@ _TASK_TYPES = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 # linear layers of these names PEFT takes for the parts of fused experts, in a model that has such
 _EXPERT_PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
@@ -121,13 +122,16 @@ def _entries(root: nn.Module) -> list[Entry]:
         entries.extend(_layer_entries(name, layer, layers))
     whole = {id(parameter): name for name, parameter in named_trained_whole(root).items()}
     modules = _modules_trained_whole(root)
+    stored = {clean_name(name) for name in root.state_dict(keep_vars=True)}  # some buffers are not
     for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
         clean = clean_name(name)
         owner = clean.rpartition(".")[0]
+        if clean not in stored:
+            continue
         if any(owner == module or owner.startswith(f"{module}.") for module in modules):
             entries.append(Entry(PREFIX + clean, "plain", [whole.get(id(tensor), clean)]))
         elif id(tensor) in whole:
-            key = f"{PREFIX}{owner}.base_layer.bias" if owner in layers else PREFIX + clean
+            key = f"{PREFIX}{_name_there(owner, layers)}.base_layer.bias" if owner in layers else PREFIX + clean
             entries.append(Entry(key, "plain", [clean]))
     return entries
 
@@ -138,11 +142,7 @@ def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer])
         return [Entry(key, "plain", [f"{name}.lora_rows"])] if isinstance(layer, TokenRowsEmbedding) else []
     if isinstance(layer, LoRAParameters):
         return _parameter_entries(name, layer)
-    parent, _, child = name.rpartition(".")
-    if isinstance(layers.get(parent), nn.MultiheadAttention):
-        name_there = f"{parent}.base_layer.{child}"
-    else:
-        name_there = name
+    name_there = _name_there(name, layers)
     kind, suffix = ("embedding_", "") if isinstance(layer, LoRAEmbedding) else ("", ".weight")
     start = isinstance(layer, ResidualLinear)
     more = {"lora_magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
@@ -158,6 +158,12 @@ def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer])
         )
         for x in "AB"
     ]
+
+
+def _name_there(name: str, layers: Mapping[str, LoRALayer]) -> str:
+    """Return PEFT's name of an adapted layer: an attention's output projection lies in the attention's wrapper."""
+    parent, _, child = name.rpartition(".")
+    return f"{parent}.base_layer.{child}" if isinstance(layers.get(parent), nn.MultiheadAttention) else name
 
 
 def _parameter_entries(name: str, layer: LoRAParameters) -> list[Entry]:
@@ -210,7 +216,7 @@ def _peft_config(root: nn.Module) -> dict[str, Any]:
     rows = named_token_rows(root)
     return {
         "peft_type": "LORA",
-        "task_type": _task_type(root),
+        "task_type": _task_type(root, trained_whole),
         "base_model_name_or_path": name_or_path(root),
         "revision": getattr(getattr(root, "config", None), "_commit_hash", None),
         "inference_mode": True,
@@ -256,11 +262,17 @@ def _targets(root: nn.Module, layers: Mapping[str, LoRALayer]) -> tuple[list[str
     return modules, parameters
 
 
-def _task_type(root: nn.Module) -> str | None:
-    """Return PEFT's task, which decides the arguments that PEFT's model passes on: only for models that take them."""
+def _task_type(root: nn.Module, trained_whole: list[str]) -> str | None:
+    """Return PEFT's task, which decides the arguments that PEFT's model passes on: only for models that take them.
+
+    PEFT trains the heads of some tasks whole, whatever ``modules_to_save`` says: not if they did not train here.
+    """
     if getattr(root, "main_input_name", None) != "input_ids":
         return None
     task = next((task for ending, task in _TASK_TYPES.items() if type(root).__name__.endswith(ending)), None)
+    heads = [clean_name(n) for n, _ in root.named_modules() if n.endswith(_HEADS.get(task or "", ()))]
+    if not all(any(head == module or head.startswith(f"{module}.") for module in trained_whole) for head in heads):
+        return None
     is_encoder_decoder = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
     return None if task == "SEQ_2_SEQ_LM" and not is_encoder_decoder else task
 

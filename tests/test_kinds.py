@@ -239,6 +239,31 @@ def test_a_checkpoint_loads_again_and_converts_to_what_save_peft_writes(kind: Ki
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "converted" / name).read_bytes()
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("name", ["attention", "transposed experts", "router"])
+def test_biases_of_every_kind_go_both_ways(name: str, bias: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    reference = theirs(Kind(kind.build, kind.x, {**kind.settings, "bias": bias}))
+    give_values(reference)
+    reference.save_pretrained(tmp_path / "theirs")
+    expected = run(reference, kind.x)
+    model = load_peft(kind.build(), tmp_path / "theirs").eval()
+    torch.testing.assert_close(run(model, kind.x), expected, **CLOSE)
+    save_peft(model, tmp_path / "ours")
+    assert keys(tmp_path / "ours") == keys(tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(kind.build(), tmp_path / "ours").eval()  # a warning is an error here
+    torch.testing.assert_close(run(again, kind.x), expected, **CLOSE)
+
+
+def test_buffers_that_no_state_dict_holds_are_in_no_file(tmp_path: Path) -> None:
+    build = family("gemma3")  # whose embedding keeps its scale in such a buffer
+    model = inject(build(), LoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])).eval()
+    give_values(model)
+    save_peft(model, tmp_path)
+    assert not any(key.endswith("embed_scale") for key in keys(tmp_path))
+    torch.testing.assert_close(run(load_peft(build(), tmp_path), IDS), run(model, IDS), **CLOSE)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_experts_never_add_up_a_dense_update(name: str, implementation: str) -> None:

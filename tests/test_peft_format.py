@@ -295,6 +295,16 @@ def test_a_body_without_its_head_keeps_names_of_its_own(tmp_path: Path) -> None:
     torch.testing.assert_close(again(ids).last_hidden_state, model(ids).last_hidden_state, **CLOSE)
 
 
+@pytest.mark.parametrize("settings", [{"modules_to_save": []}, {"target_modules": ["query", "classifier"]}], ids=str)
+def test_peft_reads_a_classifier_whose_head_did_not_train_whole(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = inject(models.bert_classifier(), LoRAConfig(**{"r": 3, "target_modules": ["query"], **settings})).eval()
+    give_values(model)
+    save_peft(model, tmp_path)
+    again = peft.PeftModel.from_pretrained(models.bert_classifier(), tmp_path).eval()  # a warning is an error here
+    ids = models.token_ids()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, **CLOSE)
+
+
 def test_a_head_whose_name_ends_anothers_reaches_peft_alone(tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
