@@ -26,7 +26,7 @@ LEGACY_WEIGHTS_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
 METADATA = "lightning_lora"  # what PEFT has no field for, in the metadata of the tensors' file
 
-_RELATIVE_TO_BASE = (True, False, "gaussian", "orthogonal", "eva")
+_RELATIVE_TO_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _ADAPTER_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.[^.]+)??(?P<weight>\.weight)?")
 _MAGNITUDE_KEY = re.compile(r"(?P<layer>.+)\.lora_magnitude_vector(\.[^.]+)??(\.weight)?")
 _BIAS_KEY = re.compile(r"(?P<layer>.+)\.lora_B(\.[^.]+)?\.bias")
@@ -234,6 +234,8 @@ def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], d
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{directory}: {key!r} is {kind}, expected a floating-point tensor")
         name = key.removeprefix(PREFIX)
+        if ".original_module." in name:  # the untrained twin of a module that trained
+            continue
         match, rows = _ADAPTER_KEY.fullmatch(name), _ROWS_KEY.fullmatch(name)
         magnitude, bias = _MAGNITUDE_KEY.fullmatch(name), _BIAS_KEY.fullmatch(name)
         if bias is not None:  # first: to the key of a factor, "bias" would be an adapter's name
@@ -249,13 +251,24 @@ def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], d
         elif ".lora_" in name or ".token_adapter." in name:
             raise ValueError(f"{directory}: tensor {key!r} is of a kind that is not supported")
         else:
-            clean = re.sub(r"\.(modules_to_save\.[^.]+|base_layer|original_module)\.", ".", name)
+            clean = re.sub(r"\.base_layer\.", ".", _without_wrapper(key, tensors).removeprefix(PREFIX))
             adapter.trained[clean] = value
     if not adapter.factors:
         raise ValueError(f"{directory} holds no LoRA tensors; its keys begin with {list(tensors)[:3]}")
     for layer, pair in adapter.factors.items():
         _check_pair(layer, pair, directory)
     return adapter
+
+
+def _without_wrapper(key: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the key without the part of PEFT's wrapper, ``modules_to_save`` or ``modules_to_save.<adapter>``.
+
+    With ``bias="all"`` PEFT writes the biases of trained modules twice, once without the adapter's name.
+    """
+    plain = key.replace(".modules_to_save.", ".")
+    if plain in tensors or re.search(r"\.modules_to_save\.[^.]+$", key):
+        return plain
+    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
 
 
 def _check_pair(layer: str, pair: Mapping[str, Tensor], directory: Path) -> None:

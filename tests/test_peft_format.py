@@ -305,6 +305,29 @@ def test_peft_reads_a_classifier_whose_head_did_not_train_whole(settings: dict[s
     torch.testing.assert_close(again(ids).logits, model(ids).logits, **CLOSE)
 
 
+def test_the_biases_that_peft_writes_twice_beside_a_trained_head_are_read_once(tmp_path: Path) -> None:
+    wrapped = peft.get_peft_model(
+        models.bert_classifier(), peft.LoraConfig(r=4, target_modules=["query"], bias="all", task_type="SEQ_CLS")
+    ).eval()
+    give_values(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    assert {"bias", "modules_to_save.bias", "original_module.bias"} <= {k.partition("classifier.")[2] for k in tensors}
+    ids = models.token_ids()
+    model = load_peft(models.bert_classifier(), tmp_path).eval()
+    torch.testing.assert_close(model(ids).logits, wrapped(ids).logits, **CLOSE)
+
+
+def test_mica_leaves_the_base_alone_and_is_read(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="mica")
+    wrapped = peft.get_peft_model(models.llama(), config).eval()
+    give_values(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    ids = models.token_ids()
+    torch.testing.assert_close(load_peft(models.llama(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
+
+
 def test_a_head_whose_name_ends_anothers_reaches_peft_alone(tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
