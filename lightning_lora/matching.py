@@ -232,11 +232,11 @@ def _is_target(name: str, config: LoRAConfig) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or isinstance(config.target_modules, str) or name in config.target_modules or wanted == []:
         return True
-    index = _layer_index(name, config.layers_pattern)
+    index = layer_index(name, config.layers_pattern)
     return index is not None and (index == wanted if isinstance(wanted, int) else index in wanted)
 
 
-def _layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
+def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
     """Return the index of the block that ``name`` lies in: the first number in the name, or that of a named list."""
     if not layers_pattern:
         expressions = [r".*?\.[^.]*\.(\d+)\."]
@@ -253,7 +253,7 @@ def _layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int |
 def _check_indices(config: LoRAConfig, names: Iterable[str]) -> None:
     """Raise ``ValueError`` for an index in ``layers_to_transform`` that no target lies in."""
     wanted = config.layers_to_transform
-    hit = (_layer_index(name, config.layers_pattern) for name in names if _hits(config.target_modules, name))
+    hit = (layer_index(name, config.layers_pattern) for name in names if _hits(config.target_modules, name))
     there = sorted({index for index in hit if index is not None})
     for index in [wanted] if isinstance(wanted, int) else wanted or []:
         if index not in there:

@@ -14,11 +14,11 @@ from lightning_lora.checkpoint import copy_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.diffusers_format import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.fingerprint import first_difference
-from lightning_lora.inject import inject_anew, remove
+from lightning_lora.inject import inject_anew, injection_of, remove
 from lightning_lora.layers import LoRALayer, mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
-from lightning_lora.matching import is_all_linear, pattern_value, select_layers, select_parameters
+from lightning_lora.matching import is_all_linear, layer_index, pattern_value, select_layers, select_parameters
 from lightning_lora.peft_experts import fuse_experts
 from lightning_lora.peft_format import CONFIG_NAME, Adapter, checked_config, read_config, read_tensors, sorted_tensors
 from lightning_lora.root import clean_name
@@ -55,11 +55,19 @@ def load_peft(
         adapter = sorted_tensors(*read_tensors(directory), directory)
     modules = {clean_name(name): module for name, module in model.named_modules()}
     _set_copies_apart(adapter, peft_config, modules)
+    _check_ties(model, adapter, peft_config, modules, directory)
     peft_config = fuse_experts(adapter, peft_config, modules, directory)
     tensors = _by_our_names(adapter, peft_config, modules, model, directory)
     tails = _check_trained(model, adapter, directory)
     config = _config_for(model, peft_config, adapter, tensors, modules, directory)
     inject_anew(model, config, check_ranks=False)
+    untold = _untold(model, adapter)
+    if untold:
+        remove(model)
+        raise ValueError(
+            f"{directory} brings values of its own for {untold[0]!r} ({len(untold)} tensors), which its config does "
+            "not train. Is a file damaged, or from another PEFT?"
+        )
     recorded = adapter.metadata.get("base") if check_base else None
     if recorded is not None:
         difference = first_difference(model, {**recorded, "hashes": torch.tensor(recorded["hashes"])})
@@ -84,6 +92,57 @@ def _set_copies_apart(adapter: Adapter, peft_config: Mapping[str, Any], modules:
         owner, _, local = name.rpartition(".")
         if local == "weight" and not any(_is_within(owner, entry) for entry in whole) and owner in modules:
             adapter.base[name] = adapter.trained.pop(name)
+
+
+def _check_ties(
+    model: nn.Module,
+    adapter: Adapter,
+    peft_config: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    directory: Path,
+) -> None:
+    """Raise ``ValueError`` where PEFT trained a copy of a tensor that is tied to another module's in this model.
+
+    Twins of equal values trained together, and both count as trained.
+    """
+    whole = tuple(peft_config.get("modules_to_save") or [])
+    twins: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        twins.setdefault(id(parameter), []).append(clean_name(name))
+    for group in twins.values():
+        copied = [n for n in group if n in adapter.trained and any(_is_within(_owner_of(n), e) for e in whole)]
+        for name in group if copied else []:
+            if modules[_owner_of(name)] is modules[_owner_of(copied[0])]:
+                continue
+            value = adapter.trained.get(name, adapter.base.get(name))
+            if value is None or not torch.equal(value, adapter.trained[copied[0]]):
+                raise ValueError(
+                    f"{directory} trained {copied[0]!r} apart from {name!r}, which is the same tensor in "
+                    f"{type(model).__name__}: PEFT unties what it trains whole. Untie them before loading: set "
+                    f"model.config.tie_word_embeddings = False and give {_owner_of(name)!r} a copy, "
+                    "module.weight = nn.Parameter(module.weight.detach().clone())"
+                )
+            adapter.trained[name] = value
+            adapter.base.pop(name, None)
+
+
+def _untold(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the base tensors that a file brings and the adapted model does not train, where they differ from it."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    injection = injection_of(model)
+    whole = [] if injection is None else injection.trained_whole
+    own = {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    return [
+        name
+        for name, value in adapter.trained.items()
+        if id(own[name]) not in trained
+        and not any(name.startswith(f"{module}.") for module in whole)
+        and (own[name].is_meta or not torch.equal(value.to(own[name].dtype), own[name].detach().cpu()))
+    ]
+
+
+def _owner_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _is_within(owner: str, entry: str) -> bool:
@@ -117,6 +176,8 @@ def _by_our_names(
             _check_layer(layer, pair, modules, model, directory)
             _check_more(layer, pair, modules[layer], directory)
             tensors |= {f"{layer}.lora_{x}": value for x, value in pair.items()}
+        if name in pairs:  # PEFT saves both where an attention and its out_proj are targets
+            raise ValueError(f"{directory} has two adapters for {name!r}, under {path!r} and another name of it")
         pairs[name] = pair
     adapter.factors = pairs
     tensors |= {f"{name}.lora_rows": rows for name, rows in adapter.rows.items()}
@@ -243,17 +304,23 @@ def _config_for(
     rank_pattern: dict[str, int] = _live_patterns(peft_config.get("rank_pattern"), pairs)
     alpha_pattern: dict[str, float] = _live_patterns(peft_config.get("alpha_pattern"), pairs)
     own = _without_projections(pairs, modules)
+    if peft_config.get("ensure_weight_tying"):
+        alpha_pattern = {**_alphas_of_twins(peft_config, {name: ranks[name] for name in own}), **alpha_pattern}
     # the tensors know the ranks; patterns that PEFT wrote in another order than it applied them do not
     if any(pattern_value(rank_pattern, name, r) != ranks[name] for name in own):
         rank_pattern = {f"^{re.escape(name)}": ranks[name] for name in own if ranks[name] != r}
-    trained_modules = _trained_modules(peft_config, adapter, modules)
+    trained_modules = _trained_modules(peft_config, adapter, modules, directory)
     layers = [name for name in own if f"{name}.lora_A" in tensors]
     parameters = [name for name in own if name not in layers]
     targets = _live(peft_config["target_modules"], modules)
+    exclude = _live(peft_config.get("exclude_modules"), modules) or None
+    indices, lists = _live_indices(peft_config, modules), peft_config.get("layers_pattern") or None
     if (targets and is_all_linear(targets)) or (
         not parameters and any(_is_weight(t, pairs) for t in _entries(peft_config))
     ):
         targets = layers  # what the word means differs with the library and its version: the tensors say
+    if peft_config.get("ensure_weight_tying"):
+        targets, exclude, indices, lists = layers, None, None, None  # PEFT adapts tied twins of the targets too
     config = LoRAConfig(
         r=r,
         alpha=float(peft_config["lora_alpha"]),
@@ -261,14 +328,14 @@ def _config_for(
         target_modules=targets,
         target_parameters=parameters or None,
         trainable_token_indices=_token_rows(peft_config, adapter, model, directory),
-        exclude_modules=_live(peft_config.get("exclude_modules"), modules) or None,
+        exclude_modules=exclude,
         modules_to_save=trained_modules,
         bias=peft_config.get("bias") or "none",
         use_rslora=bool(peft_config.get("use_rslora")),
         use_dora=bool(peft_config.get("use_dora")),
         lora_bias=bool(peft_config.get("lora_bias")),
-        layers_to_transform=peft_config.get("layers_to_transform"),
-        layers_pattern=peft_config.get("layers_pattern") or None,
+        layers_to_transform=indices,
+        layers_pattern=lists,
         adapter_dtype="float64" if any(p["A"].dtype == torch.float64 for p in pairs.values()) else "float32",
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
@@ -289,6 +356,21 @@ def _config_for(
             "file damaged, or from another model?"
         )
     return config
+
+
+def _alphas_of_twins(peft_config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Return alphas for layers of another rank than the config says.
+
+    A tied twin has the other's tensors, and is scaled by its own rank and alpha of the config all the same.
+    """
+    alphas: dict[str, float] = {}
+    for name, rank in ranks.items():
+        r = pattern_value(peft_config.get("rank_pattern"), name, peft_config["r"])
+        if r != rank:
+            ratio = (rank / r) ** (0.5 if peft_config.get("use_rslora") else 1)
+            alpha = pattern_value(peft_config.get("alpha_pattern"), name, peft_config["lora_alpha"])
+            alphas[f"^{re.escape(name)}"] = alpha * ratio
+    return alphas
 
 
 def _entries(peft_config: Mapping[str, Any]) -> list[str]:
@@ -375,11 +457,28 @@ def _check_trained(model: nn.Module, adapter: Adapter, directory: Path) -> list[
     return tails
 
 
-def _trained_modules(peft_config: Mapping[str, Any], adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the modules that PEFT's ``modules_to_save`` means here and the directory has tensors for."""
+def _trained_modules(
+    peft_config: Mapping[str, Any], adapter: Adapter, modules: Mapping[str, nn.Module], directory: Path
+) -> list[str]:
+    """Return the modules that PEFT's ``modules_to_save`` means here; the directory must have all of their tensors."""
     entries = peft_config.get("modules_to_save") or []
     found = [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
+    for name in found:
+        missing = [p for p, _ in modules[name].named_parameters() if f"{name}.{clean_name(p)}" not in adapter.trained]
+        if missing:
+            raise ValueError(
+                f"{directory} says modules_to_save={entries}, but has no {f'{name}.{missing[0]}'!r}. Is a file damaged?"
+            )
     return [name for name in found if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
+
+
+def _live_indices(peft_config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Any:
+    """Return ``layers_to_transform`` without indices of blocks that the model does not have; PEFT ignores those."""
+    indices = peft_config.get("layers_to_transform")
+    if not isinstance(indices, list):
+        return indices
+    there = {layer_index(name, peft_config.get("layers_pattern")) for name in modules}
+    return [index for index in indices if index in there]
 
 
 def _live_patterns(patterns: Any, names: Mapping[str, Any]) -> dict[str, Any]:

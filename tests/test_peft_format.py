@@ -285,6 +285,65 @@ def test_options_of_both_mean_the_same_through_files_in_both_directions(option: 
     assert again.peft_config["default"].lora_dropout == dropout
 
 
+UNTIED = "PEFT unties what it trains whole"
+
+
+def llama_tied() -> nn.Module:
+    return models.llama(tied=True).eval()
+
+
+def untied() -> nn.Module:
+    model = llama_tied()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def saved_by_peft(build: Callable[[], nn.Module], directory: Path, **settings: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # PEFT speaks of tied weights and of the base embedding that it adds to the file
+        wrapped = peft.get_peft_model(build(), peft.LoraConfig(r=4, lora_alpha=6, **settings)).eval()
+        give_values(wrapped)
+        wrapped.save_pretrained(directory)
+    return wrapped
+
+
+@pytest.mark.parametrize("whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_a_copy_of_a_tied_tensor_that_peft_trained_is_never_put_into_both(whole: list[str], tmp_path: Path) -> None:
+    wrapped = saved_by_peft(llama_tied, tmp_path, target_modules=["q_proj"], modules_to_save=whole)
+    model, before = llama_tied(), llama_tied().state_dict()
+    with pytest.raises(ValueError, match=UNTIED):
+        load_peft(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    ids = models.token_ids()
+    torch.testing.assert_close(load_peft(untied(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens"], "rank_pattern": {"embed_tokens": 2}, "alpha_pattern": {"embed_tokens": 5}},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    ],
+    ids=str,
+)
+def test_ensure_weight_tying_means_the_same_here(settings: dict[str, Any], tmp_path: Path) -> None:
+    wrapped = saved_by_peft(llama_tied, tmp_path, ensure_weight_tying=True, task_type="CAUSAL_LM", **settings)
+    ids = models.token_ids()
+    torch.testing.assert_close(load_peft(llama_tied(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
+
+
+def test_indices_of_blocks_that_the_model_lacks_are_ignored_as_by_peft(tmp_path: Path) -> None:
+    wrapped = saved_by_peft(models.llama, tmp_path, target_modules=["q_proj"], layers_to_transform=[0, 9])
+    ids = models.token_ids()
+    torch.testing.assert_close(load_peft(models.llama(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
+
+
 def test_a_body_without_its_head_keeps_names_of_its_own(tmp_path: Path) -> None:
     body = models.llama().model
     model = inject(body, LoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])).eval()
@@ -445,6 +504,25 @@ class TestDamagedDirectories:
 
         self.edit_tensors(directory, add)
         self.refuse(directory, "adapts 'model.layers.7.self_attn.q_proj', which is missing")
+
+    def test_a_head_that_trained_whole_and_is_not_there(self, tmp_path: Path) -> None:
+        saved_by_peft(models.bert_classifier, tmp_path, target_modules=["query"], modules_to_save=["classifier"])
+        self.edit_tensors(tmp_path, lambda tensors: tensors.pop("base_model.model.classifier.bias"))
+        self.refuse(tmp_path, "has no 'classifier.bias'", model=models.bert_classifier())
+
+    def test_a_bias_that_the_config_does_not_train(self, tmp_path: Path) -> None:
+        saved_by_peft(models.bert_classifier, tmp_path, target_modules=["query"])
+        key = "base_model.model.classifier.bias"
+        self.edit_tensors(tmp_path, lambda tensors: tensors.update({key: torch.ones(3)}))
+        self.refuse(tmp_path, "'classifier.bias' .1 tensors., which its config does", model=models.bert_classifier())
+
+    def test_two_adapters_of_one_layer(self, directory: Path) -> None:
+        key = "base_model.model.model.layers.0.self_attn.q_proj"
+        self.edit_tensors(
+            directory,
+            lambda t: t.update({f"{key}.base_layer.lora_{x}.weight": t[f"{key}.lora_{x}.weight"] * 2 for x in "AB"}),
+        )
+        self.refuse(directory, "has two adapters for 'model.layers.0.self_attn.q_proj'")
 
     def test_another_base(self, directory: Path) -> None:
         model = models.gpt2()
