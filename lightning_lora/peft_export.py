@@ -132,7 +132,7 @@ def _entries(root: nn.Module) -> list[Entry]:
             entries.append(Entry(PREFIX + clean, "plain", [whole.get(id(tensor), clean)]))
         elif id(tensor) in whole:
             key = f"{PREFIX}{_name_there(owner, layers)}.base_layer.bias" if owner in layers else PREFIX + clean
-            entries.append(Entry(key, "plain", [clean]))
+            entries.append(Entry(key, "plain", [whole[id(tensor)]]))  # the one name that a checkpoint has it under
     return entries
 
 

@@ -230,7 +230,8 @@ def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], d
     """
     adapter = Adapter(metadata=dict(metadata))
     for key, value in tensors.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        is_adapter = any(f".{part}" in key for part in ("lora_", "token_adapter.", "base_layer."))
+        if not isinstance(value, Tensor) or (is_adapter and not value.is_floating_point()):
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{directory}: {key!r} is {kind}, expected a floating-point tensor")
         name = key.removeprefix(PREFIX)

@@ -440,6 +440,8 @@ def _check_trained(model: nn.Module, adapter: Adapter, directory: Path) -> list[
             raise ValueError(
                 f"{directory} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}{hint}"
             )
+        if value.is_floating_point() != own[name].is_floating_point():  # a batch normalisation counts its batches
+            raise ValueError(f"{directory} has {value.dtype} for {name!r}, the model has {own[name].dtype}")
     tails: list[tuple[Tensor, int, Tensor]] = []
     for name, value in adapter.base.items():
         if own[name].device.type == "meta":

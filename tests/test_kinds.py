@@ -255,6 +255,32 @@ def test_biases_of_every_kind_go_both_ways(name: str, bias: str, tmp_path: Path)
     torch.testing.assert_close(run(again, kind.x), expected, **CLOSE)
 
 
+def test_a_batch_normalisation_that_trains_whole_goes_both_ways(tmp_path: Path) -> None:
+    build, x = family("conv_net"), noise(2, 3, 16, 16)
+    settings = {"target_modules": ["head.0"], "modules_to_save": ["features.1"]}
+    reference = peft.get_peft_model(build(), peft.LoraConfig(r=4, **settings))
+    give_values(reference)
+    reference.eval().base_model.model.features[1].train()
+    reference(x)  # moves the statistics of that one
+    reference.eval().save_pretrained(tmp_path / "theirs")
+    model = load_peft(build(), tmp_path / "theirs").eval()
+    torch.testing.assert_close(run(model, x), run(reference, x), **CLOSE)
+    save_peft(model, tmp_path / "ours")
+    assert keys(tmp_path / "ours") == keys(tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
+    torch.testing.assert_close(run(again, x), run(reference, x), **CLOSE)
+
+
+def test_tied_biases_convert(tmp_path: Path) -> None:
+    model = inject(family("bert")(), LoRAConfig(r=4, target_modules=["query"], bias="all"))
+    give_values(model)
+    torch.save(adapter_checkpoint(model), tmp_path / "adapter.ckpt")
+    save_peft(model, tmp_path / "saved")
+    convert(tmp_path / "adapter.ckpt", tmp_path / "converted")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "converted" / name).read_bytes()
+
+
 def test_buffers_that_no_state_dict_holds_are_in_no_file(tmp_path: Path) -> None:
     build = family("gemma3")  # whose embedding keeps its scale in such a buffer
     model = inject(build(), LoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])).eval()
