@@ -100,7 +100,7 @@ class LoRAConfig:
         target_parameters: names, or dotted suffixes, of parameters to adapt that their module reads itself: the 3-D
             tensors of fused experts (``"mlp.experts.gate_up_proj"``) or a router's matrix. The factors are kept apart.
         trainable_token_indices: rows of the input embedding that train whole, ``[32000, 32001]``; or
-            ``{"embed_tokens": [...]}`` to name the embedding. A tied output head follows.
+            ``{"embed_tokens": [...], "lm_head": [...]}`` to name embeddings and output heads. What is tied follows.
         init: starting values. ``"kaiming"`` draws A from U(-1/sqrt(in), 1/sqrt(in)) and sets B to zero; ``"gaussian"``
             draws A from N(0, 1/r^2); ``"orthogonal"`` draws both so that B A = 0 (even ranks). ``"pissa"`` starts from
             the largest singular values of W (Meng et al. 2024), ``"pissa_niter_4"`` from their fast estimate with so

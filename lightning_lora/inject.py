@@ -18,7 +18,7 @@ from lightning_lora.layers.linear import LoRALinear, LoRAReadLinear
 from lightning_lora.layers.parameters import adapt_parameters
 from lightning_lora.layers.residual import RESIDUAL, ResidualLinear
 from lightning_lora.layers.statistics import freeze_statistics, unfreeze_statistics
-from lightning_lora.layers.token_rows import TokenRowsEmbedding, train_rows
+from lightning_lora.layers.token_rows import TokenRows, train_rows
 from lightning_lora.matching import (
     check_patterns,
     is_all_linear,
@@ -224,9 +224,13 @@ def named_pairs(root: nn.Module) -> dict[str, Pair]:
 
 
 def named_token_rows(root: nn.Module) -> dict[str, list[int]]:
-    """Return the indices of the rows that train, by the name of the embedding; tied heads are left out."""
+    """Return the indices of the rows that train, by the name of the table; tied twins are left out."""
     layers = named_lora_layers(root)
-    return {name: layer.lora_token_ids for name, layer in layers.items() if isinstance(layer, TokenRowsEmbedding)}
+    return {
+        name: layer.lora_token_ids
+        for name, layer in layers.items()
+        if isinstance(layer, TokenRows) and not layer.lora_is_twin
+    }
 
 
 def has_trained(root: nn.Module) -> bool:

@@ -8,7 +8,7 @@ error.
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -128,13 +128,11 @@ def select_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, list[st
     return found
 
 
-def select_token_rows(
-    model: nn.Module, config: LoRAConfig
-) -> dict[str, tuple[nn.Embedding, list[nn.Linear], list[int]]]:
-    """Return the embeddings with rows that train: ``{name: (embedding, heads tied to it, token ids)}``.
+def select_token_rows(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[nn.Module, list[nn.Module], list[int]]]:
+    """Return the tables with rows that train: ``{name: (embedding or output head, modules tied to it, token ids)}``.
 
     Raises:
-        ValueError: no embedding is meant, or something else than output heads is tied to it.
+        ValueError: no table is meant, one is meant twice, or a module of another kind is tied to it.
     """
     wanted = config.trainable_token_indices
     if wanted is None:
@@ -142,25 +140,31 @@ def select_token_rows(
     modules = _named_modules(model)
     if not isinstance(wanted, Mapping):
         wanted = {_input_embedding(model, modules): wanted}
-    selected: dict[str, tuple[nn.Embedding, list[nn.Linear], list[int]]] = {}
+    selected: dict[str, tuple[nn.Module, list[nn.Module], list[int]]] = {}
     for entry, token_ids in wanted.items():
-        names = [n for n, m in modules.items() if (n == entry or n.endswith(f".{entry}")) and type(m) is not nn.Linear]
-        embeddings = [name for name in names if isinstance(modules[name], nn.Embedding)]
-        if len(embeddings) != 1:
+        names = [n for n, m in modules.items() if (n == entry or n.endswith(f".{entry}")) and _is_table(m)]
+        if len(names) != 1:
             raise ValueError(
-                f"trainable_token_indices: {entry!r} names {len(embeddings)} embeddings of {type(model).__name__}, "
-                f"expected one{_nearest([entry], modules)}"
+                f"trainable_token_indices: {entry!r} names {len(names)} embeddings or output heads of "
+                f"{type(model).__name__}, expected one{_nearest([entry], modules)}"
             )
-        embedding: Any = modules[embeddings[0]]
-        tied: list[Any] = [
-            m for m in modules.values() if m is not embedding and m._parameters.get("weight") is embedding.weight
-        ]
-        if not all(type(module) is nn.Linear for module in tied):
+        weight = modules[names[0]]._parameters.get("weight")
+        tied = {n: m for n, m in modules.items() if m._parameters.get("weight") is weight}
+        if not all(_is_table(module) for module in tied.values()):
             raise ValueError(
-                f"trainable_token_indices: the weight of {embeddings[0]!r} is tied to more than linear heads"
+                f"trainable_token_indices: the weight of {names[0]!r} is tied to more than embeddings and linear heads"
             )
-        selected[embeddings[0]] = (embedding, tied, list(token_ids))
+        first, *_ = tied  # a checkpoint has the rows under this name
+        _, _, rows = selected.setdefault(first, (tied.pop(first), list(tied.values()), list(token_ids)))
+        if rows != list(token_ids):
+            raise ValueError(
+                f"trainable_token_indices lists other rows for {entry!r} than for {first!r}, which is the same tensor"
+            )
     return selected
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or type(module) is nn.Linear
 
 
 def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:

@@ -25,7 +25,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
-from lightning_lora.layers.token_rows import TokenRows, TokenRowsEmbedding
+from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.peft_format import PREFIX, Entry, laid_out, write_directory
 from lightning_lora.portable import make_portable
 from lightning_lora.root import clean_name, name_or_path
@@ -139,7 +139,7 @@ def _entries(root: nn.Module) -> list[Entry]:
 def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer]) -> list[Entry]:
     if isinstance(layer, TokenRows):
         key = f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
-        return [Entry(key, "plain", [f"{name}.lora_rows"])] if isinstance(layer, TokenRowsEmbedding) else []
+        return [] if layer.lora_is_twin else [Entry(key, "plain", [f"{name}.lora_rows"])]
     if isinstance(layer, LoRAParameters):
         return _parameter_entries(name, layer)
     name_there = _name_there(name, layers)

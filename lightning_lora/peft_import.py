@@ -116,14 +116,17 @@ def _check_ties(
                 continue
             value = adapter.trained.get(name, adapter.base.get(name))
             if value is None or not torch.equal(value, adapter.trained[copied[0]]):
-                raise ValueError(
-                    f"{directory} trained {copied[0]!r} apart from {name!r}, which is the same tensor in "
-                    f"{type(model).__name__}: PEFT unties what it trains whole. Untie them before loading: set "
-                    f"model.config.tie_word_embeddings = False and give {_owner_of(name)!r} a copy, "
-                    "module.weight = nn.Parameter(module.weight.detach().clone())"
-                )
+                raise ValueError(_apart(f"{directory} trained {copied[0]!r}", name, model, _owner_of(name)))
             adapter.trained[name] = value
             adapter.base.pop(name, None)
+
+
+def _apart(trained: str, twin: str, model: nn.Module, module: str) -> str:
+    return (
+        f"{trained} apart from {twin!r}, which is the same tensor in {type(model).__name__}: PEFT trained a copy. "
+        f"Untie them before: set model.config.tie_word_embeddings = False and give {module!r} a copy, "
+        "module.weight = nn.Parameter(module.weight.detach().clone())"
+    )
 
 
 def _untold(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -411,13 +414,17 @@ def _token_rows(
                 f"{directory} has {rows.shape[0]} trained rows for {name!r}; its trainable_token_indices list "
                 f"{len(matches[0]) if matches else 0}"
             )
-        table: Any = dict(model.named_parameters(remove_duplicate=False)).get(f"{name}.weight")
+        tables = dict(model.named_parameters(remove_duplicate=False))
+        table: Any = tables.get(f"{name}.weight")
         if table is None or table.ndim != 2 or table.shape[1:] != rows.shape[1:] or max(matches[0]) >= table.shape[0]:
             there = "no such embedding" if table is None else f"a table of {tuple(table.shape)}"
             raise ValueError(
                 f"{directory} trains rows up to {max(matches[0])} of width {rows.shape[-1]} of {name!r}, the model has "
                 f"{there}: resize it first (resize_token_embeddings), or load the right base"
             )
+        first = next(twin for twin, parameter in tables.items() if parameter is table)
+        if first != f"{name}.weight":  # PEFT lets what is tied to an input embedding follow, and nothing else
+            raise ValueError(_apart(f"{directory} trained rows of {name + '.weight'!r}", first, model, name))
         found[name] = list(matches[0])
     if wanted and not found:
         raise ValueError(f"{directory} names trainable_token_indices, but has no rows for them: is a file damaged?")

@@ -73,7 +73,7 @@ def noise(*shape: int) -> Tensor:
 @dataclass
 class Kind:
     build: Callable[[], nn.Module]
-    x: Tensor
+    x: Tensor | dict[str, Tensor]
     settings: dict[str, Any]
     obstacle: str | None = None  # to merging
 
@@ -106,6 +106,14 @@ KINDS: dict[str, Kind] = {
     "named token rows": Kind(
         models.llama, IDS, {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5]}}
     ),
+    "rows of a head": Kind(
+        models.llama,
+        IDS,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5], "lm_head": [5, 2]}},
+    ),
+    "rows of tied embeddings": Kind(
+        family("t5"), zoo.ids_both(), {"target_modules": ["q"], "trainable_token_indices": [3, 17]}
+    ),
 }
 
 
@@ -132,8 +140,8 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    y = model(x)
+def run(model: nn.Module, x: Tensor | dict[str, Tensor]) -> Tensor:
+    y = model(**x) if isinstance(x, dict) else model(x)
     return y if isinstance(y, Tensor) else y.logits
 
 
@@ -402,7 +410,12 @@ def test_an_attention_of_other_widths_is_refused_with_the_reason() -> None:
         (family("mixtral"), {"target_parameters": ["experts.gate_proj"]}, "'experts.gate_proj' matches no parameter"),
         (models.llama, {"target_parameters": ["norm.weight"]}, "can be matrices and 3-D stacks"),
         (models.llama, {"trainable_token_indices": [100]}, "100 is outside the table of 100 rows"),
-        (models.llama, {"trainable_token_indices": {"embed": [1]}}, "names 0 embeddings"),
+        (models.llama, {"trainable_token_indices": {"embed": [1]}}, "names 0 embeddings or output heads"),
+        (
+            functools.partial(models.llama, tied=True),
+            {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},
+            "other rows for 'lm_head' than for 'model.embed_tokens'",
+        ),
         (models.llama, {"target_modules": ["embed_tokens"], "trainable_token_indices": [1]}, "rows of the same weight"),
         (seeded(lambda: Convolution(2, groups=8)), {"target_modules": ["second"]}, "not a multiple of its groups=8"),
         (seeded(Attention), {"target_modules": ["mha"], "init": "pissa"}, "starts from the weights of linear layers"),

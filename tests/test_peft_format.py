@@ -285,9 +285,6 @@ def test_options_of_both_mean_the_same_through_files_in_both_directions(option: 
     assert again.peft_config["default"].lora_dropout == dropout
 
 
-UNTIED = "PEFT unties what it trains whole"
-
-
 def llama_tied() -> nn.Module:
     return models.llama(tied=True).eval()
 
@@ -310,11 +307,22 @@ def saved_by_peft(build: Callable[[], nn.Module], directory: Path, **settings: A
     return wrapped
 
 
-@pytest.mark.parametrize("whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
-def test_a_copy_of_a_tied_tensor_that_peft_trained_is_never_put_into_both(whole: list[str], tmp_path: Path) -> None:
-    wrapped = saved_by_peft(llama_tied, tmp_path, target_modules=["q_proj"], modules_to_save=whole)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"lm_head": [1, 2]}},
+    ],
+    ids=str,
+)
+def test_a_copy_of_a_tied_tensor_that_peft_trained_is_never_put_into_both(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    wrapped = saved_by_peft(llama_tied, tmp_path, target_modules=["q_proj"], **settings)
     model, before = llama_tied(), llama_tied().state_dict()
-    with pytest.raises(ValueError, match=UNTIED):
+    with pytest.raises(ValueError, match="PEFT trained a copy. Untie"):
         load_peft(model, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     ids = models.token_ids()

@@ -1,6 +1,7 @@
 """Single rows of an embedding that train: new tokens, without training the whole table."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,14 @@ from lightning_lora.layers.base import LoRALayer, Pair, swap_class
 class TokenRows(LoRALayer):
     """A layer some of whose weight trains: ``lora_rows`` ``[n, embedding_dim]`` stand for ``weight[lora_token_ids]``.
 
-    A tied output head shares the parameter. ``lora_rows`` holds the rows themselves, not differences (PEFT's layout).
+    Tied tables share the parameter. ``lora_rows`` holds the rows themselves, not differences (PEFT's layout).
     """
 
     adapter_names = ("lora_rows",)
 
     lora_rows: nn.Parameter
     lora_token_ids: list[int]
+    lora_is_twin: bool  # whether the rows are those of a table that this one is tied to
     weight: Tensor  # [num_embeddings, embedding_dim]
 
     @override
@@ -54,7 +56,7 @@ class TokenRowsEmbedding(TokenRows):
 
 
 class TokenRowsLinear(TokenRows):
-    """The output head that is tied to such an embedding."""
+    """An output head with rows that train: its own, or those of an embedding that it is tied to."""
 
     bias: Tensor | None
 
@@ -69,14 +71,14 @@ class TokenRowsLinear(TokenRows):
 
 
 def train_rows(
-    layer: nn.Embedding, tied: Sequence[nn.Linear], token_ids: Sequence[int], *, dtype: torch.dtype | None
+    layer: nn.Module, tied: Sequence[nn.Module], token_ids: Sequence[int], *, dtype: torch.dtype | None
 ) -> None:
-    """Let the given rows of ``layer``, and of the heads tied to it, train in place, beginning at their present values.
+    """Let the given rows of ``layer``, and of what is tied to it, train in place, beginning at their present values.
 
     Raises:
         ValueError: an index is outside the table or given twice, or the weight is on the meta device.
     """
-    weight = layer.weight
+    weight: Any = layer.weight
     wrong = [token for token in token_ids if not 0 <= token < weight.shape[0]]
     if wrong or len(set(token_ids)) != len(token_ids) or not token_ids:
         what = f"{wrong[0]} is outside the table of {weight.shape[0]} rows" if wrong else "an index is given twice"
@@ -86,8 +88,8 @@ def train_rows(
     ids = list(token_ids)
     values = weight.detach()[torch.tensor(ids, device=weight.device)].to(dtype or weight.dtype, copy=True)
     rows = nn.Parameter(values)
-    kinds: list[tuple[nn.Module, type[TokenRows]]] = [(layer, TokenRowsEmbedding)]
-    for module, mixin in kinds + [(head, TokenRowsLinear) for head in tied]:
+    for module in (layer, *tied):
+        mixin = TokenRowsEmbedding if isinstance(module, nn.Embedding) else TokenRowsLinear
         swap_class(module, mixin, scaling=1.0, dropout=0.0, dtype=dtype)
-        module.__dict__["lora_token_ids"] = ids
+        module.__dict__.update(lora_token_ids=ids, lora_is_twin=module is not layer)
         module.register_parameter("lora_rows", rows)
