@@ -3,21 +3,19 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
 
-from lightning_lora.files import write_atomically
+from lightning_lora.peft_format import CONFIG_NAME, read_tensors, write_directory
 from lightning_lora.portable import Factors, folded, read_factors, write_factors
 
-_CONFIG_NAME = "adapter_config.json"
-_WEIGHTS_NAME = "adapter_model.safetensors"
-_LEGACY_WEIGHTS_NAME = "adapter_model.bin"
+# some tools leave the adapter's name in the keys
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB])\.(?!weight$|bias$)[^.]+(?=(?:\.weight)?$)")
 # what says which layers are adapted, besides target_parameters
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # what changes the model or the tokens that are adapted, and so must be one for all
@@ -46,8 +44,9 @@ def combine(
     """
     factor_of = _checked_weights(directories, weights)
     adapters = {Path(directory): _read(Path(directory)) for directory in directories}
-    configs = {path: config for path, (config, _) in adapters.items()}
+    configs = {path: config for path, (config, _, _) in adapters.items()}
     _check_shared(configs)
+    metadata = _shared_metadata({path: metadata for path, (_, _, metadata) in adapters.items()})
     layers: dict[str, list[tuple[Path, Factors]]] = {}
     for directory, factor in zip(directories, factor_of, strict=True):
         path = Path(directory)
@@ -61,9 +60,7 @@ def combine(
             raise ValueError(f"r={r}: expected 1 to {largest}, the largest sum of the adapters' ranks; or None, exact")
         summed = {layer: _truncated(layer, factors, r) for layer, factors in summed.items()}
     config, tensors = write_factors(_config(list(configs.values()), summed), summed, r or largest)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_atomically(Path(output) / _WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
-    write_atomically(Path(output) / _CONFIG_NAME, text.encode())
+    write_directory(output, config, tensors, metadata)
 
 
 def _checked_weights(directories: Sequence[_Path], weights: Sequence[float] | None) -> list[float]:
@@ -85,6 +82,28 @@ def _check_shared(configs: Mapping[Path, Mapping[str, Any]]) -> None:
         if any(value != values[0] for value in values):
             there = ", ".join(f"{value!r} ({path})" for path, value in given.items())
             raise ValueError(f"the adapters differ in {field}: {there}; expected adapters of one base model")
+
+
+def _shared_metadata(recorded: Mapping[Path, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return what lightning_lora recorded about the base of the adapters, which must be one base."""
+    first: tuple[Path, Mapping[str, Any]] | None = None
+    for path, metadata in recorded.items():
+        base = metadata.get("base")
+        if not base:
+            continue
+        if first is None:
+            first = path, metadata
+        other = first[1]["base"]
+        theirs = dict(zip(other["names"], zip(other["hashes"], other["dtypes"], strict=True), strict=True))
+        for name, value, dtype in zip(base["names"], base["hashes"], base["dtypes"], strict=True):
+            their_value, their_dtype = theirs.get(name, (value, dtype))
+            # float16 and another dtype round twice, and are not compared
+            if value != their_value and (dtype == their_dtype or "float16" not in (dtype, their_dtype)):
+                raise ValueError(
+                    f"{path} was trained on another base model than {first[0]}: the base tensor {name!r} held other "
+                    "values; expected adapters of one base model"
+                )
+    return None if first is None else first[1]
 
 
 def _concatenated(layer: str, parts: Sequence[tuple[Path, Factors]]) -> Factors:
@@ -168,32 +187,19 @@ def _selection(config: Mapping[str, Any]) -> list[Any]:
     return [sorted(value, key=str) if isinstance(value, list) else value for value in values]
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
-    path = directory / _CONFIG_NAME
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Factors], dict[str, Any]]:
+    path = directory / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is not an adapter directory: it has no {_CONFIG_NAME}")
+        raise FileNotFoundError(f"{directory} is not an adapter directory: it has no {CONFIG_NAME}")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged, it is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: expected a JSON object, found {type(config).__name__}")
-    tensors = _read_tensors(directory)
+    tensors, metadata = read_tensors(directory)
+    named = {_ADAPTER_NAME.sub(r"\1", key): value for key, value in tensors.items()}
     try:
-        return config, read_factors(config, tensors)
+        return config, read_factors(config, named), metadata
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
-
-
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    path, legacy = directory / _WEIGHTS_NAME, directory / _LEGACY_WEIGHTS_NAME
-    if not path.is_file() and not legacy.is_file():
-        raise FileNotFoundError(f"{directory} has neither {_WEIGHTS_NAME} nor {_LEGACY_WEIGHTS_NAME}")
-    try:
-        if path.is_file():
-            return safetensors.torch.load_file(path)
-        loaded = torch.load(legacy, map_location="cpu", weights_only=True)
-        return {name: value.detach() for name, value in loaded.items()}
-    except Exception as error:
-        there = path if path.is_file() else legacy
-        raise ValueError(f"{there} is damaged or holds more than tensors: {error}") from error

@@ -1,6 +1,7 @@
 """Combined adapters against float64 dense sums, dense truncated SVD, and PEFT loading the result."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_lora import LoRAConfig, inject, load_peft, save_peft
 from lightning_lora.combine import combine
 from tests import models
 from tests.test_portable import CASES, CLOSE, EXPERTS, Convolutions, loaded, mixtral, output, read, save, seeded, write
@@ -193,6 +195,42 @@ def test_an_adapter_that_names_no_base_model_fits_any(tmp_path: Path) -> None:
     a, b = small(tmp_path / "a"), small(tmp_path / "b", base_model_name_or_path="base")
     combine([a, b], None, tmp_path / "out")
     assert read(tmp_path / "out")[0]["base_model_name_or_path"] == "base"
+
+
+def test_adapters_of_other_bases_are_refused_and_the_sum_knows_its_base(tmp_path: Path) -> None:
+    def changed() -> nn.Module:
+        model = models.llama()
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        return model
+
+    for name, build in (("first", models.llama), ("second", models.llama), ("third", changed)):
+        save_peft(inject(build(), LoRAConfig(r=2)), tmp_path / name)
+    with pytest.raises(ValueError, match=r"third was trained on another base model than .*first: .*up_proj.weight"):
+        combine([tmp_path / "first", tmp_path / "third"], None, tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
+    combine([tmp_path / "first", tmp_path / "second"], None, tmp_path / "sum")
+    load_peft(models.llama(), tmp_path / "sum")
+    with pytest.raises(ValueError, match="another base model"):
+        load_peft(changed(), tmp_path / "sum")
+
+
+def test_keys_with_the_adapters_name_are_read(tmp_path: Path) -> None:
+    save(tmp_path / "plain", models.llama, {"target_modules": ["q_proj", "embed_tokens"]}, 0)
+    config, tensors = read(tmp_path / "plain")
+    named = {
+        re.sub(
+            r"(lora_[AB])\.weight", r"\1.default.weight", re.sub(r"(lora_embedding_[AB])", r"\1.default", key)
+        ): value
+        for key, value in tensors.items()
+    }
+    assert not named.keys() & {key for key in tensors if ".lora_" in key}
+    write(tmp_path / "named", config, named)
+    for name in ("plain", "named"):
+        combine([tmp_path / name], None, tmp_path / f"{name}-sum")
+    assert (tmp_path / "plain-sum/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "named-sum/adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_experts_with_other_parameters_adapted_are_refused(tmp_path: Path) -> None:
