@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,15 @@ def write_described(
         seen.add(value.data_ptr())
     config = description["config"]
     if portable:
-        config, tensors = make_portable(config, tensors)
+        config, tensors = make_portable(config, tensors, _parameters_by_layer(description["entries"]))
     write_directory(directory, config, tensors, description["metadata"])
+
+
+def _parameters_by_layer(entries: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str, str]:
+    """Return the names of adapted parameters by the layers' names in the file, which does not tell them."""
+    suffix = ".lora_A.weight"
+    names = {key.removesuffix(suffix): names[0] for key, _, names in entries if key.endswith(suffix)}
+    return {layer: name.replace(".lora_A_", ".") for layer, name in names.items() if ".lora_A_" in name}
 
 
 def _entries(root: nn.Module) -> list[Entry]:

@@ -67,7 +67,9 @@ class Factors:
         return _module(self.keys[0].removeprefix(_PREFIX).partition(".lora_")[0])
 
 
-def make_portable(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def make_portable(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], parameters: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the adapter with every layer at the largest rank R and the scales in B: ``r = lora_alpha = R``.
 
     Added rows and columns are zeros. B is scaled in float32 at least and keeps its dtype where that loses nothing,
@@ -76,16 +78,19 @@ def make_portable(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
     Args:
         config: the content of ``adapter_config.json``.
         tensors: the content of ``adapter_model.safetensors``, by PEFT's names.
+        parameters: full names of the fused parameters, by the names of their layers in the file, where they are known.
 
     Raises:
         ValueError: the adapter is more than LoRA's factors (DoRA, trained modules, tokens or biases), a grouped
             convolution cannot have rank R, the tensors are damaged, or fused parameters cannot be told apart.
     """
-    layers = read_factors(config, tensors)
+    layers = read_factors(config, tensors, parameters)
     return write_factors(config, layers, max(factors.rank for factors in layers.values()))
 
 
-def read_factors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+def read_factors(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], parameters: Mapping[str, str] | None = None
+) -> dict[str, Factors]:
     """Return the adapter's layers by their names in the file.
 
     Raises:
@@ -108,7 +113,8 @@ def read_factors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
         raise ValueError(
             f"ensure_weight_tying=True: a scale in B would differ between {tied[0]!r} and its twin. {_MERGE}"
         )
-    return {layer: _factors(config, layer, pair) for layer, pair in pairs.items()}
+    known = parameters or {}
+    return {layer: _factors(config, layer, pair, known.get(layer)) for layer, pair in pairs.items()}
 
 
 def write_factors(
@@ -168,14 +174,16 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
 
 
-def _factors(config: Mapping[str, Any], layer: str, pair: Mapping[str, tuple[str, Tensor]]) -> Factors:
+def _factors(
+    config: Mapping[str, Any], layer: str, pair: Mapping[str, tuple[str, Tensor]], parameter: str | None
+) -> Factors:
     """Split the pair into blocks and find its scale."""
     shapes = {factor: tuple(tensor.shape) for factor, (_, tensor) in pair.items()}
     if set(pair) != {"A", "B"} or not _fit(shapes["A"], shapes["B"]):
         raise ValueError(f"the factors of {layer!r} do not fit: {shapes}, expected A [r, in, ...] and B [out, r, ...]")
     (key_A, A), (key_B, B) = pair["A"], pair["B"]
     name = layer.removeprefix(_PREFIX)
-    parameters = _fused_parameters(config, name)
+    parameters = _fused_parameters(config, name) if parameter is None else (parameter,)
     num_groups = A.shape[0] // B.shape[1]
     factors = Factors((key_A, key_B), A.unflatten(0, (num_groups, -1)), B, 1.0)
     if not parameters:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_lora import LoRAConfig, adapter_checkpoint, convert, inject, save_peft
 from lightning_lora.portable import make_portable
 from tests import models, zoo
 
@@ -254,6 +255,18 @@ def test_expert_parameters_of_different_ranks_or_alphas_are_refused(pattern: str
     save(tmp_path, mixtral, config)
     with pytest.raises(ValueError, match=r"experts.* stands for one of .*down_proj.*gate_up_proj.*different ranks"):
         make_portable(*read(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_the_model_tells_which_expert_parameter_has_which_rank_and_alpha(pattern: str, tmp_path: Path) -> None:
+    config = LoRAConfig(r=4, target_modules=["q_proj"], target_parameters=EXPERTS, **{pattern: {"down_proj": 2}})
+    model = inject(mixtral(), config)
+    models.fill_adapters(model)
+    save_peft(model, tmp_path / "saved", portable=True)
+    torch.save(adapter_checkpoint(model), tmp_path / "adapter.ckpt")
+    convert(tmp_path / "adapter.ckpt", tmp_path / "converted", portable=True)
+    for name in ("saved", "converted"):
+        torch.testing.assert_close(loaded(mixtral, tmp_path / name), output(model), **CLOSE)
 
 
 def test_expert_rows_that_are_no_multiple_of_the_rank_are_refused() -> None:
