@@ -83,11 +83,13 @@ def left_out_towers(model: nn.Module) -> dict[str, int]:
     """Return the parts beside the language model of a multimodal one, each with its number of linear layers.
 
     These are vision and audio towers and projectors. A model has them when its config describes a text model and
-    another one (transformers' ``sub_configs``) and it holds a ``language_model``.
+    another one (transformers' ``sub_configs``) and it holds a ``language_model``, or a ``text_model`` that it generates
+    with; CLIP's, beside which there is no output head, is one of two equals.
     """
     config = getattr(model, "config", None)
     modules = _named_modules(model)
-    language = [name for name in modules if name.rpartition(".")[2] in ("language_model", "thinker")]
+    names = ("language_model", "thinker", *(["text_model"] if _output_head(model) is not None else []))
+    language = [name for name in modules if name.rpartition(".")[2] in names]
     if not is_pretrained(model) or "text_config" not in getattr(config, "sub_configs", {}) or not language:
         return {}
     outermost = min(language, key=len)

@@ -14,6 +14,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lightning_lora import (
@@ -31,6 +32,7 @@ from lightning_lora import (
 )
 from lightning_lora.inject import named_lora_layers
 from lightning_lora.layers import LoRALayer, register
+from lightning_lora.matching import all_linear, left_out_towers
 from tests import models, zoo
 
 # other order of float32 operations in the adapter's term
@@ -539,6 +541,36 @@ def test_all_linear_means_the_language_model_of_a_multimodal_one_and_towers_can_
     named = inject(family("llava")(), LoRAConfig(r=4, target_modules=["multi_modal_projector.linear_1", "q_proj"]))
     assert "model.multi_modal_projector.linear_1" in named_lora_layers(named)
     assert "left out" not in summary(named, "", named)
+
+
+@pytest.mark.parametrize(
+    ("cls", "language_model", "left_out"),
+    [
+        ("Qwen2AudioForConditionalGeneration", "model.language_model", {"audio_tower", "multi_modal_projector"}),
+        ("Qwen2_5_VLForConditionalGeneration", "model.language_model", {"visual"}),
+        ("SmolVLMForConditionalGeneration", "model.text_model", {"vision_model", "connector"}),
+        ("CLIPModel", "", set()),
+    ],
+)
+def test_all_linear_leaves_out_towers_of_sight_and_sound(cls: str, language_model: str, left_out: set[str]) -> None:
+    model_class = getattr(transformers, cls)
+    config = model_class.config_class()
+    for part in (
+        config.get_text_config(),
+        getattr(config, "vision_config", None),
+        getattr(config, "audio_config", None),
+    ):
+        for field in ("num_hidden_layers", "depth", "encoder_layers"):
+            if hasattr(part, field):
+                setattr(part, field, 1)
+    with torch.device("meta"):
+        model = model_class(config)
+    towers = left_out_towers(model)
+    assert {name.rpartition(".")[2] for name in towers} == left_out
+    linear = {
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()
+    }
+    assert set(all_linear(model)) == {name for name in linear if name.startswith(language_model)}
 
 
 CONFIGS = [
