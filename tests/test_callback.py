@@ -22,14 +22,16 @@ from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
     inject,
+    load_peft,
     merge,
     named_adapter_parameters,
     remove,
 )
+from lightning_lora.inject import named_pairs
 from lightning_lora.layers import LoRALayer
 from lightning_lora.strategies.adapter_only import adopt
 from lightning_lora.strategies.fabric import adopt_fabric
-from tests import models
+from tests import models, zoo
 from tests.runs import ClassifierModule, LanguageModule, LazyModule, fitted, loader, same_adapters, trainer
 
 
@@ -171,6 +173,51 @@ def test_several_pretrained_models_need_a_choice(tmp_path: Path) -> None:
     assert not any(isinstance(m, LoRALayer) for m in module.teacher.modules())
     run.save_checkpoint(tmp_path / "d.ckpt")
     assert Distiller.load_from_checkpoint(tmp_path / "d.ckpt").model.lora_injection.config.r == 4
+
+
+def test_two_callbacks_adapt_two_models_of_one_module(tmp_path: Path) -> None:
+    unet = next(family for family in zoo.FAMILIES if family.name == "unet")
+
+    class Diffusion(LanguageModule):
+        def __init__(self) -> None:
+            pl.LightningModule.__init__(self)
+            self.unet, self.text_encoder = unet.build().train(), models.llama().model
+            self.losses = []
+
+        def training_step(self, batch, batch_idx):
+            context = self.text_encoder(batch).last_hidden_state[..., :24]
+            noise = torch.ones(len(batch), 4, 8, 8)
+            loss = (self.unet(noise, torch.full((len(batch),), 3.0), context) - noise).square().mean()
+            self.losses.append(loss.item())
+            return loss
+
+    def run(epochs: int, **start: str) -> tuple[pl.Trainer, Diffusion]:
+        both = (
+            LoRACallback(module="unet", r=4, target_modules=["to_q", "conv1"], save_peft=True),
+            LoRACallback(module="text_encoder", r=2, use_rslora=True, target_modules=["q_proj"], save_peft=True),
+        )
+        module = Diffusion()
+        run = trainer(tmp_path, *both, max_epochs=epochs)
+        run.fit(module, loader(), **start)
+        return run, module
+
+    unbroken, module = run(2)
+    first, _ = run(1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed = run(2, ckpt_path=str(tmp_path / "half.ckpt"))
+    assert resumed.losses == module.losses[4:]
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in module.state_dict().items())
+    assert {p.r for _, p in named_pairs(module.unet).items()} == {4}
+    assert {p.r for _, p in named_pairs(module.text_encoder).items()} == {2}
+
+    unbroken.save_checkpoint(tmp_path / "full.ckpt")
+    again = Diffusion()
+    load_peft(again.unet, tmp_path / "full-peft" / "unet")
+    load_peft(again.text_encoder, tmp_path / "full-peft" / "text_encoder")
+    loaded = Diffusion.load_from_checkpoint(tmp_path / "full.ckpt")
+    for other in (again, loaded):
+        assert same_adapters(other.unet, module.unet)
+        assert same_adapters(other.text_encoder, module.text_encoder)
 
 
 def test_a_wrong_module_name_lists_the_children(tmp_path: Path) -> None:

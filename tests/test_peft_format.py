@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject, load_peft, merge, named_adapter_parameters, save_peft
+from lightning_lora import (
+    LoRAConfig,
+    adapter_checkpoint,
+    convert,
+    inject,
+    load_peft,
+    merge,
+    named_adapter_parameters,
+    save_peft,
+)
 from lightning_lora.layers import LoRALayer
 from tests import models
 
@@ -350,6 +360,34 @@ def test_indices_of_blocks_that_the_model_lacks_are_ignored_as_by_peft(tmp_path:
     wrapped = saved_by_peft(models.llama, tmp_path, target_modules=["q_proj"], layers_to_transform=[0, 9])
     ids = models.token_ids()
     torch.testing.assert_close(load_peft(models.llama(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
+
+
+class Tokenizer:
+    def save_pretrained(self, directory: Path) -> None:
+        (directory / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_base_and_tokenizer_are_beside_the_adapter_and_nobody_is_asked(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket.socket, "connect", None)  # any use is an error
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    model = models.llama()
+    model.config._name_or_path, model.config._commit_hash = "somebody/base", "0123abc"
+    model.resize_token_embeddings(104)  # for which PEFT compares with the Hub, and puts the embeddings into the file
+    if not given:
+        model.tokenizer = Tokenizer()
+    inject(model, LoRAConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+    save_peft(model, tmp_path / "saved", tokenizer=Tokenizer() if given else None)
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    torch.save(adapter_checkpoint(model), tmp_path / "adapter.ckpt")
+    convert(tmp_path / "adapter.ckpt", tmp_path / "converted")
+    for name in ("saved", "converted"):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("somebody/base", "0123abc")
+        tensors = safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors")
+        assert all(".lora_" in key for key in tensors)
 
 
 def test_a_body_without_its_head_keeps_names_of_its_own(tmp_path: Path) -> None:
