@@ -37,6 +37,8 @@ def read_diffusers(directory: Path, component: str | None) -> tuple[dict[str, An
         tensors = safetensors.torch.load_file(path)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is damaged: its {_METADATA} is no JSON object")
     kohya = [key for key in tensors if key.startswith(("lora_unet_", "lora_te"))]
     if kohya:
         raise ValueError(f"{path} is of kohya's layout ({kohya[0]!r}); load it with diffusers and save it from there")
@@ -46,6 +48,9 @@ def read_diffusers(directory: Path, component: str | None) -> tuple[dict[str, An
     if component not in components:
         raise ValueError(f'{path} holds {components}; choose the one for this model with component="name"')
     own = {key[len(component) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{component}.")}
+    wrong = [key for key, value in own.items() if key.endswith(".alpha") and value.numel() != 1]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]!r} is {tuple(own[wrong[0]].shape)}, expected one number")
     pairs = {_peft_key(key, path): value for key, value in own.items() if not key.endswith(".alpha")}
     alphas = {_layer(key.removesuffix(".alpha")): float(value) for key, value in own.items() if key.endswith(".alpha")}
     recorded = {k[len(component) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{component}.")}

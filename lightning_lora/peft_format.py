@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_lora.config import PEFT_UNSUPPORTED
 from lightning_lora.files import write_atomically
+from lightning_lora.root import clean_name
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -234,7 +235,7 @@ def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], d
         if not isinstance(value, Tensor) or (is_adapter and not value.is_floating_point()):
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{directory}: {key!r} is {kind}, expected a floating-point tensor")
-        name = key.removeprefix(PREFIX)
+        name = clean_name(key.removeprefix(PREFIX))  # PEFT keeps the name that torch.compile puts in
         if ".original_module." in name:  # the untrained twin of a module that trained
             continue
         match, rows = _ADAPTER_KEY.fullmatch(name), _ROWS_KEY.fullmatch(name)
@@ -252,8 +253,8 @@ def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], d
         elif ".lora_" in name or ".token_adapter." in name:
             raise ValueError(f"{directory}: tensor {key!r} is of a kind that is not supported")
         else:
-            clean = re.sub(r"\.base_layer\.", ".", _without_wrapper(key, tensors).removeprefix(PREFIX))
-            adapter.trained[clean] = value
+            clean = clean_name(_without_wrapper(key, tensors).removeprefix(PREFIX))
+            adapter.trained[re.sub(r"\.base_layer\.", ".", clean)] = value
     if not adapter.factors:
         raise ValueError(f"{directory} holds no LoRA tensors; its keys begin with {list(tensors)[:3]}")
     for layer, pair in adapter.factors.items():

@@ -304,6 +304,11 @@ def _config_for(
         name: pair["A"].shape[pair["A"].ndim - 2 if f"{name}.lora_A" not in tensors else 0]
         for name, pair in pairs.items()
     }
+    other = next((name for name, rank in ranks.items() if rank != r), None)
+    if other is not None and not peft_config.get("rank_pattern"):
+        raise ValueError(
+            f"{directory} has r={r} in its config, and tensors of rank {ranks[other]} for {other!r}. Is a file damaged?"
+        )
     rank_pattern: dict[str, int] = _live_patterns(peft_config.get("rank_pattern"), pairs)
     alpha_pattern: dict[str, float] = _live_patterns(peft_config.get("alpha_pattern"), pairs)
     own = _without_projections(pairs, modules)

@@ -650,3 +650,18 @@ def test_diffusers_layouts_are_read(names: str, scales: str, tmp_path: Path) -> 
     assert torch.equal(actual, expected)
     with pytest.raises(ValueError, match=r"holds \['text_encoder', 'unet'\]; choose"):
         load_peft(unet.build(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "metadata", "message"),
+    [(torch.ones(2), "{}", r"alpha' is \(2,\), expected one number"), (torch.ones(()), "[1]", "is no JSON object")],
+)
+def test_damaged_files_of_diffusers_are_one_clear_error(
+    alpha: Tensor, metadata: str, message: str, tmp_path: Path
+) -> None:
+    tensors = {"unet.mid_block.attn2.to_q.alpha": alpha}
+    tensors |= {f"unet.mid_block.attn2.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    safetensors.torch.save_file(tensors, path, {"lora_adapter_metadata": metadata})
+    with pytest.raises(ValueError, match=message):
+        load_peft(family("unet")(), tmp_path)

@@ -225,6 +225,18 @@ class TestOtherFiles:
         safetensors.torch.save_file(tensors, weights)
         self.assert_read(tmp_path, model)
 
+    def test_keys_of_a_compiled_model(self, tmp_path: Path) -> None:
+        compiled = torch.compile(models.llama(), backend="eager")
+        wrapped = peft.get_peft_model(compiled, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        give_values(wrapped)
+        wrapped.save_pretrained(tmp_path)
+        assert all("._orig_mod." in key for key in safetensors.torch.load_file(tmp_path / "adapter_model.safetensors"))
+        model = load_peft(models.llama(), tmp_path)
+        theirs = {name: value for name, value in wrapped.named_parameters() if ".lora_" in name}
+        prefix = "base_model.model._orig_mod."
+        for name, value in named_adapter_parameters(model):
+            assert torch.equal(value, theirs[f"{prefix}{name}.default.weight"])
+
     def test_bf16_tensors_keep_their_values(self, tmp_path: Path) -> None:
         self.saved(tmp_path)
         weights = tmp_path / "adapter_model.safetensors"
@@ -524,6 +536,7 @@ class TestDamagedDirectories:
             ({"use_qalora": True}, "use_qalora=True, which is not supported"),
             ({"init_lora_weights": "pissa"}, "changes the base weights"),
             ({"r": None}, "lacks 'r'"),
+            ({"r": 8}, "has r=8 in its config, and tensors of rank 4 for"),
             ({"target_modules": ["q_proj"]}, "config and tensors disagree"),
         ],
     )
