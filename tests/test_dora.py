@@ -203,8 +203,9 @@ def test_merging_unmerging_disabling_removing_and_copying(kind: Kind) -> None:
     give_values(model)
     before, expected = copy.deepcopy(model.state_dict()), run(model, kind.x)
     assert torch.equal(run(copy.deepcopy(model), kind.x), expected)
+    frozen = copy.deepcopy(base).requires_grad_(False)  # nn.MultiheadAttention in eval takes another path for those
     with disabled(model):
-        assert torch.equal(run(model, kind.x), run(base, kind.x))
+        assert torch.equal(run(model, kind.x), run(frozen, kind.x))
     if kind.obstacle is None:
         merge(model)
         torch.testing.assert_close(run(model, kind.x), expected, **CLOSE)
