@@ -11,9 +11,11 @@ from lightning_lora.merge import disabled, merge, merged, unmerge
 from lightning_lora.peft_export import save_peft
 from lightning_lora.peft_import import load_peft
 from lightning_lora.readers import check_portable
+from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
 
 __version__ = "0.1.0"
 __all__ = [
+    "FSDPLoRAStrategy",
     "LoRACallback",
     "LoRAConfig",
     "adapter_checkpoint",

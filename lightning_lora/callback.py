@@ -277,11 +277,18 @@ class LoRACallback(Callback):
                 f"{precision} replaces the linear layers that adapters sit in and is not supported. Use "
                 'precision="bf16-true" for a frozen base in half the memory, or "bf16-mixed"'
             )
+        shards = getattr(trainer.strategy, "shards", False)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        averaging = [one for one in callbacks if isinstance(one, (WeightAveraging, StochasticWeightAveraging))]
+        if averaging and shards:
+            raise ValueError(
+                f"{type(averaging[0]).__name__} copies the whole model, which no rank holds under "
+                f"{type(trainer.strategy).__name__}: use it with strategy='ddp', or leave it out"
+            )
         for callback in callbacks:
             if callback is self:
                 break
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            if callback in averaging:
                 name = type(callback).__name__
                 raise ValueError(
                     f"{name} copies the model at setup, before LoRACallback adapts it: list LoRACallback before {name}"

@@ -28,7 +28,8 @@ from lightning_lora.inject import (
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.peft_export import describe_for_peft
-from lightning_lora.root import clean_name, is_pretrained
+from lightning_lora.root import clean_name, is_inside, is_pretrained
+from lightning_lora.sharded import local_part, reshard, whole, write
 
 SECTION = "lightning_lora"
 FORMAT_VERSION = 1
@@ -37,9 +38,10 @@ FORMAT_VERSION = 1
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapters, and the heads and biases that train with them, as ``{name: full tensor}``.
 
-    Names are relative to the adapted model. As with ``state_dict``, the tensors are the live ones, detached.
+    Names are relative to the adapted model. As with ``state_dict``, the tensors are the live ones, detached; those that
+    are spread over ranks are gathered (call on all ranks then).
     """
-    return dict(trained_tensors(require_root(model)))
+    return {name: whole(tensor) for name, tensor in trained_tensors(require_root(model)).items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -67,19 +69,20 @@ def adapter_checkpoint(model: nn.Module) -> dict[str, Any]:
     Trainer (``LoRACallback(init_from=...)``), Fabric and :func:`load_adapter_state_dict` read the file.
     """
     root = require_root(model)
-    return {"state_dict": trained_tensors(root), SECTION: describe(root, "state_dict")}
+    return {"state_dict": adapter_state_dict(root), SECTION: describe(root, "state_dict")}
 
 
 def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDict[str, Tensor]":
     """Return what a checkpoint of ``module`` holds: adapters, parameters that train, and buffers that may change.
 
     Inside the adapted models those are the buffers beside parameters that train, and of what the user's own
-    LightningModule holds; outside, all persistent ones.
+    LightningModule holds; outside, all persistent ones. Tensors that are spread over ranks come as they are.
 
     Args:
         also: identities (``id``) of further parameters to hold, such as those of an optimizer.
     """
     roots = injected_roots(module)
+    reshard(module)
     for root in roots.values():
         check_not_disabled(root)
     state: OrderedDict[str, Tensor] = OrderedDict()
@@ -96,11 +99,11 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
                 state[_join(clean, local)] = parameter.detach()
         own = [parameter for parameter in owner._parameters.values() if parameter is not None]
         keeps_buffers = any(parameter.requires_grad for parameter in own)
-        if not any(_is_inside(clean, path) for path in roots):
+        if not any(is_inside(clean, path) for path in roots):
             keeps_buffers = True
-        elif not any(_is_inside(clean, path) for path in pretrained):
+        elif not any(is_inside(clean, path) for path in pretrained):
             keeps_buffers |= not own and not isinstance(owner, FrozenStatistics)
-        if keeps_buffers or any(_is_inside(clean, path) for path in whole):
+        if keeps_buffers or any(is_inside(clean, path) for path in whole):
             for local, buffer in owner._buffers.items():
                 if buffer is not None and local not in owner._non_persistent_buffers_set:
                     state[_join(clean, local)] = buffer.detach()
@@ -242,7 +245,7 @@ def fitting_tensors(
     rename = _renaming(by_path)
     if roots.keys() == {""}:  # the adapted model itself: what trained around it has no place here
         file_root = by_path[""]["root"]
-        state = {name: value for name, value in state.items() if _is_inside(name, file_root)}
+        state = {name: value for name, value in state.items() if is_inside(name, file_root)}
     renamed = {rename(name): value for name, value in state.items()}
     if check_names:
         check_tensors(renamed, module, source)
@@ -277,7 +280,7 @@ def _by_path(
 def _renaming(by_path: Mapping[str, Mapping[str, Any]]) -> Callable[[str], str]:
     def rename(name: str) -> str:
         for path, adapter in by_path.items():
-            if _is_inside(name, adapter["root"]):
+            if is_inside(name, adapter["root"]):
                 return _join(path, _relative(name, adapter["root"]))
         return name
 
@@ -295,7 +298,7 @@ def other_state(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in state.items()
-        if name not in tensors and not any(_is_inside(name, path) for path in pretrained)
+        if name not in tensors and not any(is_inside(name, path) for path in pretrained)
     }
 
 
@@ -303,9 +306,8 @@ def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
     """Copy checked tensors into ``module`` in place, each in its own dtype and device."""
     targets = _named_tensors(module)
     others = {name: value for name, value in tensors.items() if name not in targets}
-    with torch.no_grad():
-        for name in tensors.keys() - others.keys():
-            targets[name].copy_(tensors[name])
+    for name in tensors.keys() - others.keys():
+        write(targets[name], tensors[name])
     if others:
         module.load_state_dict(others, strict=False)
 
@@ -383,8 +385,9 @@ def _without_second_names(state: "OrderedDict[str, Tensor]") -> "OrderedDict[str
     seen: set[tuple[Any, ...]] = set()
     kept: OrderedDict[str, Tensor] = OrderedDict()
     for name, tensor in state.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() == 0 or tensor.data_ptr() == 0 or key not in seen:
+        address = local_part(tensor).data_ptr()
+        key = (address, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() == 0 or address == 0 or key not in seen:
             seen.add(key)
             kept[name] = tensor
     return kept
@@ -398,10 +401,6 @@ def _injection(root: nn.Module) -> Any:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _is_inside(name: str, path: str) -> bool:
-    return not path or name == path or name.startswith(f"{path}.")
 
 
 def _relative(name: str, path: str) -> str:

@@ -1,6 +1,6 @@
 """A fingerprint of the frozen base, by which an adapter knows the model that it was trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.inject import injected_roots, named_lora_layers, named_trained_whole
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.root import clean_name, name_or_path
+from lightning_lora.sharded import box, is_sharded, local_part, reshard, shard_group
 
 NUM_SAMPLES = 64
 _MULTIPLIER = 0x1E3779B97F4A7C15
@@ -23,24 +24,31 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
     of shards are the sum of the whole. It tells one set of trained weights from another; it is no proof against a
     forger. Tensors that are quantised or on the meta device are left out. For embeddings the number of rows and a hash
     of the last one are kept too: rows that a resize added hold values of their own.
+
+    Of a sharded base each rank hashes its own part, and the integers are summed: call on all ranks then.
     """
-    names, dtypes, hashes = [], [], []
-    embeddings: dict[str, list[Any]] = {}
+    reshard(root)
     tables = {id(m._parameters.get("weight")) for m in root.modules() if isinstance(m, nn.Embedding)}
     parameters = {clean_name(name): parameter for name, parameter in root.named_parameters()}
-    for name, tensor in named_base_tensors(root):
-        if tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel() > 0:
-            names.append(name)
-            dtypes.append(str(tensor.dtype).removeprefix("torch."))
-            hashes.append(_hash(tensor).to("cpu", non_blocking=False))
-            if id(parameters.get(name)) in tables:
-                embeddings[name] = [tensor.shape[0], int(_hash(tensor[-1].contiguous())), dtypes[-1]]
+    held = {
+        name: (tensor, parameters.get(name, tensor))
+        for name, tensor in named_base_tensors(root)
+        if tensor.is_floating_point() and tensor.device.type != "meta" and parameters.get(name, tensor).numel() > 0
+    }
+    resizable = [name for name in held if id(parameters.get(name)) in tables]
+    sums = [_hash(tensor, like) for tensor, like in held.values()]
+    sums += [_hash(*held[name], last_row=True) for name in resizable]
+    hashes = _summed(sums, [held[name][1] for name in [*held, *resizable]])
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, (tensor, _) in held.items()}
     return {
         "source": name_or_path(root),
-        "names": names,
-        "hashes": torch.stack(hashes) if hashes else torch.empty(0, dtype=torch.int64),
-        "dtypes": dtypes,
-        "embeddings": embeddings,
+        "names": list(held),
+        "hashes": hashes[: len(held)].clone(),
+        "dtypes": list(dtypes.values()),
+        "embeddings": {
+            name: [held[name][1].shape[0], int(value), dtypes[name]]
+            for name, value in zip(resizable, hashes[len(held) :].tolist(), strict=True)
+        },
     }
 
 
@@ -89,8 +97,9 @@ def _resized(own: dict[str, list[Any]], recorded: dict[str, list[Any]]) -> str |
 def hashes_outside_roots(module: nn.Module) -> dict[str, int]:
     """Return the hash of every frozen parameter of ``module`` that lies outside its adapted models, by clean name."""
     inside = {id(p) for root in injected_roots(module).values() for p in root.parameters()}
-    return {
-        clean_name(name): int(_hash(parameter.detach()))
+    reshard(module)
+    held = {
+        clean_name(name): parameter.detach()
         for name, parameter in module.named_parameters()
         if id(parameter) not in inside
         and not parameter.requires_grad
@@ -98,6 +107,13 @@ def hashes_outside_roots(module: nn.Module) -> dict[str, int]:
         and parameter.device.type != "meta"
         and parameter.numel() > 0
     }
+    hashes = _summed(local_hashes(held.values()), list(held.values()))
+    return dict(zip(held, hashes.tolist(), strict=True))
+
+
+def local_hashes(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the hash of each tensor, of a sharded one this rank's addend: scalar int64 on CPU."""
+    return [_hash(tensor.detach(), tensor) for tensor in tensors]
 
 
 def named_base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -124,16 +140,58 @@ def named_base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from module.named_buffers(clean_name(name), recurse=False)
 
 
-def _hash(tensor: Tensor) -> Tensor:
-    """Return a scalar int64 on the tensor's device."""
-    size = tensor.numel()
-    count = min(size, NUM_SAMPLES)
-    step = size // count
+def _hash(tensor: Tensor, like: Tensor, *, last_row: bool = False) -> Tensor:
+    """Return a scalar int64 on CPU: this rank's addend to the hash of the whole tensor, or of its last row.
+
+    Args:
+        tensor: the values, or this rank's part of them.
+        like: the parameter itself, which says what part of the whole that is.
+    """
+    row = like.numel() // like.shape[0] if last_row else like.numel()
+    count = min(row, NUM_SAMPLES)
+    step = row // count
     within = torch.arange(count) * 0x9E3779B1 % step  # not the same place in every stride
     positions = torch.arange(count) * step + within
-    values = torch.take(tensor, positions.to(tensor.device))
-    bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
-    keys = (positions.to(tensor.device) + 1) * _MULTIPLIER
+    here = positions + (like.numel() - row)
+    values = local_part(tensor.detach())
+    if is_sharded(like):
+        mine, here = _inside(here, like)
+        positions = positions[mine]
+    if len(positions) == 0:
+        return torch.zeros((), dtype=torch.int64)
+    bits = torch.take(values, here.to(values.device)).to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
+    keys = (positions.to(values.device) + 1) * _MULTIPLIER
     mixed = (keys ^ (bits * 0x2545F4914F6CDD1D)) & _MASK
     mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
-    return ((mixed & _MASK) >> 20).sum()
+    return ((mixed & _MASK) >> 20).sum().cpu()
+
+
+def _inside(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which flat positions of the whole tensor lie in this rank's part, and where they are in it."""
+    shape, offset = box(like)
+    if 0 in shape:
+        return torch.zeros_like(positions, dtype=torch.bool), positions[:0]
+    own = [i - start for i, start in zip(torch.unravel_index(positions, like.shape), offset, strict=True)]
+    mine = torch.stack([(i >= 0) & (i < size) for i, size in zip(own, shape, strict=True)]).all(0)
+    place = torch.zeros_like(positions)
+    for i, size in zip(own, shape, strict=True):
+        place = place * size + i
+    return mine, place[mine]
+
+
+def _summed(sums: Sequence[Tensor], likes: Sequence[Tensor]) -> Tensor:
+    """Return the hashes as ``[n]`` int64 on CPU, those of sharded tensors summed over their ranks in one all-reduce."""
+    if not sums:
+        return torch.empty(0, dtype=torch.int64)
+    hashes = torch.stack(list(sums))
+    group = shard_group(likes)
+    if group is None:
+        return hashes
+    spread = [index for index, like in enumerate(likes) if is_sharded(like)]
+    device = local_part(likes[spread[0]]).device
+    if torch.distributed.get_backend(group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    part = hashes[spread].to(device)
+    torch.distributed.all_reduce(part, group=group)
+    hashes[spread] = part.cpu()
+    return hashes

@@ -29,6 +29,7 @@ from lightning_lora.matching import (
     select_trained_whole,
 )
 from lightning_lora.root import clean_name, new_heads
+from lightning_lora.sharded import gathered, reshard, write
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Injection:
         requires_grad: what every base parameter's flag was before.
         undo: attributes that were changed, as ``(module, name, former value)``.
         source: the file that the adapters started from, if any.
+        base_weights: where the base was read from after it was built without values, if it was.
     """
 
     config: LoRAConfig
@@ -50,6 +52,7 @@ class Injection:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     source: str | None = None
+    base_weights: str | None = None
 
 
 def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
@@ -140,9 +143,9 @@ def remove(model: nn.Module) -> nn.Module:
                 "weights without adapters, or unmerge(model) first to get the base back"
             )
         check_not_disabled(root)
+        reshard(root)
         for parameter, original in _with_originals(root):
-            with torch.no_grad():
-                parameter.copy_(original)
+            write(parameter, original)
         take_out(root)
     return model
 
@@ -236,11 +239,12 @@ def named_token_rows(root: nn.Module) -> dict[str, list[int]]:
 def has_trained(root: nn.Module) -> bool:
     """Whether any pair differs from its start, at which B A is zero."""
     for layer in named_lora_layers(root).values():
-        if isinstance(layer, ResidualLinear):
-            if not (torch.equal(layer.lora_A, layer.lora_A0) and torch.equal(layer.lora_B, layer.lora_B0)):
+        with gathered(layer):
+            if isinstance(layer, ResidualLinear):
+                if not (torch.equal(layer.lora_A, layer.lora_A0) and torch.equal(layer.lora_B, layer.lora_B0)):
+                    return True
+            elif any(bool(pair.B.any()) and bool(pair.A.any()) for pair in layer.pairs().values()):
                 return True
-        elif any(bool(pair.B.any()) and bool(pair.A.any()) for pair in layer.pairs().values()):
-            return True
     return False
 
 

@@ -1,8 +1,9 @@
 """The places where Lightning itself has to know about adapters and offers no hook.
 
-Importing the package wraps Fabric's ``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no
-callback can reach in time, and the function behind ``LightningModule.load_from_checkpoint``, which would drop adapters
-from a file with a warning at most. Each looks for adapters first and is Lightning's own where there are none.
+Importing the package registers ``"fsdp_lora"`` with Trainer and Fabric, and wraps Fabric's ``setup``, ``setup_module``,
+``save``, ``load`` and ``load_raw``, which no callback can reach in time, and the function behind
+``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most. Each wrapper
+looks for adapters first and is Lightning's own where there are none.
 """
 
 import functools
@@ -10,18 +11,26 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.fabric.wrappers import _unwrap_objects
 from lightning.pytorch.core import saving
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
 from lightning_lora.checkpoint import SECTION, fitting_tensors, section_of
 from lightning_lora.config import LoRAConfig
+from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.inject import inject, injected_roots
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
+from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
 
 
 def install() -> None:
-    """Wrap the methods; a second call does nothing."""
+    """Wrap the methods and register the strategies' names; a second call does nothing."""
+    description = "the frozen base sharded with FSDP2, adapters whole, adapter-only checkpoints"
+    for registry, strategy in ((StrategyRegistry, FSDPLoRAStrategy), (STRATEGY_REGISTRY, FabricFSDPLoRAStrategy)):
+        if "fsdp_lora" not in registry:
+            registry.register("fsdp_lora", strategy, description=description)
     for name in ("setup", "setup_module", "save", "load", "load_raw"):
         method = getattr(Fabric, name)
         if not hasattr(method, "knows_adapters"):

@@ -125,7 +125,7 @@ def select_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, list[st
             names = [clean_name(name) for name, _ in model.named_parameters()]
             raise ValueError(
                 f"target_parameters entry {entry!r} matches no parameter of {type(model).__name__}"
-                f"{_nearest([entry], names)}"
+                f"{nearest_names([entry], names)}"
             )
     return found
 
@@ -148,7 +148,7 @@ def select_token_rows(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[n
         if len(names) != 1:
             raise ValueError(
                 f"trainable_token_indices: {entry!r} names {len(names)} embeddings or output heads of "
-                f"{type(model).__name__}, expected one{_nearest([entry], modules)}"
+                f"{type(model).__name__}, expected one{nearest_names([entry], modules)}"
             )
         weight = modules[names[0]]._parameters.get("weight")
         tied = {n: m for n, m in modules.items() if m._parameters.get("weight") is weight}
@@ -184,7 +184,7 @@ def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
     modules = _named_modules(model)
     for entry in wanted:
         if not any(name.endswith(entry) for name in modules):
-            nearest = _nearest([entry], modules)
+            nearest = nearest_names([entry], modules)
             raise ValueError(f"modules_to_save entry {entry!r} matches no module of {type(model).__name__}{nearest}")
     found = [name for name in modules if name.endswith(tuple(wanted))]
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
@@ -204,7 +204,8 @@ def check_patterns(config: LoRAConfig, names: Iterable[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
             if not any(_matches_end(key, name) for name in adapted):
-                raise ValueError(f"{field} key {key!r} matches none of the adapted layers{_nearest([key], adapted)}")
+                near = nearest_names([key], adapted)
+                raise ValueError(f"{field} key {key!r} matches none of the adapted layers{near}")
 
 
 def is_all_linear(target_modules: str | Sequence[str]) -> bool:
@@ -293,11 +294,11 @@ def _check_hits(
                 hint = f"; a string is a regular expression for the whole name: for a suffix write [{pattern!r}]"
             raise ValueError(
                 f"{field} entry {pattern!r} matches no module of "
-                f"{type(model).__name__}{hint or _nearest([pattern], modules)}"
+                f"{type(model).__name__}{hint or nearest_names([pattern], modules)}"
             )
 
 
-def _nearest(patterns: Iterable[str], names: Iterable[str]) -> str:
+def nearest_names(patterns: Iterable[str], names: Iterable[str]) -> str:
     """Return "; nearest: ..." with the names, or last parts of names, most like the patterns."""
     pool = {name.rpartition(".")[2] for name in names} | set(names)
     near = [name for pattern in patterns for name in difflib.get_close_matches(pattern, sorted(pool), n=3, cutoff=0.4)]

@@ -16,6 +16,7 @@ from lightning_lora.inject import (
 )
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.sharded import gathered, is_sharded, local_part, reshard, write
 
 
 def merge(model: nn.Module, remove: bool = False) -> nn.Module:
@@ -24,6 +25,8 @@ def merge(model: nn.Module, remove: bool = False) -> nn.Module:
     The sum is taken in float32 or wider and rounded once to the weight's dtype. The weights as they were are kept on
     CPU, one copy of every adapted weight, so that :func:`unmerge` gives them back bit for bit. A merged model is the
     base class's own code, at its speed. Merging what is merged does nothing.
+
+    A sharded base is gathered one layer at a time, and each rank merges and keeps its own part: call on all ranks.
 
     Args:
         model: the adapted model, or a module around it.
@@ -35,6 +38,7 @@ def merge(model: nn.Module, remove: bool = False) -> nn.Module:
             changed weight does not add the adapter's term; an adapter holds NaN or infinity. Nothing is changed then.
     """
     roots = require_roots(model)
+    reshard(model)
     unmerged = [
         {name: layer for name, layer in named_lora_layers(root).items() if layer.lora_original is None}
         for root in roots.values()
@@ -45,6 +49,7 @@ def merge(model: nn.Module, remove: bool = False) -> nn.Module:
     for layers in unmerged:
         for layer in layers.values():
             _merge_layer(layer, originals)
+    reshard(model)
     if remove:
         for root in roots.values():
             take_out(root)
@@ -53,12 +58,12 @@ def merge(model: nn.Module, remove: bool = False) -> nn.Module:
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Give the base weights back, bit for bit, and make the adapters active. On an unmerged model it does nothing."""
+    reshard(model)
     for root in require_roots(model).values():
         for layer in named_lora_layers(root).values():
             if layer.lora_original is not None:
-                with torch.no_grad():
-                    for name, original in layer.lora_original.items():
-                        layer._parameters[name].copy_(original)  # type: ignore[union-attr]  # merged: it is stored
+                for name, original in layer.lora_original.items():
+                    write(layer._parameters[name], original)  # type: ignore[arg-type]  # merged: it is stored
                 layer.lora_original, layer.lora_active = None, True
     return model
 
@@ -96,14 +101,15 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 def _merge_layer(layer: LoRALayer, originals: dict[int, Tensor]) -> None:
     """Merge one layer; ``originals`` holds the tensors merged so far, of which layers may share one."""
-    merged_tensors = {} if layer.lora_active is False else layer.merged_tensors()
     kept: dict[str, Tensor] = {}
-    for name, weight in layer.base_tensors().items():
+    stored = layer.base_tensors()
+    with gathered(layer), torch.no_grad():
+        merged_tensors = layer.merged_tensors()
+    for name, weight in stored.items():
         assert weight is not None
-        with torch.no_grad():
-            if id(weight) not in originals:
-                originals[id(weight)] = weight.detach().to("cpu", copy=True)
-                weight.copy_(merged_tensors[name])
+        if id(weight) not in originals:
+            originals[id(weight)] = local_part(weight.detach()).to("cpu", copy=True)
+            write(weight, merged_tensors[name])
         kept[name] = originals[id(weight)]
     layer.lora_original, layer.lora_active = kept, False
 
@@ -115,11 +121,19 @@ def _set_active(layers: list[LoRALayer], active: bool) -> None:
 
 @contextmanager
 def _originals_in_place(root: nn.Module) -> Iterator[None]:
-    """Put frozen parameters with the first values where the trained ones are, under every name of each."""
+    """Put frozen parameters with the first values where the trained ones are, under every name of each.
+
+    Sharded ones are written to and back: their units hold on to the tensors themselves.
+    """
+    reshard(root)
+    trained = trained_with_originals(root)
     first = {
         id(parameter): nn.Parameter(original.to(parameter.device, parameter.dtype), requires_grad=False)
-        for parameter, original in trained_with_originals(root)
+        for parameter, original in trained
+        if not is_sharded(parameter)
     }
+    sharded = [(parameter, original) for parameter, original in trained if is_sharded(parameter)]
+    present = [local_part(parameter.detach()).clone() for parameter, _ in sharded]
     swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
     for module in root.modules() if first else ():
         for name, parameter in module._parameters.items():
@@ -128,10 +142,16 @@ def _originals_in_place(root: nn.Module) -> Iterator[None]:
     try:
         for module, name, parameter in swapped:
             module._parameters[name] = first[id(parameter)]
+        for parameter, original in sharded:
+            write(parameter, original)
         yield
     finally:
         for module, name, parameter in swapped:
             module._parameters[name] = parameter
+        if sharded:
+            reshard(root)
+        for (parameter, _), values in zip(sharded, present, strict=True):
+            write(parameter, values)
 
 
 def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
@@ -143,9 +163,10 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
             raise ValueError(f"cannot merge {name!r} inside disabled(model): leave the block first")
         for weight in layer.base_tensors().values():
             _check_writable(model, name, layer, weight, holders)
-        if not all(torch.isfinite(parameter).all() for _, parameter in layer.named_adapter_tensors()):
-            raise ValueError(f"cannot merge {name!r}: its adapter holds NaN or infinity (a diverged run?)")
-        obstacle = layer.merge_obstacle()
+        with gathered(layer):
+            if not all(torch.isfinite(parameter).all() for _, parameter in layer.named_adapter_tensors()):
+                raise ValueError(f"cannot merge {name!r}: its adapter holds NaN or infinity (a diverged run?)")
+            obstacle = layer.merge_obstacle()
         if obstacle is not None:
             raise ValueError(f"cannot merge {name!r}: {obstacle}")
 
@@ -178,4 +199,4 @@ def _check_writable(
 
 def _storage(tensor: Tensor) -> int:
     """Return what two tied tensors share: the address of their storage, or their identity where they have none."""
-    return tensor.untyped_storage().data_ptr() or id(tensor)
+    return local_part(tensor).untyped_storage().data_ptr() or id(tensor)

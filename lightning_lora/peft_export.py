@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.fingerprint import fingerprint
@@ -29,6 +30,7 @@ from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.peft_format import PREFIX, Entry, laid_out, write_directory
 from lightning_lora.portable import make_portable
 from lightning_lora.root import clean_name, name_or_path
+from lightning_lora.sharded import is_sharded, whole
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -52,6 +54,8 @@ def save_peft(
     patterns can change their meaning. A tied tensor that trains is written under each of its modules. PiSSA and OLoRA
     adapters are written as their difference from the original base, at twice the rank.
 
+    On a model that is spread over ranks, call on all of them: rank 0 writes, and all return when the files are there.
+
     Args:
         portable: for readers that know one rank and one scale, such as vLLM, SGLang and llama.cpp: pad every layer with
             zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``.
@@ -64,12 +68,17 @@ def save_peft(
     root = require_root(model)
     check_not_disabled(root)
     description = describe_for_peft(root)
-    tensors = dict(root.state_dict(keep_vars=True))
-    named = {clean_name(name): tensor for name, tensor in tensors.items()}
-    write_described(description, named, directory, portable=portable)
-    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-    if callable(save := getattr(tokenizer, "save_pretrained", None)):
-        save(Path(directory))
+    needed = {name for _, _, names in description["entries"] for name in names}
+    tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
+    named = {name: whole(tensor.detach()) for name, tensor in tensors.items() if name in needed}
+    spread = any(is_sharded(parameter) for parameter in root.parameters())
+    if not spread or torch.distributed.get_rank() == 0:
+        write_described(description, named, directory, portable=portable)
+        tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+        if callable(save := getattr(tokenizer, "save_pretrained", None)):
+            save(Path(directory))
+    if spread:
+        torch.distributed.barrier()
 
 
 def describe_for_peft(root: nn.Module) -> dict[str, Any]:

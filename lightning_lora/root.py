@@ -53,6 +53,11 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def is_inside(name: str, path: str) -> bool:
+    """Whether a clean name is ``path`` or lies below it; everything lies below ``""``."""
+    return not path or name == path or name.startswith(f"{path}.")
+
+
 def is_pretrained(module: nn.Module) -> bool:
     """Whether this is a transformers model. transformers itself is not imported: no model without it."""
     modeling = sys.modules.get("transformers.modeling_utils")

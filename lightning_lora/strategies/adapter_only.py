@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint import (
@@ -39,9 +40,17 @@ from lightning_lora.inject import injected_roots, named_adapter_parameters
 from lightning_lora.peft_export import save_peft
 from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from lightning_lora.root import clean_name
+from lightning_lora.sharded import is_sharded, on_rank_zero
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.atomic_io import make_atomic
-from lightning_lora.strategies.optimizers import match_by_name, names_of, parameter_names, prepare_optimizers
+from lightning_lora.strategies.optimizers import (
+    gathered_state,
+    match_by_name,
+    names_of,
+    parameter_names,
+    prepare_optimizers,
+    spread_state,
+)
 from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
 S = TypeVar("S")
@@ -49,8 +58,13 @@ STATE_KEY = "state_dict"
 
 
 class AdapterOnly(Strategy):
-    """Mixin for a Trainer strategy that keeps the model whole on every rank (single device, DDP)."""
+    """Mixin for a Trainer strategy whose checkpoints hold the adapters alone.
 
+    Attributes:
+        shards: whether the strategy spreads the model over ranks, so that looking at it takes all of them.
+    """
+
+    shards: bool = False
     peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
     _frozen_outside: dict[str, int] | None = None
     _checked_readable: bool = False
@@ -61,7 +75,13 @@ class AdapterOnly(Strategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what trains or changed, under the names that it has in the LightningModule. Called on all ranks."""
+        """Return what trains or changed, under the names that it has in the LightningModule. Called on all ranks.
+
+        What is spread over ranks is gathered to rank 0.
+        """
+        return {name: on_rank_zero(value, is_zero=self.is_global_zero) for name, value in self._trained_state().items()}
+
+    def _trained_state(self) -> dict[str, Any]:
         module = self._adapted_module()
         # toggle_optimizer freezes for a while what another optimizer has moved
         held = {id(p) for optimizer in self.optimizers for p, state in optimizer.state.items() if state}
@@ -79,14 +99,14 @@ class AdapterOnly(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write one file on rank 0. Called on all ranks; gathers a few kilobytes of random states."""
         module = self._adapted_module()
-        section = describe(module, STATE_KEY) if self.is_global_zero else {}
+        section = describe(module, STATE_KEY) if self.is_global_zero or self.shards else {}
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
             combined = module.trainer.fit_loop._combined_loader
             loaders = random_state.collect_loaders([] if combined is None else combined.flattened)
             section["random_states"] = self._gather({**random_state.collect(), "loaders": loaders})
         # averaging callbacks may have put a full state in its place, the user's hook may have added to it
-        names = self.lightning_module_state_dict().keys()
+        names = self._trained_state().keys()
         base = {clean_name(name) for name, _ in module.named_parameters()} - names
         state = {name: value for name, value in checkpoint[STATE_KEY].items() if clean_name(name) not in base}
         lost = [name for name in trained_tensors(module) if name not in state]
@@ -103,7 +123,7 @@ class AdapterOnly(Strategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.peft_roots and "://" in str(filepath):
             raise ValueError(f"save_peft=True writes directories on local disks only; the checkpoint is at {filepath}")
-        if self.peft_roots and self.is_global_zero and not Path(filepath).name.startswith("."):
+        if self.peft_roots and (self.is_global_zero or self.shards) and not Path(filepath).name.startswith("."):
             roots = injected_roots(module)
             wanted = (
                 roots if None in self.peft_roots else {path: roots[path] for path in roots if path in self.peft_roots}
@@ -182,7 +202,13 @@ class AdapterOnly(Strategy):
             match_by_name(state, names, optimizer, names_of(module), rename, self._loaded_from)
             for state, names, optimizer in zip(checkpoint["optimizer_states"], saved, self.optimizers, strict=True)
         ]
+        states = [spread_state(state, one) for state, one in zip(states, self.optimizers, strict=True)]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return an optimizer's state, whole on rank 0. Called on all ranks."""
+        return gathered_state(super().optimizer_state(optimizer), is_zero=self.is_global_zero)
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
@@ -191,6 +217,8 @@ class AdapterOnly(Strategy):
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:
+        if not self.shards:
+            check_whole(model, type(self).__name__)
         wrapped = super()._setup_model(model)
         reduce_in_fixed_order(wrapped, self)
         return wrapped
@@ -245,8 +273,10 @@ def adopt(strategy: Strategy) -> AdapterOnly:
         ValueError: the strategy shards or replaces the model in a way that is not served; the message says what to use.
     """
     if isinstance(strategy, AdapterOnly):
+        _check_reader(strategy.checkpoint_io)
+        make_atomic(strategy.checkpoint_io)
         return strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or shards(strategy):
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or is_deepspeed(strategy):
         raise ValueError(unsupported(type(strategy).__name__))
     _check_reader(strategy.checkpoint_io)
     make_atomic(strategy.checkpoint_io)
@@ -263,7 +293,7 @@ def adopted_class(mixin: type[Any], base: type[Any]) -> type[Any]:
     return type(f"LoRA{base.__name__}", (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
-def shards(strategy: object) -> bool:
+def is_deepspeed(strategy: object) -> bool:
     """Whether a strategy is DeepSpeed's, which Lightning derives from DDP's."""
     return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)
 
@@ -275,6 +305,15 @@ def _check_reader(checkpoint_io: Any) -> None:
         raise ValueError(
             f"{type(checkpoint_io).__name__}.load_checkpoint takes no weights_only argument, so that its files could "
             "not be read back safely: add `weights_only=None` to it and hand it to torch.load"
+        )
+
+
+def check_whole(model: nn.Module, strategy: str) -> None:
+    """Raise ``ValueError`` for a model that another strategy left in shards."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"the model is in shards, from a run with 'fsdp_lora', and {strategy} wants it whole: build it anew and "
+            "give ckpt_path= or init_from=, or go on with 'fsdp_lora'"
         )
 
 
@@ -306,7 +345,8 @@ def unsupported(name: str) -> str:
     """Return the error for a strategy that cannot keep adapter checkpoints exact."""
     return (
         f"{name} is not supported: its checkpoints would hold the base or lose the adapters. Use strategy='auto' or "
-        "'ddp' (every rank holds the frozen base, and only the adapters' gradients are exchanged)"
+        "'ddp' (every rank holds the frozen base, and only the adapters' gradients are exchanged), or 'fsdp_lora' "
+        "(each rank holds its share of the base)"
     )
 
 

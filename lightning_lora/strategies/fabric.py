@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,17 +21,27 @@ from lightning_lora.checkpoint import (
     trained_tensors,
 )
 from lightning_lora.inject import injected_roots
-from lightning_lora.strategies.adapter_only import adopted_class, shards, unsupported
+from lightning_lora.sharded import on_rank_zero
+from lightning_lora.strategies.adapter_only import adopted_class, check_whole, is_deepspeed, unsupported
 from lightning_lora.strategies.atomic_io import make_atomic
-from lightning_lora.strategies.optimizers import match_by_name, names_of, parameter_names
+from lightning_lora.strategies.optimizers import (
+    gathered_state,
+    match_by_name,
+    names_of,
+    parameter_names,
+    spread_state,
+)
 from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
 
 class FabricAdapterOnly(Strategy):
-    """Mixin for a Fabric strategy that keeps the model whole on every rank (single device, DDP)."""
+    """Mixin for a Fabric strategy whose checkpoints hold the adapters alone."""
+
+    shards: bool = False  # over ranks, so that looking at the model takes all of them
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
+        check_whole(module, type(self).__name__)
         wrapped = super().setup_module(module)
         if injected_roots(module):
             reduce_in_fixed_order(wrapped, self)
@@ -46,20 +56,35 @@ class FabricAdapterOnly(Strategy):
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
         """Write one file on rank 0, in which adapted modules are their trained tensors. Called on all ranks."""
+        path = self.broadcast(path)
         modules = adapted_modules(state)
         if modules:
             section = merge_sections([describe(module, key) for key, module in modules.items()])
             optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
             names = _parameter_names(state)
             section["optimizers"] = {key: parameter_names(value, names) for key, value in optimizers.items()}
-            state = {**state, **{key: trained_tensors(module) for key, module in modules.items()}, SECTION: section}
+            whole = {
+                key: {
+                    name: on_rank_zero(tensor, is_zero=self.is_global_zero)
+                    for name, tensor in trained_tensors(module).items()
+                }
+                for key, module in modules.items()
+            }
+            states = {key: self.get_optimizer_state(value) for key, value in optimizers.items()}
+            state = {**state, **whole, **states, SECTION: section}
         super().save_checkpoint(path, state, storage_options, filter)
+
+    @override
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Return an optimizer's state, whole on rank 0. Called on all ranks."""
+        return gathered_state(super().get_optimizer_state(optimizer), is_zero=self.is_global_zero)
 
     @override
     def load_checkpoint(
         self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a file of Fabric, of the Trainer or of plain torch; check all of it, then copy. Called on all ranks."""
+        path = self.broadcast(path)
         if isinstance(state, nn.Module) and injected_roots(state):
             load_adapter_state_dict(state, self._read(path))
             return {}
@@ -81,7 +106,7 @@ class FabricAdapterOnly(Strategy):
         for key, module in modules.items():
             copy_tensors(tensors[key], module)
         for key, optimizer_state in optimizer_states.items():
-            state[key].load_state_dict(optimizer_state)
+            state[key].load_state_dict(spread_state(optimizer_state, state[key]))
         for key in others:
             if key in checkpoint:
                 if hasattr(state[key], "load_state_dict"):
@@ -142,8 +167,9 @@ def adopt_fabric(strategy: Strategy) -> None:
         ValueError: the strategy shards the model in a way that is not served; the message says what to use.
     """
     if isinstance(strategy, FabricAdapterOnly):
+        make_atomic(strategy.checkpoint_io)
         return
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or shards(strategy):
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or is_deepspeed(strategy):
         raise ValueError(unsupported(type(strategy).__name__))
     make_atomic(strategy.checkpoint_io)
     if isinstance(strategy, DDPStrategy):

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.inject import injected_roots, named_adapter_parameters, named_trained_whole
 from lightning_lora.root import clean_name
+from lightning_lora.sharded import is_sharded, on_rank_zero, spread_like
 
 
 def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
@@ -55,6 +56,29 @@ def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> No
             f"{len(missing)} of {len(wanted)} trainable tensors of the adapters are in no optimizer and would "
             f"never change: {some}. Build the optimizer in configure_optimizers (not in __init__, when there were "
             "no adapters yet), from [p for p in self.parameters() if p.requires_grad]"
+        )
+
+
+def follow_parameters(
+    optimizer: Optimizer, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]
+) -> None:
+    """Give an optimizer the parameters that stand under the same names now, and drop those that are frozen.
+
+    Raises:
+        ValueError: it has taken steps already, or would be left with nothing to train.
+    """
+    names = {id(parameter): name for name, parameter in before.items()}
+    new = {key: after[name] for key, name in names.items()}
+    gone = {key for key, parameter in new.items() if not parameter.requires_grad}
+    if any(id(parameter) in names and new[id(parameter)] is not parameter for parameter in optimizer.state):
+        raise ValueError("the optimizer has taken steps before the model was sharded: set both up first")
+    for group in optimizer.param_groups:
+        kept = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        group["params"][:] = [new.get(id(parameter), parameter) for parameter in kept]
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ValueError(
+            "the optimizer holds none of the model's trainable parameters: make it after inject(model, config), from "
+            "[p for p in model.parameters() if p.requires_grad]"
         )
 
 
@@ -109,3 +133,39 @@ def match_by_name(
             groups[-1]["param_names"] = own["param_names"]
     entries = {position[name]: state["state"][ids[name]] for name in order if ids[name] in state["state"]}
     return {**state, "state": entries, "param_groups": groups}
+
+
+def gathered_state(state: dict[str, Any], *, is_zero: bool) -> dict[str, Any]:
+    """Return an optimizer state with what is spread over ranks gathered to rank 0. Called on all ranks."""
+    entries = {
+        key: {name: on_rank_zero(value, is_zero=is_zero) for name, value in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for key, entry in state.get("state", {}).items()
+    }
+    return {**state, "state": entries} if entries else state
+
+
+def spread_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Return a whole optimizer state with the entries of sharded parameters spread as those are.
+
+    Raises:
+        ValueError: an entry is shaped otherwise than its sharded parameter, so that nothing says how to spread it.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = dict(state["state"])
+    for index, parameter in enumerate(parameters):
+        if is_sharded(parameter) and index in entries:
+            entries[index] = {name: _spread_entry(name, v, parameter) for name, v in entries[index].items()}
+    return {**state, "state": entries}
+
+
+def _spread_entry(name: str, value: Any, parameter: nn.Parameter) -> Any:
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1 != parameter.numel():
+        return value
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"the optimizer keeps {name!r} of shape {tuple(value.shape)} for a sharded parameter of shape "
+            f"{tuple(parameter.shape)}, which cannot be spread over ranks: use shard_adapters=False with this optimizer"
+        )
+    return spread_like(value, parameter)

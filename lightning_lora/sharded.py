@@ -1,0 +1,109 @@
+"""Tensors that are spread over ranks (DTensors): read whole, written from whole ones, looked at in part."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+else:
+    DTensor = None  # type: ignore[assignment, misc]  # a torch without distributed has none
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is spread over ranks."""
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def whole(tensor: Any) -> Tensor:
+    """Return the whole tensor. A sharded one is all-gathered over its mesh: call on all ranks."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return full
+
+
+def local_part(tensor: Any) -> Tensor:
+    """Return what this rank holds of a tensor, sharing its storage."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
+def spread_like(tensor: Tensor, like: Any) -> Tensor:
+    """Return a whole tensor as ``like`` is: a sharded one gets this rank's part, without communication."""
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    tensor = tensor.to(like.to_local().device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def write(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, or this rank's part of one, into ``target`` in place, without communication."""
+    if is_sharded(target):
+        local_part(target.detach()).copy_(
+            local_part(spread_like(value, target)) if value.shape == target.shape else value
+        )
+    else:
+        target.copy_(value)
+
+
+def box(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return ``(shape, offset)`` of this rank's part inside the whole tensor."""
+    if not is_sharded(tensor):
+        return tuple(tensor.shape), (0,) * tensor.ndim
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(offset)
+
+
+def shard_group(tensors: Iterable[Any]) -> Any:
+    """Return the process group that the first sharded tensor is split over; ``None`` if none is sharded."""
+    for tensor in tensors:
+        if is_sharded(tensor):
+            for dimension, placement in enumerate(tensor.placements):
+                if placement.is_shard():
+                    return tensor.device_mesh.get_group(dimension)
+    return None
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop the gathered copies that FSDP2 keeps after a forward, so that the parameters are the stored ones."""
+    for part in module.modules():
+        if callable(getattr(part, "reshard", None)) and hasattr(part, "_get_fsdp_state"):
+            part.reshard()  # type: ignore[operator]  # an FSDPModule
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Hold whole copies of ``module``'s own and its children's sharded parameters inside the block, for reading.
+
+    Called on all ranks; gathers each parameter once. The copies are dropped at the end.
+    """
+    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    copies: dict[int, nn.Parameter] = {}
+    try:
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and is_sharded(parameter):
+                    if id(parameter) not in copies:
+                        copies[id(parameter)] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+                    swapped.append((part, name, parameter))
+        for part, name, parameter in swapped:
+            part._parameters[name] = copies[id(parameter)]
+        yield
+    finally:
+        for part, name, parameter in swapped:
+            part._parameters[name] = parameter
+
+
+def on_rank_zero(tensor: Tensor, *, is_zero: bool) -> Tensor:
+    """Return a sharded tensor whole and on CPU on rank 0, and as a shape without values elsewhere; others as they are.
+
+    Called on all ranks.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    full = whole(tensor.detach())
+    return full.to("cpu") if is_zero else full.to("meta")

@@ -1,0 +1,167 @@
+"""Gradients of replicated tensors: one flat all-reduce per step, before anyone reads them; clipping over shards."""
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora.sharded import is_sharded, local_part, shard_group
+
+
+class GradientReducer:
+    """Averages the gradients of tensors that every rank holds whole.
+
+    All of them go through one buffer of a fixed layout, with one presence flag per tensor: a gradient that is absent on
+    every rank stays ``None``, one that is absent on some counts as zero there. To average what is average already
+    changes nothing, so a second backward before the step reduces only what it added.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self._parameters: list[nn.Parameter] = []
+        self._known: set[int] = set()
+        self._blocked = False
+        self._pending = False
+
+    def add(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take further parameters in, in this order, which must be the same on all ranks."""
+        for parameter in parameters:
+            if id(parameter) not in self._known:
+                self._known.add(id(parameter))
+                self._parameters.append(parameter)
+
+    def knows(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter's gradient is averaged here."""
+        return id(parameter) in self._known
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients accumulate on each rank; the first backward outside the block reduces them."""
+        former, self._blocked = self._blocked, True
+        try:
+            yield
+        finally:
+            self._blocked = former
+
+    def after_backward(self) -> None:
+        """Reduce at once, or after the accumulation. Called on all ranks after every backward."""
+        self._pending = True
+        if not self._blocked:
+            self.reduce()
+
+    def before_step(self) -> None:
+        """Reduce what a step would otherwise take unreduced."""
+        if self._pending:
+            self.reduce()
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Average all gradients over the group, in one all-reduce of 4 bytes an element. Called on all ranks."""
+        self._pending = False
+        if not self._parameters or not torch.distributed.is_initialized():
+            return
+        size = torch.distributed.get_world_size(self._group)
+        if size == 1:
+            return
+        parameters, present = self._parameters, [parameter.grad is not None for parameter in self._parameters]
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        # flags first, so that the gradients' place does not depend on what is absent
+        flags = torch.tensor(present, dtype=dtype).to(parameters[0].device, non_blocking=True)
+        flat = torch.cat([flags, *(_flat_gradient(parameter, dtype) for parameter in parameters)]).div_(size)
+        torch.distributed.all_reduce(flat, group=self._group)
+        flags, *pieces = flat.split([len(parameters), *(parameter.numel() for parameter in parameters)])
+        if not all(present):  # a look at the flags waits for the device: only a rank that lacks some needs it
+            present = [bool(flag) for flag in flags.tolist()]
+        gradients, averages = [], []
+        for parameter, piece, is_there in zip(parameters, pieces, present, strict=True):
+            if is_there:
+                parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
+                gradients.append(parameter.grad)
+                averages.append(piece.view_as(parameter))
+        torch._foreach_copy_(gradients, averages)
+
+
+def _flat_gradient(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    if parameter.grad is None:
+        return torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
+    return parameter.grad.reshape(-1).to(dtype)
+
+
+def clip_by_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scale gradients so that their norm over all tensors, sharded and replicated, is at most ``max_norm``.
+
+    One all-reduce of one number over the ranks that shards are spread over. Called on all ranks.
+
+    Returns:
+        The norm before, the same on every rank.
+
+    Raises:
+        RuntimeError: it is not finite and ``error_if_nonfinite``.
+    """
+    held = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = _total_norm(held, float(norm_type))
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(f"the norm of the gradients is {total.item()} and cannot be clipped to {max_norm}")
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradient in held:
+        local_part(gradient).mul_(factor.to(gradient.dtype))
+    return total
+
+
+def clip_by_value(parameters: Iterable[nn.Parameter], clip_value: float) -> None:
+    """Clamp every entry of every gradient to ``[-clip_value, clip_value]``."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local_part(parameter.grad).clamp_(-clip_value, clip_value)
+
+
+def _total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+    replicated = [gradient for gradient in gradients if not is_sharded(gradient)]
+    sharded = [gradient for gradient in gradients if is_sharded(gradient)]
+    powers = [_power_sum(replicated, norm_type)]
+    if sharded:
+        power = _power_sum([local_part(gradient) for gradient in sharded], norm_type).to(local_part(sharded[0]).device)
+        kind = torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(power, kind, group=shard_group(sharded))
+        powers.append(power)
+    powers = [power.to(powers[-1].device) for power in powers]
+    if math.isinf(norm_type):
+        return torch.stack(powers).max()
+    return torch.stack(powers).sum() ** (1.0 / norm_type)
+
+
+def _power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Return ``sum |g|^p`` in float32 or wider, or the maximum for an infinite ``p``."""
+    tensors = [tensor for tensor in tensors if tensor.numel() > 0]
+    if not tensors:
+        return torch.zeros(())
+    norms = torch.stack([torch.linalg.vector_norm(t, norm_type, dtype=_wide(t)).float() for t in tensors])
+    return norms.max() if math.isinf(norm_type) else (norms**norm_type).sum()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def watch_steps(optimizer: Optimizer, reducer: GradientReducer, adopt: Any) -> None:
+    """Make sure, before every step of ``optimizer``, that its gradients are reduced.
+
+    A step with a closure computes its gradients only then: its backward reduces them.
+
+    Args:
+        adopt: called with the optimizer first; takes parameters that were put in since, or refuses them.
+    """
+
+    def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        adopt(optimizer)
+        if (args[0] if args else kwargs.get("closure")) is None:
+            reducer.before_step()
+
+    optimizer.register_step_pre_hook(before)

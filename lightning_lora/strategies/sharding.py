@@ -1,0 +1,289 @@
+"""Sharding an adapted model with FSDP2: the frozen base in units, one per block; what trains stays whole beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from lightning_lora.fingerprint import local_hashes
+from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
+from lightning_lora.layers import is_read_by_parent
+from lightning_lora.root import clean_name, is_inside, is_pretrained
+from lightning_lora.sharded import is_sharded, local_part, spread_like
+from lightning_lora.strategies.base_weights import materialize
+from lightning_lora.strategies.blocks import find_blocks, wrap_blocks
+
+# a norm's weight is not worth a collective
+MIN_SHARD_NUMEL = 2**20
+
+
+@dataclass
+class ShardingOptions:
+    """What a user may choose; see :class:`~lightning_lora.FSDPLoRAStrategy`."""
+
+    replicate_size: int = 1
+    shard_modules: Sequence[str] | None = None
+    shard_adapters: bool = False
+    min_shard_numel: int = MIN_SHARD_NUMEL
+    base_weights: str | None = None
+    reshard_after_forward: bool = True
+    activation_checkpointing: bool = False
+    compile: bool | str = False
+    cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("replicate_size", "min_shard_numel"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (1 if name == "replicate_size" else 0):
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        if isinstance(self.shard_modules, str):
+            raise TypeError(f"shard_modules={self.shard_modules!r} must be a list: [{self.shard_modules!r}]")
+        for name in ("shard_adapters", "reshard_after_forward", "activation_checkpointing", "cpu_offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
+        if not isinstance(self.compile, (bool, str)):
+            raise TypeError(f"compile={self.compile!r} must be True, False or the name of a torch.compile backend")
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: ShardingOptions, mixed: Any) -> None:
+    """Shard the adapted models inside ``module`` over ``mesh`` in place, and bring the rest to ``device``.
+
+    Base parameters become DTensors that their block gathers for its forward and backward. Adapters, and all else that
+    trains, stay ordinary tensors, equal on all ranks, unless ``options.shard_adapters``. A base on the meta device is
+    filled from disk, each rank with its own slices. A model that is sharded already is left as it is. Called on all
+    ranks; gathers a few bytes per tensor, and broadcasts what is small or differs.
+
+    Args:
+        mesh: one dimension, or two (replicas, shards).
+        mixed: dtype that base weights are gathered in, or ``None`` for their own.
+
+    Raises:
+        ValueError: a name in ``shard_modules`` is unknown, the base has no weights, or it is sharded in another way.
+    """
+    for root in injected_roots(module).values():
+        if not any(isinstance(part, FSDPModule) for part in root.modules()):
+            _make_equal(root, device)
+            _shard_root(root, mesh, options, mixed)
+        _check_served(root)
+        materialize(root, options.base_weights, torch.device("cpu") if options.cpu_offload else device)
+        _keep_parts_of_originals(root)
+    _to_device(module, device)
+    broadcast_replicated(module, device)
+    for root in injected_roots(module).values():
+        if isinstance(root, FSDPModule):
+            root._get_fsdp_state()._lazy_init()  # by itself it takes the first module that runs for the root
+
+
+def replicated_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that train and that every rank holds whole, in the order of the module's names."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad and not is_sharded(parameter)]
+
+
+def sharded_trainables(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that train in shards, whose gradients FSDP2 reduces."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad and is_sharded(parameter)]
+
+
+def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
+    """Let FSDP2 reduce the gradients of what trains in shards, or leave them on each rank."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(enabled, recurse=False)
+
+
+def _shard_root(root: nn.Module, mesh: DeviceMesh, options: ShardingOptions, mixed: Any) -> None:
+    blocks = find_blocks(root, options.shard_modules)
+    backend = "inductor" if options.compile is True else options.compile or None
+    wrap_blocks(list(blocks.values()), activation_checkpointing=options.activation_checkpointing, backend=backend)
+    kept_whole = set() if options.shard_adapters else _trained(root)
+    inside = {id(p) for block in blocks.values() for p in block.parameters()}
+    units = _units_outside(root, inside, options.min_shard_numel, kept_whole)
+    taken = inside | {id(p) for unit in units for part in unit for p in part.parameters()}
+    kept_whole |= {p for p in root.parameters() if id(p) not in taken and p.numel() < options.min_shard_numel}
+    if isinstance(root, LightningModule):  # its forward is not what the loop calls
+        kept_whole |= {p for p in root.parameters() if id(p) not in taken}
+    shard_size = mesh.size(mesh.ndim - 1)
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "ignored_params": kept_whole,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if mixed is not None
+        else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        if options.cpu_offload
+        else OffloadPolicy(),
+        "shard_placement_fn": lambda parameter: _placement(parameter, shard_size),
+    }
+    last = next(reversed(blocks.values()), None)
+    for block in blocks.values():
+        # backward starts at the last block: it would be gathered again at once
+        fully_shard(block, reshard_after_forward=options.reshard_after_forward and block is not last, **settings)
+    for unit in reversed(units):  # children before their parents
+        keeps = not any(isinstance(part, nn.Embedding) for part in unit) or len(unit) > 1
+        sharded: Any = fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=not keeps, **settings)
+        if not keeps and not any(p.requires_grad for p in unit[0].parameters()):
+            sharded.set_unshard_in_backward(False)  # a frozen table has no part in backward
+    body = getattr(root, "base_model", None)
+    if is_pretrained(root) and isinstance(body, nn.Module) and not isinstance(body, FSDPModule) and body is not root:
+        fully_shard(body, reshard_after_forward=options.reshard_after_forward, **settings)
+    fully_shard(root, reshard_after_forward=False, **settings)
+
+
+def _placement(parameter: nn.Parameter, shard_size: int) -> Shard | None:
+    """Return along which dimension to split: an adapter's A has few rows, and some ranks would get none."""
+    if parameter.ndim > 1 and parameter.shape[0] < shard_size and parameter.shape[1] % shard_size == 0:
+        return Shard(1)
+    return None
+
+
+def _trained(root: nn.Module) -> set[nn.Parameter]:
+    """Return the adapters' tensors, those that never train too, and whatever else trains."""
+    trained = {parameter for parameter in root.parameters() if parameter.requires_grad}
+    trained |= {parameter for _, parameter in named_adapter_parameters(root)}
+    trained |= set(named_trained_whole(root).values())
+    for layer in root.modules():
+        trained |= {layer._parameters[name] for name in getattr(layer, "frozen_names", ())}  # type: ignore[misc]
+    return trained
+
+
+def _units_outside(
+    root: nn.Module, inside: set[int], min_numel: int, kept_whole: set[nn.Parameter]
+) -> list[list[nn.Module]]:
+    """Return the modules with large tensors outside the blocks, those that share a tensor together.
+
+    They are sharded by themselves where the loop may call parts of the root: in transformers' models and
+    LightningModules. Elsewhere the root's own forward gathers them, which may read a weight without calling its module.
+    """
+    if not is_pretrained(root) and not isinstance(root, LightningModule):
+        return []
+    parents = {child: (parent, name) for parent in root.modules() for name, child in parent.named_children()}
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in root.modules():
+        for parameter in module._parameters.values():
+            if parameter is None or id(parameter) in inside or parameter in kept_whole or parameter.numel() < min_numel:
+                continue
+            reader, (parent, name) = module, parents.get(module, (None, ""))
+            if isinstance(parent, nn.MultiheadAttention) or (parent is not None and is_read_by_parent(parent, name)):
+                reader = parent
+            if reader is not root:
+                owners.setdefault(parameter, []).append(reader)
+    units: list[list[nn.Module]] = []
+    for readers in owners.values():
+        tied = [unit for unit in units if any(reader in unit for reader in readers)]
+        merged = list(dict.fromkeys([module for unit in tied for module in unit] + readers))
+        units = [unit for unit in units if unit not in tied] + [merged]
+    return units
+
+
+def _check_served(root: nn.Module) -> None:
+    """Raise ``ValueError`` for parameters that are spread over ranks by anything but FSDP2."""
+    managed = {
+        id(fsdp_parameter.sharded_param)
+        for part in root.modules()
+        if isinstance(part, FSDPModule)
+        for group in part._get_fsdp_state()._fsdp_param_groups
+        for fsdp_parameter in group.fsdp_params
+    }
+    for name, parameter in root.named_parameters():
+        if is_sharded(parameter) and id(parameter) not in managed:
+            raise ValueError(
+                f"{clean_name(name)!r} is spread over ranks by tensor parallelism, which this strategy does not serve: "
+                "leave the sharding to it (build the plain model in configure_model), or shard with fully_shard alone"
+            )
+
+
+def _keep_parts_of_originals(root: nn.Module) -> None:
+    """Keep of the first values of what trains whole only this rank's parts, where it is sharded."""
+    injection = injection_of(root)
+    assert injection is not None
+    for name, parameter in named_trained_whole(root).items():
+        original = injection.originals.get(name)
+        if original is None:
+            injection.originals[name] = local_part(parameter.detach()).clone()
+        elif is_sharded(parameter) and original.shape != local_part(parameter).shape:
+            injection.originals[name] = local_part(spread_like(original, parameter)).clone()
+
+
+def _to_device(module: nn.Module, device: torch.device) -> None:
+    """Move what is whole to ``device``, and keep every parameter the object that it is."""
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            if parameter is not None and not is_sharded(parameter) and parameter.device != device:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not is_sharded(buffer):
+                part._buffers[name] = buffer.to(device)
+
+
+@torch.no_grad()
+def _make_equal(root: nn.Module, device: torch.device) -> None:
+    """Give every rank rank 0's base where they differ, as random weights without a seed do."""
+    tensors = {
+        clean_name(name): parameter
+        for name, parameter in root.named_parameters()
+        if parameter.device.type != "meta" and parameter.is_floating_point()
+    }
+    if any(_differ(torch.tensor([len(tensors), sum(tensor.numel() for tensor in tensors.values())], device=device))):
+        raise ValueError(
+            f"the ranks built different models: on this one {type(root).__name__} has {len(tensors)} tensors, on "
+            "another more, fewer, or of other sizes"
+        )
+    differ = _differ(torch.stack(local_hashes(tensors.values())).to(device)) if tensors else []
+    for tensor, is_other in zip(tensors.values(), differ, strict=True):
+        if is_other:
+            _broadcast(tensor, device)
+
+
+def _differ(numbers: Tensor) -> list[bool]:
+    """Return which numbers are not the same on all ranks."""
+    highest, lowest = numbers.clone(), numbers.clone()
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+    return (highest != lowest).tolist()
+
+
+def broadcast_replicated(module: nn.Module, device: torch.device) -> None:
+    """Give every rank rank 0's values of what trains whole, and of all buffers. Called on all ranks."""
+    broadcast_together([*replicated_parameters(module), *module.buffers()], device)
+
+
+def changing_buffers(module: nn.Module) -> list[Tensor]:
+    """Return the buffers that a step may change: outside the adapted models, and where those train whole."""
+    roots = injected_roots(module)
+    whole = [
+        f"{path}.{name}" if path else name
+        for path, root in roots.items()
+        for name in injection_of(root).trained_whole  # type: ignore[union-attr]  # it is adapted
+    ]
+    return [
+        buffer
+        for name, buffer in module.named_buffers()
+        if any(is_inside(clean_name(name), path) for path in whole)
+        or not any(is_inside(clean_name(name), path) for path in roots)
+    ]
+
+
+@torch.no_grad()
+def broadcast_together(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Give every rank rank 0's values, in one broadcast per dtype. Called on all ranks."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta" and tensor.numel() > 0 and not is_sharded(tensor):
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    for alike in by_dtype.values():
+        flat = torch.cat([tensor.reshape(-1).to(device) for tensor in alike])
+        torch.distributed.broadcast(flat, 0)
+        for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+
+def _broadcast(tensor: Tensor, device: torch.device) -> None:
+    values = tensor.detach().to(device).contiguous()
+    torch.distributed.broadcast(values, 0)
+    tensor.detach().copy_(values)

@@ -1,0 +1,341 @@
+"""One rank of a Trainer run under ``fsdp_lora``, on the same global batches that one process would see."""
+
+import copy
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.utilities.model_summary import ModelSummary
+from torch import Tensor
+
+from lightning_lora import (
+    FSDPLoRAStrategy,
+    LoRACallback,
+    adapter_state_dict,
+    disabled,
+    merge,
+    merged,
+    save_peft,
+    unmerge,
+)
+from lightning_lora.sharded import is_sharded
+from tests import models
+from tests.distributed.counting import counted_collectives
+from tests.distributed.ddp_script import BATCH, Recorded, rank_loader, train
+from tests.distributed.launch import report
+
+SHARDED = {"min_shard_numel": 1000}  # the tiny model's embedding and head too
+PROMPTS = models.token_ids(4, 5, seed=3)
+
+
+class Watched(Recorded):
+    """Notes what moves between ranks in each step, and generates texts of unequal lengths while it validates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[Tensor] = []
+        self.traffic: list[dict[str, list[int]]] = []
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        assert not torch.is_inference_mode_enabled()
+        rank = self.trainer.global_rank
+        text = self.model.generate(PROMPTS[rank : rank + 1, : 3 + rank % 2], max_new_tokens=2 + rank, do_sample=False)
+        self.texts.append(text)
+        with disabled(self.model):
+            reference = self.model(input_ids=batch, labels=batch).loss
+        self.log("reference", reference, sync_dist=True)
+        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss, sync_dist=True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._counting = counted_collectives()
+        self.traffic.append(self._counting.__enter__())
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._counting.__exit__(None, None, None)
+
+
+class Finetuned(Recorded):
+    """Reads gradients in every hook there is, and steps by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.norms: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for _ in range(2):  # two backwards before one step
+            self.manual_backward(self.model(input_ids=batch, labels=batch).loss / 2)
+        self.norms.append(sum(p.grad.square().sum().item() for p in self.parameters() if p.grad is not None))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Sharding(Recorded):
+    """Shards its model itself, as for Lightning's ModelParallelStrategy."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in self.model.model.layers:
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+class Headed(Recorded):
+    """A task head outside the pretrained model, with buffers, drawn differently on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(int(os.environ.get("RANK", 0)))
+        self.head = torch.nn.Sequential(torch.nn.Linear(models.VOCAB, 4), torch.nn.BatchNorm1d(4))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.head(self.model(input_ids=batch).logits.flatten(0, 1)).square().mean()
+
+
+def fit(
+    directory: Path,
+    module: pl.LightningModule,
+    strategy: Any = "fsdp_lora",
+    *,
+    lora: dict[str, Any] | None = None,
+    loaders: dict[str, Any] | None = None,
+    ckpt_path: Any = None,
+    callbacks: tuple[Any, ...] = (),
+    **settings: Any,
+) -> pl.Trainer:
+    num_ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    saving = ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=num_ranks,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=directory,
+        callbacks=[LoRACallback(**{"r": 4, **(lora or {})}), saving, *callbacks],
+        **{"max_epochs": 1, **settings},
+    )
+    trainer.fit(module, **{"train_dataloaders": rank_loader(rank, num_ranks), **(loaders or {})}, ckpt_path=ckpt_path)
+    return trainer
+
+
+def state(module: pl.LightningModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in adapter_state_dict(module).items()}
+
+
+def straight(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Two epochs with validation before and between, saved and read back."""
+    module = Watched()
+    loaders = {"val_dataloaders": rank_loader(rank, num_ranks)}
+    trainer = fit(directory / "fsdp", module, FSDPLoRAStrategy(**SHARDED), loaders=loaders, max_epochs=2)
+    found: dict[str, Any] = {
+        "gradients": module.gradients,
+        "adapters": state(module),
+        "losses": module.losses,
+        "texts": module.texts,
+        "traffic": [dict(step) for step in module.traffic],
+        "val_loss": trainer.callback_metrics["val_loss"],
+        "reference": trainer.callback_metrics["reference"],
+        "sharded": sorted(name for name, p in module.named_parameters() if is_sharded(p)),
+    }
+    with counted_collectives() as saving:
+        trainer.save_checkpoint(directory / "again.ckpt")
+    found["saving"] = dict(saving)
+    summary = ModelSummary(module)
+    found["parameters"] = (summary.total_parameters, summary.trainable_parameters)
+
+    batch = models.token_ids(4, 8, seed=2)
+    with torch.no_grad():
+        logits = module.model(batch).logits
+        with merged(module):
+            found["merged"] = module.model(batch).logits
+        found["unmerged"], found["logits"] = module.model(batch).logits, logits
+    save_peft(module.model, directory / "peft")
+    predicting = pl.Trainer(
+        accelerator="cpu", devices=num_ranks, strategy="fsdp_lora", logger=False, enable_progress_bar=False,
+        callbacks=[LoRACallback(r=4)], use_distributed_sampler=False, enable_model_summary=False,
+    )  # fmt: skip
+    predicted = predicting.predict(module, torch.utils.data.DataLoader(batch, batch_size=4))
+    found["predicted"] = predicted[0]
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, rank_loader(rank, num_ranks))
+    found["third_epoch"] = module.losses[8:]
+    with torch.no_grad():
+        expected = module.model(batch).logits
+        merge(module, remove=True)
+        found["removed"] = (module.model(batch).logits, expected)
+    return found
+
+
+def resumed(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Files of this strategy, of DDP and of one process, resumed under this strategy and under DDP."""
+    found: dict[str, Any] = {}
+    _, ddp = train(directory / "ddp", "ddp", rank, num_ranks, max_epochs=2)
+    found["ddp_losses"] = ddp.losses
+    for source in ("fsdp", "ddp", "single"):
+        module = Recorded()
+        path = directory / source / "epoch=0.ckpt"
+        trainer = fit(directory / f"from_{source}", module, ckpt_path=path, max_epochs=2)
+        found[f"from_{source}"] = {"losses": module.losses, "adapters": state(module), "step": trainer.global_step}
+    _, module = train(
+        directory / "to_ddp", "ddp", rank, num_ranks, max_epochs=2, ckpt_path=directory / "fsdp" / "epoch=0.ckpt"
+    )
+    found["to_ddp"] = {"losses": module.losses, "adapters": state(module)}
+    validating = Watched()
+    fit(directory / "loaded", validating, ckpt_path=directory / "fsdp" / "epoch=1.ckpt", max_epochs=2)
+    found["loaded"] = (state(validating), optimizer_state(validating))
+    return found
+
+
+def optimizer_state(module: pl.LightningModule) -> list[dict[str, Tensor]]:
+    """Return the moments of every parameter, in the order of the optimizer."""
+    optimizer = module.trainer.optimizers[0]
+    return [
+        {name: value.clone() for name, value in optimizer.state[parameter].items()}
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+
+def adapters_in_shards(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """``shard_adapters=True`` with a trained head and trained norms, against the same with all of that whole."""
+    found: dict[str, Any] = {}
+    for name, shards in (("whole", False), ("sharded", True)):
+        module = Recorded()
+        strategy = FSDPLoRAStrategy(shard_adapters=shards, **SHARDED)
+        settings = {"modules_to_save": ["lm_head", "norm"]}
+        trainer = fit(
+            directory / f"{name}_adapters", module, strategy, lora=settings, gradient_clip_val=0.05, max_epochs=2,
+            accumulate_grad_batches=2,
+        )  # fmt: skip
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        found[f"spread_{name}"] = sum(map(is_sharded, trained))
+        batch = models.token_ids(4, 8, seed=2)
+        with torch.no_grad():
+            after = module.model(batch).logits
+            with disabled(module):
+                base = module.model(batch).logits
+            again = module.model(batch).logits
+            merge(module)
+            merged_logits = module.model(batch).logits
+            unmerge(module)
+        found[name] = {
+            "adapters": state(module), "disabled": base, "again": torch.equal(after, again), "logits": after,
+            "merged": merged_logits, "steps": trainer.global_step, "losses": module.losses,
+        }  # fmt: skip
+        save_peft(module.model, directory / f"peft_{name}")
+    for source, shards in (("whole", True), ("sharded", False), ("sharded", True)):
+        module = Recorded()
+        strategy = FSDPLoRAStrategy(shard_adapters=shards, **SHARDED)
+        path = directory / f"{source}_adapters" / "epoch=0.ckpt"
+        fit(
+            directory / "crossed", module, strategy, lora=settings, gradient_clip_val=0.05, max_epochs=2,
+            accumulate_grad_batches=2, ckpt_path=path,
+        )  # fmt: skip
+        found[f"{source}_into_{shards}"] = {"losses": module.losses, "adapters": state(module)}
+    value = Recorded()
+    fit(
+        directory / "by_value", value, FSDPLoRAStrategy(shard_adapters=True), gradient_clip_val=1e-3,
+        gradient_clip_algorithm="value", limit_train_batches=1,
+    )  # fmt: skip
+    found["clipped_by_value"] = state(value)
+    return found
+
+
+def options(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """The first gradients under every option that must not change them, and losses under those that round."""
+    found: dict[str, Any] = {}
+    exact = {
+        "checkpointed": {"activation_checkpointing": True},
+        "compiled": {"compile": "eager", "activation_checkpointing": True},
+        "kept": {"reshard_after_forward": False},
+        "offloaded": {"cpu_offload": True, **SHARDED},
+        "named": {"shard_modules": ["LlamaMLP", "self_attn"]},
+    }
+    if num_ranks == 4:
+        exact["hybrid"] = {"replicate_size": 2, **SHARDED}
+    for name, settings in exact.items():
+        module = Recorded()
+        fit(directory / name, module, FSDPLoRAStrategy(**settings), limit_train_batches=1)
+        found[name] = module.gradients
+    module = Finetuned()
+    fit(directory / "manual", module, limit_train_batches=1)
+    found["manual"] = module.gradients
+    found["norm"] = module.norms
+    module = Sharding()
+    fit(directory / "own", module, limit_train_batches=1)
+    found["own"] = module.gradients
+    module = Headed()
+    trainer = fit(directory / "headed", module)
+    found["headed"] = {name: value.clone() for name, value in module.head.state_dict().items()}
+    found["saved_head"] = sorted(
+        name for name in torch.load(directory / "headed" / "epoch=0.ckpt")["state_dict"] if "head." in name
+    )
+    accumulating = Watched()
+    fit(directory / "accumulated", accumulating, accumulate_grad_batches=2, gradient_clip_val=0.05)
+    found["accumulated"], found["accumulated_traffic"] = state(accumulating), list(map(dict, accumulating.traffic))
+    for precision in ("bf16-true", "bf16-mixed"):
+        module = Recorded()
+        with counted_collectives() as traffic:
+            trainer = fit(directory / precision, module, FSDPLoRAStrategy(**SHARDED), precision=precision)
+        found[precision] = {
+            "losses": module.losses,
+            "dtypes": sorted({str(p.dtype) for p in module.parameters() if p.requires_grad}),
+            "base": sorted({str(p.dtype) for p in module.parameters() if not p.requires_grad}),
+            "gathered_dtype": str(traffic.gathered_dtype),
+            "steps": trainer.global_step,
+        }
+    return found
+
+
+def company(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Other callbacks and tools around a run."""
+    found: dict[str, Any] = {}
+    module = Watched()
+    loaders = {"val_dataloaders": rank_loader(rank, num_ranks)}
+    stopping = EarlyStopping("val_loss", mode="max", patience=1)
+    trainer = fit(directory / "stopped", module, loaders=loaders, callbacks=(stopping,), max_epochs=9)
+    found["epochs"] = trainer.current_epoch
+
+    class Tuned(Recorded):
+        lr = 1e-2
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    module = Tuned()
+    before = {}
+
+    class AfterTheSearch(LearningRateFinder):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_fit_start(trainer, pl_module)
+            before.update(state(pl_module))
+
+    fit(directory / "tuned", module, callbacks=(AfterTheSearch(num_training_steps=3, early_stop_threshold=None),))
+    found["after_search"] = before
+    found["lr"] = module.lr
+    found["left_behind"] = [path.name for path in (directory / "tuned").iterdir() if path.name.startswith(".")]
+    found["loaded"] = copy.deepcopy(state(Recorded.load_from_checkpoint(directory / "tuned" / "epoch=0.ckpt")))
+    found["tuned"] = state(module)
+    return found
+
+
+PARTS = {f.__name__: f for f in (straight, resumed, adapters_in_shards, options, company)}
+
+
+def main(directory: Path, *parts: str) -> None:
+    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    assert BATCH % num_ranks == 0
+    report(directory, {name: PARTS[name](directory, rank, num_ranks) for name in parts or PARTS})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
