@@ -23,8 +23,8 @@ from lightning_lora.strategies.fsdp import (
     gathering_dtype,
     make_mesh,
     no_sync,
+    refuse_unfrozen,
     set_world_ranks,
-    take_in,
     wait_for_all,
 )
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
@@ -90,8 +90,9 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._device_mesh: DeviceMesh | None = None
-        self._reducer = GradientReducer()
-        self._modules: list[nn.Module] = []
+        # one for each module: what is summed where must not depend on the company
+        self._reducers: dict[nn.Module, GradientReducer] = {}
+        self._trained_in_shards: set[int] = set()
         self._backward_sync_control = _NoSync(self)
 
     @property
@@ -136,8 +137,8 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
         check_adapted(module, "fsdp_lora")
         shard(module, self.device_mesh, self.root_device, self.options, gathering_dtype(self.precision))
-        self._reducer.add(replicated_parameters(module))
-        self._modules.append(module)
+        self._reducers[module] = GradientReducer(replicated_parameters(module))
+        self._trained_in_shards |= set(map(id, sharded_trainables(module)))
         buffers = changing_buffers(module)
         if buffers:  # rank 0's running statistics for every rank, as under DDP
             module.register_forward_pre_hook(lambda *_: broadcast_together(buffers, self.root_device))
@@ -156,12 +157,17 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        watch_steps(optimizer, self._reducer, self._take_in)
+        watch_steps(optimizer, self._before_step)
         return super().setup_optimizer(optimizer)
 
-    def _take_in(self, optimizer: Optimizer) -> None:
-        sharded = [parameter for module in self._modules for parameter in sharded_trainables(module)]
-        take_in(optimizer, self._reducer, sharded)
+    def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
+        refuse_unfrozen(optimizer, self._trained_in_shards)
+        if reduces:
+            self._reduce_pending()
+
+    def _reduce_pending(self) -> None:
+        for reducer in self._reducers.values():
+            reducer.before_step()
 
     @override
     def module_to_device(self, module: nn.Module) -> None:
@@ -178,7 +184,8 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         super().backward(tensor, module, *args, **kwargs)
-        self._reducer.after_backward()
+        for reducer in self._reducers.values():
+            reducer.after_backward()
 
     @override
     def clip_gradients_norm(
@@ -189,13 +196,13 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
         norm_type: float | int = 2.0,
         error_if_nonfinite: bool = True,
     ) -> Tensor:
-        self._reducer.before_step()
+        self._reduce_pending()
         self.precision.unscale_gradients(optimizer)
         return clip_by_norm(self.precision.main_params(optimizer), max_norm, norm_type, error_if_nonfinite)
 
     @override
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float | int) -> None:
-        self._reducer.before_step()
+        self._reduce_pending()
         self.precision.unscale_gradients(optimizer)
         clip_by_value(self.precision.main_params(optimizer), clip_val)
 
@@ -220,4 +227,8 @@ class _NoSync(_BackwardSyncControl):
 
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
-        return no_sync(module, self._strategy._reducer) if enabled else ExitStack()
+        stack = ExitStack()
+        if enabled:
+            for inner, reducer in self._strategy._reducers.items():
+                stack.enter_context(no_sync(inner, reducer))
+        return stack

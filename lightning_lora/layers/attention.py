@@ -36,4 +36,4 @@ class LoRAMultiheadAttention(LoRALayer):
     @property
     def in_proj_weight(self) -> Tensor:
         """The effective weight of queries, keys and values: ``[3 embed_dim, embed_dim]``."""
-        return self.merged() if self.lora_active else self.base_weight
+        return self.merged() if self.reads_effective else self.base_weight

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_lora.functional import merged_weight
+from lightning_lora.sharded import is_sharded
 
 MAX_SEED = 2**31 - 1
 
@@ -121,6 +122,11 @@ class LoRALayer(nn.Module):
         """The weight of the base as it is stored, also where reading ``weight`` gives the effective one."""
         stored = self._parameters.get(self.base_name)
         return getattr(self, self.base_name) if stored is None else stored
+
+    @property
+    def reads_effective(self) -> bool:
+        """Whether reading the base weight gives the effective one; in shards, between forwards, it is as stored."""
+        return self.lora_active and not is_sharded(self.base_weight)
 
     def base_tensors(self) -> dict[str, Tensor | None]:
         """Return the stored base tensors that a merge writes to, by local name; ``None`` for a computed one."""

@@ -110,7 +110,7 @@ class LoRAReadLinear(LoRALinear):
     @property
     @override
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter in the base class
-        return self.merged() if self.lora_active else self.base_weight
+        return self.merged() if self.reads_effective else self.base_weight
 
     @property
     @override

@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_lora.functional import merged_weight
 from lightning_lora.layers.base import LoRALayer, Pair, put, swap_class
 from lightning_lora.layers.factored import FactoredWeight
+from lightning_lora.sharded import is_sharded
 
 
 class LoRAParameters(LoRALayer):
@@ -30,8 +31,8 @@ class LoRAParameters(LoRALayer):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        if name not in self.__dict__.get("lora_parts", ()) or not self.lora_active:
-            return value
+        if name not in self.__dict__.get("lora_parts", ()) or not self.lora_active or is_sharded(value):
+            return value  # also in shards, between forwards: FSDP2 looks for its own parameter here
         pair = self.pairs()[name]
         A, B, scaling = pair.A, pair.B, pair.scaling
         if value.ndim == 3 and self.lora_transposed:

@@ -113,6 +113,7 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         self._device_mesh: DeviceMesh | None = None
         self._reducer = GradientReducer()
         self._buffers: list[Tensor] = []
+        self._trained_in_shards: set[int] = set()
 
     @property
     def is_distributed(self) -> bool:
@@ -183,12 +184,12 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         self._buffers = changing_buffers(self.model)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
-            self._reducer = GradientReducer()
-            self._reducer.add(replicated_parameters(self.model))
+            self._reducer = GradientReducer(replicated_parameters(self.model))
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
-                watch_steps(optimizer, self._reducer, self._take_in)
-            if sharded_trainables(self.model):
+                watch_steps(optimizer, self._before_step)
+            self._trained_in_shards = set(map(id, sharded_trainables(self.model)))
+            if self._trained_in_shards:
                 self._clip_over_ranks()
         self.setup_precision_plugin()
 
@@ -197,10 +198,12 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         self.optimizers, self.lr_scheduler_configs = [], []  # of an earlier fit
         super().setup_optimizers(trainer)
 
-    def _take_in(self, optimizer: Optimizer) -> None:
-        """Reduce also what came into an optimizer since; refuse a base that another callback unfroze."""
-        assert self.model is not None
-        take_in(optimizer, self._reducer, sharded_trainables(self.model))
+    def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
+        """Reduce what would be stepped on unreduced, also of tensors that came into an optimizer during the run."""
+        refuse_unfrozen(optimizer, self._trained_in_shards)
+        self._reducer.add(p for group in optimizer.param_groups for p in group["params"] if not is_sharded(p))
+        if reduces:
+            self._reducer.before_step()
 
     def _clip_over_ranks(self) -> None:
         # the plugin's own would mix tensors that are spread with tensors that are whole, which torch refuses
@@ -338,22 +341,18 @@ def gathering_dtype(precision: Any) -> torch.dtype | None:
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(name)
 
 
-def take_in(optimizer: Optimizer, reducer: GradientReducer, sharded: list[nn.Parameter]) -> None:
-    """Add an optimizer's parameters that are whole to the reducer.
+def refuse_unfrozen(optimizer: Optimizer, served: set[int]) -> None:
+    """Raise ``ValueError`` for an optimizer with parameters that were frozen when they were sharded.
 
-    Raises:
-        ValueError: it holds base parameters that are sharded and were frozen when they were.
+    Args:
+        served: identities of those that trained then.
     """
-    served = {id(parameter) for parameter in sharded}
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not is_sharded(parameter):
-                reducer.add([parameter])
-            elif id(parameter) not in served and parameter.grad is not None:
-                raise ValueError(
-                    "a base parameter was unfrozen after the base was sharded, and would not train: name its module in "
-                    "modules_to_save from the start, or use strategy='ddp' to unfreeze during a run"
-                )
+        if any(is_sharded(p) and p.requires_grad and id(p) not in served for p in group["params"]):
+            raise ValueError(
+                "a base parameter was unfrozen after the base was sharded, and would not train: name its module in "
+                "modules_to_save from the start, or use strategy='ddp' to unfreeze during a run"
+            )
 
 
 @contextmanager

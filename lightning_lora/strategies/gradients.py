@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,13 @@ class GradientReducer:
     changes nothing, so a second backward before the step reduces only what it added.
     """
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter] = (), group: Any = None) -> None:
         self._group = group
         self._parameters: list[nn.Parameter] = []
         self._known: set[int] = set()
         self._blocked = False
         self._pending = False
+        self.add(parameters)
 
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take further parameters in, in this order, which must be the same on all ranks."""
@@ -34,10 +35,6 @@ class GradientReducer:
             if id(parameter) not in self._known:
                 self._known.add(id(parameter))
                 self._parameters.append(parameter)
-
-    def knows(self, parameter: nn.Parameter) -> bool:
-        """Whether a parameter's gradient is averaged here."""
-        return id(parameter) in self._known
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -150,18 +147,14 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def watch_steps(optimizer: Optimizer, reducer: GradientReducer, adopt: Any) -> None:
-    """Make sure, before every step of ``optimizer``, that its gradients are reduced.
+def watch_steps(optimizer: Optimizer, before_step: Callable[..., None]) -> None:
+    """Call ``before_step(optimizer, reduces=...)`` before every step.
 
-    A step with a closure computes its gradients only then: its backward reduces them.
-
-    Args:
-        adopt: called with the optimizer first; takes parameters that were put in since, or refuses them.
+    ``reduces`` is whether the gradients are there: a step with a closure computes them only then, and the closure's
+    backward reduces them.
     """
 
     def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        adopt(optimizer)
-        if (args[0] if args else kwargs.get("closure")) is None:
-            reducer.before_step()
+        before_step(optimizer, reduces=(args[0] if args else kwargs.get("closure")) is None)
 
     optimizer.register_step_pre_hook(before)

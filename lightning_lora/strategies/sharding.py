@@ -1,6 +1,7 @@
 """Sharding an adapted model with FSDP2: the frozen base in units, one per block; what trains stays whole beside it."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,7 @@ def _shard_root(root: nn.Module, mesh: DeviceMesh, options: ShardingOptions, mix
     kept_whole |= {p for p in root.parameters() if id(p) not in taken and p.numel() < options.min_shard_numel}
     if isinstance(root, LightningModule):  # its forward is not what the loop calls
         kept_whole |= {p for p in root.parameters() if id(p) not in taken}
+    kept_whole |= _tied_across_units(root, [[block] for block in blocks.values()] + units)
     shard_size = mesh.size(mesh.ndim - 1)
     settings: dict[str, Any] = {
         "mesh": mesh,
@@ -124,14 +126,11 @@ def _shard_root(root: nn.Module, mesh: DeviceMesh, options: ShardingOptions, mix
     for block in blocks.values():
         # backward starts at the last block: it would be gathered again at once
         fully_shard(block, reshard_after_forward=options.reshard_after_forward and block is not last, **settings)
-    for unit in reversed(units):  # children before their parents
+    for unit in sorted(units, key=lambda unit: max(sum(1 for _ in part.modules()) for part in unit)):  # children first
         keeps = not any(isinstance(part, nn.Embedding) for part in unit) or len(unit) > 1
         sharded: Any = fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=not keeps, **settings)
         if not keeps and not any(p.requires_grad for p in unit[0].parameters()):
             sharded.set_unshard_in_backward(False)  # a frozen table has no part in backward
-    body = getattr(root, "base_model", None)
-    if is_pretrained(root) and isinstance(body, nn.Module) and not isinstance(body, FSDPModule) and body is not root:
-        fully_shard(body, reshard_after_forward=options.reshard_after_forward, **settings)
     fully_shard(root, reshard_after_forward=False, **settings)
 
 
@@ -163,6 +162,7 @@ def _units_outside(
     if not is_pretrained(root) and not isinstance(root, LightningModule):
         return []
     parents = {child: (parent, name) for parent in root.modules() for name, child in parent.named_children()}
+    tables = set(_token_tables(root))
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for module in root.modules():
         for parameter in module._parameters.values():
@@ -171,6 +171,10 @@ def _units_outside(
             reader, (parent, name) = module, parents.get(module, (None, ""))
             if isinstance(parent, nn.MultiheadAttention) or (parent is not None and is_read_by_parent(parent, name)):
                 reader = parent
+            while isinstance(module, nn.Embedding) and module not in tables and is_pretrained(root):
+                reader, _ = parents[reader]  # such as a table of relative positions
+                if type(reader).forward is not nn.Module.forward:
+                    break
             if reader is not root:
                 owners.setdefault(parameter, []).append(reader)
     units: list[list[nn.Module]] = []
@@ -179,6 +183,29 @@ def _units_outside(
         merged = list(dict.fromkeys([module for unit in tied for module in unit] + readers))
         units = [unit for unit in units if unit not in tied] + [merged]
     return units
+
+
+def _token_tables(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the embeddings of tokens, which transformers' models call and never read."""
+    for part in root.modules():
+        if is_pretrained(part):
+            with contextlib.suppress(NotImplementedError):  # a model of sounds or images
+                yield part.get_input_embeddings()  # type: ignore[operator]
+
+
+def _tied_across_units(root: nn.Module, units: Sequence[Sequence[nn.Module]]) -> set[nn.Parameter]:
+    """Return the parameters that belong to modules of more than one unit: no unit can gather them for another."""
+    unit_of: dict[nn.Module, int] = {}
+    for index, unit in enumerate(units):
+        for part in unit:
+            for module in part.modules():
+                unit_of.setdefault(module, index)
+    owners: dict[nn.Parameter, set[int]] = {}
+    for module in root.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, set()).add(unit_of.get(module, -1))
+    return {parameter for parameter, indices in owners.items() if len(indices) > 1}
 
 
 def _check_served(root: nn.Module) -> None:

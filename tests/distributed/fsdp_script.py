@@ -259,9 +259,8 @@ def options(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
         "kept": {"reshard_after_forward": False},
         "offloaded": {"cpu_offload": True, **SHARDED},
         "named": {"shard_modules": ["LlamaMLP", "self_attn"]},
+        "hybrid": {"replicate_size": 2, **SHARDED},  # on two ranks each holds the whole base
     }
-    if num_ranks == 4:
-        exact["hybrid"] = {"replicate_size": 2, **SHARDED}
     for name, settings in exact.items():
         module = Recorded()
         fit(directory / name, module, FSDPLoRAStrategy(**settings), limit_train_batches=1)

@@ -1,0 +1,146 @@
+"""Bases that are built without values and streamed from safetensors, each rank its own slices."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from tests import models, zoo
+from tests.distributed.ddp_script import Recorded
+from tests.distributed.fsdp_meta_script import Computed
+from tests.distributed.fsdp_models_script import GPT
+from tests.distributed.fsdp_script import fit
+from tests.distributed.launch import launch
+
+# 12 blocks of 12 MB
+LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "vocab_size": 8192}
+
+
+def large() -> nn.Module:
+    return models._seeded(lambda: LlamaForCausalLM(LlamaConfig(num_attention_heads=8, **LARGE)))
+
+
+def bert() -> nn.Module:
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    )
+    return models._seeded(lambda: BertModel(config))
+
+
+def family(name: str) -> Callable[[], nn.Module]:
+    return next(f.build for f in zoo.FAMILIES if f.name == name)
+
+
+SAVED: dict[str, Callable[[], nn.Module]] = {
+    "llama": models.llama,
+    "tied": lambda: models.llama(tied=True),
+    "gemma3": family("gemma3"),
+    "experts": family("mixtral"),
+    "body": bert,
+    "large": large,
+    "lacking": models.llama,
+    "of another shape": models.llama,
+    "truncated": models.llama,
+    "without a shard": models.llama,
+}
+
+
+def damage(directory: Path) -> None:
+    lacking = directory / "lacking" / "model.safetensors"
+    tensors = safetensors.torch.load_file(lacking)
+    safetensors.torch.save_file({n: v for n, v in tensors.items() if "layers.1.mlp.up_proj" not in n}, lacking)
+    tensors["lm_head.weight"] = torch.ones(7, 32)
+    safetensors.torch.save_file(tensors, directory / "of another shape" / "model.safetensors")
+    whole = (directory / "truncated" / "model.safetensors").read_bytes()
+    (directory / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    index = json.loads((directory / "without a shard" / "model.safetensors.index.json").read_text())
+    (directory / "without a shard" / sorted(set(index["weight_map"].values()))[1]).unlink()
+    (directory / "empty").mkdir()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp(f"meta{request.param}")
+    for name, build in SAVED.items():
+        in_shards = name in ("llama", "without a shard")
+        size = "50KB" if in_shards else "30MB" if name == "large" else "5GB"
+        build().save_pretrained(directory / name, max_shard_size=size)
+    assert (directory / "llama" / "model.safetensors.index.json").is_file()
+    for name, build in (("gpt", GPT), ("buffer", Computed)):
+        (directory / name).mkdir()
+        safetensors.torch.save_file(models._seeded(build).state_dict(), directory / name / "weights.safetensors")
+    damage(directory)
+    return {"directory": directory, "ranks": launch("fsdp_meta_script.py", request.param, directory)}
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "gemma3", "experts", "gpt", "buffer", "offloaded"])
+def test_the_base_is_bit_for_bit_what_was_saved(run: dict[str, Any], name: str) -> None:
+    build = {"gpt": lambda: models._seeded(GPT), "buffer": Computed, "offloaded": models.llama}.get(name) or SAVED[name]
+    expected = build()
+    if name == "buffer":
+        expected.load_state_dict(safetensors.torch.load_file(run["directory"] / name / "weights.safetensors"))
+    for rank in run["ranks"]:
+        assert rank[name]["spread"]
+        torch.testing.assert_close(rank[name]["state"], dict(expected.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(rank[name]["buffers"], dict(expected.named_buffers()), rtol=0, atol=0)
+
+
+def test_experts_were_saved_one_by_one_and_are_read_into_fused_tensors(run: dict[str, Any]) -> None:
+    keys = safetensors.torch.load_file(run["directory"] / "experts" / "model.safetensors").keys()
+    names = run["ranks"][0]["experts"]["state"].keys()
+    assert any("experts.0." in key for key in keys)
+    assert not any("experts.0." in name for name in names)
+
+
+def test_the_checkpoint_of_a_body_fills_a_model_with_a_new_head(run: dict[str, Any]) -> None:
+    expected = {f"bert.{name}": value for name, value in bert().state_dict().items()}
+    heads = []
+    for rank in run["ranks"]:
+        state = rank["body"]["state"]
+        torch.testing.assert_close({n: v for n, v in state.items() if n in expected}, expected, rtol=0, atol=0)
+        heads.append({n: v for n, v in state.items() if n not in expected})
+        assert heads[-1].keys() == {"classifier.weight", "classifier.bias"}
+        assert heads[-1]["classifier.weight"].std() > 0
+        torch.testing.assert_close(heads[-1], heads[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_first_gradients_equal_one_process(run: dict[str, Any], tmp_path: Path, early: bool) -> None:
+    module = Recorded()
+    fit(tmp_path, module, "auto", limit_train_batches=1)
+    found = run["ranks"][0][f"gradients, early={early}"]
+    torch.testing.assert_close(found, module.gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_no_rank_ever_holds_the_whole_base(run: dict[str, Any]) -> None:
+    for rank in run["ranks"]:
+        memory = rank["memory"]
+        assert memory["whole"] > 150e6
+        assert memory["held"] < memory["whole"] / len(run["ranks"]) * 1.05
+        # its own share, and 16 MB for what it is just reading and the allocator's slack
+        assert memory["peak"] < memory["held"] + 16e6
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lacking", "lacks 1 tensors of LlamaForCausalLM: model.layers.1.mlp.up_proj.weight"),
+        ("of another shape", r"has \(7, 32\) for 'lm_head.weight', the model has \(100, 32\)"),
+        ("truncated", "cannot be read as safetensors"),
+        ("without a shard", "names 'model-00002-of.*', which is not there"),
+        ("empty", "no safetensors at"),
+        ("nowhere", "nothing says where its weights are: give the strategy base_weights="),
+        ("no code", "'scale' is a buffer that no checkpoint holds"),
+    ],
+)
+def test_what_cannot_be_filled_is_one_clear_error(run: dict[str, Any], name: str, message: str) -> None:
+    import re
+
+    for rank in run["ranks"]:
+        assert re.search(message, rank[name]), rank.get(name)
