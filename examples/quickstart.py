@@ -90,7 +90,7 @@ class Definitions(L.LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         # its position is part of a checkpoint, so a resumed run goes on with the next batch, in mid-epoch too
-        return StatefulDataLoader(self.learned, self.batch_size, shuffle=True, collate_fn=self.collate)
+        return StatefulDataLoader(self.learned, batch_size=self.batch_size, shuffle=True, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.held_out, 2 * self.batch_size, collate_fn=self.collate)

@@ -28,7 +28,8 @@ def smollm2() -> Path:
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             gguf = _download(Path(scratch))
             converted = _convert(gguf, Path(scratch, "converted"))
-            converted.rename(directory)  # last, so that an interrupted download leaves no half model
+            if not directory.exists():  # another process of the same run may have been faster
+                converted.rename(directory)  # last, so that an interrupted download leaves no half model
     return directory
 
 
@@ -57,7 +58,8 @@ def tiny_llama() -> Path:
             converted = Path(scratch, "converted")
             model.save_pretrained(converted)
             tokenizer.save_pretrained(converted)
-            converted.rename(directory)
+            if not directory.exists():  # another process of the same run may have been faster
+                converted.rename(directory)
     return directory
 
 

@@ -34,6 +34,7 @@ from lightning_lora.layers.statistics import freeze_statistics
 from lightning_lora.matching import is_all_linear, left_out_towers
 from lightning_lora.peft_import import load_peft
 from lightning_lora.root import clean_name, find_root
+from lightning_lora.sharded import class_name
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
 
@@ -347,7 +348,7 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + 1
     adapted = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
     lines = [
-        f"LoRA on {type(root).__name__}{f' at {path!r}' if path else ''}: {len(layers)} layers adapted ({adapted})",
+        f"LoRA on {class_name(root)}{f' at {path!r}' if path else ''}: {len(layers)} layers adapted ({adapted})",
         f"  adapters      {count['adapter_parameters']:>15,}  {_percent(count, 'adapter_parameters')}",
         f"  trained whole {count['whole_parameters']:>15,}  {_percent(count, 'whole_parameters')}"
         + (f"  ({', '.join(whole)})" if 0 < len(whole) <= 6 else ""),

@@ -46,6 +46,10 @@ def _adopting(method: Any) -> Any:
     def adopting(self: Fabric, *args: Any, **kwargs: Any) -> Any:
         if any(_has_adapters(_unwrap_objects(value)) for value in (*args, *kwargs.values())):
             adopt_fabric(self._strategy)
+        if getattr(self._strategy, "shards", False) and method.__name__ in ("setup", "setup_module"):
+            module = args[0] if args else kwargs["module"]
+            if any(parameter.is_meta for parameter in module.parameters()):
+                kwargs.setdefault("move_to_device", False)  # the strategy does it, and Fabric would warn
         if method.__name__ == "save":
             _check_top_level(args[1] if len(args) > 1 else kwargs.get("state"))
         result = method(self, *args, **kwargs)

@@ -68,6 +68,12 @@ def shard_group(tensors: Iterable[Any]) -> Any:
     return None
 
 
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class, without the prefix of the class that FSDP2 makes of it."""
+    cls = type(module)
+    return cls.__name__.removeprefix("FSDP") if hasattr(module, "_get_fsdp_state") else cls.__name__
+
+
 def reshard(module: nn.Module) -> None:
     """Drop the gathered copies that FSDP2 keeps after a forward, so that the parameters are the stored ones."""
     for part in module.modules():

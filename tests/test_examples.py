@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,33 @@ def test_quickstart_trains_resumes_merges_and_exports(tmp_path: Path) -> None:
     (checkpoint,) = (tmp_path / "checkpoints").glob("step=6*.ckpt")
     assert all(".lora_" in name for name in torch.load(checkpoint, weights_only=True)["state_dict"])
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 8
+
+
+def run_example(name: str, *arguments: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    result = subprocess.run(
+        [sys.executable, f"examples/{name}", "--tiny", *arguments],
+        capture_output=True, text=True, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, timeout=280,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_sharded_training_learns_and_leaves_one_small_file(tmp_path: Path) -> None:
+    output = run_example("fsdp_trainer.py", "--steps=8", f"--output={tmp_path}")
+    before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+)", output).groups())
+    assert after < before
+    checkpoint = torch.load(tmp_path / "checkpoints" / "step=8.ckpt", weights_only=True)
+    assert all(".lora_" in name for name in checkpoint["state_dict"])
+    assert len(checkpoint["lightning_lora"]["random_states"]) == 2
+    assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+
+
+def test_a_sharded_loop_of_ones_own_learns(tmp_path: Path) -> None:
+    output = run_example("fsdp_fabric.py", "--steps=4", f"--output={tmp_path}")
+    losses = [float(value) for value in re.findall(r"loss ([\d.]+)", output)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    saved = torch.load(tmp_path / "adapter.ckpt", weights_only=True)
+    assert all(".lora_" in name for name in saved["model"])
+    assert saved["step"] == 4

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora.inject import injection_of, named_lora_layers
 from lightning_lora.root import clean_name, is_pretrained, name_or_path
-from lightning_lora.sharded import box, is_sharded, local_part, write
+from lightning_lora.sharded import box, class_name, is_sharded, local_part, write
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -46,7 +46,7 @@ def materialize(root: nn.Module, source: str | None, device: torch.device) -> No
     source = source or _own_source(root)
     if source is None:
         raise ValueError(
-            f"{_class_name(root)} is on the meta device ({min(empty)!r} and {len(empty) - 1} more) and nothing says "
+            f"{class_name(root)} is on the meta device ({min(empty)!r} and {len(empty) - 1} more) and nothing says "
             "where its weights are: give the strategy base_weights=, a safetensors file or a directory with them"
         )
     _allocate(root, device)
@@ -133,7 +133,7 @@ def _compute_buffers(root: nn.Module, empty: set[str]) -> None:
         if lost and (not _draw(root, name, module) or any(_is_marked(module._buffers[buffer]) for buffer in lost)):
             raise ValueError(
                 f"{_join(name, lost[0])!r} is a buffer that no checkpoint holds (persistent=False), it is on the meta "
-                f"device, and {_class_name(module)} has no reset_parameters() that computes it: build the model's "
+                f"device, and {class_name(module)} has no reset_parameters() that computes it: build the model's "
                 "buffers on CPU, or make them persistent"
             )
 
@@ -185,7 +185,7 @@ def _fill(root: nn.Module, slices: Mapping[str, Any], adapters: set[int]) -> set
     unused = [key for key, (name, converter, _) in names.items() if converter is None and name not in targets]
     if unused:
         some = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-        rank_zero_info(f"base_weights: {_class_name(root)} has no place for {some}")
+        rank_zero_info(f"base_weights: {class_name(root)} has no place for {some}")
     done = {id(targets[name]) for name in filled}
     return filled | {name for name, tensor in targets.items() if id(tensor) in done}
 
@@ -271,13 +271,8 @@ def _finish(root: nn.Module, absent: set[str], adapters: set[int], source: str) 
             wanted -= {name for name in wanted if name.startswith(f"{path}.")}
     if wanted:
         some = ", ".join(sorted(wanted)[:3]) + (f" and {len(wanted) - 3} more" if len(wanted) > 3 else "")
-        raise ValueError(f"{source} lacks {len(wanted)} tensors of {_class_name(root)}: {some}")
+        raise ValueError(f"{source} lacks {len(wanted)} tensors of {class_name(root)}: {some}")
 
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _class_name(module: nn.Module) -> str:
-    """Return the name of the user's class, without FSDP2's in front of it."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule)).__name__

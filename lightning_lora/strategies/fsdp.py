@@ -19,6 +19,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
@@ -37,6 +38,7 @@ from lightning_lora.strategies.sharding import (
     set_gradient_sync,
     shard,
     sharded_trainables,
+    shards_summary,
 )
 
 T = TypeVar("T")
@@ -181,6 +183,7 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
             loop.inference_mode = False  # FSDP2's first forward in it leaves tensors that cannot train
         self.model = self.precision_plugin.convert_module(self.model)
         shard(self.model, self.device_mesh, self.root_device, self.options, gathering_dtype(self.precision_plugin))
+        rank_zero_info(shards_summary(self.model))
         self._buffers = changing_buffers(self.model)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:

@@ -16,7 +16,7 @@ from lightning_lora.fingerprint import local_hashes
 from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
 from lightning_lora.layers import is_read_by_parent
 from lightning_lora.root import clean_name, is_inside, is_pretrained
-from lightning_lora.sharded import is_sharded, local_part, spread_like
+from lightning_lora.sharded import class_name, is_sharded, local_part, spread_like
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.blocks import find_blocks, wrap_blocks
 
@@ -79,6 +79,37 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
     for root in injected_roots(module).values():
         if isinstance(root, FSDPModule):
             root._get_fsdp_state()._lazy_init()  # by itself it takes the first module that runs for the root
+            _gather_once(root)
+
+
+def _gather_once(root: nn.Module) -> None:
+    """Gather and drop every unit, one at a time.
+
+    FSDP2 makes the tensors that it gathers into at the first gather and keeps them; made under ``inference_mode``, as by
+    a ``generate`` in the user's code, they could not train afterwards.
+    """
+    with torch.inference_mode(False):
+        for part in root.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()
+                part.reshard()
+
+
+def shards_summary(module: nn.Module) -> str:
+    """Return what is in shards, in one line: the units and this rank's share of the base."""
+    lines = []
+    for root in injected_roots(module).values():
+        units: dict[str, int] = {}
+        for part in root.modules():
+            if isinstance(part, FSDPModule) and part._get_fsdp_state()._fsdp_param_groups:
+                units[class_name(part)] = units.get(class_name(part), 0) + 1
+        base = [parameter for parameter in root.parameters() if not parameter.requires_grad]
+        held, total = sum(local_part(p).numel() for p in base), sum(p.numel() for p in base)
+        names = ", ".join(f"{name} x{number}" if number > 1 else name for name, number in units.items())
+        lines.append(
+            f"{class_name(root)} in shards: {names}; this rank holds {100 * held / max(total, 1):.0f} % of the base"
+        )
+    return "\n".join(lines)
 
 
 def replicated_parameters(module: nn.Module) -> list[nn.Parameter]:

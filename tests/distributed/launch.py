@@ -14,9 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def launch(script: str, num_ranks: int, directory: Path, *arguments: str, timeout_s: int = 240) -> list[Any]:
     """Run ``tests/distributed/<script>`` on ``num_ranks`` processes; return what each one saved with :func:`report`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(num_ranks):
         environment = {
@@ -45,6 +43,13 @@ def launch(script: str, num_ranks: int, directory: Path, *arguments: str, timeou
     failed = [rank for rank, process in enumerate(processes) if process.returncode != 0]
     assert not failed, f"ranks {failed} failed:\n{outputs[failed[0]][-4000:]}"
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def report(directory: Path, values: Any) -> None:

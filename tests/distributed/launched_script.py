@@ -1,0 +1,76 @@
+"""A training script as users write it: started by plain python, torchrun or SLURM; it may lose a rank on the way."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_lora import LoRACallback, adapter_state_dict
+from tests import models
+from tests.runs import LanguageModule
+
+KILLED_AT = 5  # of the 8 steps of the first epoch
+
+
+class Reporting(LanguageModule):
+    """Writes every loss to a file of its rank, and dies once if it is told to."""
+
+    def __init__(self, directory: str, dies: bool) -> None:
+        super().__init__()
+        self.directory, self.dies = directory, dies
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        mark = Path(self.directory, "killed")
+        if self.dies and self.global_rank == 1 and self.global_step == KILLED_AT and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = super().training_step(batch, batch_idx)
+        with Path(self.directory, f"losses{self.global_rank}.txt").open("a") as file:
+            file.write(f"{self.global_step} {loss.item()!r}\n")
+        return loss
+
+
+class Rows(pl.LightningDataModule):
+    """Rows of the rank's own, in an order that a checkpoint keeps."""
+
+    def train_dataloader(self) -> Any:
+        trainer = self.trainer
+        rows = models.token_ids(32, 8, seed=1)
+        sampler = DistributedSampler(rows, trainer.world_size, trainer.global_rank, shuffle=True, seed=7)
+        return StatefulDataLoader(rows, batch_size=2, sampler=sampler)
+
+
+def main(directory: Path, dies: bool) -> None:
+    saving = ModelCheckpoint(directory, save_last=True, save_top_k=0, every_n_train_steps=1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="fsdp_lora",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=directory,
+        max_epochs=2,
+        callbacks=[LoRACallback(r=4, dropout=0.1), saving],
+    )
+    pl.seed_everything(3, verbose=False)
+    module = Reporting(str(directory), dies)
+    last = directory / "last.ckpt"
+    trainer.fit(module, Rows(), ckpt_path=last if last.exists() else None)
+    torch.save(
+        {"adapters": {name: value.clone() for name, value in adapter_state_dict(module).items()}},
+        directory / f"rank{trainer.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "dies" in sys.argv[2:])
