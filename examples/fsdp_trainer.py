@@ -1,7 +1,8 @@
 """The quickstart on two processes, each with its share of the frozen base: ``Trainer(strategy="fsdp_lora")``.
 
 The LightningModule and the LightningDataModule are the quickstart's, unchanged. ``python examples/fsdp_trainer.py``
-starts both processes, and so does ``torchrun --nproc-per-node=2 examples/fsdp_trainer.py``. On GPUs: ``--accelerator gpu``.
+starts both processes, and so does ``torchrun --nproc-per-node=2 examples/fsdp_trainer.py``; on GPUs add
+``--accelerator gpu``.
 """
 
 import argparse
