@@ -22,6 +22,18 @@ _MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  #
 ALL_LINEAR = "all-linear"
 
 
+# beside the language model, in transformers models that do not name it
+_TOWER_NAMES = (
+    "vision_model",
+    "image_encoder",
+    "visual_projection",
+    "perceiver_resampler",
+    "embed_tokens_extend",
+    "codec_model",
+    "protein_encoder",
+)
+
+
 def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[str]) -> dict[str, nn.Module]:
     """Return the modules to adapt by name, in ``named_modules`` order.
 
@@ -84,14 +96,18 @@ def left_out_towers(model: nn.Module) -> dict[str, int]:
 
     These are vision and audio towers and projectors. A model has them when its config describes a text model and
     another one (transformers' ``sub_configs``) and it holds a ``language_model``, or a ``text_model`` that it generates
-    with; CLIP's, beside which there is no output head, is one of two equals.
+    with; CLIP's, beside which there is no output head, is one of two equals. In models that generate and do not name
+    their language model (BLIP, GIT, Idefics, Phi-4 multimodal, Moshi's speech codec) they are known by their own names.
     """
     config = getattr(model, "config", None)
     modules = _named_modules(model)
     names = ("language_model", "thinker", *(["text_model"] if _output_head(model) is not None else []))
     language = [name for name in modules if name.rpartition(".")[2] in names]
     if not is_pretrained(model) or "text_config" not in getattr(config, "sub_configs", {}) or not language:
-        return {}
+        can_generate = is_pretrained(model) and model.can_generate()  # type: ignore[operator]  # a PreTrainedModel
+        towers = [name for name in modules if name.rpartition(".")[2] in _TOWER_NAMES] if can_generate else []
+        outer = [name for name in towers if not _is_inside(name.rpartition(".")[0], towers)]
+        return {name: sum(is_linear(m) for m in modules[name].modules()) for name in outer}
     outermost = min(language, key=len)
     parent = outermost.rpartition(".")[0]
     siblings = [

@@ -549,6 +549,9 @@ def test_all_linear_means_the_language_model_of_a_multimodal_one_and_towers_can_
         ("Qwen2AudioForConditionalGeneration", "model.language_model", {"audio_tower", "multi_modal_projector"}),
         ("Qwen2_5_VLForConditionalGeneration", "model.language_model", {"visual"}),
         ("SmolVLMForConditionalGeneration", "model.text_model", {"vision_model", "connector"}),
+        ("BlipForConditionalGeneration", "text_decoder", {"vision_model"}),
+        ("GitForCausalLM", "git.encoder", {"image_encoder", "visual_projection"}),
+        ("Phi4MultimodalForCausalLM", "model.layers", {"embed_tokens_extend"}),
         ("CLIPModel", "", set()),
     ],
 )
