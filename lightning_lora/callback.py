@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint import config_of, copy_tensors, fitting_tensors, read_checkpoint
+from lightning_lora.checkpoint import config_of, copy_tensors, fitting_tensors, one_adapter, read_checkpoint
 from lightning_lora.config import LoRAConfig, answers_peft_names
 from lightning_lora.inject import (
     has_trained,
@@ -124,11 +124,10 @@ class LoRACallback(Callback):
             adapter_dtype=adapter_dtype,
         )
         if config is not None and not isinstance(config, LoRAConfig):
-            raise TypeError(
-                f"config={config!r} must be a LoRAConfig; the rank is r={config!r}"
-                if isinstance(config, int)
-                else f"config must be a LoRAConfig, got {type(config).__name__}"
-            )
+            if isinstance(config, int):
+                raise TypeError(f"config={config!r} must be a LoRAConfig; the rank is r={config!r}")
+            remedy = "; write LoRAConfig.from_peft(config)" if hasattr(config, "peft_type") else ""
+            raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{remedy}")
         if config is not None and fields != LoRAConfig():
             raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
         self.config = config or fields
@@ -306,7 +305,7 @@ class LoRACallback(Callback):
 
 def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, init_from: str | None) -> None:
     """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is."""
-    _, root = find_root(pl_module, path)
+    root_path, root = find_root(pl_module, path)
     injection = injection_of(root)
     if injection is not None and (init_from is None or injection.source == init_from):
         if init_from is None or config != LoRAConfig():
@@ -324,7 +323,7 @@ def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, ini
     elif Path(init_from).is_dir():
         load_peft(root, init_from)
     else:
-        _adapt_from_checkpoint(root, config, init_from)
+        _adapt_from_checkpoint(root, root_path, config, init_from)
     _injection(root).source = init_from
 
 
@@ -389,9 +388,9 @@ def _injection(root: nn.Module) -> Any:
     return injection
 
 
-def _adapt_from_checkpoint(root: nn.Module, config: LoRAConfig, path: str) -> None:
+def _adapt_from_checkpoint(root: nn.Module, root_path: str, config: LoRAConfig, path: str) -> None:
     """Adapt ``root`` with the file's config (or the user's, where given) and copy the weights that lie inside it."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = one_adapter(read_checkpoint(path), root_path, path)
     inject(root, config_of(checkpoint, path) if config == LoRAConfig() else config)
     try:
         tensors = fitting_tensors(checkpoint, root, path)

@@ -195,6 +195,25 @@ def section_of(checkpoint: Mapping[str, Any], source: Any) -> dict[str, Any]:
     return section
 
 
+def one_adapter(checkpoint: Mapping[str, Any], root_path: str, source: Any) -> Mapping[str, Any]:
+    """Return a checkpoint with the adapter of the model at ``root_path`` alone; one that holds a single one as it is.
+
+    Raises:
+        ValueError: it holds several, and none at that path.
+    """
+    section = section_of(checkpoint, source)
+    if len(section["adapters"]) == 1:
+        return checkpoint
+    own = [adapter for adapter in section["adapters"] if adapter["root"] == root_path]
+    if len(own) != 1:
+        raise ValueError(
+            f"{source} holds adapters of models at {[a['root'] for a in section['adapters']]}, none at {root_path!r}"
+        )
+    key = own[0]["state_key"]
+    state = {name: value for name, value in checkpoint[key].items() if is_inside(name, root_path)}
+    return {**checkpoint, key: state, SECTION: {**section, "adapters": own}}
+
+
 def config_of(checkpoint: Mapping[str, Any], source: Any) -> LoRAConfig:
     """Return the config that a checkpoint with one adapter was written with."""
     adapters = section_of(checkpoint, source)["adapters"]

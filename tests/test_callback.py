@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -218,6 +219,18 @@ def test_two_callbacks_adapt_two_models_of_one_module(tmp_path: Path) -> None:
     for other in (again, loaded):
         assert same_adapters(other.unet, module.unet)
         assert same_adapters(other.text_encoder, module.text_encoder)
+
+    warm = Diffusion()
+    start = str(tmp_path / "full.ckpt")
+    both = (LoRACallback(module="unet", init_from=start), LoRACallback(module="text_encoder", init_from=start))
+    trainer(tmp_path, *both, max_epochs=0).fit(warm, loader())
+    assert same_adapters(warm.unet, module.unet)
+    assert same_adapters(warm.text_encoder, module.text_encoder)
+
+
+def test_a_config_of_peft_is_answered_with_the_remedy() -> None:
+    with pytest.raises(TypeError, match=r"got LoraConfig; write LoRAConfig.from_peft\(config\)"):
+        LoRACallback(peft.LoraConfig(target_modules=["q_proj"]))
 
 
 def test_a_wrong_module_name_lists_the_children(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
 def _gather_once(root: nn.Module) -> None:
     """Gather and drop every unit, one at a time.
 
-    FSDP2 makes the tensors that it gathers into at the first gather and keeps them; made under ``inference_mode``, as by
-    a ``generate`` in the user's code, they could not train afterwards.
+    FSDP2 makes the tensors that it gathers into at the first gather and keeps them; made under ``inference_mode``, as
+    by a ``generate`` in the user's code, they could not train afterwards.
     """
     with torch.inference_mode(False):
         for part in root.modules():
