@@ -68,6 +68,17 @@ def shard_group(tensors: Iterable[Any]) -> Any:
     return None
 
 
+def sharded_parameters(module: Any) -> list[Any]:
+    """Return FSDP2's records of the parameters that it gathers for this very module; none for any other module."""
+    if not hasattr(module, "_get_fsdp_state"):
+        return []
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # a torch that knows one group for each module
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return [parameter for group in groups for parameter in group.fsdp_params]
+
+
 def class_name(module: nn.Module) -> str:
     """Return the name of a module's class, without the prefix of the class that FSDP2 makes of it."""
     cls = type(module)

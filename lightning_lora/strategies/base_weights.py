@@ -12,11 +12,10 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora.inject import injection_of, named_lora_layers
 from lightning_lora.root import clean_name, is_pretrained, name_or_path
-from lightning_lora.sharded import box, class_name, is_sharded, local_part, write
+from lightning_lora.sharded import box, class_name, is_sharded, local_part, sharded_parameters, write
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -117,10 +116,8 @@ def _allocate(root: nn.Module, device: torch.device) -> None:
             if buffer is not None and buffer.device.type == "meta":
                 module._buffers[name] = torch.empty_like(buffer, device=device)
     for module in root.modules():
-        if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for fsdp_parameter in group.fsdp_params:
-                    fsdp_parameter.reset_sharded_param()
+        for record in sharded_parameters(module):
+            record.reset_sharded_param()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """``FSDPLoRAStrategy``: the frozen base sharded with FSDP2, the adapters whole, one adapter-only checkpoint."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -22,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -321,6 +323,8 @@ def make_mesh(device: torch.device, world_size: int, replicate_size: int) -> Dev
     """Return the mesh of all ranks: one dimension, or replicas of shards."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"'fsdp_lora' runs on CUDA devices and on CPU, not on {device.type!r}")
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ValueError(f"'fsdp_lora' needs torch 2.7 or newer; this is {torch.__version__}")
     if world_size % replicate_size:
         raise ValueError(f"replicate_size={replicate_size} does not divide the {world_size} ranks")
     if replicate_size == 1:

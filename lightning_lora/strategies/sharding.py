@@ -16,7 +16,7 @@ from lightning_lora.fingerprint import local_hashes
 from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
 from lightning_lora.layers import is_read_by_parent
 from lightning_lora.root import clean_name, is_inside, is_pretrained
-from lightning_lora.sharded import class_name, is_sharded, local_part, spread_like
+from lightning_lora.sharded import class_name, is_sharded, local_part, sharded_parameters, spread_like
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.blocks import find_blocks, wrap_blocks
 
@@ -101,7 +101,7 @@ def shards_summary(module: nn.Module) -> str:
     for root in injected_roots(module).values():
         units: dict[str, int] = {}
         for part in root.modules():
-            if isinstance(part, FSDPModule) and part._get_fsdp_state()._fsdp_param_groups:
+            if sharded_parameters(part):
                 units[class_name(part)] = units.get(class_name(part), 0) + 1
         base = [parameter for parameter in root.parameters() if not parameter.requires_grad]
         held, total = sum(local_part(p).numel() for p in base), sum(p.numel() for p in base)
@@ -241,13 +241,7 @@ def _tied_across_units(root: nn.Module, units: Sequence[Sequence[nn.Module]]) ->
 
 def _check_served(root: nn.Module) -> None:
     """Raise ``ValueError`` for parameters that are spread over ranks by anything but FSDP2."""
-    managed = {
-        id(fsdp_parameter.sharded_param)
-        for part in root.modules()
-        if isinstance(part, FSDPModule)
-        for group in part._get_fsdp_state()._fsdp_param_groups
-        for fsdp_parameter in group.fsdp_params
-    }
+    managed = {id(record.sharded_param) for part in root.modules() for record in sharded_parameters(part)}
     for name, parameter in root.named_parameters():
         if is_sharded(parameter) and id(parameter) not in managed:
             raise ValueError(

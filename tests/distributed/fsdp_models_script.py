@@ -290,6 +290,14 @@ def around(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
         }  # fmt: skip
         fabric.barrier()
 
+    fabric = start(min_shard_numel=0)
+    model, optimizer = fabric.setup(*make(case))
+    mine = batch.chunk(num_ranks)[rank]
+    with torch.inference_mode():  # as a generate in the user's code
+        before = lm_loss(model, mine)
+    found["inference_first"] = (before.clone(), step(fabric, model, mine).detach())
+    optimizer.step()
+
     fabric = start()
     x = torch.full((2, 4), 1.0 if rank else -1.0)  # only rank 0 does not reach the odd layer
     model = inject(models._seeded(TwoSided), LoRAConfig(r=2, target_modules=["first", "odd", "never"]))

@@ -146,6 +146,8 @@ def straight(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
         "reference": trainer.callback_metrics["reference"],
         "sharded": sorted(name for name, p in module.named_parameters() if is_sharded(p)),
     }
+    evaluating = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    found["inference_modes"] = [loop.inference_mode for loop in evaluating]
     with counted_collectives() as saving:
         trainer.save_checkpoint(directory / "again.ckpt")
     found["saving"] = dict(saving)

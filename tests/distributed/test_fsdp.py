@@ -251,6 +251,10 @@ class TestCompany:
             )
             assert torch.equal(rank["straight"]["texts"][-1], text)
 
+    def test_no_loop_runs_in_inference_mode(self, run: dict[str, Any]) -> None:
+        # Lightning leaves it out under gloo by itself, and under NCCL it does not
+        assert run["ranks"][0]["straight"]["inference_modes"] == [False] * 4
+
     def test_counts_are_global(self, run: dict[str, Any]) -> None:
         total = sum(parameter.numel() for parameter in run["single"].parameters())
         assert run["ranks"][1]["straight"]["parameters"] == (total, ADAPTERS)

@@ -57,6 +57,12 @@ def test_fabric_accumulates_clips_saves_and_goes_on(ranks: list[dict[str, Any]],
         torch.testing.assert_close(found["going_on"]["adapters"], other["going_on"]["adapters"], **STEP_TOLERANCE)
 
 
+def test_a_first_forward_in_inference_mode_leaves_a_model_that_trains(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        before, after = rank["around"]["inference_first"]
+        torch.testing.assert_close(before, after, rtol=1e-6, atol=0)
+
+
 def test_what_no_rank_reaches_has_no_gradient_and_what_one_reaches_counts_as_zero_elsewhere(
     ranks: list[dict[str, Any]],
 ) -> None:
