@@ -16,7 +16,7 @@ from lightning_lora.fingerprint import local_hashes
 from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
 from lightning_lora.layers import is_read_by_parent
 from lightning_lora.root import clean_name, is_inside, is_pretrained
-from lightning_lora.sharded import class_name, is_sharded, local_part, sharded_parameters, spread_like
+from lightning_lora.sharded import class_name, is_sharded, local_part, reshard, sharded_parameters, spread_like
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.blocks import find_blocks, wrap_blocks
 
@@ -67,11 +67,12 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
     Raises:
         ValueError: a name in ``shard_modules`` is unknown, the base has no weights, or it is sharded in another way.
     """
+    reshard(module)
     for root in injected_roots(module).values():
+        _check_served(root)
         if not any(isinstance(part, FSDPModule) for part in root.modules()):
             _make_equal(root, device)
             _shard_root(root, mesh, options, mixed)
-        _check_served(root)
         materialize(root, options.base_weights, torch.device("cpu") if options.cpu_offload else device)
         _keep_parts_of_originals(root)
     _to_device(module, device)

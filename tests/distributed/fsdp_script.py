@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor
 
@@ -86,6 +87,16 @@ class Sharding(Recorded):
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
 
+class SplitByColumns(Recorded):
+    """Shards a weight by tensor parallelism, which ``fsdp_lora`` leaves to others."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        plan = {"model.layers.0.mlp.up_proj": ColwiseParallel()}
+        parallelize_module(self.model, self.device_mesh["data_parallel"], plan)
+
+
 class Headed(Recorded):
     """A task head outside the pretrained model, with buffers, drawn differently on every rank."""
 
@@ -116,12 +127,11 @@ def fit(
         devices=num_ranks,
         strategy=strategy,
         use_distributed_sampler=False,
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=directory,
         callbacks=[LoRACallback(**{"r": 4, **(lora or {})}), saving, *callbacks],
-        **{"max_epochs": 1, **settings},
+        **{"max_epochs": 1, "logger": False, "log_every_n_steps": 1, **settings},
     )
     trainer.fit(module, **{"train_dataloaders": rank_loader(rank, num_ranks), **(loaders or {})}, ckpt_path=ckpt_path)
     return trainer
@@ -187,6 +197,11 @@ def resumed(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
         path = directory / source / "epoch=0.ckpt"
         trainer = fit(directory / f"from_{source}", module, ckpt_path=path, max_epochs=2)
         found[f"from_{source}"] = {"losses": module.losses, "adapters": state(module), "step": trainer.global_step}
+    module = Recorded()
+    url = f"file://{directory}/fsdp/epoch=0.ckpt"  # a path for fsspec
+    trainer = fit(directory / "from_url", module, ckpt_path=url, max_epochs=2)
+    trainer.save_checkpoint(f"file://{directory}/url.ckpt")
+    found["from_url"] = {"losses": module.losses}
     _, module = train(
         directory / "to_ddp", "ddp", rank, num_ranks, max_epochs=2, ckpt_path=directory / "fsdp" / "epoch=0.ckpt"
     )
@@ -274,6 +289,10 @@ def options(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     module = Sharding()
     fit(directory / "own", module, limit_train_batches=1)
     found["own"] = module.gradients
+    try:
+        fit(directory / "columns", SplitByColumns(), limit_train_batches=1)
+    except ValueError as error:
+        found["columns"] = str(error)
     module = Headed()
     trainer = fit(directory / "headed", module)
     found["headed"] = {name: value.clone() for name, value in module.head.state_dict().items()}
@@ -303,7 +322,8 @@ def company(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     module = Watched()
     loaders = {"val_dataloaders": rank_loader(rank, num_ranks)}
     stopping = EarlyStopping("val_loss", mode="max", patience=1)
-    trainer = fit(directory / "stopped", module, loaders=loaders, callbacks=(stopping,), max_epochs=9)
+    logger = CSVLogger(directory, name="logs", version=f"of_rank_{rank}")
+    trainer = fit(directory / "stopped", module, loaders=loaders, callbacks=(stopping,), max_epochs=9, logger=logger)
     found["epochs"] = trainer.current_epoch
 
     class Tuned(Recorded):

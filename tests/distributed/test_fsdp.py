@@ -133,6 +133,13 @@ class TestCheckpoints:
             again = rank["resumed"][f"from_{source}"]
             torch.testing.assert_close(again["adapters"], dict(adapter_state_dict(run["single"])), **STEP_TOLERANCE)
 
+    def test_paths_for_fsspec_are_read_and_written(self, run: dict[str, Any]) -> None:
+        for rank in run["ranks"]:
+            assert rank["resumed"]["from_url"]["losses"] == rank["straight"]["losses"][4:8]
+        written = torch.load(run["directory"] / "url.ckpt", weights_only=True)["state_dict"]
+        expected = run["ranks"][0]["straight"]["adapters"]
+        torch.testing.assert_close({n.removeprefix("model."): v for n, v in written.items()}, expected, **EXACT)
+
     def test_the_file_resumes_under_ddp(self, run: dict[str, Any]) -> None:
         for rank in run["ranks"]:
             losses = rank["resumed"]["to_ddp"]["losses"]
@@ -218,6 +225,11 @@ class TestOptions:
         found = run["ranks"][0]["options"][option]
         torch.testing.assert_close(found, run["single"].gradients, **GRADIENT_TOLERANCE)
 
+    def test_tensor_parallelism_of_the_users_is_refused_by_name(self, run: dict[str, Any]) -> None:
+        for rank in run["ranks"]:
+            message = rank["options"]["columns"]
+            assert "'model.layers.0.mlp.up_proj.weight' is spread over ranks by tensor parallelism" in message
+
     def test_gradients_are_reduced_before_a_manual_step_reads_them(self, run: dict[str, Any]) -> None:
         expected = sum(value.square().sum().item() for value in run["single"].gradients.values())
         for rank in run["ranks"]:
@@ -271,6 +283,12 @@ class TestCompany:
         loaded = load_peft(models.llama(), run["directory"] / "peft")
         expected = run["ranks"][0]["straight"]["adapters"]
         torch.testing.assert_close(dict(adapter_state_dict(loaded)), expected, **EXACT)
+
+    def test_rank_0_alone_logs(self, run: dict[str, Any]) -> None:
+        logs = sorted(path.name for path in (run["directory"] / "logs").iterdir())
+        assert logs == ["of_rank_0"]
+        metrics = (run["directory"] / "logs" / "of_rank_0" / "metrics.csv").read_text()
+        assert "val_loss" in metrics
 
     def test_early_stopping_stops_all_ranks(self, run: dict[str, Any]) -> None:
         assert {rank["company"]["epochs"] for rank in run["ranks"]} == {2}
