@@ -1,7 +1,7 @@
 """Sharded training beside PEFT under stock FSDP2: ``python benchmarks/sharded.py`` writes ``sharded.json``.
 
 One optimizer step, of four accumulated batches, on 2 CPU processes or on all GPUs that there are: collectives, and the
-bytes that each process puts into them. On GPUs also tokens per second and peak memory, of a Qwen3-4B-shaped base; on CPU
+bytes that each process puts into them. On GPUs also tokens per second and peak memory of a Qwen3-4B-shaped base; on CPU
 seconds are left out, since gloo on one machine says nothing about a network.
 """
 
