@@ -28,6 +28,7 @@ def lora_linear(
     scaling: float,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    columns: tuple[int, int] | None = None,
 ) -> Tensor:
     """Return ``x W^T + b + scaling * dropout(x) A^T B^T`` (Hu et al. 2021, sec. 4.1) and save little for backward.
 
@@ -45,6 +46,8 @@ def lora_linear(
         dropout: probability of dropping an entry of ``x`` on the adapter's path.
         seed: scalar integer tensor that decides which entries are dropped; ``None`` drops none. The mask is a hash of
             it and of the position, so that backward makes it again instead of storing it.
+        columns: where ``x`` is a slice of features, the position of its first one and the number of all, so that the
+            mask is that slice of the whole mask.
 
     Returns:
         ``[..., out_features]``
@@ -53,14 +56,14 @@ def lora_linear(
         seed, dropout = None, 0.0
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type):
-        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns)
     if x.dtype != torch.float64:  # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
         weight = None if weight is None else weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device_type, enabled=False):
-        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns)
 
 
 def _apply(*arguments: Any) -> Tensor:
@@ -129,12 +132,14 @@ def dropped(seed: Tensor, num_rows: int, num_columns: int, dropout: float, devic
     return _hashes(seed, num_rows, num_columns, device) < _threshold(dropout)
 
 
-def _kept(seed: Tensor, num_rows: int, num_columns: int, dropout: float, like: Tensor) -> Tensor:
+def _kept(
+    seed: Tensor, num_rows: int, num_columns: int, dropout: float, like: Tensor, columns: tuple[int, int] | None = None
+) -> Tensor:
     """Return the complement of :func:`dropped` as zeros and ones of ``like``'s dtype, on its device.
 
     CPU multiplies by them an order of magnitude faster than it makes and applies booleans.
     """
-    return _hashes(seed, num_rows, num_columns, like.device).ge_(_threshold(dropout)).to(like.dtype)
+    return _hashes(seed, num_rows, num_columns, like.device, columns).ge_(_threshold(dropout)).to(like.dtype)
 
 
 def keep_entries(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
@@ -153,10 +158,13 @@ def _threshold(dropout: float) -> int:
     return round(dropout * 2**32) - 2**31
 
 
-def _hashes(seed: Tensor, num_rows: int, num_columns: int, device: torch.device) -> Tensor:
+def _hashes(
+    seed: Tensor, num_rows: int, num_columns: int, device: torch.device, columns: tuple[int, int] | None = None
+) -> Tensor:
     """Return one hash per position: int32, ``[num_rows, num_columns]``."""
-    columns, rows = _position_keys(seed, num_columns + num_rows, device).split([num_columns, num_rows])
-    z: Tensor = rows[:, None] ^ columns[None, :]
+    first, total = columns or (0, num_columns)
+    across, rows = _position_keys(seed, total + num_rows, device).split([total, num_rows])
+    z: Tensor = rows[:, None] ^ across[None, first : first + num_columns]
     z = z.mul_(_MIX_1)
     z = z.bitwise_xor_(z >> 15)
     return z.mul_(_MIX_2)
@@ -184,9 +192,10 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
         seed: Tensor | None,
+        columns: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])  # [T, in]
-        h = _down(rows, lora_A, scaling, dropout, seed)  # [T, r]
+        h = _down(rows, lora_A, scaling, dropout, seed, columns)  # [T, r]
         B = lora_B.to(x.dtype)
         if weight is None:
             y = torch.mm(h, B.t())
@@ -198,7 +207,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lora_A, lora_B, ctx.scaling, ctx.dropout, seed = inputs
+        x, weight, bias, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.columns = inputs
         _, h = output
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
@@ -217,7 +226,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         grad = grad.reshape(-1, lora_B.shape[0])  # [T, out]
@@ -227,20 +236,20 @@ class _LoRALinear(torch.autograd.Function):
             v = _skinny(grad, lora_B.to(grad.dtype).t()) * (ctx.scaling / (1 - ctx.dropout))  # [T, r]
             kept = None
             if seed is not None:
-                kept = _kept(seed, grad.shape[0], lora_A.shape[1], ctx.dropout, grad)
+                kept = _kept(seed, grad.shape[0], lora_A.shape[1], ctx.dropout, grad, ctx.columns)
             if need_x:
                 grad_x = _grad_x(grad, weight, v, lora_A, kept).view(ctx.x_shape)
             if need_A:
                 grad_A = torch.mm(v.t(), rows if kept is None else rows * kept).to(lora_A.dtype)
         if need_B:
             if torch.is_grad_enabled():  # h is a constant to autograd: make it again for a second derivative
-                h = _down(rows, lora_A, ctx.scaling, ctx.dropout, seed)
+                h = _down(rows, lora_A, ctx.scaling, ctx.dropout, seed, ctx.columns)
             grad_B = torch.mm(h.t(), grad).t().to(lora_B.dtype)
         if need_weight:
             grad_weight = torch.mm(grad.t(), rows)
         if need_bias:
             grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None
 
 
 # apply() binds its inputs to the signature of forward on every call; reading it from the code
@@ -250,10 +259,17 @@ _LoRALinear.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defi
 )
 
 
-def _down(rows: Tensor, lora_A: Tensor, scaling: float, dropout: float, seed: Tensor | None) -> Tensor:
+def _down(
+    rows: Tensor,
+    lora_A: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    columns: tuple[int, int] | None = None,
+) -> Tensor:
     """Return ``scaling * dropout(x) A^T``: ``[T, r]``. All factors are put on these r numbers per token."""
     if seed is not None:
-        rows = rows * _kept(seed, rows.shape[0], rows.shape[1], dropout, rows)
+        rows = rows * _kept(seed, rows.shape[0], rows.shape[1], dropout, rows, columns)
         scaling = scaling / (1 - dropout)
     return _skinny(rows, lora_A.to(rows.dtype)) * scaling
 

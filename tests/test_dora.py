@@ -160,9 +160,9 @@ def test_dropout_means_pefts_formula(name: str, monkeypatch: pytest.MonkeyPatch,
     if kind.option == "lora_bias":  # plain LoRA: its mask is made inside the product
         monkeypatch.setattr(
             "lightning_lora.functional._kept",
-            lambda seed, rows, columns, dropout, like: (torch.arange(rows * columns).view(rows, columns) % 3 > 0).to(
-                like.dtype
-            ),
+            lambda seed, rows, columns, dropout, like, _=None: (
+                torch.arange(rows * columns).view(rows, columns) % 3 > 0
+            ).to(like.dtype),
         )
     for module in ("dora", "convolution"):
         monkeypatch.setattr(f"lightning_lora.layers.{module}.keep_entries", halved)

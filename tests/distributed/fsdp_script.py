@@ -87,6 +87,16 @@ class Sharding(Recorded):
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
 
+class Unseeded(Recorded):
+    """A base that came out differently on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(0.01 * int(os.environ.get("RANK", 0)))
+
+
 class SplitByColumns(Recorded):
     """Shards a weight by tensor parallelism, which ``fsdp_lora`` leaves to others."""
 
@@ -289,6 +299,9 @@ def options(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     module = Sharding()
     fit(directory / "own", module, limit_train_batches=1)
     found["own"] = module.gradients
+    module = Unseeded()
+    fit(directory / "unseeded", module, limit_train_batches=1)
+    found["unseeded"] = module.gradients
     try:
         fit(directory / "columns", SplitByColumns(), limit_train_batches=1)
     except ValueError as error:
