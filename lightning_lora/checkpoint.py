@@ -29,7 +29,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.peft_export import describe_for_peft
 from lightning_lora.root import clean_name, is_inside, is_pretrained
-from lightning_lora.sharded import local_part, reshard, whole, write
+from lightning_lora.sharded import local_part, logical, reshard, whole, write
 
 SECTION = "lightning_lora"
 FORMAT_VERSION = 1
@@ -96,7 +96,7 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
             if parameter is None:
                 continue
             if parameter.requires_grad or local in adapters or id(parameter) in wanted:
-                state[_join(clean, local)] = parameter.detach()
+                state[_join(clean, local)] = logical(parameter).detach()
         own = [parameter for parameter in owner._parameters.values() if parameter is not None]
         keeps_buffers = any(parameter.requires_grad for parameter in own)
         if not any(is_inside(clean, path) for path in roots):
@@ -383,9 +383,10 @@ def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) ->
     for name, value in tensors.items():
         if name in others and name not in targets:
             continue
-        if not isinstance(value, Tensor) or value.shape != targets[name].shape:
+        expected = tuple(logical(targets[name]).shape)
+        if not isinstance(value, Tensor) or tuple(value.shape) != expected:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{source} has {given} for {name!r}, the model has {tuple(targets[name].shape)}")
+            raise ValueError(f"{source} has {given} for {name!r}, the model has {expected}")
 
 
 def _some(names: list[str]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.inject import injected_roots, named_lora_layers, named_trained_whole
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.root import clean_name, name_or_path
-from lightning_lora.sharded import box, is_sharded, local_part, reshard, shard_group
+from lightning_lora.sharded import box, is_sharded, local_part, logical, reshard, shard_group
 
 NUM_SAMPLES = 64
 _MULTIPLIER = 0x1E3779B97F4A7C15
@@ -46,7 +46,7 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
         "hashes": hashes[: len(held)].clone(),
         "dtypes": list(dtypes.values()),
         "embeddings": {
-            name: [held[name][1].shape[0], int(value), dtypes[name]]
+            name: [logical(held[name][1]).shape[0], int(value), dtypes[name]]
             for name, value in zip(resizable, hashes[len(held) :].tolist(), strict=True)
         },
     }
@@ -147,6 +147,7 @@ def _hash(tensor: Tensor, like: Tensor, *, last_row: bool = False) -> Tensor:
         tensor: the values, or this rank's part of them.
         like: the parameter itself, which says what part of the whole that is.
     """
+    like = logical(like)
     row = like.numel() // like.shape[0] if last_row else like.numel()
     count = min(row, NUM_SAMPLES)
     step = row // count

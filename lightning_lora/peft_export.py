@@ -70,7 +70,7 @@ def save_peft(
     description = describe_for_peft(root)
     needed = {name for _, _, names in description["entries"] for name in names}
     tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
-    named = {name: whole(tensor.detach()) for name, tensor in tensors.items() if name in needed}
+    named = {name: whole(tensor).detach() for name, tensor in tensors.items() if name in needed}
     spread = any(is_sharded(parameter) for parameter in root.parameters())
     if not spread or torch.distributed.get_rank() == 0:
         write_described(description, named, directory, portable=portable)

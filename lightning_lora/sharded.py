@@ -1,4 +1,8 @@
-"""Tensors that are spread over ranks (DTensors): read whole, written from whole ones, looked at in part."""
+"""Tensors that are spread over ranks: read whole, written from whole ones, looked at in part.
+
+FSDP2's are DTensors. What tensor parallelism splits are ordinary tensors, one part each, with a tag that says of what
+(:func:`split_over`): the layers multiply by them, and optimizers and scalers see nothing unusual.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,26 +12,39 @@ import torch
 from torch import Tensor, nn
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 else:
     DTensor = None  # type: ignore[assignment, misc]  # a torch without distributed has none
 
 
+def split_over(part: Any, mesh: Any, dim: int) -> None:
+    """Note on a tensor that it is this rank's part, along ``dim``, of one that is split evenly over ``mesh``."""
+    part.lora_split = (mesh, dim)
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is spread over ranks."""
-    return DTensor is not None and isinstance(tensor, DTensor)
+    return DTensor is not None and (isinstance(tensor, DTensor) or hasattr(tensor, "lora_split"))
+
+
+def logical(tensor: Any) -> Any:
+    """Return a tensor with the shape of the whole: of a tagged part a DTensor that shares its storage, without grad."""
+    split = getattr(tensor, "lora_split", None)
+    if split is None:
+        return tensor
+    return DTensor.from_local(tensor.detach(), split[0], [Shard(split[1])], run_check=False)
 
 
 def whole(tensor: Any) -> Tensor:
     """Return the whole tensor. A sharded one is all-gathered over its mesh: call on all ranks."""
-    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    full: Tensor = logical(tensor).full_tensor() if is_sharded(tensor) else tensor
     return full
 
 
 def local_part(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor, sharing its storage."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    part: Tensor = tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
     return part
 
 
@@ -35,17 +52,18 @@ def spread_like(tensor: Tensor, like: Any) -> Tensor:
     """Return a whole tensor as ``like`` is: a sharded one gets this rank's part, without communication."""
     if not is_sharded(like) or is_sharded(tensor):
         return tensor
-    tensor = tensor.to(like.to_local().device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    described = logical(like)
+    tensor = tensor.to(local_part(like).device)
+    spread = distribute_tensor(tensor, described.device_mesh, described.placements, src_data_rank=None)
+    return spread if described is like else spread.to_local()
 
 
 @torch.no_grad()
 def write(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, or this rank's part of one, into ``target`` in place, without communication."""
     if is_sharded(target):
-        local_part(target.detach()).copy_(
-            local_part(spread_like(value, target)) if value.shape == target.shape else value
-        )
+        part = local_part(spread_like(value, target)) if value.shape == logical(target).shape else value
+        local_part(target.detach()).copy_(part)
     else:
         target.copy_(value)
 
@@ -54,7 +72,8 @@ def box(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return ``(shape, offset)`` of this rank's part inside the whole tensor."""
     if not is_sharded(tensor):
         return tuple(tensor.shape), (0,) * tensor.ndim
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    described = logical(tensor)
+    shape, offset = compute_local_shape_and_global_offset(described.shape, described.device_mesh, described.placements)
     return tuple(shape), tuple(offset)
 
 
@@ -62,9 +81,10 @@ def shard_group(tensors: Iterable[Any]) -> Any:
     """Return the process group that the first sharded tensor is split over; ``None`` if none is sharded."""
     for tensor in tensors:
         if is_sharded(tensor):
-            for dimension, placement in enumerate(tensor.placements):
+            described = logical(tensor)
+            for dimension, placement in enumerate(described.placements):
                 if placement.is_shard():
-                    return tensor.device_mesh.get_group(dimension)
+                    return described.device_mesh.get_group(dimension)
     return None
 
 
@@ -105,7 +125,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
             for name, parameter in part._parameters.items():
                 if parameter is not None and is_sharded(parameter):
                     if id(parameter) not in copies:
-                        copies[id(parameter)] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+                        copies[id(parameter)] = nn.Parameter(whole(parameter).detach(), parameter.requires_grad)
                     swapped.append((part, name, parameter))
         for part, name, parameter in swapped:
             part._parameters[name] = copies[id(parameter)]
@@ -122,5 +142,5 @@ def on_rank_zero(tensor: Tensor, *, is_zero: bool) -> Tensor:
     """
     if not is_sharded(tensor):
         return tensor
-    full = whole(tensor.detach())
+    full = whole(tensor).detach()
     return full.to("cpu") if is_zero else full.to("meta")

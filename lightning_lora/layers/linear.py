@@ -69,7 +69,12 @@ class LoRALinear(LoRALayer):
             scaling=self.lora_scaling,
             dropout=self.lora_dropout,
             seed=self.dropout_seed(),
+            columns=self.dropout_columns(),
         )
+
+    def dropout_columns(self) -> tuple[int, int] | None:
+        """Return the position of the input's first feature and the number of all, if it is a slice of them."""
+        return None
 
 
 class LoRAConv1D(LoRALinear):

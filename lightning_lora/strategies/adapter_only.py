@@ -208,7 +208,8 @@ class AdapterOnly(Strategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state, whole on rank 0. Called on all ranks."""
-        return gathered_state(super().optimizer_state(optimizer), is_zero=self.is_global_zero)
+        inner = getattr(optimizer, "_optimizer", optimizer)  # of Lightning's wrapper
+        return gathered_state(super().optimizer_state(optimizer), inner, is_zero=self.is_global_zero)
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from lightning_lora.inject import injection_of, named_lora_layers
 from lightning_lora.root import clean_name, is_pretrained, name_or_path
-from lightning_lora.sharded import box, class_name, is_sharded, local_part, sharded_parameters, write
+from lightning_lora.sharded import (
+    box,
+    class_name,
+    is_sharded,
+    local_part,
+    logical,
+    sharded_parameters,
+    split_over,
+    write,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -111,6 +120,8 @@ def _allocate(root: nn.Module, device: torch.device) -> None:
                 if id(parameter) not in made:
                     empty = torch.empty_like(parameter, device=device)
                     made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                    if hasattr(parameter, "lora_split"):
+                        split_over(made[id(parameter)], *parameter.lora_split)
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
@@ -190,8 +201,9 @@ def _fill(root: nn.Module, slices: Mapping[str, Any], adapters: set[int]) -> set
 def _copy_slice(target: Tensor, source: Any, name: str) -> None:
     """Read this rank's part of one tensor from disk into its place."""
     shape = tuple(source.get_shape())
-    if shape != tuple(target.shape):
-        raise ValueError(f"base_weights has {shape} for {name!r}, the model has {tuple(target.shape)}")
+    expected = tuple(logical(target).shape)
+    if shape != expected:
+        raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}")
     sizes, offsets = box(target)
     if 0 in sizes:
         return
@@ -204,9 +216,10 @@ def _copy_slice(target: Tensor, source: Any, name: str) -> None:
 
 
 def _copy_whole(target: Tensor, value: Tensor, name: str) -> None:
-    if value.shape != target.shape:
-        raise ValueError(f"base_weights gives {tuple(value.shape)} for {name!r}, the model has {tuple(target.shape)}")
-    write(target.detach(), value.to(target.dtype))
+    expected = tuple(logical(target).shape)
+    if tuple(value.shape) != expected:
+        raise ValueError(f"base_weights gives {tuple(value.shape)} for {name!r}, the model has {expected}")
+    write(target, value.to(target.dtype))
 
 
 def _names_in_model(

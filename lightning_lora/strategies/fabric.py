@@ -77,7 +77,8 @@ class FabricAdapterOnly(Strategy):
     @override
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return an optimizer's state, whole on rank 0. Called on all ranks."""
-        return gathered_state(super().get_optimizer_state(optimizer), is_zero=self.is_global_zero)
+        inner = getattr(optimizer, "optimizer", optimizer)  # of Fabric's wrapper
+        return gathered_state(super().get_optimizer_state(optimizer), inner, is_zero=self.is_global_zero)
 
     @override
     def load_checkpoint(

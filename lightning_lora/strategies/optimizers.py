@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.inject import injected_roots, named_adapter_parameters, named_trained_whole
 from lightning_lora.root import clean_name
-from lightning_lora.sharded import is_sharded, on_rank_zero, spread_like
+from lightning_lora.sharded import is_sharded, logical, on_rank_zero, split_over, spread_like
 
 
 def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
@@ -135,15 +135,26 @@ def match_by_name(
     return {**state, "state": entries, "param_groups": groups}
 
 
-def gathered_state(state: dict[str, Any], *, is_zero: bool) -> dict[str, Any]:
-    """Return an optimizer state with what is spread over ranks gathered to rank 0. Called on all ranks."""
-    entries = {
-        key: {name: on_rank_zero(value, is_zero=is_zero) for name, value in entry.items()}
-        if isinstance(entry, dict)
-        else entry
-        for key, entry in state.get("state", {}).items()
-    }
+def gathered_state(state: dict[str, Any], optimizer: Optimizer, *, is_zero: bool) -> dict[str, Any]:
+    """Return an optimizer's state with what is spread over ranks gathered to rank 0. Called on all ranks."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = dict(state.get("state", {}))
+    for index, parameter in enumerate(parameters):
+        if is_sharded(parameter) and index in entries:
+            entries[index] = {
+                name: on_rank_zero(_tagged_like(value, parameter), is_zero=is_zero)
+                for name, value in entries[index].items()
+            }
     return {**state, "state": entries} if entries else state
+
+
+def _tagged_like(value: Any, parameter: Any) -> Any:
+    """Return an optimizer's entry as a part of what it belongs to, if it is shaped as its parameter's part is."""
+    split = getattr(parameter, "lora_split", None)
+    if split is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
+        value = value.detach()
+        split_over(value, *split)
+    return value
 
 
 def spread_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -161,11 +172,12 @@ def spread_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _spread_entry(name: str, value: Any, parameter: nn.Parameter) -> Any:
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1 != parameter.numel():
+    shape = tuple(logical(parameter).shape)
+    if not isinstance(value, Tensor) or value.ndim == 0 or (value.numel() == 1 and tuple(value.shape) != shape):
         return value
-    if value.shape != parameter.shape:
+    if tuple(value.shape) != shape:
         raise ValueError(
-            f"the optimizer keeps {name!r} of shape {tuple(value.shape)} for a sharded parameter of shape "
-            f"{tuple(parameter.shape)}, which cannot be spread over ranks: use shard_adapters=False with this optimizer"
+            f"the optimizer keeps {name!r} of shape {tuple(value.shape)} for a sharded parameter of shape {shape}, "
+            "which cannot be spread over ranks: use shard_adapters=False with this optimizer"
         )
     return spread_like(value, parameter)

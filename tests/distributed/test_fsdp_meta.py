@@ -20,6 +20,7 @@ from tests.distributed.launch import launch
 
 # 12 blocks of 12 MB
 LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "vocab_size": 8192}
+EMBEDDING_BYTES = 4 * 512 * 8192
 
 
 def large() -> nn.Module:
@@ -76,7 +77,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         (directory / name).mkdir()
         safetensors.torch.save_file(models._seeded(build).state_dict(), directory / name / "weights.safetensors")
     damage(directory)
-    return {"directory": directory, "ranks": launch("fsdp_meta_script.py", request.param, directory)}
+    with pytest.MonkeyPatch.context() as patch:
+        # glibc gives what is freed back at once, so that memory in use is what is measured
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+        ranks = launch("fsdp_meta_script.py", request.param, directory)
+    return {"directory": directory, "ranks": ranks}
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gemma3", "experts", "gpt", "buffer", "offloaded"])
@@ -123,8 +128,8 @@ def test_no_rank_ever_holds_the_whole_base(run: dict[str, Any]) -> None:
         memory = rank["memory"]
         assert memory["whole"] > 150e6
         assert memory["held"] < memory["whole"] / len(run["ranks"]) * 1.05
-        # its own share, and 16 MB for what it is just reading and the allocator's slack
-        assert memory["peak"] < memory["held"] + 16e6
+        # its own share, the largest unit gathered (what arrives, and the tensors made of it), and 8 MB for the rest
+        assert memory["peak"] < memory["held"] + 2 * EMBEDDING_BYTES + 8e6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""Linear layers and embeddings split over tensor-parallel ranks, and their adapters.
+
+Column: rank i holds rows of W and of B; A is whole. Row: rank i holds columns of W and of A; B is whole.
+
+    x --- copy ---+-- W_i x + s B_i A x --+-- y_i        x_i --+-- W_i x_i + s B A_i x_i --+-- sum --- y
+    (backward: one sum of dx over ranks)                          (forward: one sum of y over ranks)
+
+The adapter's term is computed where the base's is, between the base's own collectives, so it adds none of its own. The
+gradient of the whole factor is then one rank's addend of the true one: it is summed once per optimizer step.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.registry import register
+
+
+class TensorParallel(nn.Module):
+    """Mixin for a layer that holds its part of one weight; the parts are spread over ``tp_group``."""
+
+    tp_group: Any  # torch.distributed.ProcessGroup
+    tp_whole_input: bool  # row: the input comes whole, and the layer takes its slice
+    tp_whole_output: bool  # column: the parts of the output are put together
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return what this rank multiplies, ``[..., in_features of this rank]``."""
+        raise NotImplementedError
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Return what the layer gives of this rank's product."""
+        raise NotImplementedError
+
+    def local_bias(self) -> Tensor | None:
+        """Return what is added to this rank's product."""
+        raise NotImplementedError
+
+
+class ColumnParallelLinear(TensorParallel, nn.Linear):
+    """``nn.Linear`` with ``weight`` ``[out_features / ranks, in_features]``; its ``out_features`` is the whole's."""
+
+    @override
+    def enter(self, x: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+        entered: Tensor = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        return entered
+
+    @override
+    def leave(self, y: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+        if self.tp_whole_output:
+            y = gather_from_tensor_model_parallel_region(y, group=self.tp_group)
+        return y
+
+    @override
+    def local_bias(self) -> Tensor | None:
+        return self.bias
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(nn.functional.linear(self.enter(x), self.weight, self.bias))
+
+
+class RowParallelLinear(TensorParallel, nn.Linear):
+    """``nn.Linear`` with ``weight`` ``[out_features, in_features / ranks]``; the bias is added once, after the sum."""
+
+    @override
+    def enter(self, x: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import scatter_to_tensor_model_parallel_region
+
+        if self.tp_whole_input:
+            x = scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
+        return x
+
+    @override
+    def leave(self, y: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+        total: Tensor = reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+        return total if self.bias is None else total + self.bias
+
+    @override
+    def local_bias(self) -> Tensor | None:
+        return None
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(nn.functional.linear(self.enter(x), self.weight))
+
+
+class LoRAParallelLinear(LoRALinear):
+    """A split linear layer with its adapter: ``leave(W_i x_i + scaling * B_i A_i x_i)``."""
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self
+        if not self.lora_active:
+            return super(LoRALinear, self).forward(x)  # type: ignore[no-any-return]  # the base's
+        y: Tensor = base.leave(self._lora_linear(base.enter(x), self.weight, base.local_bias()))
+        return y
+
+    @override
+    def dropout_columns(self) -> tuple[int, int] | None:
+        base: Any = self
+        if not isinstance(base, RowParallelLinear):
+            return None
+        width = self.lora_A.shape[1]
+        return torch.distributed.get_rank(base.tp_group) * width, int(base.in_features)
+
+    @override
+    def merge_obstacle(self) -> str | None:
+        return None
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Mixin for an ``nn.Embedding`` whose rows are spread over ranks: each looks up its own, the results are summed.
+
+    The base's own ``forward`` runs on them, so that a scaled embedding scales.
+    """
+
+    tp_group: Any
+    weight: Tensor  # [num_embeddings / ranks, embedding_dim]
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+        first = torch.distributed.get_rank(self.tp_group) * self.weight.shape[0]
+        elsewhere = (input < first) | (input >= first + self.weight.shape[0])
+        rows: Tensor = super().forward((input - first).masked_fill(elsewhere, 0))
+        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        summed: Tensor = reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+        return summed
+
+
+register(ColumnParallelLinear, LoRAParallelLinear)
+register(RowParallelLinear, LoRAParallelLinear)
