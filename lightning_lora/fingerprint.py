@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.inject import injected_roots, named_lora_layers, named_trained_whole
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.root import clean_name, name_or_path
-from lightning_lora.sharded import box, is_sharded, local_part, logical, reshard, shard_group
+from lightning_lora.sharded import box, collective_device, is_sharded, local_part, logical, reshard, shard_group
 
 NUM_SAMPLES = 64
 _MULTIPLIER = 0x1E3779B97F4A7C15
@@ -189,10 +189,7 @@ def _summed(sums: Sequence[Tensor], likes: Sequence[Tensor]) -> Tensor:
     if group is None:
         return hashes
     spread = [index for index, like in enumerate(likes) if is_sharded(like)]
-    device = local_part(likes[spread[0]]).device
-    if torch.distributed.get_backend(group) == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
-    part = hashes[spread].to(device)
+    part = hashes[spread].to(collective_device(likes[spread[0]], group))
     torch.distributed.all_reduce(part, group=group)
     hashes[spread] = part.cpu()
     return hashes

@@ -29,7 +29,7 @@ from lightning_lora.matching import (
     select_trained_whole,
 )
 from lightning_lora.root import clean_name, new_heads
-from lightning_lora.sharded import gathered, reshard, write
+from lightning_lora.sharded import forget, gathered, reshard, write
 
 
 @dataclass
@@ -154,9 +154,11 @@ def take_out(root: nn.Module) -> None:
     """Undo an injection, but for the values of the base tensors."""
     injection = injection_of(root)
     assert injection is not None
+    adapters = {id(p) for m in root.modules() if isinstance(m, LoRALayer) for _, p in m.named_adapter_tensors()}
     for layer in list(root.modules()):
         if isinstance(layer, LoRALayer):
             unadapt(layer)
+    forget(root, adapters)
     unfreeze_statistics(root)
     for name, parameter in root.named_parameters():
         # a parameter that was put in since keeps its flag

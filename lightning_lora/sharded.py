@@ -99,6 +99,35 @@ def sharded_parameters(module: Any) -> list[Any]:
     return [parameter for group in groups for parameter in group.fsdp_params]
 
 
+def collective_device(tensor: Any, group: Any = None) -> torch.device:
+    """Return the device that a collective about ``tensor`` takes: its own, but a GPU for NCCL, which knows no other."""
+    if torch.distributed.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return local_part(tensor).device
+
+
+def forget(root: nn.Module, parameters: set[int]) -> None:
+    """Make FSDP2 gather no more what was taken out of ``root``; it would put it back at the next forward.
+
+    Args:
+        parameters: identities of what is gone, as it is in shards.
+    """
+    for part in root.modules():
+        get_state = getattr(part, "_get_fsdp_state", None)
+        if get_state is None:
+            continue
+        state = get_state()
+        for group in list(state._fsdp_param_groups):
+            kept = [one for one in group.fsdp_params if id(one.sharded_param) not in parameters]
+            if len(kept) == len(group.fsdp_params):
+                continue
+            group.fsdp_params[:] = kept
+            if kept:
+                group._init_mp_dtypes()
+            else:
+                state._fsdp_param_groups.remove(group)
+
+
 def class_name(module: nn.Module) -> str:
     """Return the name of a module's class, without the prefix of the class that FSDP2 makes of it."""
     cls = type(module)
