@@ -138,23 +138,23 @@ def match_by_name(
 def gathered_state(state: dict[str, Any], optimizer: Optimizer, *, is_zero: bool) -> dict[str, Any]:
     """Return an optimizer's state with what is spread over ranks gathered to rank 0. Called on all ranks."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries = dict(state.get("state", {}))
-    for index, parameter in enumerate(parameters):
-        if is_sharded(parameter) and index in entries:
-            entries[index] = {
-                name: on_rank_zero(_tagged_like(value, parameter), is_zero=is_zero)
-                for name, value in entries[index].items()
-            }
+    entries = {
+        key: _gathered(entry, parameters[key] if isinstance(key, int) else None, is_zero=is_zero)
+        for key, entry in state.get("state", {}).items()
+    }
     return {**state, "state": entries} if entries else state
 
 
-def _tagged_like(value: Any, parameter: Any) -> Any:
-    """Return an optimizer's entry as a part of what it belongs to, if it is shaped as its parameter's part is."""
+def _gathered(value: Any, parameter: Any, *, is_zero: bool) -> Any:
+    if isinstance(value, dict):
+        return {name: _gathered(one, parameter, is_zero=is_zero) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):  # LBFGS's past steps
+        return type(value)(_gathered(one, parameter, is_zero=is_zero) for one in value)
     split = getattr(parameter, "lora_split", None)
     if split is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
-        value = value.detach()
+        value = value.detach()  # a part, of what its parameter is a part of
         split_over(value, *split)
-    return value
+    return on_rank_zero(value, is_zero=is_zero)
 
 
 def spread_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
