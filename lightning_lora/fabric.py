@@ -13,6 +13,7 @@ from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_lora.strategies.fabric import FabricAdapterOnly
@@ -27,7 +28,7 @@ from lightning_lora.strategies.fsdp import (
     set_world_ranks,
     wait_for_all,
 )
-from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
+from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, drop_unused, watch_steps
 from lightning_lora.strategies.optimizers import follow_parameters
 from lightning_lora.strategies.sharding import (
     MIN_SHARD_NUMEL,
@@ -93,6 +94,7 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
         # one for each module: what is summed where must not depend on the company
         self._reducers: dict[nn.Module, GradientReducer] = {}
         self._trained_in_shards: set[int] = set()
+        self._replaced = WeakTensorKeyDictionary()  # what trained before sharding put another in its place
         self._backward_sync_control = _NoSync(self)
 
     @property
@@ -136,9 +138,14 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         check_adapted(module, "fsdp_lora")
+        before = dict(module.named_parameters())
         shard(module, self.device_mesh, self.root_device, self.options, gathering_dtype(self.precision))
+        if module in self._reducers:
+            self._reducers[module].release()
         self._reducers[module] = GradientReducer(replicated_parameters(module))
         self._trained_in_shards |= set(map(id, sharded_trainables(module)))
+        after = dict(module.named_parameters())
+        self._replaced.update({p: None for name, p in before.items() if p.requires_grad and after[name] is not p})
         buffers = changing_buffers(module)
         if buffers:  # rank 0's running statistics for every rank, as under DDP
             module.register_forward_pre_hook(lambda *_: broadcast_together(buffers, self.root_device))
@@ -157,6 +164,11 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        if any(p in self._replaced for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "the optimizer holds parameters as they were before the model was sharded, and would train nothing: "
+                "call fabric.setup(model, optimizer) with both, or make the optimizer after fabric.setup(model)"
+            )
         watch_steps(optimizer, self._before_step)
         return super().setup_optimizer(optimizer)
 
@@ -184,8 +196,11 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         super().backward(tensor, module, *args, **kwargs)
-        for reducer in self._reducers.values():
+        for own, reducer in self._reducers.items():
+            reducer.add(replicated_parameters(own))  # some may have been unfrozen
             reducer.after_backward()
+            if self._trained_in_shards and not reducer.is_blocked:
+                drop_unused(own)
 
     @override
     def clip_gradients_norm(

@@ -30,7 +30,7 @@ from typing_extensions import override
 from lightning_lora.inject import injected_roots
 from lightning_lora.sharded import is_sharded
 from lightning_lora.strategies.adapter_only import AdapterOnly
-from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
+from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, drop_unused, watch_steps
 from lightning_lora.strategies.sharding import (
     MIN_SHARD_NUMEL,
     ShardingOptions,
@@ -44,6 +44,15 @@ from lightning_lora.strategies.sharding import (
 )
 
 T = TypeVar("T")
+_UNFROZEN = (
+    "a base parameter was unfrozen after the base was sharded, and would not train: name its module in modules_to_save "
+    "from the start, or use strategy='ddp' to unfreeze during a run"
+)
+_READ_IN_SHARDS = (
+    "A base weight was read while it was in shards: outside the forward of the module that it is sharded with. Give "
+    "the strategy shard_modules=[...] with a module whose forward is around the reading, or raise min_shard_numel, so "
+    "that the tensor stays whole"
+)
 
 
 class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
@@ -189,7 +198,9 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         self._buffers = changing_buffers(self.model)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
+            self._reducer.release()
             self._reducer = GradientReducer(replicated_parameters(self.model))
+            self._clip_reduced()
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 watch_steps(optimizer, self._before_step)
@@ -206,9 +217,25 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
         """Reduce what would be stepped on unreduced, also of tensors that came into an optimizer during the run."""
         refuse_unfrozen(optimizer, self._trained_in_shards)
-        self._reducer.add(p for group in optimizer.param_groups for p in group["params"] if not is_sharded(p))
-        if reduces:
+        self._take_in_unfrozen()
+        assert self.lightning_module is not None
+        # Lightning hands every step a closure; under manual optimization one that does nothing
+        if reduces or not self.lightning_module.automatic_optimization:
             self._reducer.before_step()
+
+    def _take_in_unfrozen(self) -> None:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._reducer.add(p for group in groups for p in group["params"] if not is_sharded(p))
+
+    def _clip_reduced(self) -> None:
+        plugin: Any = self.precision_plugin
+        clip = plugin.clip_gradients
+
+        def clip_gradients(*args: Any, **kwargs: Any) -> None:
+            self._reducer.before_step()
+            clip(*args, **kwargs)
+
+        plugin.clip_gradients = clip_gradients
 
     def _clip_over_ranks(self) -> None:
         # the plugin's own would mix tensors that are spread with tensors that are whole, which torch refuses
@@ -242,7 +269,10 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         assert self.lightning_module is not None
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
+        self._take_in_unfrozen()
         self._reducer.after_backward()
+        if self._trained_in_shards and not self._reducer.is_blocked:
+            drop_unused(self.lightning_module)
         closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -284,7 +314,10 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        explain_mixed_tensors(exception)
+        unfrozen = self.model is not None and any(
+            id(parameter) not in self._trained_in_shards for parameter in sharded_trainables(self.model)
+        )
+        explain_mixed_tensors(exception, _UNFROZEN if unfrozen else _READ_IN_SHARDS)
         super().on_exception(exception)
 
     @override
@@ -293,7 +326,8 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
-        for name in ("clip_grad_by_norm", "clip_grad_by_value"):
+        self._reducer.release()
+        for name in ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value"):
             self.precision_plugin.__dict__.pop(name, None)
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -356,10 +390,7 @@ def refuse_unfrozen(optimizer: Optimizer, served: set[int]) -> None:
     """
     for group in optimizer.param_groups:
         if any(is_sharded(p) and p.requires_grad and id(p) not in served for p in group["params"]):
-            raise ValueError(
-                "a base parameter was unfrozen after the base was sharded, and would not train: name its module in "
-                "modules_to_save from the start, or use strategy='ddp' to unfreeze during a run"
-            )
+            raise ValueError(_UNFROZEN)
 
 
 @contextmanager
@@ -392,12 +423,7 @@ def broadcast_object(obj: T, src: int) -> T:
     return objects[0]
 
 
-def explain_mixed_tensors(exception: BaseException) -> None:
-    """Add to torch's error about a sharded tensor in a product what to do about it."""
+def explain_mixed_tensors(exception: BaseException, advice: str) -> None:
+    """Add to torch's error about a sharded tensor beside a whole one what to do about it."""
     if exception.args and "mixed torch.Tensor and DTensor" in str(exception.args[0]):
-        advice = (
-            " A base weight was read while it was in shards: outside the forward of the module that it is sharded "
-            "with. Give the strategy shard_modules=[...] with a module whose forward is around the reading, or raise "
-            "min_shard_numel, so that the tensor stays whole"
-        )
-        exception.args = (str(exception.args[0]) + advice, *exception.args[1:])
+        exception.args = (f"{exception.args[0]} {advice}", *exception.args[1:])

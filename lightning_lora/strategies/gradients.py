@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lightning_lora.sharded import is_sharded, local_part, shard_group
+from lightning_lora.sharded import collective_device, is_sharded, local_part, shard_group
 
 
 class GradientReducer:
@@ -18,7 +19,8 @@ class GradientReducer:
 
     All of them go through one buffer of a fixed layout, with one presence flag per tensor: a gradient that is absent on
     every rank stays ``None``, one that is absent on some counts as zero there. To average what is average already
-    changes nothing, so a second backward before the step reduces only what it added.
+    changes nothing, so a second backward before the step reduces only what it added. A backward that the strategy does
+    not run itself is noticed too, and reduced before the step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter] = (), group: Any = None) -> None:
@@ -27,14 +29,32 @@ class GradientReducer:
         self._known: set[int] = set()
         self._blocked = False
         self._pending = False
+        self._hooks: list[Any] = []
         self.add(parameters)
+        self._pending = False
 
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take further parameters in, in this order, which must be the same on all ranks."""
+        """Take in those of further parameters that train, in this order, which must be the same on all ranks."""
         for parameter in parameters:
-            if id(parameter) not in self._known:
+            if parameter.requires_grad and id(parameter) not in self._known:
                 self._known.add(id(parameter))
                 self._parameters.append(parameter)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note))
+                self._pending = True  # it may have a gradient that was not reduced
+
+    def _note(self, _: Tensor) -> None:
+        self._pending = True
+
+    def release(self) -> None:
+        """Watch the parameters no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether gradients accumulate on each rank for now."""
+        return self._blocked
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -80,13 +100,66 @@ class GradientReducer:
                 parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
                 gradients.append(parameter.grad)
                 averages.append(piece.view_as(parameter))
-        torch._foreach_copy_(gradients, averages)
+        if gradients:  # a backward may reach none of them
+            torch._foreach_copy_(gradients, averages)
 
 
 def _flat_gradient(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
     if parameter.grad is None:
         return torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
     return parameter.grad.reshape(-1).to(dtype)
+
+
+def count_unused_as_zero(root: nn.Module) -> None:
+    """Let what trains in shards and is unused on some rank count as zero there.
+
+    FSDP2 reduce-scatters the gradients that a rank has, one behind the other: where ranks have others, it adds up those
+    of different parameters. :func:`drop_unused` takes back what no rank used. Called once, when the root is sharded.
+    """
+    for part in root.modules():
+        if isinstance(part, FSDPModule):
+            for group in part._get_fsdp_state()._fsdp_param_groups:
+                if any(fsdp_parameter.sharded_param.requires_grad for fsdp_parameter in group.fsdp_params):
+                    group.__dict__["lora_filled"] = set()
+                    group.__dict__["post_backward"] = functools.partial(_fill_and_reduce, group)
+
+
+def _fill_and_reduce(group: Any, *unused: Any) -> None:
+    for fsdp_parameter in group.fsdp_params if group.reduce_grads else ():
+        gathered = getattr(fsdp_parameter, "_unsharded_param", None)
+        if gathered is None or not gathered.requires_grad:
+            continue
+        sharded = fsdp_parameter.sharded_param
+        if gathered.grad is None and fsdp_parameter.unsharded_accumulated_grad is None:
+            gathered.grad = torch.zeros_like(gathered)
+            if sharded.grad is None:
+                group.lora_filled.add(id(sharded))
+        else:
+            group.lora_filled.discard(id(sharded))
+    type(group).post_backward(group, *unused)
+
+
+def drop_unused(module: nn.Module) -> None:
+    """Make gradients in shards ``None`` again that no rank has. One small all-reduce; called on all ranks."""
+    groups = [
+        group
+        for part in module.modules()
+        if isinstance(part, FSDPModule)
+        for group in part._get_fsdp_state()._fsdp_param_groups
+        if hasattr(group, "lora_filled")
+    ]
+    sharded = [(group, fsdp_parameter.sharded_param) for group in groups for fsdp_parameter in group.fsdp_params]
+    if not sharded:
+        return
+    flags = [id(parameter) in group.lora_filled for group, parameter in sharded]
+    unused = torch.tensor(flags, dtype=torch.uint8).to(collective_device(sharded[0][1]))
+    torch.distributed.all_reduce(unused, torch.distributed.ReduceOp.MIN)
+    if any(flags):  # a look at the device's answer waits for it
+        for (_, parameter), is_unused in zip(sharded, unused.tolist(), strict=True):
+            if is_unused:
+                parameter.grad = None
+    for group in groups:
+        group.lora_filled.clear()
 
 
 def clip_by_norm(
@@ -108,7 +181,8 @@ def clip_by_norm(
         raise RuntimeError(f"the norm of the gradients is {total.item()} and cannot be clipped to {max_norm}")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in held:
-        local_part(gradient).mul_(factor.to(gradient.dtype))
+        part = local_part(gradient)
+        part.mul_(factor.to(part))
     return total
 
 
@@ -124,7 +198,7 @@ def _total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     sharded = [gradient for gradient in gradients if is_sharded(gradient)]
     powers = [_power_sum(replicated, norm_type)]
     if sharded:
-        power = _power_sum([local_part(gradient) for gradient in sharded], norm_type).to(local_part(sharded[0]).device)
+        power = _power_sum([local_part(gradient) for gradient in sharded], norm_type).to(collective_device(sharded[0]))
         kind = torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
         torch.distributed.all_reduce(power, kind, group=shard_group(sharded))
         powers.append(power)

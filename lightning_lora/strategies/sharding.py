@@ -19,9 +19,11 @@ from lightning_lora.root import clean_name, is_inside, is_pretrained
 from lightning_lora.sharded import class_name, is_sharded, local_part, reshard, sharded_parameters, spread_like
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.blocks import find_blocks, wrap_blocks
+from lightning_lora.strategies.gradients import count_unused_as_zero
 
 # a norm's weight is not worth a collective
 MIN_SHARD_NUMEL = 2**20
+_BROADCAST_NUMEL = 2**26
 
 
 @dataclass
@@ -68,16 +70,17 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
         ValueError: a name in ``shard_modules`` is unknown, the base has no weights, or it is sharded in another way.
     """
     reshard(module)
-    for root in injected_roots(module).values():
+    _refuse_other_sizes(module, device)
+    for path, root in injected_roots(module).items():
         _check_served(root)
         if not any(isinstance(part, FSDPModule) for part in root.modules()):
             _make_equal(root, device)
-            _shard_root(root, mesh, options, mixed)
+            _shard_root(root, mesh, options, mixed, _shared_with_others(module, path))
         materialize(root, options.base_weights, torch.device("cpu") if options.cpu_offload else device)
         _keep_parts_of_originals(root)
     _to_device(module, device)
     broadcast_replicated(module, device)
-    for root in injected_roots(module).values():
+    for root in roots.values():
         if isinstance(root, FSDPModule):
             root._get_fsdp_state()._lazy_init()  # by itself it takes the first module that runs for the root
             _gather_once(root)
@@ -130,7 +133,9 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
             part.set_requires_gradient_sync(enabled, recurse=False)
 
 
-def _shard_root(root: nn.Module, mesh: DeviceMesh, options: ShardingOptions, mixed: Any) -> None:
+def _shard_root(
+    root: nn.Module, mesh: DeviceMesh, options: ShardingOptions, mixed: Any, shared: set[nn.Parameter]
+) -> None:
     blocks = find_blocks(root, options.shard_modules)
     backend = "inductor" if options.compile is True else options.compile or None
     wrap_blocks(list(blocks.values()), activation_checkpointing=options.activation_checkpointing, backend=backend)
@@ -141,7 +146,10 @@ def _shard_root(root: nn.Module, mesh: DeviceMesh, options: ShardingOptions, mix
     kept_whole |= {p for p in root.parameters() if id(p) not in taken and p.numel() < options.min_shard_numel}
     if isinstance(root, LightningModule):  # its forward is not what the loop calls
         kept_whole |= {p for p in root.parameters() if id(p) not in taken}
-    kept_whole |= _tied_across_units(root, [[block] for block in blocks.values()] + units)
+    members = [[block] for block in blocks.values()] + units
+    kept_whole |= shared | _tied_across_units(root, members)
+    kept_whole |= {p for p in root.parameters() if p.ndim == 0}  # FSDP2 refuses scalars
+    kept_whole |= _of_other_dtypes(root, members, kept_whole)
     shard_size = mesh.size(mesh.ndim - 1)
     settings: dict[str, Any] = {
         "mesh": mesh,
@@ -164,6 +172,7 @@ def _shard_root(root: nn.Module, mesh: DeviceMesh, options: ShardingOptions, mix
         if not keeps and not any(p.requires_grad for p in unit[0].parameters()):
             sharded.set_unshard_in_backward(False)  # a frozen table has no part in backward
     fully_shard(root, reshard_after_forward=False, **settings)
+    count_unused_as_zero(root)
 
 
 def _placement(parameter: nn.Parameter, shard_size: int) -> Shard | None:
@@ -240,6 +249,35 @@ def _tied_across_units(root: nn.Module, units: Sequence[Sequence[nn.Module]]) ->
     return {parameter for parameter, indices in owners.items() if len(indices) > 1}
 
 
+def _of_other_dtypes(
+    root: nn.Module, units: Sequence[Sequence[nn.Module]], kept_whole: set[nn.Parameter]
+) -> set[nn.Parameter]:
+    """Return what trains in another dtype than most that trains in its unit: FSDP2 reduces one dtype per unit."""
+    rest = dict.fromkeys(root.parameters())
+    found: set[nn.Parameter] = set()
+    for unit in [*units, None]:
+        members = rest if unit is None else dict.fromkeys(p for part in unit for p in part.parameters())
+        trained = [p for p in members if p.requires_grad and p not in kept_whole]
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in trained:
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+        found |= {p for p in trained if sizes[p.dtype] < max(sizes.values())}
+        rest = dict.fromkeys(p for p in rest if p not in members)
+    return found
+
+
+def _shared_with_others(module: nn.Module, path: str) -> set[nn.Parameter]:
+    """Return the parameters of the root at ``path`` that a module outside of it holds too, such as a tied head."""
+    outside, inside = set(), set()
+    for name, part in module.named_modules(remove_duplicate=False):
+        own = {parameter for parameter in part._parameters.values() if parameter is not None}
+        if is_inside(clean_name(name), path):
+            inside |= own
+        else:
+            outside |= own
+    return inside & outside
+
+
 def _check_served(root: nn.Module) -> None:
     """Raise ``ValueError`` for parameters that are spread over ranks by anything but FSDP2."""
     managed = {id(record.sharded_param) for part in root.modules() for record in sharded_parameters(part)}
@@ -274,6 +312,16 @@ def _to_device(module: nn.Module, device: torch.device) -> None:
                 part._buffers[name] = buffer.to(device)
 
 
+def _refuse_other_sizes(module: nn.Module, device: torch.device) -> None:
+    """Raise ``ValueError`` where ranks built models of other sizes, whose collectives would wait for each other."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(_differ(torch.tensor([len(tensors), sum(tensor.numel() for tensor in tensors)], device=device))):
+        raise ValueError(
+            f"the ranks built different models: on this one {class_name(module)} has {len(tensors)} tensors, on "
+            "another more, fewer, or of other sizes"
+        )
+
+
 @torch.no_grad()
 def _make_equal(root: nn.Module, device: torch.device) -> None:
     """Give every rank rank 0's base where they differ, as random weights without a seed do."""
@@ -282,11 +330,6 @@ def _make_equal(root: nn.Module, device: torch.device) -> None:
         for name, parameter in root.named_parameters()
         if parameter.device.type != "meta" and parameter.is_floating_point()
     }
-    if any(_differ(torch.tensor([len(tensors), sum(tensor.numel() for tensor in tensors.values())], device=device))):
-        raise ValueError(
-            f"the ranks built different models: on this one {type(root).__name__} has {len(tensors)} tensors, on "
-            "another more, fewer, or of other sizes"
-        )
     differ = _differ(torch.stack(local_hashes(tensors.values())).to(device)) if tensors else []
     for tensor, is_other in zip(tensors.values(), differ, strict=True):
         if is_other:
@@ -302,8 +345,8 @@ def _differ(numbers: Tensor) -> list[bool]:
 
 
 def broadcast_replicated(module: nn.Module, device: torch.device) -> None:
-    """Give every rank rank 0's values of what trains whole, and of all buffers. Called on all ranks."""
-    broadcast_together([*replicated_parameters(module), *module.buffers()], device)
+    """Give every rank rank 0's values of all parameters that are whole, and of all buffers. Called on all ranks."""
+    broadcast_together([*module.parameters(), *module.buffers()], device)
 
 
 def changing_buffers(module: nn.Module) -> list[Tensor]:
@@ -324,12 +367,14 @@ def changing_buffers(module: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def broadcast_together(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Give every rank rank 0's values, in one broadcast per dtype. Called on all ranks."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    """Give every rank rank 0's values, in one broadcast per dtype, or in more for large ones. Called on all ranks."""
+    batches: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         if tensor.device.type != "meta" and tensor.numel() > 0 and not is_sharded(tensor):
-            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
-    for alike in by_dtype.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+            batches.setdefault((tensor.dtype, sizes[tensor.dtype] // _BROADCAST_NUMEL), []).append(tensor.detach())
+    for alike in batches.values():
         flat = torch.cat([tensor.reshape(-1).to(device) for tensor in alike])
         torch.distributed.broadcast(flat, 0)
         for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):

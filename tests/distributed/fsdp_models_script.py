@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, adapter_state_dict, inject, named_adapter_parameters
+from lightning_lora import LoRAConfig, adapter_state_dict, inject, merge, named_adapter_parameters, remove
 from lightning_lora.fabric import FSDPLoRAStrategy
 from lightning_lora.sharded import is_sharded, whole
 from tests import models, zoo
@@ -96,6 +96,59 @@ class TwoSided(nn.Module):
         return self.odd(y) if x[0, 0] > 0 else y
 
 
+class Scalars(nn.Module):
+    """Blocks of odd sizes with a scalar each, and one beside them."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.gate = nn.Linear(5, 7), nn.Linear(7, 5), nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gate * self.down(self.up(x).tanh())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.scale = nn.Sequential(self.Block(), self.Block()), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.blocks(x)
+
+
+class Routed(nn.Module):
+    """Blocks that reach one of two adapted layers, by the sign of their input, and never a third."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("even", "odd", "never")})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.experts["odd" if x[0, 0] > 0 else "even"](x)[:, :1] * 1e-3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(self.Block(), self.Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class Outside(nn.Module):
+    """An adapted model, a head tied to its embedding, and a frozen head, both outside of it."""
+
+    def __init__(self, config: LoRAConfig) -> None:
+        super().__init__()
+        self.model = inject(models.llama(), config)
+        self.tied = nn.Linear(32, models.VOCAB, bias=False)
+        self.tied.weight = self.model.model.embed_tokens.weight
+        self.frozen = models._seeded(lambda: nn.Linear(32, 3)).requires_grad_(False)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        hidden = self.model.model(input_ids=batch).last_hidden_state
+        return self.tied(hidden).square().mean() + self.frozen(hidden).square().mean()
+
+
 def ids(rows: int = 4, columns: int = 6) -> Tensor:
     return models.token_ids(rows, columns, seed=5)
 
@@ -162,6 +215,10 @@ CASES = {
     "a table that is read": Case(seeded(ReadsItsTable), squares, options=EVERYTHING),
     "torch's encoder": Case(models.encoder, squares, options=EVERYTHING),
     "checkpointed torch's encoder": Case(models.encoder, squares, options={"activation_checkpointing": True}),
+    "scalars": Case(seeded(Scalars), squares, lambda: zoo.noise(4, 5), options=EVERYTHING),
+    "scalars in shards": Case(
+        seeded(Scalars), squares, lambda: zoo.noise(4, 5), options={"shard_adapters": True, **EVERYTHING}
+    ),
     "checkpointed gpt2": Case(models.gpt2, options={"activation_checkpointing": True}),
 }
 
@@ -314,6 +371,74 @@ def around(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     return found
 
 
+def unusual(rank: int, num_ranks: int) -> dict[str, Any]:
+    """Several models, optimizers made apart, layers that some ranks lack, and what is left of sharded adapters."""
+    found: dict[str, Any] = {}
+    case, batch = Case(models.llama), ids()
+    mine = batch.chunk(num_ranks)[rank]
+    fabric = start()
+    (one, optimizer), (two, _) = fabric.setup(*make(case)), fabric.setup(*make(case))
+    fabric.backward(lm_loss(one, mine))  # the other has no gradients yet
+    optimizer.step()
+    found["untouched"] = all(parameter.grad is None for parameter in two.parameters())
+
+    fabric = start(shard_adapters=True, **EVERYTHING)
+    model, optimizer = make(case)
+    expected = lm_loss(model, mine).detach()
+    base = lm_loss(models.llama().eval(), mine).detach()
+    model = fabric.setup(model)
+    try:
+        fabric.setup_optimizers(optimizer)
+    except ValueError as error:
+        found["apart"] = str(error)
+    for name, take_out, loss in (
+        ("removed", remove, base),
+        ("merged", functools.partial(merge, remove=True), expected),
+    ):
+        plain = make(case)[0]
+        fabric.setup(plain)
+        lm_loss(plain, mine)
+        take_out(plain)
+        found[name] = (lm_loss(plain, mine).detach(), loss, [n for n, _ in plain.named_parameters() if ".lora_" in n])
+    adapted, optimizer = fabric.setup(*anew(plain))
+    fabric.backward(lm_loss(adapted, mine))
+    optimizer.step()
+    found["adapted again"] = {n: whole(p.detach()) for n, p in named_adapter_parameters(adapted.module)}
+
+    sides = [torch.full((2, 8), 1.0 if other else -1.0) for other in range(num_ranks)]
+    routed = LoRAConfig(r=2, init="pissa")  # an A and a B that both train from the start
+    single = inject(models._seeded(Routed), routed)
+    for x in sides:
+        (single(x).square().sum() / num_ranks).backward()
+    model = fabric.setup(inject(models._seeded(Routed), routed))
+    fabric.backward(model(sides[rank]).square().sum())
+    found["routed"] = [
+        {n: None if p.grad is None else whole(p.grad) for n, p in named_adapter_parameters(m)}
+        for m in (model.module, single)
+    ]
+    for shards in (False, True):
+        model = Outside(LoRAConfig(r=2, modules_to_save=["embed_tokens"]))
+        models.fill_adapters(model)
+        fabric = start(shard_adapters=shards, **EVERYTHING)
+        model, optimizer = fabric.setup(model, torch.optim.SGD(model.model.parameters(), lr=0.1))
+        model.module.frozen.requires_grad_(True)
+        optimizer.add_param_group({"params": [*model.module.frozen.parameters()]})
+        for _ in range(2):
+            fabric.backward(model(mine))
+            optimizer.step()
+            optimizer.zero_grad()
+        found[f"outside, shards={shards}"] = {
+            n: whole(p.detach()).clone() for n, p in model.module.named_parameters() if p.requires_grad
+        }
+    return found
+
+
+def anew(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Adapt a model whose base is in shards, with another rank."""
+    inject(model, LoRAConfig(r=3))
+    return model, torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+
+
 def step(fabric: Fabric, model: Any, batch: Tensor) -> Tensor:
     loss = lm_loss(model, batch)
     fabric.backward(loss)
@@ -323,6 +448,7 @@ def step(fabric: Fabric, model: Any, batch: Tensor) -> Tensor:
 def main(directory: Path, which: str) -> None:
     num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     found: dict[str, Any] = {"around": around(directory, rank, num_ranks)}
+    found["unusual"] = unusual(rank, num_ranks)
     found["cases"] = {name: compared(case, rank, num_ranks) for name, case in CASES.items()}
     if which == "all":
         found["families"] = families(rank, num_ranks)

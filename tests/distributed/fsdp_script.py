@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor
@@ -117,6 +117,37 @@ class Headed(Recorded):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.head(self.model(input_ids=batch).logits.flatten(0, 1)).square().mean()
+
+
+class Unseeded(Finetuned):
+    """Draws what is frozen anew on every rank, a row of a table among it, and unfreezes a head in the second step.
+
+    Runs backward itself, past ``manual_backward``, which all works under DDP.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(int(os.environ.get("RANK", 0)))
+        self.head = torch.nn.Linear(models.VOCAB, 4).requires_grad_(False)
+        table = torch.nn.Embedding(5000, 32, _weight=torch.ones(5000, 32))
+        table.weight.data[777].normal_()  # as resize_token_embeddings does
+        self.model.model.embed_tokens = table
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.head.requires_grad_(True)
+        optimizer = self.optimizers()
+        self.head(self.model(input_ids=batch).logits).square().mean().backward()
+        self.clip_gradients(optimizer, gradient_clip_val=0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Quasi(Recorded):
+    """Keeps an optimizer state that has no tensor in the shape of a parameter."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=0.01, max_iter=2)
 
 
 def fit(
@@ -362,7 +393,44 @@ def company(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     return found
 
 
-PARTS = {f.__name__: f for f in (straight, resumed, adapters_in_shards, options, company)}
+def unusual(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Modules and optimizers that the strategy has less of a hold on."""
+    found: dict[str, Any] = {}
+    module = Unseeded()
+    fit(directory / "unseeded", module, limit_train_batches=3)
+    whole = {name: value for name, value in module.named_parameters() if not is_sharded(value)}
+    found["unseeded"] = {name: value.detach().clone() for name, value in whole.items()}
+    for shards in (False, True):
+        module, strategy = Recorded(), FSDPLoRAStrategy(shard_adapters=shards, **SHARDED)
+        settings = {"modules_to_save": ["norm", "lm_head"]}  # in bfloat16, beside adapters in float32
+        fit(directory / f"two_dtypes_{shards}", module, strategy, lora=settings, precision="bf16-true")
+        found[f"two_dtypes_{shards}"] = state(module)
+    module = Quasi()
+    fit(directory / "quasi", module, FSDPLoRAStrategy(shard_adapters=True, **SHARDED))
+    found["quasi"] = state(module)
+    for shards in (True, False):
+        module, strategy = Quasi(), FSDPLoRAStrategy(shard_adapters=shards, **SHARDED)
+        try:
+            fit(directory / "quasi_again", module, strategy, ckpt_path=directory / "quasi" / "epoch=0.ckpt")
+            found[f"quasi_{shards}"] = state(module)
+        except ValueError as error:
+            found[f"quasi_{shards}"] = str(error)
+
+    class Thawing(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            pass
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            self.unfreeze_and_add_param_group(pl_module.model.model.layers[1].mlp, optimizer)
+
+    try:
+        fit(directory / "thawing", Recorded(), callbacks=(Thawing(),))
+    except RuntimeError as error:
+        found["thawing"] = str(error)
+    return found
+
+
+PARTS = {f.__name__: f for f in (straight, resumed, adapters_in_shards, options, company, unusual)}
 
 
 def main(directory: Path, *parts: str) -> None:

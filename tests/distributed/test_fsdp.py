@@ -300,6 +300,29 @@ class TestCompany:
             assert rank["company"]["left_behind"] == []
 
 
+class TestUnusual:
+    def test_replicas_are_equal_without_seeds_and_with_the_user_s_own_backward(self, run: dict[str, Any]) -> None:
+        first = run["ranks"][0]["unusual"]["unseeded"]
+        assert "model.model.embed_tokens.weight" in first
+        for rank in run["ranks"][1:]:
+            torch.testing.assert_close(rank["unusual"]["unseeded"], first, **EXACT)
+
+    def test_what_trains_in_two_dtypes_can_be_in_shards(self, run: dict[str, Any]) -> None:
+        found = run["ranks"][0]["unusual"]
+        # bfloat16 has 8 bits, and Adam turns the rounding of small gradients into steps of 1e-2
+        torch.testing.assert_close(found["two_dtypes_True"], found["two_dtypes_False"], rtol=2e-2, atol=2e-2)
+
+    def test_an_optimizer_without_moments_is_saved_whole(self, run: dict[str, Any]) -> None:
+        for rank in run["ranks"]:
+            found = rank["unusual"]
+            assert "use shard_adapters=False with this optimizer" in found["quasi_True"]
+            torch.testing.assert_close(found["quasi_False"], found["quasi"], **EXACT)
+
+    def test_unfreezing_the_base_is_refused_by_name(self, run: dict[str, Any]) -> None:
+        for rank in run["ranks"]:
+            assert "unfrozen after the base was sharded, and would not train" in rank["unusual"]["thawing"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -70,3 +70,37 @@ def test_what_no_rank_reaches_has_no_gradient_and_what_one_reaches_counts_as_zer
         ours, expected = rank["around"]["absent"]
         assert {name for name, value in ours.items() if value is None} == {"never.lora_A", "never.lora_B"}
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_backward_may_reach_one_model_of_two(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["unusual"]["untouched"] for rank in ranks)
+
+
+def test_an_optimizer_of_the_parameters_before_sharding_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert "call fabric.setup(model, optimizer) with both" in rank["unusual"]["apart"]
+
+
+@pytest.mark.parametrize("way", ["removed", "merged"])
+def test_sharded_adapters_are_taken_out_for_good(ranks: list[dict[str, Any]], way: str) -> None:
+    for rank in ranks:
+        loss, expected, left = rank["unusual"][way]
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        assert left == []
+        adapters = rank["unusual"]["adapted again"]
+        assert {value.shape[0] for name, value in adapters.items() if name.endswith("lora_A")} == {3}
+        torch.testing.assert_close(adapters, ranks[0]["unusual"]["adapted again"], rtol=0, atol=0)
+
+
+def test_adapters_in_shards_that_ranks_lack_count_as_zero_there(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        ours, expected = rank["unusual"]["routed"]
+        assert {name for name, value in ours.items() if value is None} == {n for n in expected if ".never." in n}
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_outside_trains_alike_and_stays_tied(ranks: list[dict[str, Any]]) -> None:
+    expected = ranks[0]["unusual"]["outside, shards=False"]
+    for rank in ranks:
+        torch.testing.assert_close(rank["unusual"]["outside, shards=False"], expected, rtol=0, atol=0)
+        torch.testing.assert_close(rank["unusual"]["outside, shards=True"], expected, **STEP_TOLERANCE)
