@@ -114,14 +114,25 @@ def count_unused_as_zero(root: nn.Module) -> None:
     """Let what trains in shards and is unused on some rank count as zero there.
 
     FSDP2 reduce-scatters the gradients that a rank has, one behind the other: where ranks have others, it adds up those
-    of different parameters. :func:`drop_unused` takes back what no rank used. Called once, when the root is sharded.
+    of different parameters. :func:`drop_unused` takes back what no rank used. And what stays gathered between forwards
+    is frozen and unfrozen with what it was gathered from. Called once, when the root is sharded.
     """
     for part in root.modules():
         if isinstance(part, FSDPModule):
             for group in part._get_fsdp_state()._fsdp_param_groups:
                 if any(fsdp_parameter.sharded_param.requires_grad for fsdp_parameter in group.fsdp_params):
                     group.__dict__["lora_filled"] = set()
+                    group.__dict__["pre_forward"] = functools.partial(_gather_as_flagged, group)
                     group.__dict__["post_backward"] = functools.partial(_fill_and_reduce, group)
+
+
+def _gather_as_flagged(group: Any, *arguments: Any) -> Any:
+    result = type(group).pre_forward(group, *arguments)
+    for fsdp_parameter in group.fsdp_params:
+        gathered, trains = getattr(fsdp_parameter, "_unsharded_param", None), fsdp_parameter.sharded_param.requires_grad
+        if gathered is not None and gathered.requires_grad != trains:
+            gathered.requires_grad_(trains)
+    return result
 
 
 def _fill_and_reduce(group: Any, *unused: Any) -> None:

@@ -150,6 +150,26 @@ class Quasi(Recorded):
         return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=0.01, max_iter=2)
 
 
+class Alternating(Finetuned):
+    """Two optimizers in turn, each with the other's parameters frozen, and a loss without gradients between."""
+
+    def configure_optimizers(self) -> Any:
+        factors = {kind: [p for n, p in self.named_parameters() if n.endswith(kind)] for kind in ("lora_A", "lora_B")}
+        return [torch.optim.SGD(parameters, lr=0.5) for parameters in factors.values()]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            self.model(input_ids=batch)
+            self.untoggle_optimizer(optimizer)
+            self.manual_backward(self.model(input_ids=batch, labels=batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def fit(
     directory: Path,
     module: pl.LightningModule,
@@ -401,6 +421,9 @@ def unusual(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     whole = {name: value for name, value in module.named_parameters() if not is_sharded(value)}
     found["unseeded"] = {name: value.detach().clone() for name, value in whole.items()}
     for shards in (False, True):
+        module = Alternating()
+        fit(directory / "alternating", module, FSDPLoRAStrategy(shard_adapters=shards, **SHARDED))
+        found[f"alternating_{shards}"] = state(module)
         module, strategy = Recorded(), FSDPLoRAStrategy(shard_adapters=shards, **SHARDED)
         settings = {"modules_to_save": ["norm", "lm_head"]}  # in bfloat16, beside adapters in float32
         fit(directory / f"two_dtypes_{shards}", module, strategy, lora=settings, precision="bf16-true")
