@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
+from lightning_lora.sharded import reshard
 from lightning_lora.strategies.fabric import FabricAdapterOnly
 from lightning_lora.strategies.fsdp import (
     broadcast_object,
@@ -174,6 +175,9 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
 
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
         refuse_unfrozen(optimizer, self._trained_in_shards)
+        if self._trained_in_shards and not self.options.reshard_after_forward:
+            for module in self._reducers:
+                reshard(module)  # a forward since the backward left copies, which would outlive the step
         if reduces:
             self._reduce_pending()
 

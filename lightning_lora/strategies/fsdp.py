@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.inject import injected_roots
-from lightning_lora.sharded import is_sharded
+from lightning_lora.sharded import is_sharded, reshard
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, drop_unused, watch_steps
 from lightning_lora.strategies.sharding import (
@@ -219,6 +219,8 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         refuse_unfrozen(optimizer, self._trained_in_shards)
         self._take_in_unfrozen()
         assert self.lightning_module is not None
+        if self._trained_in_shards and not self.options.reshard_after_forward:
+            reshard(self.lightning_module)  # a forward since the backward left copies, which would outlive the step
         # Lightning hands every step a closure; under manual optimization one that does nothing
         if reduces or not self.lightning_module.automatic_optimization:
             self._reducer.before_step()

@@ -163,15 +163,20 @@ def _shard_root(
         "shard_placement_fn": lambda parameter: _placement(parameter, shard_size),
     }
     last = next(reversed(blocks.values()), None)
+    # what trains is never kept beyond a forward: a step may come before the next one
+    trained = {p for p in root.parameters() if p.requires_grad and p not in kept_whole}
     for block in blocks.values():
         # backward starts at the last block: it would be gathered again at once
-        fully_shard(block, reshard_after_forward=options.reshard_after_forward and block is not last, **settings)
+        again = block is last and trained.isdisjoint(block.parameters())
+        fully_shard(block, reshard_after_forward=options.reshard_after_forward and not again, **settings)
     for unit in sorted(units, key=lambda unit: max(sum(1 for _ in part.modules()) for part in unit)):  # children first
-        keeps = not any(isinstance(part, nn.Embedding) for part in unit) or len(unit) > 1
+        trains = any(not trained.isdisjoint(part.parameters()) for part in unit)
+        keeps = not trains and (not any(isinstance(part, nn.Embedding) for part in unit) or len(unit) > 1)
         sharded: Any = fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=not keeps, **settings)
-        if not keeps and not any(p.requires_grad for p in unit[0].parameters()):
+        if not keeps and not trains and not any(p.requires_grad for p in unit[0].parameters()):
             sharded.set_unshard_in_backward(False)  # a frozen table has no part in backward
-    fully_shard(root, reshard_after_forward=False, **settings)
+    trained -= {p for unit in members for part in unit for p in part.parameters()}
+    fully_shard(root, reshard_after_forward=bool(trained), **settings)
     count_unused_as_zero(root)
 
 
