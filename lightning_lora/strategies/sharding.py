@@ -150,18 +150,7 @@ def _shard_root(
     kept_whole |= shared | _tied_across_units(root, members)
     kept_whole |= {p for p in root.parameters() if p.ndim == 0}  # FSDP2 refuses scalars
     kept_whole |= _of_other_dtypes(root, members, kept_whole)
-    shard_size = mesh.size(mesh.ndim - 1)
-    settings: dict[str, Any] = {
-        "mesh": mesh,
-        "ignored_params": kept_whole,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        if mixed is not None
-        else MixedPrecisionPolicy(),
-        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-        if options.cpu_offload
-        else OffloadPolicy(),
-        "shard_placement_fn": lambda parameter: _placement(parameter, shard_size),
-    }
+    settings = {**_settings(mesh, options, mixed), "ignored_params": kept_whole}
     last = next(reversed(blocks.values()), None)
     # what trains is never kept beyond a forward: a step may come before the next one
     trained = {p for p in root.parameters() if p.requires_grad and p not in kept_whole}
@@ -178,6 +167,21 @@ def _shard_root(
     trained -= {p for unit in members for part in unit for p in part.parameters()}
     fully_shard(root, reshard_after_forward=bool(trained), **settings)
     count_unused_as_zero(root)
+
+
+def _settings(mesh: DeviceMesh, options: ShardingOptions, mixed: Any) -> dict[str, Any]:
+    """Return the arguments of ``fully_shard`` that all units have in common."""
+    shard_size = mesh.size(mesh.ndim - 1)
+    return {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if mixed is not None
+        else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        if options.cpu_offload
+        else OffloadPolicy(),
+        "shard_placement_fn": lambda parameter: _placement(parameter, shard_size),
+    }
 
 
 def _placement(parameter: nn.Parameter, shard_size: int) -> Shard | None:
