@@ -512,18 +512,9 @@ def test_dropout_of_slices_of_features_is_the_slice_of_the_whole_mask() -> None:
     seed = torch.tensor(5)
     x, A, B = torch.randn(7, 12), torch.eye(12), torch.eye(12)
     whole = lora_linear(x, None, None, A, B, scaling=1.0, dropout=0.4, seed=seed)
+    settings = {"scaling": 1.0, "dropout": 0.4, "seed": seed}
     parts = [
-        lora_linear(
-            x[:, first : first + 4],
-            None,
-            None,
-            torch.eye(4),
-            torch.eye(4),
-            scaling=1.0,
-            dropout=0.4,
-            seed=seed,
-            columns=(first, 12),
-        )  # fmt: skip
+        lora_linear(x[:, first : first + 4], None, None, torch.eye(4), torch.eye(4), columns=(first, 12), **settings)
         for first in (0, 4, 8)
     ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=0)

@@ -70,8 +70,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
         ValueError: a name in ``shard_modules`` is unknown, the base has no weights, or it is sharded in another way.
     """
     reshard(module)
+    roots = injected_roots(module)
     _refuse_other_sizes(module, device)
-    for path, root in injected_roots(module).items():
+    for path, root in roots.items():
         _check_served(root)
         if not any(isinstance(part, FSDPModule) for part in root.modules()):
             _make_equal(root, device)

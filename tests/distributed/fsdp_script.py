@@ -87,7 +87,7 @@ class Sharding(Recorded):
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
 
-class Unseeded(Recorded):
+class OtherBase(Recorded):
     """A base that came out differently on every rank."""
 
     def __init__(self) -> None:
@@ -353,9 +353,9 @@ def options(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     module = Sharding()
     fit(directory / "own", module, limit_train_batches=1)
     found["own"] = module.gradients
-    module = Unseeded()
-    fit(directory / "unseeded", module, limit_train_batches=1)
-    found["unseeded"] = module.gradients
+    module = OtherBase()
+    fit(directory / "other base", module, limit_train_batches=1)
+    found["other base"] = module.gradients
     try:
         fit(directory / "columns", SplitByColumns(), limit_train_batches=1)
     except ValueError as error:

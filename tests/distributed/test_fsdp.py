@@ -219,7 +219,7 @@ class TestShardedAdapters:
 
 class TestOptions:
     @pytest.mark.parametrize(
-        "option", ["checkpointed", "compiled", "kept", "offloaded", "named", "hybrid", "manual", "own", "unseeded"]
+        "option", ["checkpointed", "compiled", "kept", "offloaded", "named", "hybrid", "manual", "own", "other base"]
     )
     def test_gradients_do_not_change(self, run: dict[str, Any], option: str) -> None:
         found = run["ranks"][0]["options"][option]
