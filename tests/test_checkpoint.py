@@ -376,6 +376,27 @@ class TestAtomicity:
         assert path.read_bytes() == b"former"
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
+    def test_ranks_write_to_one_path_at_the_same_time(self, tmp_path: Path) -> None:
+        script = (
+            "import sys, torch\n"
+            "from pathlib import Path\n"
+            "from lightning_lora.files import write_atomically\n"
+            "directory, rank = Path(sys.argv[1]), int(sys.argv[2])\n"
+            "torch.distributed.init_process_group(\n"
+            "    'gloo', store=torch.distributed.FileStore(str(directory / 'store'), 2), rank=rank, world_size=2\n"
+            ")\n"
+            "for _ in range(200):\n"
+            "    write_atomically(directory / 'adapter' / 'x', b'x' * 5000)\n"
+            "torch.distributed.barrier()\n"
+        )
+        processes = [
+            subprocess.Popen([sys.executable, "-c", script, str(tmp_path), rank], stderr=subprocess.PIPE, text=True)
+            for rank in ("0", "1")
+        ]
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], errors
+        assert [p.name for p in (tmp_path / "adapter").iterdir()] == ["x"]
+
     def test_a_write_that_the_system_cuts_short_leaves_the_former_file(self, tmp_path: Path) -> None:
         path = tmp_path / "last.ckpt"
         write_atomically(path, b"former")
