@@ -22,7 +22,7 @@ def find_blocks(root: nn.Module, shard_modules: Sequence[str] | None = None) -> 
     or more of one class.
 
     Raises:
-        ValueError: an entry of ``shard_modules`` names nothing.
+        ValueError: an entry of ``shard_modules`` names nothing, or a mere container.
     """
     modules = {clean_name(name): module for name, module in root.named_modules() if name}
     if shard_modules is not None:
@@ -32,6 +32,13 @@ def find_blocks(root: nn.Module, shard_modules: Sequence[str] | None = None) -> 
             if not hits:
                 near = nearest_names([entry], [*modules, *(type(module).__name__ for module in modules.values())])
                 raise ValueError(f"shard_modules entry {entry!r} names no module of {type(root).__name__}{near}")
+            for name, module in hits.items():
+                if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                    members = sorted({type(member).__name__ for member in module.children()})
+                    raise ValueError(
+                        f"shard_modules entry {entry!r} names {name!r}, a {type(module).__name__}, which has no "
+                        f"forward to gather weights for; name its members: {members}"
+                    )
             chosen |= hits
         return _outermost({name: module for name, module in modules.items() if name in chosen})
     listed = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -44,9 +45,15 @@ class ShardingOptions:
         for name in ("replicate_size", "min_shard_numel"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < (1 if name == "replicate_size" else 0):
-                raise ValueError(f"{name}={value!r} must be a positive integer")
+                raise ValueError(
+                    f"{name}={value!r} must be a positive integer" + (", or 0" if name == "min_shard_numel" else "")
+                )
         if isinstance(self.shard_modules, str):
             raise TypeError(f"shard_modules={self.shard_modules!r} must be a list: [{self.shard_modules!r}]")
+        for entry in self.shard_modules or ():
+            if not isinstance(entry, str):
+                name = getattr(entry, "__name__", "Block")
+                raise TypeError(f"shard_modules holds {entry!r}, which is no name; write {name!r}")
         for name in ("shard_adapters", "reshard_after_forward", "activation_checkpointing", "cpu_offload"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
@@ -77,6 +84,11 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
         if not any(isinstance(part, FSDPModule) for part in root.modules()):
             _make_equal(root, device)
             _shard_root(root, mesh, options, mixed, _shared_with_others(module, path))
+            if not any(is_sharded(parameter) for parameter in root.parameters()):
+                rank_zero_warn(
+                    f"nothing of {class_name(root)} is in shards, every rank holds all of it: no repeated blocks were "
+                    "found. Name its large modules with shard_modules=[...], or lower min_shard_numel"
+                )
         materialize(root, options.base_weights, torch.device("cpu") if options.cpu_offload else device)
         _keep_parts_of_originals(root)
     _to_device(module, device)
@@ -110,7 +122,7 @@ def shards_summary(module: nn.Module) -> str:
                 units[class_name(part)] = units.get(class_name(part), 0) + 1
         base = [parameter for parameter in root.parameters() if not parameter.requires_grad]
         held, total = sum(local_part(p).numel() for p in base), sum(p.numel() for p in base)
-        names = ", ".join(f"{name} x{number}" if number > 1 else name for name, number in units.items())
+        names = ", ".join(f"{name} x{number}" if number > 1 else name for name, number in units.items()) or "nothing"
         lines.append(
             f"{class_name(root)} in shards: {names}; this rank holds {100 * held / max(total, 1):.0f} % of the base"
         )

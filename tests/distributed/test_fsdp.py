@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -334,7 +335,9 @@ class TestUnusual:
     ("settings", "message"),
     [
         ({"replicate_size": 0}, "replicate_size=0 must be a positive integer"),
+        ({"min_shard_numel": -1}, "min_shard_numel=-1 must be a positive integer, or 0"),
         ({"shard_modules": "Block"}, r"must be a list: \['Block'\]"),
+        ({"shard_modules": [torch.nn.Linear]}, "which is no name; write 'Linear'"),
         ({"compile": 1.5}, "name of a torch.compile backend"),
         ({"cpu_offload": "yes"}, "must be True or False"),
     ],
@@ -367,6 +370,31 @@ def test_a_typo_in_shard_modules_names_what_is_near(tmp_path: Path) -> None:
     trainer = runs.trainer(tmp_path, LoRACallback(r=4), strategy=FSDPLoRAStrategy(shard_modules=["LlamaDecoderLayr"]))
     with pytest.raises(ValueError, match="'LlamaDecoderLayr' names no module .*LlamaDecoderLayer"):
         trainer.fit(runs.LanguageModule(), runs.loader())
+
+
+def test_a_list_of_blocks_in_shard_modules_is_told_from_its_blocks(tmp_path: Path) -> None:
+    from lightning_lora import FSDPLoRAStrategy
+
+    trainer = runs.trainer(tmp_path, LoRACallback(r=4), strategy=FSDPLoRAStrategy(shard_modules=["layers"]))
+    with pytest.raises(ValueError, match=r"names 'model.layers', a ModuleList.* members: \['LlamaDecoderLayer'\]"):
+        trainer.fit(runs.LanguageModule(), runs.loader())
+
+
+def test_a_model_without_blocks_is_said_to_be_whole(tmp_path: Path) -> None:
+    class Flat(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.second(self.first(batch)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    trainer = runs.trainer(tmp_path, LoRACallback(r=4), strategy="fsdp_lora")
+    with pytest.warns(UserWarning, match="nothing of Flat is in shards"):
+        trainer.fit(Flat(), torch.utils.data.DataLoader(torch.randn(8, 8), 4))
 
 
 def test_a_model_in_shards_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
