@@ -61,7 +61,8 @@ def materialize(root: nn.Module, source: str | None, device: torch.device) -> No
     _compute_buffers(root, empty)
     with open_slices(source) as slices:
         filled = _fill(root, slices, adapters)
-    _finish(root, (empty or {name for name, _ in _named_tensors(root)}) - filled, adapters, source)
+        keys = set(slices)
+    _finish(root, (empty or {name for name, _ in _named_tensors(root)}) - filled, adapters, source, keys)
     injection_of(root).base_weights = source  # type: ignore[union-attr]  # the root is adapted
 
 
@@ -71,7 +72,7 @@ def open_slices(source: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file or directory, or no safetensors in it.
-        ValueError: a file is no safetensors file.
+        ValueError: a file is no safetensors file, or two hold the same tensor.
     """
     with ExitStack() as stack:
         slices: dict[str, Any] = {}
@@ -80,7 +81,10 @@ def open_slices(source: str) -> Iterator[dict[str, Any]]:
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except Exception as error:  # safetensors has an exception of its own
                 raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-            slices |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+            if twice := sorted(found.keys() & slices.keys()):
+                raise ValueError(f"base_weights: several files in {source} hold {twice[0]!r}; give one of them")
+            slices |= found
         yield slices
 
 
@@ -269,7 +273,7 @@ def _converted(
     return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
 
 
-def _finish(root: nn.Module, absent: set[str], adapters: set[int], source: str) -> None:
+def _finish(root: nn.Module, absent: set[str], adapters: set[int], source: str, keys: set[str]) -> None:
     """Draw new heads that are in no base checkpoint; raise ``ValueError`` for anything else that is missing."""
     tensors = {name: tensor for name, tensor in _named_tensors(root) if id(tensor) not in adapters}
     ignored = {_join(clean_name(n), b) for n, m in root.named_modules() for b in m._non_persistent_buffers_set}
@@ -281,7 +285,21 @@ def _finish(root: nn.Module, absent: set[str], adapters: set[int], source: str) 
             wanted -= {name for name in wanted if name.startswith(f"{path}.")}
     if wanted:
         some = ", ".join(sorted(wanted)[:3]) + (f" and {len(wanted) - 3} more" if len(wanted) > 3 else "")
-        raise ValueError(f"{source} lacks {len(wanted)} tensors of {class_name(root)}: {some}")
+        advice = _prefix_advice(wanted, keys)
+        raise ValueError(f"{source} lacks {len(wanted)} tensors of {class_name(root)}: {some}{advice}")
+
+
+def _prefix_advice(wanted: set[str], keys: set[str]) -> str:
+    """Return what to do where the file's names differ from the model's by a prefix, and nothing else is wrong."""
+    name = min(wanted)
+    prefixes = [name[: -len(key)] for key in keys if name.endswith(f".{key}")]
+    prefixes = [prefix for prefix in prefixes if all(other.removeprefix(prefix) in keys for other in wanted)]
+    if prefixes:
+        path = prefixes[0].removesuffix(".")
+        return f"; it has them without {prefixes[0]!r}: adapt that module alone, by LoRACallback(module={path!r})"
+    prefixes = [key[: -len(name)] for key in keys if key.endswith(f".{name}")]
+    prefixes = [prefix for prefix in prefixes if all(f"{prefix}{other}" in keys for other in wanted)]
+    return f"; it has them behind {prefixes[0]!r}: save the weights under the model's own names" if prefixes else ""
 
 
 def _join(prefix: str, name: str) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+from lightning_lora import LoRAConfig, inject
+from lightning_lora.strategies.base_weights import materialize, open_slices
 from tests import models, zoo
 from tests.distributed.ddp_script import Recorded
 from tests.distributed.fsdp_meta_script import Computed
@@ -149,3 +151,32 @@ def test_what_cannot_be_filled_is_one_clear_error(run: dict[str, Any], name: str
 
     for rank in run["ranks"]:
         assert re.search(message, rank[name]), rank.get(name)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "inner", "message"),
+    [
+        ("", False, r"without 'model\.': adapt that module alone, by LoRACallback\(module='model'\)"),
+        ("model.", True, r"behind 'model\.': save the weights under the model's own names"),
+    ],
+)
+def test_names_that_differ_by_a_prefix_are_told(tmp_path: Path, prefix: str, inner: bool, message: str) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = GPT()
+
+    saved = tmp_path / "base.safetensors"
+    safetensors.torch.save_file({f"{prefix}{name}": value for name, value in GPT().state_dict().items()}, saved)
+    with torch.device("meta"):
+        outer = Outer()
+    model = inject(outer.model if inner else outer, LoRAConfig(r=2))
+    with pytest.raises(ValueError, match=message):
+        materialize(model, str(saved), torch.device("cpu"))
+
+
+def test_two_files_with_the_same_tensor_are_refused(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        safetensors.torch.save_file({"weight": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="several files in .* hold 'weight'"), open_slices(str(tmp_path)):
+        pass
