@@ -518,3 +518,13 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, use_reentran
         trainer(tmp_path, LoRACallback(r=4, dropout=0.3), max_steps=1).fit(module, loader())
         runs.append(module.gradients)
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
+
+
+def test_a_model_on_the_meta_device_is_refused_with_what_fills_it(tmp_path: Path) -> None:
+    class Empty(LanguageModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = self.model.to("meta")
+
+    with pytest.raises(ValueError, match="is on the meta device, and LoRASingleDeviceStrategy has nothing to fill it"):
+        trainer(tmp_path, LoRACallback(r=4)).fit(Empty(), loader())

@@ -217,6 +217,19 @@ class AdapterOnly(Strategy):
         prepare_optimizers(self.optimizers, self._adapted_module())
 
     @override
+    def model_to_device(self) -> None:
+        check_has_values(self._adapted_module(), type(self).__name__)
+        super().model_to_device()  # type: ignore[safe-super]  # of the strategy mixed in with
+
+    @override
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        except NotImplementedError:  # a model without values cannot go back to CPU, and was refused with a reason
+            if first_on_meta(self._adapted_module()) is None:
+                raise
+
+    @override
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if not self.shards:
             check_whole(model, type(self).__name__)
@@ -316,6 +329,22 @@ def check_whole(model: nn.Module, strategy: str) -> None:
             f"the model is in shards, from a run with 'fsdp_lora', and {strategy} wants it whole: build it anew and "
             "give ckpt_path= or init_from=, or go on with 'fsdp_lora'"
         )
+
+
+def check_has_values(model: nn.Module, strategy: str) -> None:
+    """Raise ``ValueError`` for an adapted model on the meta device, under a strategy that does not fill it."""
+    name = first_on_meta(model)
+    if name is not None and injected_roots(model):
+        raise ValueError(
+            f"{name!r} is on the meta device, and {strategy} has nothing to fill it from: build the model with its "
+            "weights, as from_pretrained does, or use 'fsdp_lora', which reads them by base_weights="
+        )
+
+
+def first_on_meta(model: nn.Module) -> str | None:
+    """Return the name of a tensor without values, if there is one."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return next((clean_name(name) for name, tensor in named if tensor.device.type == "meta"), None)
 
 
 def _check_readable(checkpoint: dict[str, Any]) -> None:
