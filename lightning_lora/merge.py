@@ -26,12 +26,14 @@ def merge(model: nn.Module, remove: bool = False) -> nn.Module:
     CPU, one copy of every adapted weight, so that :func:`unmerge` gives them back bit for bit. A merged model is the
     base class's own code, at its speed. Merging what is merged does nothing.
 
-    A sharded base is gathered one layer at a time, and each rank merges and keeps its own part: call on all ranks.
+    A sharded base is gathered one layer at a time, and each rank merges and keeps its own part: call on all ranks. The
+    model stays in shards then, and cannot be saved as one: to write a merged model, ``save_peft``, and in one process
+    ``merge(load_peft(base, directory), remove=True)``.
 
     Args:
         model: the adapted model, or a module around it.
-        remove: take the adapters out for good and keep no copies: a plain model with the merged weights remains. Heads
-            and biases that trained keep their trained values.
+        remove: take the adapters out for good and keep no copies: a plain model with the merged weights remains, in
+            shards if it was. Heads and biases that trained keep their trained values.
 
     Raises:
         ValueError: a weight is tied to another layer, which would change too; a layer's own forward is such that a

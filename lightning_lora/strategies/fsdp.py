@@ -63,6 +63,10 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
     Checkpoints are the single adapter-only file of every other strategy, from and for any number of ranks; the base is
     never gathered for one. The user's LightningModule needs no code for any of this.
 
+    The model stays in shards after the run: forward, ``generate``, ``merge`` and ``save_peft`` are then for all ranks
+    together, in a script that still runs on all of them. To go on in one process, build the model anew and
+    give it the checkpoint or the PEFT directory.
+
     Args:
         replicate_size: hybrid sharding: so many groups of ranks each hold the whole base between them, which keeps the
             gathering inside a node. It must divide the number of ranks.
@@ -70,10 +74,11 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
             the blocks that are found: transformers' ``_no_split_modules``, else the members of module lists.
         shard_adapters: shard the adapters too, and what else trains inside the pretrained model: for adapters that are
             too large to replicate. Their gradients are then reduce-scattered with their block.
-        min_shard_numel: tensors outside the blocks with fewer elements stay whole.
+        min_shard_numel: tensors outside the blocks with fewer elements stay whole. A small model's embeddings do.
         base_weights: a safetensors file, or a directory with one or with ``model.safetensors.index.json``, to fill a
-            model from that was built under ``torch.device("meta")``. Each rank reads its own slices. A transformers
-            model that knows its local directory needs none.
+            model from that was built under ``torch.device("meta")``. Each rank reads its own slices. The names in it
+            are those inside the adapted model, which is the whole LightningModule unless it holds a transformers model
+            or ``LoRACallback(module=...)`` names one. A transformers model that knows its local directory needs none.
         reshard_after_forward: drop a block's gathered weights after its forward, and gather them again for backward.
             ``False`` keeps them: one gather less per step, for the memory of the whole base.
         activation_checkpointing: keep only the inputs of the blocks for backward.
