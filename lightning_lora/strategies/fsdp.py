@@ -1,5 +1,6 @@
 """``FSDPLoRAStrategy``: the frozen base sharded with FSDP2, the adapters whole, one adapter-only checkpoint."""
 
+import atexit
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,7 @@ from lightning_lora.inject import injected_roots
 from lightning_lora.sharded import is_sharded, reshard
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, drop_unused, watch_steps
+from lightning_lora.strategies.rendezvous import store_of_this_attempt
 from lightning_lora.strategies.sharding import (
     MIN_SHARD_NUMEL,
     ShardingOptions,
@@ -347,8 +349,17 @@ def connect(strategy: Any, backend: str | None, timeout: timedelta | None) -> st
     set_world_ranks(strategy)
     backend = backend or _get_default_process_group_backend_for_device(strategy.root_device)
     device_id = strategy.root_device if strategy.root_device.type != "cpu" else None
-    _init_dist_connection(strategy.cluster_environment, backend, timeout=timeout, device_id=device_id)
+    kwargs: dict[str, Any] = {"timeout": timeout, "device_id": device_id}
+    if not torch.distributed.is_initialized():
+        kwargs |= store_of_this_attempt(strategy.global_rank, strategy.world_size, timeout)
+        atexit.register(_disconnect)  # left to the interpreter's end, gloo's threads now and then abort the process
+    _init_dist_connection(strategy.cluster_environment, backend, **kwargs)
     return backend
+
+
+def _disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def set_world_ranks(strategy: Any) -> None:
