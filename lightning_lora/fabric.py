@@ -36,6 +36,7 @@ from lightning_lora.strategies.sharding import (
     ShardingOptions,
     broadcast_together,
     changing_buffers,
+    check_keywords,
     replicated_parameters,
     shard,
     sharded_trainables,
@@ -76,6 +77,7 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
+        check_keywords(FSDPLoRAStrategy, kwargs, ParallelStrategy.__init__)
         super().__init__(**kwargs)
         self.options = ShardingOptions(
             replicate_size=replicate_size,

@@ -38,6 +38,7 @@ from lightning_lora.strategies.sharding import (
     ShardingOptions,
     broadcast_together,
     changing_buffers,
+    check_keywords,
     replicated_parameters,
     set_gradient_sync,
     shard,
@@ -115,6 +116,7 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
+        check_keywords(FSDPLoRAStrategy, kwargs, ParallelStrategy.__init__)
         super().__init__(**kwargs)
         self.options = ShardingOptions(
             replicate_size=replicate_size,

@@ -1,7 +1,9 @@
 """Sharding an adapted model with FSDP2: the frozen base in units, one per block; what trains stays whole beside it."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +61,16 @@ class ShardingOptions:
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         if not isinstance(self.compile, (bool, str)):
             raise TypeError(f"compile={self.compile!r} must be True, False or the name of a torch.compile backend")
+
+
+def check_keywords(strategy: type, keywords: Mapping[str, Any], of_base: Callable[..., Any]) -> None:
+    """Raise ``TypeError`` for a keyword that neither the strategy nor Lightning's base of it knows."""
+    known = inspect.signature(of_base).parameters
+    own = [name for name in inspect.signature(strategy.__init__).parameters if name not in ("self", "kwargs")]  # type: ignore[misc]
+    for name in keywords:
+        if name not in known:
+            near = difflib.get_close_matches(name, own, n=2, cutoff=0.5) or own
+            raise TypeError(f"{strategy.__name__} has no option {name!r}; nearest: {', '.join(near)}")
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: ShardingOptions, mixed: Any) -> None:

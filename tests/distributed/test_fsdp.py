@@ -339,6 +339,7 @@ class TestUnusual:
         ({"shard_modules": "Block"}, r"must be a list: \['Block'\]"),
         ({"shard_modules": [torch.nn.Linear]}, "which is no name; write 'Linear'"),
         ({"compile": 1.5}, "name of a torch.compile backend"),
+        ({"shard_module": ["Block"]}, "FSDPLoRAStrategy has no option 'shard_module'; nearest: shard_modules"),
         ({"cpu_offload": "yes"}, "must be True or False"),
     ],
 )
