@@ -12,12 +12,14 @@ from lightning_lora.peft_export import save_peft
 from lightning_lora.peft_import import load_peft
 from lightning_lora.readers import check_portable
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
+from lightning_lora.strategies.megatron import MegatronLoRAStrategy
 
 __version__ = "0.1.0"
 __all__ = [
     "FSDPLoRAStrategy",
     "LoRACallback",
     "LoRAConfig",
+    "MegatronLoRAStrategy",
     "adapter_checkpoint",
     "adapter_state_dict",
     "check_portable",

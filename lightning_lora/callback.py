@@ -195,7 +195,8 @@ class LoRACallback(Callback):
         _, root = find_root(pl_module, self.module)
         for layer in named_lora_layers(root).values():
             layer.training = True  # from_pretrained leaves models in eval mode: the adapter's dropout would be off
-            layer.lora_salt = trainer.global_rank
+            # ranks that share a model share its dropout
+            layer.lora_salt = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
         strategy = trainer.strategy
         assert isinstance(strategy, AdapterOnly)
         self._random_state = None

@@ -1,51 +1,33 @@
 """The strategies for Fabric: twins of those for the Trainer, with the same options and the same files."""
 
 from contextlib import AbstractContextManager, ExitStack
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import ParallelStrategy
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
-from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_lora.sharded import reshard
 from lightning_lora.strategies.fabric import FabricAdapterOnly
-from lightning_lora.strategies.fsdp import (
-    broadcast_object,
-    check_adapted,
-    connect,
-    gathering_dtype,
-    make_mesh,
-    no_sync,
-    refuse_unfrozen,
-    set_world_ranks,
-    wait_for_all,
-)
+from lightning_lora.strategies.fsdp import FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, drop_unused, watch_steps
+from lightning_lora.strategies.launched import check_adapted, reduced
 from lightning_lora.strategies.optimizers import follow_parameters
 from lightning_lora.strategies.sharding import (
-    MIN_SHARD_NUMEL,
-    ShardingOptions,
     broadcast_together,
     changing_buffers,
-    check_keywords,
     replicated_parameters,
     shard,
     sharded_trainables,
 )
 
-T = TypeVar("T")
 
-
-class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
+class FSDPLoRAStrategy(FSDPRanks, FabricAdapterOnly, ParallelStrategy):
     """Shard the frozen base over all ranks with FSDP2 and keep the adapters whole; the twin for Fabric.
 
     The arguments are those of :class:`lightning_lora.FSDPLoRAStrategy`. ``fabric.setup(model, optimizer)`` takes the
@@ -60,83 +42,16 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
         model, optimizer = fabric.setup(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
     """
 
-    shards = True
-
-    def __init__(
-        self,
-        replicate_size: int = 1,
-        shard_modules: list[str] | None = None,
-        shard_adapters: bool = False,
-        min_shard_numel: int = MIN_SHARD_NUMEL,
-        base_weights: str | None = None,
-        reshard_after_forward: bool = True,
-        activation_checkpointing: bool = False,
-        compile: bool | str = False,
-        cpu_offload: bool = False,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-        **kwargs: Any,
-    ) -> None:
-        check_keywords(FSDPLoRAStrategy, kwargs, ParallelStrategy.__init__)
-        super().__init__(**kwargs)
-        self.options = ShardingOptions(
-            replicate_size=replicate_size,
-            shard_modules=shard_modules,
-            shard_adapters=shard_adapters,
-            min_shard_numel=min_shard_numel,
-            base_weights=base_weights,
-            reshard_after_forward=reshard_after_forward,
-            activation_checkpointing=activation_checkpointing,
-            compile=compile,
-            cpu_offload=cpu_offload,
-        )
-        self._num_nodes = 1
-        self._process_group_backend = process_group_backend
-        self._timeout = timeout
-        self._device_mesh: DeviceMesh | None = None
-        # one for each module: what is summed where must not depend on the company
-        self._reducers: dict[nn.Module, GradientReducer] = {}
-        self._trained_in_shards: set[int] = set()
-        self._replaced = WeakTensorKeyDictionary()  # what trained before sharding put another in its place
-        self._backward_sync_control = _NoSync(self)
-
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """The ranks, as ``("data_parallel",)``, or ``("replicate", "data_parallel")`` under hybrid sharding."""
-        if self._device_mesh is None:
-            raise RuntimeError("there is no device mesh before fabric.launch()")
-        return self._device_mesh
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes of the run."""
-        return self._num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        """Ranks on this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-
-    def _set_world_ranks(self) -> None:
-        set_world_ranks(self)
+    _launcher_class = _SubprocessScriptLauncher
+    _lightning_base = ParallelStrategy
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        self._process_group_backend = connect(self, self._process_group_backend, self._timeout)
-        self._device_mesh = make_mesh(self.root_device, self.world_size, self.options.replicate_size)
+        # one for each module: what is summed where must not depend on the company
+        self._reducers: dict[nn.Module, GradientReducer] = {}
+        self._replaced = WeakTensorKeyDictionary()  # what trained before sharding put another in its place
+        self._backward_sync_control = _NoSync(self)
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -229,15 +144,7 @@ class FSDPLoRAStrategy(FabricAdapterOnly, ParallelStrategy):
 
     @override
     def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        wait_for_all(self.root_device)
-
-    @override
-    def broadcast(self, obj: T, src: int = 0) -> T:
-        return broadcast_object(obj, src)
+        return reduced(tensor, group, reduce_op)
 
 
 class _NoSync(_BackwardSyncControl):

@@ -23,11 +23,15 @@ from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.inject import inject, injected_roots
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
+from lightning_lora.strategies.megatron import MegatronLoRAStrategy
 
 
 def install() -> None:
     """Wrap the methods and register the strategies' names; a second call does nothing."""
     description = "the frozen base sharded with FSDP2, adapters whole, adapter-only checkpoints"
+    if "megatron_lora" not in StrategyRegistry:
+        tensor_parallel = "the base split over tensor-parallel ranks by its plan, adapter-only checkpoints"
+        StrategyRegistry.register("megatron_lora", MegatronLoRAStrategy, description=tensor_parallel)
     for registry, strategy in ((StrategyRegistry, FSDPLoRAStrategy), (STRATEGY_REGISTRY, FabricFSDPLoRAStrategy)):
         if "fsdp_lora" not in registry:
             registry.register("fsdp_lora", strategy, description=description)

@@ -13,11 +13,19 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCL
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+
+
 @pytest.fixture(autouse=True)
 def clean_process(monkeypatch: pytest.MonkeyPatch):
     """Seed every test alike, and undo what seed_everything, default dtypes and process groups leave behind."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
+    for (
+        name
+    ) in RENDEZVOUS:  # a run in this process sets them, and a process that a later test starts would inherit them
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from tests.conftest import RENDEZVOUS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,7 +35,7 @@ def test_quickstart_trains_resumes_merges_and_exports(tmp_path: Path) -> None:
 
 
 def run_example(name: str, *arguments: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS}
     result = subprocess.run(
         [sys.executable, f"examples/{name}", "--tiny", *arguments],
         capture_output=True, text=True, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, timeout=280,

@@ -1,43 +1,26 @@
 """``FSDPLoRAStrategy``: the frozen base sharded with FSDP2, the adapters whole, one adapter-only checkpoint."""
 
-import atexit
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.distributed import (
-    _distributed_is_initialized,
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-    _sync_ddp_if_available,
-)
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.inject import injected_roots
 from lightning_lora.sharded import is_sharded, reshard
-from lightning_lora.strategies.adapter_only import AdapterOnly
-from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, drop_unused, watch_steps
-from lightning_lora.strategies.rendezvous import store_of_this_attempt
+from lightning_lora.strategies.gradients import GradientReducer, drop_unused
+from lightning_lora.strategies.launched import Launched
 from lightning_lora.strategies.sharding import (
     MIN_SHARD_NUMEL,
     ShardingOptions,
-    broadcast_together,
-    changing_buffers,
     check_keywords,
     replicated_parameters,
     set_gradient_sync,
@@ -45,8 +28,8 @@ from lightning_lora.strategies.sharding import (
     sharded_trainables,
     shards_summary,
 )
+from lightning_lora.strategies.spread import SpreadStrategy
 
-T = TypeVar("T")
 _UNFROZEN = (
     "a base parameter was unfrozen after the base was sharded, and would not train: name its module in modules_to_save "
     "from the start, or use strategy='ddp' to unfreeze during a run"
@@ -58,7 +41,53 @@ _READ_IN_SHARDS = (
 )
 
 
-class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
+class FSDPRanks(Launched):
+    """Mixin of the strategies for Trainer and Fabric: their options, and the ranks as a mesh."""
+
+    shards = True
+    _lightning_base: type[Any]
+
+    def __init__(
+        self,
+        replicate_size: int = 1,
+        shard_modules: list[str] | None = None,
+        shard_adapters: bool = False,
+        min_shard_numel: int = MIN_SHARD_NUMEL,
+        base_weights: str | None = None,
+        reshard_after_forward: bool = True,
+        activation_checkpointing: bool = False,
+        compile: bool | str = False,
+        cpu_offload: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        **kwargs: Any,
+    ) -> None:
+        check_keywords(type(self), kwargs, self._lightning_base)
+        super().__init__(**kwargs)
+        self.options = ShardingOptions(
+            replicate_size=replicate_size,
+            shard_modules=shard_modules,
+            shard_adapters=shard_adapters,
+            min_shard_numel=min_shard_numel,
+            base_weights=base_weights,
+            reshard_after_forward=reshard_after_forward,
+            activation_checkpointing=activation_checkpointing,
+            compile=compile,
+            cpu_offload=cpu_offload,
+        )
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._trained_in_shards: set[int] = set()
+
+    def setup_environment(self) -> None:
+        """Find the other ranks and lay them out: ``("data_parallel",)``, or ``("replicate", "data_parallel")``."""
+        super().setup_environment()  # type: ignore[misc]  # Lightning's
+        self._connect()
+        world_size = torch.distributed.get_world_size()
+        self._device_mesh = make_mesh(self.root_device, world_size, self.options.replicate_size)
+
+
+class FSDPLoRAStrategy(FSDPRanks, SpreadStrategy):
     """Shard the frozen base over all ranks with FSDP2 (``fully_shard``), block by block, and keep the adapters whole.
 
     A base parameter is gathered for the forward and the backward of its block and dropped again. The base has no
@@ -98,230 +127,43 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         trainer = L.Trainer(callbacks=[LoRACallback(r=8)], strategy="fsdp_lora", devices=8)
     """
 
-    shards = True
     strategy_name = "fsdp_lora"
-
-    def __init__(
-        self,
-        replicate_size: int = 1,
-        shard_modules: list[str] | None = None,
-        shard_adapters: bool = False,
-        min_shard_numel: int = MIN_SHARD_NUMEL,
-        base_weights: str | None = None,
-        reshard_after_forward: bool = True,
-        activation_checkpointing: bool = False,
-        compile: bool | str = False,
-        cpu_offload: bool = False,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-        **kwargs: Any,
-    ) -> None:
-        check_keywords(FSDPLoRAStrategy, kwargs, ParallelStrategy.__init__)
-        super().__init__(**kwargs)
-        self.options = ShardingOptions(
-            replicate_size=replicate_size,
-            shard_modules=shard_modules,
-            shard_adapters=shard_adapters,
-            min_shard_numel=min_shard_numel,
-            base_weights=base_weights,
-            reshard_after_forward=reshard_after_forward,
-            activation_checkpointing=activation_checkpointing,
-            compile=compile,
-            cpu_offload=cpu_offload,
-        )
-        self.num_nodes = 1
-        self._process_group_backend = process_group_backend
-        self._timeout = timeout
-        self._device_mesh: DeviceMesh | None = None
-        self._reducer = GradientReducer()
-        self._buffers: list[Tensor] = []
-        self._trained_in_shards: set[int] = set()
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether Lightning gives each rank its own part of the data."""
-        return True
-
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """The ranks, as ``("data_parallel",)``, or ``("replicate", "data_parallel")`` under hybrid sharding."""
-        if self._device_mesh is None:
-            raise RuntimeError("there is no device mesh before the processes have found each other (setup_environment)")
-        return self._device_mesh
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_processes(self) -> int:
-        """Ranks on this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
-
-    @property
-    def process_group_backend(self) -> str | None:
-        """Name of the backend of collectives."""
-        return self._process_group_backend
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True  # the tensors that a file is copied into are made there
-
-    @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        self._process_group_backend = connect(self, self._process_group_backend, self._timeout)
-        self._device_mesh = make_mesh(self.root_device, self.world_size, self.options.replicate_size)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
-    def _set_world_ranks(self) -> None:
-        set_world_ranks(self)
+    @override
+    def place(self, model: nn.Module) -> None:
+        shard(model, self.device_mesh, self.root_device, self.options, gathering_dtype(self.precision_plugin))
+        rank_zero_info(shards_summary(model))
 
     @override
-    def setup(self, trainer: "pl.Trainer") -> None:
-        assert self.model is not None
-        assert self.accelerator is not None
-        self.accelerator.setup(trainer)
-        check_adapted(self.model, self.strategy_name)
-        evaluating = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
-        for loop in (*evaluating, trainer.predict_loop):
-            loop.inference_mode = False  # FSDP2's first forward in it leaves tensors that cannot train
-        self.model = self.precision_plugin.convert_module(self.model)
-        shard(self.model, self.device_mesh, self.root_device, self.options, gathering_dtype(self.precision_plugin))
-        rank_zero_info(shards_summary(self.model))
-        self._buffers = changing_buffers(self.model)
-        self.barrier()
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._reducer.release()
-            self._reducer = GradientReducer(replicated_parameters(self.model))
-            self._clip_reduced()
-            self.setup_optimizers(trainer)
-            for optimizer in self.optimizers:
-                watch_steps(optimizer, self._before_step)
-            self._trained_in_shards = set(map(id, sharded_trainables(self.model)))
-            if self._trained_in_shards:
-                self._clip_over_ranks()
-        self.setup_precision_plugin()
+    def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
+        self._trained_in_shards = set(map(id, sharded_trainables(model)))
+        return [GradientReducer(replicated_parameters(model))]
 
     @override
-    def setup_optimizers(self, trainer: "pl.Trainer") -> None:
-        self.optimizers, self.lr_scheduler_configs = [], []  # of an earlier fit
-        super().setup_optimizers(trainer)
-
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
-        """Reduce what would be stepped on unreduced, also of tensors that came into an optimizer during the run."""
         refuse_unfrozen(optimizer, self._trained_in_shards)
-        self._take_in_unfrozen()
-        assert self.lightning_module is not None
         if self._trained_in_shards and not self.options.reshard_after_forward:
+            assert self.lightning_module is not None
             reshard(self.lightning_module)  # a forward since the backward left copies, which would outlive the step
-        # Lightning hands every step a closure; under manual optimization one that does nothing
-        if reduces or not self.lightning_module.automatic_optimization:
-            self._reducer.before_step()
-
-    def _take_in_unfrozen(self) -> None:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self._reducer.add(p for group in groups for p in group["params"] if not is_sharded(p))
-
-    def _clip_reduced(self) -> None:
-        plugin: Any = self.precision_plugin
-        clip = plugin.clip_gradients
-
-        def clip_gradients(*args: Any, **kwargs: Any) -> None:
-            self._reducer.before_step()
-            clip(*args, **kwargs)
-
-        plugin.clip_gradients = clip_gradients
-
-    def _clip_over_ranks(self) -> None:
-        # the plugin's own would mix tensors that are spread with tensors that are whole, which torch refuses
-        plugin: Any = self.precision_plugin
-        plugin.clip_grad_by_norm = lambda optimizer, value: clip_by_norm(plugin.main_params(optimizer), value)
-        plugin.clip_grad_by_value = lambda optimizer, value: clip_by_value(plugin.main_params(optimizer), value)
+        super()._before_step(optimizer, reduces=reduces)
 
     @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._share_buffers()
-        return super().training_step(*args, **kwargs)
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._share_buffers()
-        return super().validation_step(*args, **kwargs)
-
-    def _share_buffers(self) -> None:
-        """Give every rank rank 0's running statistics of the user's own layers, as DDP does."""
-        if self._buffers:
-            broadcast_together(self._buffers, self.root_device)
-
-    @override
-    def model_to_device(self) -> None:
-        """Do nothing: sharding brings each part to its device."""
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Run backward and reduce the adapters' gradients before any hook can read them."""
-        self.pre_backward(closure_loss)
-        assert self.lightning_module is not None
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-        self._take_in_unfrozen()
-        self._reducer.after_backward()
-        if self._trained_in_shards and not self._reducer.is_blocked:
-            drop_unused(self.lightning_module)
-        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
-        self.post_backward(closure_loss)
-        return closure_loss
+    def after_reduction(self, model: nn.Module) -> None:
+        if self._trained_in_shards:
+            drop_unused(model)
 
     @contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        """Let gradients accumulate on each rank, without communication."""
         assert self.model is not None
-        with no_sync(self.model, self._reducer):
+        with no_sync(self.model, self._reducers[0]):
             yield
-
-    @contextmanager
-    @override
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
-            yield
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        wait_for_all(self.root_device)
-
-    @override
-    def broadcast(self, obj: T, src: int = 0) -> T:
-        return broadcast_object(obj, src)
-
-    @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        # the batch-size scaler draws another path on every rank
-        super().save_checkpoint(checkpoint, self.broadcast(filepath), storage_options)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return super().load_checkpoint(self.broadcast(checkpoint_path), weights_only)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -330,47 +172,6 @@ class FSDPLoRAStrategy(AdapterOnly, ParallelStrategy):
         )
         explain_mixed_tensors(exception, _UNFROZEN if unfrozen else _READ_IN_SHARDS)
         super().on_exception(exception)
-
-    @override
-    def teardown(self) -> None:
-        # the model stays where it is: its shards belong to this device
-        assert self.cluster_environment is not None
-        assert self.accelerator is not None
-        self.cluster_environment.teardown()
-        self._reducer.release()
-        for name in ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value"):
-            self.precision_plugin.__dict__.pop(name, None)
-        self.precision_plugin.teardown()
-        self.accelerator.teardown()
-        self.checkpoint_io.teardown()
-
-
-def connect(strategy: Any, backend: str | None, timeout: timedelta | None) -> str:
-    """Bring this process into the group of all ranks; return the backend's name."""
-    reset_seed()
-    set_world_ranks(strategy)
-    backend = backend or _get_default_process_group_backend_for_device(strategy.root_device)
-    device_id = strategy.root_device if strategy.root_device.type != "cpu" else None
-    kwargs: dict[str, Any] = {"timeout": timeout, "device_id": device_id}
-    if not torch.distributed.is_initialized():
-        kwargs |= store_of_this_attempt(strategy.global_rank, strategy.world_size, timeout)
-        atexit.register(_disconnect)  # left to the interpreter's end, gloo's threads now and then abort the process
-    _init_dist_connection(strategy.cluster_environment, backend, **kwargs)
-    return backend
-
-
-def _disconnect() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def set_world_ranks(strategy: Any) -> None:
-    """Tell the cluster environment which rank this process is, unless it knows better."""
-    environment = strategy.cluster_environment
-    if environment is not None:
-        environment.set_global_rank(strategy.node_rank * strategy.num_processes + strategy.local_rank)
-        environment.set_world_size(strategy.num_nodes * strategy.num_processes)
-    vars(rank_zero_only)["rank"] = strategy.global_rank
 
 
 def make_mesh(device: torch.device, world_size: int, replicate_size: int) -> DeviceMesh:
@@ -385,15 +186,6 @@ def make_mesh(device: torch.device, world_size: int, replicate_size: int) -> Dev
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("data_parallel",))
     shape = (replicate_size, world_size // replicate_size)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "data_parallel"))
-
-
-def check_adapted(model: nn.Module, name: str) -> None:
-    """Raise ``ValueError`` for a model without adapters."""
-    if not injected_roots(model):
-        raise ValueError(
-            f"{name!r} shards the frozen base of an adapted model, and {type(model).__name__} holds no adapters: add "
-            "LoRACallback(...) to the Trainer's callbacks, or call inject(model, LoRAConfig(...)) first"
-        )
 
 
 def gathering_dtype(precision: Any) -> torch.dtype | None:
@@ -425,22 +217,6 @@ def no_sync(model: nn.Module, reducer: GradientReducer) -> Iterator[None]:
     finally:
         if spread:
             set_gradient_sync(model, True)
-
-
-def wait_for_all(device: torch.device) -> None:
-    """Wait until all ranks are here."""
-    if _distributed_is_initialized():
-        on_gpu = torch.distributed.get_backend() == "nccl"
-        torch.distributed.barrier(device_ids=[device.index] if on_gpu else None)
-
-
-def broadcast_object(obj: T, src: int) -> T:
-    """Return rank ``src``'s object."""
-    if not _distributed_is_initialized():
-        return obj
-    objects = [obj]
-    torch.distributed.broadcast_object_list(objects, src)
-    return objects[0]
 
 
 def explain_mixed_tensors(exception: BaseException, advice: str) -> None:

@@ -21,10 +21,23 @@ class GradientReducer:
     every rank stays ``None``, one that is absent on some counts as zero there. To average what is average already
     changes nothing, so a second backward before the step reduces only what it added. A backward that the strategy does
     not run itself is noticed too, and reduced before the step.
+
+    Args:
+        group: the ranks that hold the same tensors; ``None`` is all.
+        ranks_of: by how much a tensor's sum over the group is divided, if not by the group's size: where ranks hold
+            addends of one gradient, by less.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter] = (), group: Any = None) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter] = (),
+        group: Any = None,
+        *,
+        ranks_of: Callable[[Tensor], int] | None = None,
+    ) -> None:
         self._group = group
+        self._ranks_of = ranks_of
+        self._is_reduced = False
         self._parameters: list[nn.Parameter] = []
         self._known: set[int] = set()
         self._blocked = False
@@ -65,6 +78,17 @@ class GradientReducer:
         finally:
             self._blocked = former
 
+    @torch.no_grad()
+    def before_backward(self) -> None:
+        """Turn gradients that were reduced already into addends again, so that the next reduction keeps them."""
+        if self._ranks_of is None or not self._is_reduced:
+            return
+        self._is_reduced = False
+        size = torch.distributed.get_world_size(self._group)
+        for parameter in self._parameters:
+            if parameter.grad is not None and self._ranks_of(parameter) != size:
+                parameter.grad.mul_(self._ranks_of(parameter) / size)
+
     def after_backward(self) -> None:
         """Reduce at once, or after the accumulation. Called on all ranks after every backward."""
         self._pending = True
@@ -79,7 +103,7 @@ class GradientReducer:
     @torch.no_grad()
     def reduce(self) -> None:
         """Average all gradients over the group, in one all-reduce of 4 bytes an element. Called on all ranks."""
-        self._pending = False
+        self._pending, self._is_reduced = False, True
         if not self._parameters or not torch.distributed.is_initialized():
             return
         size = torch.distributed.get_world_size(self._group)
@@ -89,7 +113,13 @@ class GradientReducer:
         dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         # flags first, so that the gradients' place does not depend on what is absent
         flags = torch.tensor(present, dtype=dtype).to(parameters[0].device, non_blocking=True)
-        flat = torch.cat([flags, *(_flat_gradient(parameter, dtype) for parameter in parameters)]).div_(size)
+        flat = torch.cat([flags, *(_flat_gradient(parameter, dtype) for parameter in parameters)])
+        if self._ranks_of is None:
+            flat.div_(size)
+        else:
+            sizes = [self._ranks_of(parameter) for parameter in parameters]
+            pieces = flat[len(parameters) :].split([parameter.numel() for parameter in parameters])
+            torch._foreach_div_(list(pieces), [float(ranks) for ranks in sizes])
         torch.distributed.all_reduce(flat, group=self._group)
         flags, *pieces = flat.split([len(parameters), *(parameter.numel() for parameter in parameters)])
         if not all(present):  # a look at the flags waits for the device: only a rank that lacks some needs it
@@ -186,13 +216,13 @@ def clip_by_norm(
     Raises:
         RuntimeError: it is not finite and ``error_if_nonfinite``.
     """
-    held = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    held = [parameter for parameter in parameters if parameter.grad is not None]
     total = _total_norm(held, float(norm_type))
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(f"the norm of the gradients is {total.item()} and cannot be clipped to {max_norm}")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for gradient in held:
-        part = local_part(gradient)
+    for parameter in held:
+        part = local_part(parameter.grad)
         part.mul_(factor.to(part))
     return total
 
@@ -204,14 +234,14 @@ def clip_by_value(parameters: Iterable[nn.Parameter], clip_value: float) -> None
             local_part(parameter.grad).clamp_(-clip_value, clip_value)
 
 
-def _total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-    replicated = [gradient for gradient in gradients if not is_sharded(gradient)]
-    sharded = [gradient for gradient in gradients if is_sharded(gradient)]
-    powers = [_power_sum(replicated, norm_type)]
+def _total_norm(parameters: Sequence[nn.Parameter], norm_type: float) -> Tensor:
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    powers = [_power_sum([p.grad for p in parameters if not is_sharded(p)], norm_type)]
     if sharded:
-        power = _power_sum([local_part(gradient) for gradient in sharded], norm_type).to(collective_device(sharded[0]))
+        group = shard_group(sharded)
+        power = _power_sum([local_part(p.grad) for p in sharded], norm_type).to(collective_device(sharded[0], group))
         kind = torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(power, kind, group=shard_group(sharded))
+        torch.distributed.all_reduce(power, kind, group=group)
         powers.append(power)
     powers = [power.to(powers[-1].device) for power in powers]
     if math.isinf(norm_type):
@@ -219,12 +249,12 @@ def _total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     return torch.stack(powers).sum() ** (1.0 / norm_type)
 
 
-def _power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+def _power_sum(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor:
     """Return ``sum |g|^p`` in float32 or wider, or the maximum for an infinite ``p``."""
-    tensors = [tensor for tensor in tensors if tensor.numel() > 0]
-    if not tensors:
+    filled = [tensor for tensor in tensors if tensor is not None and tensor.numel() > 0]
+    if not filled:
         return torch.zeros(())
-    norms = torch.stack([torch.linalg.vector_norm(t, norm_type, dtype=_wide(t)).float() for t in tensors])
+    norms = torch.stack([torch.linalg.vector_norm(t, norm_type, dtype=_wide(t)).float() for t in filled])
     return norms.max() if math.isinf(norm_type) else (norms**norm_type).sum()
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +63,10 @@ class ShardingOptions:
             raise TypeError(f"compile={self.compile!r} must be True, False or the name of a torch.compile backend")
 
 
-def check_keywords(strategy: type, keywords: Mapping[str, Any], of_base: Callable[..., Any]) -> None:
+def check_keywords(strategy: type[Any], keywords: Mapping[str, Any], base: type[Any]) -> None:
     """Raise ``TypeError`` for a keyword that neither the strategy nor Lightning's base of it knows."""
-    known = inspect.signature(of_base).parameters
-    own = [name for name in inspect.signature(strategy.__init__).parameters if name not in ("self", "kwargs")]  # type: ignore[misc]
+    known = inspect.signature(base.__init__).parameters
+    own = [name for name in inspect.signature(strategy.__init__).parameters if name not in ("self", "kwargs")]
     for name in keywords:
         if name not in known:
             near = difflib.get_close_matches(name, own, n=2, cutoff=0.5) or own
@@ -90,11 +90,11 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
     """
     reshard(module)
     roots = injected_roots(module)
-    _refuse_other_sizes(module, device)
+    refuse_other_sizes(module, device)
     for path, root in roots.items():
         _check_served(root)
         if not any(isinstance(part, FSDPModule) for part in root.modules()):
-            _make_equal(root, device)
+            make_equal(root, device)
             _shard_root(root, mesh, options, mixed, _shared_with_others(module, path))
             if not any(is_sharded(parameter) for parameter in root.parameters()):
                 rank_zero_warn(
@@ -103,7 +103,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
                 )
         materialize(root, options.base_weights, torch.device("cpu") if options.cpu_offload else device)
         _keep_parts_of_originals(root)
-    _to_device(module, device)
+    move_to(module, device)
     broadcast_replicated(module, device)
     for root in roots.values():
         if isinstance(root, FSDPModule):
@@ -335,7 +335,7 @@ def _keep_parts_of_originals(root: nn.Module) -> None:
             injection.originals[name] = local_part(spread_like(original, parameter)).clone()
 
 
-def _to_device(module: nn.Module, device: torch.device) -> None:
+def move_to(module: nn.Module, device: torch.device) -> None:
     """Move what is whole to ``device``, and keep every parameter the object that it is."""
     for part in module.modules():
         for parameter in part._parameters.values():
@@ -346,7 +346,7 @@ def _to_device(module: nn.Module, device: torch.device) -> None:
                 part._buffers[name] = buffer.to(device)
 
 
-def _refuse_other_sizes(module: nn.Module, device: torch.device) -> None:
+def refuse_other_sizes(module: nn.Module, device: torch.device) -> None:
     """Raise ``ValueError`` where ranks built models of other sizes, whose collectives would wait for each other."""
     tensors = [*module.parameters(), *module.buffers()]
     if any(_differ(torch.tensor([len(tensors), sum(tensor.numel() for tensor in tensors)], device=device))):
@@ -357,7 +357,7 @@ def _refuse_other_sizes(module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _make_equal(root: nn.Module, device: torch.device) -> None:
+def make_equal(root: nn.Module, device: torch.device) -> None:
     """Give every rank rank 0's base where they differ, as random weights without a seed do."""
     tensors = {
         clean_name(name): parameter

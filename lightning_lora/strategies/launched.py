@@ -1,0 +1,131 @@
+"""What the strategies of Trainer and Fabric share: one process per device, found through a process group."""
+
+import atexit
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.seed import reset_seed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_lora.inject import injected_roots
+from lightning_lora.strategies.rendezvous import store_of_this_attempt
+
+T = TypeVar("T")
+
+
+class Launched:
+    """Mixin for a parallel strategy of either kind; it stands before Lightning's class.
+
+    Devices are looked up by the local rank in one place, ``root_device``, which another launcher may answer itself.
+    """
+
+    _launcher_class: Any  # of Trainer's or Fabric's launchers
+    _num_nodes: int = 1
+    _device_mesh: DeviceMesh | None = None
+    _process_group_backend: str | None = None
+    _timeout: timedelta | None = default_pg_timeout
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The ranks by what they share out."""
+        if self._device_mesh is None:
+            raise RuntimeError("there is no device mesh before the processes have found each other (setup_environment)")
+        return self._device_mesh
+
+    @property
+    def root_device(self: Any) -> torch.device:
+        """The device of this process."""
+        device: torch.device = self.parallel_devices[self.local_rank]
+        return device
+
+    @property
+    def num_processes(self: Any) -> int:
+        """Ranks on this node."""
+        return len(self.parallel_devices or [])
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the run."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def distributed_sampler_kwargs(self: Any) -> dict[str, Any]:
+        """How a ``DistributedSampler`` splits the data."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """Name of the backend of collectives."""
+        return self._process_group_backend
+
+    def _configure_launcher(self: Any) -> None:
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = self._launcher_class(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def _set_world_ranks(self: Any) -> None:
+        """Tell the cluster environment which rank this process is, unless it knows better."""
+        environment = self.cluster_environment
+        if environment is not None:
+            environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            environment.set_world_size(self.num_nodes * self.num_processes)
+        vars(rank_zero_only)["rank"] = self.global_rank
+
+    def _connect(self: Any) -> None:
+        """Bring this process into the group of all ranks."""
+        reset_seed()
+        self._set_world_ranks()
+        device = self.root_device
+        backend = self._process_group_backend or _get_default_process_group_backend_for_device(device)
+        self._process_group_backend = backend
+        settings: dict[str, Any] = {"timeout": self._timeout, "device_id": device if device.type != "cpu" else None}
+        if not torch.distributed.is_initialized():
+            settings |= store_of_this_attempt(self.global_rank, self.world_size, self._timeout)
+            atexit.register(_disconnect)  # left to the interpreter's end, gloo's threads now and then abort the process
+        _init_dist_connection(self.cluster_environment, backend, **settings)
+
+    def barrier(self: Any, *_: Any, **__: Any) -> None:
+        """Wait until all ranks are here."""
+        if _distributed_is_initialized():
+            on_gpu = torch.distributed.get_backend() == "nccl"
+            torch.distributed.barrier(device_ids=[self.root_device.index] if on_gpu else None)
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Return rank ``src``'s object."""
+        if not _distributed_is_initialized():
+            return obj
+        objects = [obj]
+        torch.distributed.broadcast_object_list(objects, src)
+        return objects[0]
+
+
+def reduced(tensor: Any, group: Any, reduce_op: Any) -> Any:
+    """Return the sum, mean or other of all ranks' tensors; anything else as it is."""
+    return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+
+def check_adapted(model: nn.Module, name: str) -> None:
+    """Raise ``ValueError`` for a model without adapters."""
+    if not injected_roots(model):
+        raise ValueError(
+            f"{name!r} shards the frozen base of an adapted model, and {type(model).__name__} holds no adapters: add "
+            "LoRACallback(...) to the Trainer's callbacks, or call inject(model, LoRAConfig(...)) first"
+        )
+
+
+def _disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,254 @@
+"""``MegatronLoRAStrategy``: tensor parallelism with Megatron-core's groups and collectives, for models with a plan."""
+
+from datetime import timedelta
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from lightning_lora.inject import injected_roots
+from lightning_lora.sharded import is_sharded
+from lightning_lora.strategies import megatron_cpu
+from lightning_lora.strategies.base_weights import materialize
+from lightning_lora.strategies.gradients import GradientReducer
+from lightning_lora.strategies.sharding import (
+    broadcast_replicated,
+    check_keywords,
+    make_equal,
+    move_to,
+    refuse_other_sizes,
+)
+from lightning_lora.strategies.spread import SpreadStrategy
+from lightning_lora.strategies.tensor_parallel import check_replicated, heads_of, plan_of, split
+
+SERVED = ((0, 14), (0, 20))  # versions of megatron-core, from and below
+
+
+class MegatronLoRAStrategy(SpreadStrategy):
+    """Split the base over tensor-parallel ranks by its plan, adapters with it; what ranks are left are data-parallel.
+
+    The model's linear layers become column- and row-parallel in place: their names, and the model's own code, stay as
+    they are. An adapter's term is added where its base's is, inside the base's collectives, so it adds none of its own;
+    once per optimizer step all gradients of whole factors are summed in one all-reduce. The checkpoint is the single
+    adapter-only file of every other strategy.
+
+    Args:
+        tensor_parallel_size: ranks that share a model. ``"auto"`` takes the smallest, two at least, that divides the
+            ranks and the model's heads and whose share of the base fills at most half a device.
+        plan: ``{"layers.*.attention.query": "colwise", ...}``, instead of transformers' ``base_model_tp_plan``.
+        base_weights: as for :class:`~lightning_lora.FSDPLoRAStrategy`: each rank reads its slices of a base on meta.
+        sequence_parallel: not served for models with a plan: Megatron-core gathers the first dimension, which is the
+            batch there.
+        pipeline_parallel_size, context_parallel_size, expert_parallel_size: 1; more is not served.
+        process_group_backend: ``"nccl"``, ``"gloo"``, ...; ``None`` takes the device's.
+        timeout: of collectives.
+
+    Raises:
+        ValueError, TypeError: an option is not served (at once), or the model cannot be split (at ``setup``).
+        ImportError: megatron-core is missing or of another version; the message says what to install.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[LoRACallback(r=8)], strategy="megatron_lora", devices=8)
+    """
+
+    strategy_name = "megatron_lora"
+
+    def __init__(
+        self,
+        tensor_parallel_size: int | Literal["auto"] = "auto",
+        plan: dict[str, str] | None = None,
+        base_weights: str | None = None,
+        sequence_parallel: bool = False,
+        pipeline_parallel_size: int = 1,
+        context_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        **kwargs: Any,
+    ) -> None:
+        check_keywords(type(self), kwargs, ParallelStrategy)
+        super().__init__(**kwargs)
+        megatron_core()
+        others = {
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "context_parallel_size": context_parallel_size,
+            "expert_parallel_size": expert_parallel_size,
+        }
+        for name, size in others.items():
+            if size != 1:
+                raise ValueError(f"{name}={size} is not served: tensor and data parallelism are. Leave it at 1")
+        if sequence_parallel:
+            raise ValueError(
+                "sequence_parallel=True is not served for models with a plan: Megatron-core gathers the first "
+                "dimension, which is the batch in them"
+            )
+        if tensor_parallel_size != "auto" and (not isinstance(tensor_parallel_size, int) or tensor_parallel_size < 1):
+            raise ValueError(f"tensor_parallel_size={tensor_parallel_size!r} must be 'auto' or a positive integer")
+        self.tensor_parallel_size = tensor_parallel_size
+        self.plan = plan
+        self.base_weights = base_weights
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._checked_batch = False
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which part of the data this rank sees, the same for all ranks that share a model."""
+        return int(parallel_state().get_data_parallel_rank())
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        size = parallel_state().get_data_parallel_world_size()
+        return {"num_replicas": size, "rank": self.data_parallel_rank}
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._connect()
+        assert self.lightning_module is not None
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise ValueError(f"'megatron_lora' runs on CUDA devices and on CPU, not on {self.root_device.type!r}")
+        if self.root_device.type == "cpu":
+            megatron_cpu.install()
+        size = choose_size(self.tensor_parallel_size, self.world_size, self.lightning_module, self.root_device)
+        state = parallel_state()
+        if state.model_parallel_is_initialized() and state.get_tensor_model_parallel_world_size() != size:
+            state.destroy_model_parallel()
+        if not state.model_parallel_is_initialized():
+            state.initialize_model_parallel(tensor_model_parallel_size=size, create_gloo_process_groups=False)
+        self._device_mesh = DeviceMesh.from_group(state.get_tensor_model_parallel_group(), self.root_device.type)
+        replicas = self.world_size // size
+        rank_zero_info(f"megatron_lora: {self.world_size} ranks = {replicas} data-parallel x {size} tensor-parallel")
+
+    @override
+    def place(self, model: nn.Module) -> None:
+        refuse_other_sizes(model, self.root_device)
+        same_random_numbers(self.device_mesh)
+        for root in injected_roots(model).values():
+            check_replicated(root)
+            if not any(is_sharded(parameter) for parameter in root.parameters()):
+                make_equal(root, self.root_device)
+                counts = split(root, plan_of(root, self.plan), self.device_mesh)
+                split_into = ", ".join(f"{kind} x{number}" for kind, number in counts.items())
+                rank_zero_info(f"{type(root).__name__} split: {split_into}")
+            materialize(root, self.base_weights, self.root_device)
+        move_to(model, self.root_device)
+        broadcast_replicated(model, self.root_device)
+        self._checked_batch = False
+
+    @override
+    def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        data_parallel = parallel_state().get_data_parallel_world_size()
+        whole = GradientReducer(
+            [p for p in trained if not is_sharded(p)], ranks_of=lambda parameter: replicas(parameter, data_parallel)
+        )
+        parts = GradientReducer([p for p in trained if is_sharded(p)], parallel_state().get_data_parallel_group())
+        return [whole, parts]
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._checked_batch:
+            check_same_batch(args, self.device_mesh)
+            self._checked_batch = True
+        return super().training_step(*args, **kwargs)
+
+
+def megatron_core() -> ModuleType:
+    """Return ``megatron.core``.
+
+    Raises:
+        ImportError: it is missing or of a version that is not served.
+    """
+    first, last = (".".join(map(str, version)) for version in SERVED)
+    remedy = f'pip install "megatron-core>={first},<{last}"'
+    try:
+        import megatron.core
+        from megatron.core.package_info import MAJOR, MINOR, __version__
+    except ImportError as error:
+        raise ImportError(f"'megatron_lora' needs megatron-core: {remedy}") from error
+    if not SERVED[0] <= (MAJOR, MINOR) < SERVED[1]:
+        raise ImportError(f"'megatron_lora' serves megatron-core {first} to {last}, found {__version__}: {remedy}")
+    core: ModuleType = megatron.core
+    return core
+
+
+def parallel_state() -> Any:
+    """Return Megatron-core's record of the process groups."""
+    megatron_core()
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def choose_size(wanted: int | Literal["auto"], world_size: int, module: nn.Module, device: torch.device) -> int:
+    """Return the number of ranks that share a model.
+
+    Raises:
+        ValueError: it does not divide the ranks, or no size does what ``"auto"`` asks for.
+    """
+    if wanted != "auto":
+        if world_size % wanted:
+            raise ValueError(f"tensor_parallel_size={wanted} does not divide the {world_size} ranks")
+        return wanted
+    if world_size == 1:
+        return 1
+    heads = heads_of(module)
+    sizes = [size for size in range(2, world_size + 1) if world_size % size == 0]
+    fitting = [size for size in sizes if all(number % size == 0 for number in heads)]
+    if not fitting:
+        raise ValueError(
+            f"no number of tensor-parallel ranks divides both the {world_size} ranks and the model's "
+            f"{' and '.join(map(str, heads))} heads: run on another number of devices, or use strategy='fsdp_lora'"
+        )
+    half = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else float("inf")
+    base = sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)
+    return next((size for size in fitting if base / size <= half), fitting[-1])
+
+
+def replicas(parameter: Tensor, data_parallel_size: int) -> int:
+    """Return over how many ranks the sum of a whole tensor's gradients is to be divided.
+
+    Where each tensor-parallel rank has an addend (``lora_tp_sum``) it is their sum, averaged over data alone.
+    """
+    if getattr(parameter, "lora_tp_sum", False):
+        return data_parallel_size
+    return torch.distributed.get_world_size()
+
+
+def same_random_numbers(mesh: DeviceMesh) -> None:
+    """Give the ranks that share a model the random state of their first, so that their dropout is one."""
+    group = mesh.get_group()
+    first = torch.distributed.get_global_rank(group, 0)
+    state = torch.get_rng_state().to(mesh.device_type)
+    torch.distributed.broadcast(state, first, group=group)
+    torch.set_rng_state(state.cpu())
+    if mesh.device_type == "cuda":
+        state = torch.cuda.get_rng_state().cuda()
+        torch.distributed.broadcast(state, first, group=group)
+        torch.cuda.set_rng_state(state.cpu())
+
+
+def check_same_batch(batch: Any, mesh: DeviceMesh) -> None:
+    """Raise ``ValueError`` where ranks that share a model were given different data."""
+    sums = [leaf.double().sum() + leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not sums or mesh.size() == 1:
+        return
+    own = torch.stack([one.to(mesh.device_type) for one in sums])
+    highest, lowest = own.clone(), own.clone()
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=mesh.get_group())
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=mesh.get_group())
+    if not torch.equal(highest, lowest):
+        raise ValueError(
+            "ranks that share a model were given different batches: split the data by the strategy's "
+            "distributed_sampler_kwargs (Lightning's own sampler does), not by the global rank"
+        )

@@ -1,0 +1,232 @@
+"""One rank of a Trainer run under ``megatron_lora``, on the same global batches that one process would see."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_lora import MegatronLoRAStrategy, merge, merged, save_peft, unmerge
+from lightning_lora.sharded import is_sharded
+from tests import models, zoo
+from tests.distributed.counting import counted_collectives
+from tests.distributed.ddp_script import Recorded, rank_loader
+from tests.distributed.fsdp_meta_script import on_meta
+from tests.distributed.fsdp_script import PROMPTS, Finetuned, fit, optimizer_state, state
+from tests.distributed.launch import report
+
+
+def four_heads(tied: bool = False) -> torch.nn.Module:
+    """A Llama whose heads four ranks divide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=models.VOCAB, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return models._seeded(lambda: LlamaForCausalLM(config))
+
+
+class Module(Recorded):
+    """Notes what moves between ranks in each step, and generates and validates on the way."""
+
+    def __init__(self, model: str = "llama") -> None:
+        super().__init__()
+        self.model = BUILDS[model]().train()
+        self.texts: list[Tensor] = []
+        self.traffic: list[dict[str, list[int]]] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        with counted_collectives() as traffic:
+            output = self.model(input_ids=batch)
+        self.traffic.append(dict(traffic))
+        logits = output.logits if hasattr(output, "logits") else output.last_hidden_state
+        if logits.shape[-1] == models.VOCAB:
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        else:
+            loss = logits.square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if hasattr(self.model, "generate"):
+            self.texts.append(self.model.generate(PROMPTS[:1], max_new_tokens=4, do_sample=False))
+
+
+class Steps(Finetuned):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = four_heads()
+
+
+class Lazy(Module):
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self.directory = directory
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if self.model is None:
+            with torch.device("meta"):
+                self.model = on_meta(AutoModelForCausalLM, Path(self.directory))
+
+
+def bert() -> torch.nn.Module:
+    """An encoder without a plan in transformers, and without dropout."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=models.VOCAB,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return models._seeded(lambda: BertModel(config, add_pooling_layer=False))
+
+
+def family(name: str) -> Any:
+    return next(f.build for f in zoo.FAMILIES if f.name == name)
+
+
+BUILDS: dict[str, Any] = {
+    "llama": four_heads,
+    "tied llama": lambda: four_heads(tied=True),
+    "qwen3": models.qwen3,
+    "gemma2": family("gemma2"),
+    "phi3": family("phi3"),
+    "bert": bert,
+    "gpt2": models.gpt2,
+}
+SPLIT = ("llama", "tied llama", "qwen3", "gemma2", "phi3", "bert")
+
+
+class AtMidway(pl.Callback):
+    """Keeps the optimizer's moments as they are when the last epoch begins."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.moments = optimizer_state(pl_module)
+
+
+def run(directory: Path, size: Any, module: Any = None, **settings: Any) -> Any:
+    """Train with ``size`` tensor-parallel ranks; what is left of the ranks is data-parallel."""
+    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    replicas = num_ranks // (num_ranks if size == "auto" else size)
+    data = rank_loader(rank // (num_ranks // replicas), replicas)
+    module = module or Module()
+    options = settings.pop("options", {})
+    loaders = {"train_dataloaders": data} | ({"val_dataloaders": data} if settings.pop("validates", True) else {})
+    strategy = MegatronLoRAStrategy(tensor_parallel_size=size, **options)
+    trainer = fit(directory, module, strategy, loaders=loaders, **settings)
+    return trainer, module
+
+
+def whole_factors(module: Any) -> dict[str, Tensor]:
+    """Return the factors that every rank holds whole."""
+    named = module.named_parameters()
+    return {n: p.detach().clone() for n, p in named if p.requires_grad and not is_sharded(p)}
+
+
+def training(directory: Path, num_ranks: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for size in sorted({2, num_ranks}):
+        trainer, module = run(directory / f"tp{size}", size, max_epochs=2)
+        found[f"tp{size}"] = {
+            "gradients": module.gradients, "adapters": state(module), "losses": module.losses,
+            "traffic": module.traffic[-1], "texts": module.texts[-1],
+            "raw": whole_factors(module),
+            "split": sorted(n for n, p in module.named_parameters() if is_sharded(p)),
+        }  # fmt: skip
+        batch = models.token_ids(4, 8, seed=2)
+        with counted_collectives() as saving:
+            trainer.save_checkpoint(directory / f"again{size}.ckpt")
+        found[f"tp{size}"]["saving"] = dict(saving)
+        with torch.no_grad():
+            logits = module.model(batch).logits
+            with merged(module):
+                inside = module.model(batch).logits
+            again = module.model(batch).logits
+            merge(module)
+            unmerge(module)
+        found[f"tp{size}"]["merging"] = (logits, inside, again)
+        save_peft(module.model, directory / f"peft{size}")
+        _, clipped = run(directory / "clipped", size, gradient_clip_val=0.05, accumulate_grad_batches=2)
+        found[f"tp{size}"]["clipped"] = state(clipped)
+        pl.seed_everything(7, verbose=False)
+        _, dropped = run(directory / "dropped", size, lora={"dropout": 0.3}, validates=False)
+        found[f"tp{size}"]["dropped"] = (dropped.losses, whole_factors(dropped))
+        os.environ.pop("PL_GLOBAL_SEED")  # later runs start as they do without a seed
+        _, manual = run(directory / "manual", size, Steps(), limit_train_batches=1)
+        found[f"tp{size}"]["manual"] = manual.gradients
+    return found
+
+
+def families(directory: Path, num_ranks: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in SPLIT:
+        _, module = run(directory / "families", 2, Module(name), limit_train_batches=2)
+        found[name] = {"gradients": module.gradients, "losses": module.losses, "adapters": state(module)}
+    _, module = run(directory / "meta", 2, Lazy(str(directory / "saved")), limit_train_batches=1)
+    found["meta"] = module.gradients
+    return found
+
+
+def files(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Files of other strategies under this one, and this one's under others."""
+    found: dict[str, Any] = {}
+    fsdp = Module()
+    rank = int(os.environ["RANK"])
+    data = {"train_dataloaders": rank_loader(rank, num_ranks)}
+    fit(directory / "fsdp", fsdp, "fsdp_lora", max_epochs=2, loaders=data)
+    for source in ("tp2", "fsdp", "single"):
+        _, module = run(directory / "resumed", 2, ckpt_path=directory / source / "epoch=0.ckpt", max_epochs=2)
+        found[f"from {source}"] = {"losses": module.losses, "adapters": state(module)}
+    loaded, midway, single = Module(), AtMidway(), directory / "single" / "epoch=0.ckpt"
+    run(directory / "moments", 2, loaded, ckpt_path=single, max_epochs=2, callbacks=(midway,))
+    found["moments"] = midway.moments
+    names = {id(p): n for n, p in loaded.named_parameters()}
+    optimizer = loaded.trainer.optimizers[0]
+    found["order"] = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    module, path = Module(), directory / "tp2" / "epoch=0.ckpt"
+    fit(directory / "to_fsdp", module, "fsdp_lora", max_epochs=2, loaders=data, ckpt_path=path)
+    found["to fsdp"] = {"adapters": state(module)}
+    return found
+
+
+def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
+    cases: dict[str, dict[str, Any]] = {
+        "word": {"options": {"plan": {"layers.*.self_attn.q_proj": "columnwise"}}},
+        "name": {"options": {"plan": {"layers.*.self_attn.query": "colwise"}}},
+        "dora": {"lora": {"use_dora": True}},
+        "no plan": {"module": Module("gpt2")},
+        "trained": {"lora": {"modules_to_save": ["down_proj"], "target_modules": ["q_proj"]}},
+        "tied": {"module": Module("tied llama"), "lora": {"target_modules": ["embed_tokens"]}},
+        "batches": {"data": rank_loader(int(os.environ["RANK"]), num_ranks)},
+    }
+    if num_ranks == 4:
+        cases["heads"] = {"module": Module("qwen3"), "size": 4}
+    found: dict[str, str] = {}
+    for name, case in cases.items():
+        size, module = case.pop("size", 2), case.pop("module", None)
+        data = case.pop("data", None)
+        try:
+            if data is not None:
+                strategy = MegatronLoRAStrategy(tensor_parallel_size=2)
+                fit(directory / "no", Module(), strategy, loaders={"train_dataloaders": data})
+            else:
+                run(directory / "no", size, module, limit_train_batches=1, **case)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def main(directory: Path) -> None:
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    parts = (training, families, files, refusals)
+    report(directory, {part.__name__: part(directory, num_ranks) for part in parts})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

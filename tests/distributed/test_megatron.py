@@ -1,0 +1,252 @@
+"""``megatron_lora`` in the Trainer on 2 and 4 gloo ranks against one process."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+
+from lightning_lora import MegatronLoRAStrategy, adapter_state_dict, load_peft
+from lightning_lora.strategies import megatron
+from tests import models, runs
+from tests.distributed.fsdp_script import PROMPTS, fit
+from tests.distributed.launch import launch
+from tests.distributed.megatron_script import SPLIT, Module, four_heads
+
+STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
+GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
+EXACT = {"rtol": 0.0, "atol": 0.0}
+HIDDEN = 4 * 8 * 32  # batch, tokens, hidden size: what a row-parallel layer sums
+WHOLE_FACTORS = 2 * 4 * (32 * 5 + 32 * 2)  # r=4: A of q, k, v, gate, up, and B of o and down, of two blocks
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp(f"megatron{request.param}")
+    single = alone(directory / "single", max_epochs=2)
+    four_heads().save_pretrained(directory / "saved")
+    ranks = launch("megatron_script.py", request.param, directory)
+    return {"directory": directory, "single": single, "ranks": ranks, "num_ranks": request.param}
+
+
+def alone(directory: Path, module: Any = None, **settings: Any) -> Any:
+    module = module or Module()
+    fit(directory, module, "auto", **settings)
+    return module
+
+
+def layouts(run: dict[str, Any]) -> list[tuple[str, int, list[Any]]]:
+    """Return, for every number of tensor-parallel ranks, its name, the number, and what each rank found."""
+    sizes = sorted({2, run["num_ranks"]})
+    return [(f"tp{size}", size, [rank["training"][f"tp{size}"] for rank in run["ranks"]]) for size in sizes]
+
+
+class TestTraining:
+    def test_gradients_and_eight_steps_equal_one_process(self, run: dict[str, Any]) -> None:
+        for _, _, ranks in layouts(run):
+            for rank in ranks:
+                # a part's gradient is this rank's; the whole factors' are all there
+                whole = {name.removeprefix("model."): None for name in rank["raw"]}
+                expected = {n: g for n, g in run["single"].gradients.items() if n in whole}
+                found = {n: g for n, g in rank["gradients"].items() if n in whole}
+                torch.testing.assert_close(found, expected, **GRADIENT_TOLERANCE)
+                torch.testing.assert_close(rank["adapters"], dict(adapter_state_dict(run["single"])), **STEP_TOLERANCE)
+
+    def test_the_mean_loss_equals_one_process(self, run: dict[str, Any]) -> None:
+        for _, _, ranks in layouts(run):
+            losses = torch.tensor([rank["losses"] for rank in ranks]).mean(0)
+            torch.testing.assert_close(losses, torch.tensor(run["single"].losses), **STEP_TOLERANCE)
+
+    def test_whole_factors_are_bit_equal_on_all_ranks_with_dropout_too(self, run: dict[str, Any]) -> None:
+        for _, _, ranks in layouts(run):
+            for rank in ranks[1:]:
+                torch.testing.assert_close(rank["raw"], ranks[0]["raw"], **EXACT)
+                torch.testing.assert_close(rank["dropped"][1], ranks[0]["dropped"][1], **EXACT)
+
+    def test_dropout_is_that_of_one_process(self, run: dict[str, Any], tmp_path: Path) -> None:
+        seed_everything(7, verbose=False)
+        single = alone(tmp_path, lora={"dropout": 0.3})
+        _, size, ranks = layouts(run)[-1]
+        assert size == run["num_ranks"]  # all ranks share the model: the batch and so its mask are one process's
+        for rank in ranks:
+            torch.testing.assert_close(rank["dropped"][0], single.losses, **STEP_TOLERANCE)
+        assert abs(single.losses[1] - run["single"].losses[1]) > 1e-3
+
+    def test_every_split_layer_is_split_and_its_adapter_with_it(self, run: dict[str, Any]) -> None:
+        for _, _, ranks in layouts(run):
+            # weights of 14 layers, one factor of each, and the output head
+            assert len(ranks[0]["split"]) == 14 + 14 + 1
+
+    def test_clipping_and_accumulation_equal_one_process(self, run: dict[str, Any], tmp_path: Path) -> None:
+        single = alone(tmp_path, gradient_clip_val=0.05, accumulate_grad_batches=2)
+        for _, _, ranks in layouts(run):
+            for rank in ranks:
+                torch.testing.assert_close(rank["clipped"], dict(adapter_state_dict(single)), **STEP_TOLERANCE)
+
+    def test_two_backwards_before_a_manual_step_count_once_each(self, run: dict[str, Any]) -> None:
+        for _, _, ranks in layouts(run):
+            expected = {n: g for n, g in run["single"].gradients.items() if n in ranks[0]["manual"]}
+            whole = {name.removeprefix("model.") for name in ranks[0]["raw"]}
+            for name in whole:
+                torch.testing.assert_close(ranks[0]["manual"][name], expected[name], **GRADIENT_TOLERANCE)
+
+
+class TestTraffic:
+    def test_a_forward_has_the_bases_own_collectives_and_no_more(self, run: dict[str, Any]) -> None:
+        for name, size, ranks in layouts(run):
+            rows = HIDDEN * size // run["num_ranks"]
+            # two row-parallel layers in each of two blocks, and the output head's parts put together
+            assert ranks[0]["traffic"]["all_reduce"] == [rows] * 4, name
+            assert ranks[0]["traffic"]["reduce_scatter"] == []
+            assert len(ranks[0]["traffic"]["all_gather"]) <= 1
+
+    def test_a_save_gathers_no_base(self, run: dict[str, Any]) -> None:
+        for _, _, ranks in layouts(run):
+            saved = ranks[0]["saving"]
+            adapters = sum(value.numel() for value in ranks[0]["adapters"].values())
+            assert sum(saved["all_gather"]) <= 3 * adapters  # the factors that are split, and Adam's two moments
+
+
+class TestFiles:
+    def test_the_file_is_that_of_one_process(self, run: dict[str, Any]) -> None:
+        one, other = (
+            torch.load(run["directory"] / folder / "epoch=1.ckpt", weights_only=True) for folder in ("tp2", "single")
+        )
+        assert list(one["state_dict"]) == list(other["state_dict"])
+        torch.testing.assert_close(dict(one["state_dict"]), dict(other["state_dict"]), **STEP_TOLERANCE)
+        ours, theirs = (file["lightning_lora"]["adapters"][0]["base"] for file in (one, other))
+        assert torch.equal(ours["hashes"], theirs["hashes"])
+        assert ours["names"] == theirs["names"]
+        for own, expected in zip(
+            one["optimizer_states"][0]["state"].values(), other["optimizer_states"][0]["state"].values(), strict=True
+        ):
+            torch.testing.assert_close(own, expected, **STEP_TOLERANCE)
+
+    @pytest.mark.parametrize("source", ["tp2", "fsdp", "single"])
+    def test_files_of_any_strategy_resume(self, run: dict[str, Any], source: str) -> None:
+        for rank in run["ranks"]:
+            found = rank["files"][f"from {source}"]
+            torch.testing.assert_close(found["adapters"], dict(adapter_state_dict(run["single"])), **STEP_TOLERANCE)
+            if source == "tp2":
+                assert found["losses"] == rank["training"]["tp2"]["losses"][4:]
+
+    def test_the_file_resumes_under_fsdp_and_on_one_process(self, run: dict[str, Any], tmp_path: Path) -> None:
+        expected = dict(adapter_state_dict(run["single"]))
+        torch.testing.assert_close(run["ranks"][0]["files"]["to fsdp"]["adapters"], expected, **STEP_TOLERANCE)
+        resumed = alone(tmp_path, max_epochs=2, ckpt_path=run["directory"] / "tp2" / "epoch=0.ckpt")
+        torch.testing.assert_close(dict(adapter_state_dict(resumed)), expected, **STEP_TOLERANCE)
+
+    def test_moments_are_exact_at_the_moment_of_loading(self, run: dict[str, Any]) -> None:
+        saved = torch.load(run["directory"] / "single" / "epoch=0.ckpt", weights_only=True)
+        moments = list(saved["optimizer_states"][0]["state"].values())
+        for index, rank in enumerate(run["ranks"]):
+            place = index % 2  # of two ranks that share a model
+            for name, own, whole in zip(rank["files"]["order"], rank["files"]["moments"], moments, strict=True):
+                for key, value in own.items():
+                    expected = whole[key]
+                    if value.shape != expected.shape:
+                        dim = next(d for d in range(2) if value.shape[d] != expected.shape[d])
+                        expected = expected.chunk(2, dim)[place]
+                    assert torch.equal(value, expected), (name, key)
+
+    def test_the_peft_directory_is_that_of_one_process(self, run: dict[str, Any]) -> None:
+        for name, size, ranks in layouts(run):
+            loaded = load_peft(four_heads(), run["directory"] / f"peft{size}")
+            torch.testing.assert_close(dict(adapter_state_dict(loaded)), ranks[0]["adapters"], **EXACT)
+            logits, inside, again = ranks[0]["merging"]
+            with torch.no_grad():
+                expected = loaded.eval()(models.token_ids(4, 8, seed=2)).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(inside, logits, rtol=1e-4, atol=1e-5)
+            assert torch.equal(again, logits), name
+
+
+class TestModels:
+    @pytest.mark.parametrize("name", SPLIT)
+    def test_two_steps_equal_one_process(self, run: dict[str, Any], name: str, tmp_path: Path) -> None:
+        single = alone(tmp_path, Module(name), limit_train_batches=2)
+        losses = torch.tensor([rank["families"][name]["losses"] for rank in run["ranks"]]).mean(0)
+        torch.testing.assert_close(losses, torch.tensor(single.losses), **STEP_TOLERANCE)
+        found = run["ranks"][0]["families"][name]["adapters"]
+        torch.testing.assert_close(found, dict(adapter_state_dict(single)), **STEP_TOLERANCE)
+
+    def test_a_base_on_meta_is_read_in_slices(self, run: dict[str, Any]) -> None:
+        found, expected = run["ranks"][0]["families"]["meta"], run["ranks"][0]["training"]["tp2"]["gradients"]
+        torch.testing.assert_close(found, expected, **GRADIENT_TOLERANCE)
+
+    def test_texts_are_those_of_one_process(self, run: dict[str, Any]) -> None:
+        text = run["single"].model.eval().generate(PROMPTS[:1], max_new_tokens=4, do_sample=False)
+        for _, _, ranks in layouts(run):
+            assert all(torch.equal(rank["texts"], text) for rank in ranks)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("case", "message"),
+        [
+            ("word", "the plan's word 'columnwise' .* is not served; served are 'colwise'"),
+            ("name", "the plan's 'layers.*.self_attn.query' names no module"),
+            ("dora", "use_dora, lora_bias, PiSSA and OLoRA are not served"),
+            ("no plan", "GPT2LMHeadModel has no tensor-parallel plan"),
+            ("trained", "'model.layers.0.mlp.down_proj' trains its own 'weight'"),
+            ("tied", "the tied embedding or output head is adapted"),
+            ("batches", "ranks that share a model were given different batches"),
+        ],
+    )
+    def test_what_cannot_be_split_is_said(self, run: dict[str, Any], case: str, message: str) -> None:
+        for rank in run["ranks"]:
+            assert re.search(message, rank["refusals"][case]), rank["refusals"].get(case)
+
+    def test_heads_that_ranks_do_not_divide_are_said_with_the_numbers(self, run: dict[str, Any]) -> None:
+        refused = [rank["refusals"].get("heads") for rank in run["ranks"]]
+        expected = "num_key_value_heads=2 of Qwen3ForCausalLM is not divisible by tensor_parallel_size=4; sizes that divide it: 1, 2"
+        assert refused == ([expected] * 4 if run["num_ranks"] == 4 else [None] * 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not served"),
+        ({"context_parallel_size": 2}, "context_parallel_size=2 is not served"),
+        ({"expert_parallel_size": 4}, "expert_parallel_size=4 is not served"),
+        ({"sequence_parallel": True}, "the batch in them"),
+        ({"tensor_parallel_size": 0}, "must be 'auto' or a positive integer"),
+        ({"tensor_paralel_size": 2}, "has no option 'tensor_paralel_size'; nearest: tensor_parallel_size"),
+    ],
+)
+def test_options_that_are_not_served_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        MegatronLoRAStrategy(**settings)
+
+
+def test_a_missing_or_other_megatron_core_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron, "SERVED", ((0, 99), (1, 0)))
+    with pytest.raises(ImportError, match=r'found 0\..*pip install "megatron-core>=0.99,<1.0"'):
+        MegatronLoRAStrategy()
+    for name in [name for name in sys.modules if name == "megatron" or name.startswith("megatron.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    with pytest.raises(ImportError, match="'megatron_lora' needs megatron-core: pip install"):
+        MegatronLoRAStrategy()
+
+
+def test_auto_takes_the_smallest_number_of_ranks_that_divides_heads_and_ranks() -> None:
+    cpu, module = torch.device("cpu"), Module()
+    assert [megatron.choose_size("auto", ranks, module, cpu) for ranks in (1, 2, 4, 8)] == [1, 2, 2, 2]
+    with pytest.raises(ValueError, match="divides both the 3 ranks and the model's 4 and 4 heads"):
+        megatron.choose_size("auto", 3, module, cpu)
+    with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide the 4 ranks"):
+        megatron.choose_size(3, 4, module, cpu)
+
+
+def test_one_process_is_a_run_like_any_other(tmp_path: Path) -> None:
+    from lightning_lora import LoRACallback
+
+    module, expected = runs.LanguageModule(), runs.LanguageModule()
+    split = runs.trainer(tmp_path, LoRACallback(r=4), strategy="megatron_lora", use_distributed_sampler=False)
+    split.fit(module, runs.loader())
+    runs.trainer(tmp_path, LoRACallback(r=4)).fit(expected, runs.loader())
+    torch.testing.assert_close(module.losses, expected.losses, **STEP_TOLERANCE)
