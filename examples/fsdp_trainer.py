@@ -2,7 +2,8 @@
 
 The LightningModule and the LightningDataModule are the quickstart's, unchanged. ``python examples/fsdp_trainer.py``
 starts both processes, and so does ``torchrun --nproc-per-node=2 examples/fsdp_trainer.py``; on GPUs add
-``--accelerator gpu``.
+``--accelerator gpu``. With ``--strategy megatron_lora --devices 3`` the layers are split over the processes instead:
+SmolLM2 has nine heads, which three processes divide.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from quickstart import Definitions, DefinitionWriter
 from report import tidy_output
 from smollm2 import smollm2, tiny_llama
 
-from lightning_lora import FSDPLoRAStrategy, LoRACallback, save_peft
+from lightning_lora import LoRACallback, save_peft
 
 
 def main() -> None:
@@ -25,13 +26,14 @@ def main() -> None:
     tidy_output()
     L.seed_everything(0, verbose=False)
     base = tiny_llama() if options.tiny else smollm2()
-    data = Definitions(str(base), batch_size=16 // options.devices)
+    replicas = options.devices if options.strategy == "fsdp_lora" else 1
+    data = Definitions(str(base), batch_size=16 // replicas)
     writer = DefinitionWriter(str(base), options.steps)
     checkpoint = ModelCheckpoint(options.output / "checkpoints", "{step}", every_n_train_steps=options.steps)
     trainer = L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
-        strategy=FSDPLoRAStrategy(activation_checkpointing=True),  # or strategy="fsdp_lora"
+        strategy=options.strategy,  # or an object with options: FSDPLoRAStrategy(activation_checkpointing=True)
         callbacks=[LoRACallback(r=8), checkpoint],
         max_steps=options.steps,
         limit_val_batches=4,
@@ -53,6 +55,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--strategy", default="fsdp_lora", choices=("fsdp_lora", "megatron_lora"))
     parser.add_argument("--devices", type=int, default=2, help="processes (2)")
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps (16)")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("outputs") / "fsdp")

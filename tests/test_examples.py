@@ -54,6 +54,14 @@ def test_sharded_training_learns_and_leaves_one_small_file(tmp_path: Path) -> No
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
 
 
+def test_the_same_example_splits_its_layers(tmp_path: Path) -> None:
+    output = run_example("fsdp_trainer.py", "--strategy=megatron_lora", "--steps=4", f"--output={tmp_path}")
+    before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+)", output).groups())
+    assert after < before
+    checkpoint = torch.load(tmp_path / "checkpoints" / "step=4.ckpt", weights_only=True)
+    assert all(".lora_" in name for name in checkpoint["state_dict"])
+
+
 def test_a_sharded_loop_of_ones_own_learns(tmp_path: Path) -> None:
     output = run_example("fsdp_fabric.py", "--steps=4", f"--output={tmp_path}")
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", output)]

@@ -131,6 +131,11 @@ class MegatronLoRAStrategy(SpreadStrategy):
 
     @override
     def place(self, model: nn.Module) -> None:
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "precision='16-mixed' is not served: after an overflow on one tensor-parallel rank, that rank alone "
+                "would skip its step. Use 'bf16-mixed' or 'bf16-true'"
+            )
         refuse_other_sizes(model, self.root_device)
         same_random_numbers(self.device_mesh)
         for root in injected_roots(model).values():

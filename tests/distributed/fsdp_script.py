@@ -251,12 +251,18 @@ def straight(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     return found
 
 
+def half(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """The first of two epochs, for a run on another number of ranks to go on from."""
+    fit(directory / "other", Recorded(), max_epochs=1)
+    return {}
+
+
 def resumed(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     """Files of this strategy, of DDP and of one process, resumed under this strategy and under DDP."""
     found: dict[str, Any] = {}
     _, ddp = train(directory / "ddp", "ddp", rank, num_ranks, max_epochs=2)
     found["ddp_losses"] = ddp.losses
-    for source in ("fsdp", "ddp", "single"):
+    for source in ("fsdp", "ddp", "single", "other"):
         module = Recorded()
         path = directory / source / "epoch=0.ckpt"
         trainer = fit(directory / f"from_{source}", module, ckpt_path=path, max_epochs=2)
@@ -457,13 +463,16 @@ def unusual(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     return found
 
 
-PARTS = {f.__name__: f for f in (straight, resumed, adapters_in_shards, options, company, unusual)}
+PARTS = {f.__name__: f for f in (half, straight, resumed, adapters_in_shards, options, company, unusual)}
 
 
 def main(directory: Path, *parts: str) -> None:
     num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     assert BATCH % num_ranks == 0
-    report(directory, {name: PARTS[name](directory, rank, num_ranks) for name in parts or PARTS})
+    report(
+        directory,
+        {name: PARTS[name](directory, rank, num_ranks) for name in parts or [name for name in PARTS if name != "half"]},
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ EMBEDDING, BLOCK = 3200, 9280  # elements
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp(f"fsdp{request.param}")
     _, single = train(directory / "single", "auto", 0, 1, max_epochs=2)
+    launch("fsdp_script.py", 6 - request.param, directory, "half")
     ranks = launch("fsdp_script.py", request.param, directory)
     return {"directory": directory, "single": single, "ranks": ranks, "num_ranks": request.param}
 
@@ -128,8 +129,8 @@ class TestCheckpoints:
             torch.testing.assert_close(again["adapters"], unbroken["adapters"], **EXACT)
             assert again["step"] == 8
 
-    @pytest.mark.parametrize("source", ["ddp", "single"])
-    def test_files_of_other_strategies_resume(self, run: dict[str, Any], source: str) -> None:
+    @pytest.mark.parametrize("source", ["ddp", "single", "other"])
+    def test_files_of_other_strategies_and_numbers_of_ranks_resume(self, run: dict[str, Any], source: str) -> None:
         for rank in run["ranks"]:
             again = rank["resumed"][f"from_{source}"]
             torch.testing.assert_close(again["adapters"], dict(adapter_state_dict(run["single"])), **STEP_TOLERANCE)
