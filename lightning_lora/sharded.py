@@ -92,11 +92,7 @@ def sharded_parameters(module: Any) -> list[Any]:
     """Return FSDP2's records of the parameters that it gathers for this very module; none for any other module."""
     if not hasattr(module, "_get_fsdp_state"):
         return []
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # a torch that knows one group for each module
-        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-    return [parameter for group in groups for parameter in group.fsdp_params]
+    return [parameter for group in module._get_fsdp_state()._fsdp_param_groups for parameter in group.fsdp_params]
 
 
 def collective_device(tensor: Any, group: Any = None) -> torch.device:

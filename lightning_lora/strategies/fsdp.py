@@ -11,7 +11,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -178,8 +178,10 @@ def make_mesh(device: torch.device, world_size: int, replicate_size: int) -> Dev
     """Return the mesh of all ranks: one dimension, or replicas of shards."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"'fsdp_lora' runs on CUDA devices and on CPU, not on {device.type!r}")
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise ValueError(f"'fsdp_lora' needs torch 2.7 or newer; this is {torch.__version__}")
+    if "ignored_params" not in inspect.signature(fully_shard).parameters or not hasattr(
+        FSDPModule, "set_unshard_in_backward"
+    ):
+        raise ValueError(f"'fsdp_lora' needs a newer torch than {torch.__version__}; 2.13 is what it is tested with")
     if world_size % replicate_size:
         raise ValueError(f"replicate_size={replicate_size} does not divide the {world_size} ranks")
     if replicate_size == 1:

@@ -190,7 +190,9 @@ def _shard_root(
         if not keeps and not trains and not any(p.requires_grad for p in unit[0].parameters()):
             sharded.set_unshard_in_backward(False)  # a frozen table has no part in backward
     trained -= {p for unit in members for part in unit for p in part.parameters()}
-    fully_shard(root, reshard_after_forward=bool(trained), **settings)
+    sharded_root: Any = fully_shard(root, reshard_after_forward=bool(trained), **settings)
+    if not hasattr(sharded_root._get_fsdp_state(), "_fsdp_param_groups"):
+        raise ValueError(f"'fsdp_lora' needs a newer torch than {torch.__version__}; 2.13 is what it is tested with")
     count_unused_as_zero(root)
 
 
