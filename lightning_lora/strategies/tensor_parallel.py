@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -90,6 +91,7 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
     modules = {clean_name(name): module for name, module in root.named_modules()}
     chosen = _chosen(modules, plan)
     ranks = mesh.size()
+    chosen = {name: how for name, how in chosen.items() if not _stays_whole(name, modules[name], how, ranks)}
     _check_heads(root, ranks)
     for name, (kind, _) in chosen.items():
         _check_layer(name, modules[name], kind, ranks)
@@ -150,6 +152,14 @@ def _check_heads(root: nn.Module, ranks: int) -> None:
                 f"{field}={heads} of {type(root).__name__} is not divisible by tensor_parallel_size={ranks}; sizes "
                 f"that divide it: {', '.join(map(str, fits))}"
             )
+
+
+def _stays_whole(name: str, layer: Any, how: tuple[str, bool], ranks: int) -> bool:
+    """Whether a layer's parts would be put together again, as an output head's, and ranks do not divide its size."""
+    if how != ("column", True) or not isinstance(layer, nn.Linear) or layer.out_features % ranks == 0:
+        return False
+    rank_zero_info(f"{name!r} stays whole on every rank: {ranks} does not divide its out_features={layer.out_features}")
+    return True
 
 
 def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:

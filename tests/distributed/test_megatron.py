@@ -1,6 +1,7 @@
 """``megatron_lora`` in the Trainer on 2 and 4 gloo ranks against one process."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning_lora import MegatronLoRAStrategy, adapter_state_dict, load_peft
 from lightning_lora.strategies import megatron
 from tests import models, runs
 from tests.distributed.fsdp_script import PROMPTS, fit
-from tests.distributed.launch import launch
+from tests.distributed.launch import ROOT, launch
 from tests.distributed.megatron_script import SPLIT, Module, four_heads
 
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
@@ -231,6 +232,17 @@ def test_a_missing_or_other_megatron_core_says_what_to_install(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     with pytest.raises(ImportError, match="'megatron_lora' needs megatron-core: pip install"):
         MegatronLoRAStrategy()
+
+
+def test_megatron_core_does_not_widen_what_a_checkpoint_may_hold(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch, pathlib\n"
+        "from lightning_lora import MegatronLoRAStrategy\n"
+        "MegatronLoRAStrategy()\n"
+        "assert 'megatron.core' in sys.modules\n"
+        "assert pathlib.PosixPath not in torch.serialization.get_safe_globals()\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=ROOT, timeout=120)
 
 
 def test_auto_takes_the_smallest_number_of_ranks_that_divides_heads_and_ranks() -> None:
