@@ -7,9 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor
 
-from lightning_lora import MegatronLoRAStrategy, merge, merged, save_peft, unmerge
+from lightning_lora import LoRACallback, MegatronLoRAStrategy, disabled, merge, merged, save_peft, unmerge
 from lightning_lora.sharded import is_sharded
 from tests import models, zoo
 from tests.distributed.counting import counted_collectives
@@ -195,6 +196,52 @@ def files(directory: Path, num_ranks: int) -> dict[str, Any]:
     return found
 
 
+class Tuned(Module):
+    lr = 1e-2
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, eps=1e-4)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.model(input_ids=batch).logits
+
+
+class AfterTheSearch(LearningRateFinder):
+    """Keeps the adapters as the search left them."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self.adapters = state(pl_module)
+
+
+def company(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Tools around a run, and a second one."""
+    found: dict[str, Any] = {}
+    module, search = Tuned(), AfterTheSearch(num_training_steps=3, early_stop_threshold=None)
+    trainer, _ = run(directory / "searched", 2, module, callbacks=(search,))
+    found["after_search"] = search.adapters
+    batch = models.token_ids(4, 8, seed=2)
+    with torch.no_grad():
+        expected = module.model(batch).logits
+        with disabled(module):
+            found["disabled"] = module.model(batch).logits
+    predicting = pl.Trainer(
+        accelerator="cpu", devices=num_ranks, strategy="megatron_lora", logger=False, enable_progress_bar=False,
+        callbacks=[LoRACallback(r=4)], use_distributed_sampler=False, enable_model_summary=False,
+    )  # fmt: skip
+    predicted = predicting.predict(module, torch.utils.data.DataLoader(batch, batch_size=4))
+    found["predicted"] = (predicted[0], expected)
+    trainer.fit_loop.max_epochs = 2
+    replicas = num_ranks // 2
+    trainer.fit(module, rank_loader(int(os.environ["RANK"]) // 2, replicas))
+    found["steps"] = len(module.losses)
+    with torch.no_grad():
+        before = module.model(batch).logits
+        merge(module, remove=True)
+        found["removed"] = (module.model(batch).logits, before)
+    return found
+
+
 def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
     cases: dict[str, dict[str, Any]] = {
         "word": {"options": {"plan": {"layers.*.self_attn.q_proj": "columnwise"}}},
@@ -224,7 +271,7 @@ def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
 
 def main(directory: Path) -> None:
     num_ranks = int(os.environ["WORLD_SIZE"])
-    parts = (training, families, files, refusals)
+    parts = (training, families, files, company, refusals)
     report(directory, {part.__name__: part(directory, num_ranks) for part in parts})
 
 

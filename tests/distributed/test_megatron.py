@@ -184,6 +184,19 @@ class TestModels:
             assert all(torch.equal(rank["texts"], text) for rank in ranks)
 
 
+class TestCompany:
+    def test_tools_around_a_run_see_the_model_that_it_is(self, run: dict[str, Any]) -> None:
+        with torch.no_grad():
+            base = four_heads()(models.token_ids(4, 8, seed=2)).logits
+        for rank in run["ranks"]:
+            found = rank["company"]
+            assert all(not value.any() for name, value in found["after_search"].items() if name.endswith("lora_B"))
+            torch.testing.assert_close(found["disabled"], base, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(*found["predicted"], **EXACT)
+            torch.testing.assert_close(*found["removed"], rtol=1e-4, atol=1e-5)
+            assert found["steps"] == 3 + 4 + 4  # of the search, and of two epochs
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("case", "message"),
