@@ -18,13 +18,8 @@ from lightning_lora.strategies.fsdp import FSDPRanks, gathering_dtype, no_sync, 
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, drop_unused, watch_steps
 from lightning_lora.strategies.launched import check_adapted, reduced
 from lightning_lora.strategies.optimizers import follow_parameters
-from lightning_lora.strategies.sharding import (
-    broadcast_together,
-    changing_buffers,
-    replicated_parameters,
-    shard,
-    sharded_trainables,
-)
+from lightning_lora.strategies.replication import broadcast_together, changing_buffers
+from lightning_lora.strategies.sharding import replicated_parameters, shard, sharded_trainables
 
 
 class FSDPLoRAStrategy(FSDPRanks, FabricAdapterOnly, ParallelStrategy):

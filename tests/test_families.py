@@ -17,22 +17,9 @@ from lightning_lora.inject import named_lora_layers
 from tests import models, zoo
 from tests.zoo import Family
 
-PEFT_READS = "test_peft_reads_ours_and_writes_the_same_keys"
-REFUSED = "test_what_peft_refuses_is_left_out"
-MERGING = "test_merging_keeps_outputs_and_leaves_no_trace"
-TRAINING = "test_a_training_step_reaches_every_adapter_and_nothing_else"
-
-# (family, test) -> what lightning_lora does wrong there
-IN_PLACE = "the output of an adapted layer is a view made in an autograd function: in-place changes are an error"
-READ = "the parent reads the layer's weight instead of calling it, past the adapter"
-KNOWN: dict[tuple[str, str], str] = {}
-
 
 @pytest.fixture(params=zoo.FAMILIES, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> Family:
-    reason = KNOWN.get((request.param.name, request.node.originalname))
-    if reason is not None:
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     return request.param
 
 

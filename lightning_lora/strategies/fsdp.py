@@ -17,11 +17,10 @@ from typing_extensions import override
 
 from lightning_lora.sharded import is_sharded, reshard
 from lightning_lora.strategies.gradients import GradientReducer, drop_unused
-from lightning_lora.strategies.launched import Launched
+from lightning_lora.strategies.launched import Launched, check_keywords
 from lightning_lora.strategies.sharding import (
     MIN_SHARD_NUMEL,
     ShardingOptions,
-    check_keywords,
     replicated_parameters,
     set_gradient_sync,
     shard,

@@ -1,6 +1,9 @@
 """What the strategies of Trainer and Fabric share: one process per device, found through a process group."""
 
 import atexit
+import difflib
+import inspect
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -129,3 +132,13 @@ def check_adapted(model: nn.Module, name: str) -> None:
 def _disconnect() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def check_keywords(strategy: type[Any], keywords: Mapping[str, Any], base: type[Any]) -> None:
+    """Raise ``TypeError`` for a keyword that neither the strategy nor Lightning's base of it knows."""
+    known = inspect.signature(base.__init__).parameters
+    own = [name for name in inspect.signature(strategy.__init__).parameters if name not in ("self", "kwargs")]
+    for name in keywords:
+        if name not in known:
+            near = difflib.get_close_matches(name, own, n=2, cutoff=0.5) or own
+            raise TypeError(f"{strategy.__name__} has no option {name!r}; nearest: {', '.join(near)}")

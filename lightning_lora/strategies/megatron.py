@@ -19,9 +19,10 @@ from lightning_lora.sharded import is_sharded
 from lightning_lora.strategies import megatron_cpu
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.gradients import GradientReducer
-from lightning_lora.strategies.sharding import (
+from lightning_lora.strategies.launched import check_keywords
+from lightning_lora.strategies.replication import (
     broadcast_replicated,
-    check_keywords,
+    differ,
     make_equal,
     move_to,
     refuse_other_sizes,
@@ -256,11 +257,7 @@ def check_same_batch(batch: Any, mesh: DeviceMesh) -> None:
     sums = [leaf.double().sum() + leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not sums or mesh.size() == 1:
         return
-    own = torch.stack([one.to(mesh.device_type) for one in sums])
-    highest, lowest = own.clone(), own.clone()
-    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=mesh.get_group())
-    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=mesh.get_group())
-    if not torch.equal(highest, lowest):
+    if any(differ(torch.stack([one.to(mesh.device_type) for one in sums]), mesh.get_group())):
         raise ValueError(
             "ranks that share a model were given different batches: split the data by the strategy's "
             "distributed_sampler_kwargs (Lightning's own sampler does), not by the global rank"

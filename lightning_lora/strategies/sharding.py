@@ -1,21 +1,18 @@
 """Sharding an adapted model with FSDP2: the frozen base in units, one per block; what trains stays whole beside it."""
 
 import contextlib
-import difflib
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from lightning_lora.fingerprint import local_hashes
 from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
 from lightning_lora.layers import is_read_by_parent
 from lightning_lora.root import clean_name, is_inside, is_pretrained
@@ -23,10 +20,10 @@ from lightning_lora.sharded import class_name, is_sharded, local_part, reshard, 
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.blocks import find_blocks, wrap_blocks
 from lightning_lora.strategies.gradients import count_unused_as_zero
+from lightning_lora.strategies.replication import broadcast_replicated, make_equal, move_to, refuse_other_sizes
 
 # a norm's weight is not worth a collective
 MIN_SHARD_NUMEL = 2**20
-_BROADCAST_NUMEL = 2**26
 
 
 @dataclass
@@ -61,16 +58,6 @@ class ShardingOptions:
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         if not isinstance(self.compile, (bool, str)):
             raise TypeError(f"compile={self.compile!r} must be True, False or the name of a torch.compile backend")
-
-
-def check_keywords(strategy: type[Any], keywords: Mapping[str, Any], base: type[Any]) -> None:
-    """Raise ``TypeError`` for a keyword that neither the strategy nor Lightning's base of it knows."""
-    known = inspect.signature(base.__init__).parameters
-    own = [name for name in inspect.signature(strategy.__init__).parameters if name not in ("self", "kwargs")]
-    for name in keywords:
-        if name not in known:
-            near = difflib.get_close_matches(name, own, n=2, cutoff=0.5) or own
-            raise TypeError(f"{strategy.__name__} has no option {name!r}; nearest: {', '.join(near)}")
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: ShardingOptions, mixed: Any) -> None:
@@ -335,89 +322,3 @@ def _keep_parts_of_originals(root: nn.Module) -> None:
             injection.originals[name] = local_part(parameter.detach()).clone()
         elif is_sharded(parameter) and original.shape != local_part(parameter).shape:
             injection.originals[name] = local_part(spread_like(original, parameter)).clone()
-
-
-def move_to(module: nn.Module, device: torch.device) -> None:
-    """Move what is whole to ``device``, and keep every parameter the object that it is."""
-    for part in module.modules():
-        for parameter in part._parameters.values():
-            if parameter is not None and not is_sharded(parameter) and parameter.device != device:
-                parameter.data = parameter.data.to(device)
-        for name, buffer in part._buffers.items():
-            if buffer is not None and not is_sharded(buffer):
-                part._buffers[name] = buffer.to(device)
-
-
-def refuse_other_sizes(module: nn.Module, device: torch.device) -> None:
-    """Raise ``ValueError`` where ranks built models of other sizes, whose collectives would wait for each other."""
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(_differ(torch.tensor([len(tensors), sum(tensor.numel() for tensor in tensors)], device=device))):
-        raise ValueError(
-            f"the ranks built different models: on this one {class_name(module)} has {len(tensors)} tensors, on "
-            "another more, fewer, or of other sizes"
-        )
-
-
-@torch.no_grad()
-def make_equal(root: nn.Module, device: torch.device) -> None:
-    """Give every rank rank 0's base where they differ, as random weights without a seed do."""
-    tensors = {
-        clean_name(name): parameter
-        for name, parameter in root.named_parameters()
-        if parameter.device.type != "meta" and parameter.is_floating_point()
-    }
-    differ = _differ(torch.stack(local_hashes(tensors.values())).to(device)) if tensors else []
-    for tensor, is_other in zip(tensors.values(), differ, strict=True):
-        if is_other:
-            _broadcast(tensor, device)
-
-
-def _differ(numbers: Tensor) -> list[bool]:
-    """Return which numbers are not the same on all ranks."""
-    highest, lowest = numbers.clone(), numbers.clone()
-    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
-    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
-    return (highest != lowest).tolist()
-
-
-def broadcast_replicated(module: nn.Module, device: torch.device) -> None:
-    """Give every rank rank 0's values of all parameters that are whole, and of all buffers. Called on all ranks."""
-    broadcast_together([*module.parameters(), *module.buffers()], device)
-
-
-def changing_buffers(module: nn.Module) -> list[Tensor]:
-    """Return the buffers that a step may change: outside the adapted models, and where those train whole."""
-    roots = injected_roots(module)
-    whole = [
-        f"{path}.{name}" if path else name
-        for path, root in roots.items()
-        for name in injection_of(root).trained_whole  # type: ignore[union-attr]  # it is adapted
-    ]
-    return [
-        buffer
-        for name, buffer in module.named_buffers()
-        if any(is_inside(clean_name(name), path) for path in whole)
-        or not any(is_inside(clean_name(name), path) for path in roots)
-    ]
-
-
-@torch.no_grad()
-def broadcast_together(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Give every rank rank 0's values, in one broadcast per dtype, or in more for large ones. Called on all ranks."""
-    batches: dict[tuple[torch.dtype, int], list[Tensor]] = {}
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors:
-        if tensor.device.type != "meta" and tensor.numel() > 0 and not is_sharded(tensor):
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-            batches.setdefault((tensor.dtype, sizes[tensor.dtype] // _BROADCAST_NUMEL), []).append(tensor.detach())
-    for alike in batches.values():
-        flat = torch.cat([tensor.reshape(-1).to(device) for tensor in alike])
-        torch.distributed.broadcast(flat, 0)
-        for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
-            tensor.copy_(values.view_as(tensor))
-
-
-def _broadcast(tensor: Tensor, device: torch.device) -> None:
-    values = tensor.detach().to(device).contiguous()
-    torch.distributed.broadcast(values, 0)
-    tensor.detach().copy_(values)

@@ -17,7 +17,8 @@ from lightning_lora.sharded import is_sharded
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.strategies.launched import Launched, check_adapted, reduced
-from lightning_lora.strategies.sharding import broadcast_together, changing_buffers, sharded_trainables
+from lightning_lora.strategies.replication import broadcast_together, changing_buffers
+from lightning_lora.strategies.sharding import sharded_trainables
 
 
 class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
