@@ -1,4 +1,4 @@
-"""A training script as users write it: started by plain python, torchrun or SLURM; it may lose a rank on the way."""
+"""A training script as users write it: started by plain python, torchrun, SLURM or workers; it may lose a rank on the way."""
 
 import os
 import signal
@@ -9,11 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_lora import LoRACallback, adapter_state_dict
+from lightning_lora import FSDPLoRAStrategy, LoRACallback, adapter_state_dict
 from tests import models
 from tests.runs import LanguageModule
 
@@ -48,12 +49,41 @@ class Rows(pl.LightningDataModule):
         return StatefulDataLoader(rows, batch_size=2, sampler=sampler)
 
 
-def main(directory: Path, dies: bool) -> None:
+class WorkerEnvironment(LightningEnvironment):
+    """Ranks as a launcher such as Ray Train hands them out: its own numbers, which Lightning cannot set."""
+
+    creates_processes_externally = True
+
+    def world_size(self) -> int:
+        return int(os.environ["WORKERS"])
+
+    def global_rank(self) -> int:
+        return int(os.environ["WORKER"])
+
+    local_rank = global_rank
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+
+class WorkerStrategy(FSDPLoRAStrategy):
+    """As Ray Train's strategies: a worker sees one device, whatever its rank."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def main(directory: Path, dies: bool, worker: bool) -> None:
     saving = ModelCheckpoint(directory, save_last=True, save_top_k=0, every_n_train_steps=1)
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=2,
-        strategy="fsdp_lora",
+        devices=1 if worker else 2,
+        strategy=WorkerStrategy() if worker else "fsdp_lora",
+        plugins=[WorkerEnvironment()] if worker else None,
         use_distributed_sampler=False,
         logger=False,
         enable_progress_bar=False,
@@ -73,4 +103,4 @@ def main(directory: Path, dies: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "dies" in sys.argv[2:])
+    main(Path(sys.argv[1]), "dies" in sys.argv[2:], "worker" in sys.argv[2:])

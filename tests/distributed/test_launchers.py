@@ -91,6 +91,16 @@ def test_slurm_starts_both(undisturbed: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(results(tmp_path), results(undisturbed), rtol=0, atol=0)
 
 
+def test_workers_of_another_launcher_have_one_device_each(undisturbed: Path, tmp_path: Path) -> None:
+    common = {"WORKERS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        start([sys.executable, SCRIPT, str(tmp_path), "worker"], WORKER=str(rank), **common) for rank in (0, 1)
+    ]
+    for process in processes:
+        finished(process)
+    torch.testing.assert_close(results(tmp_path), results(undisturbed), rtol=0, atol=0)
+
+
 def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(undisturbed: Path, tmp_path: Path) -> None:
     finished(start(torchrun(tmp_path, "dies")))
     assert (tmp_path / "killed").exists()
