@@ -28,6 +28,16 @@ def finished(process: "subprocess.Popen[str]") -> str:
     return output
 
 
+def all_finished(processes: "list[subprocess.Popen[str]]") -> None:
+    """Wait for all ranks, rank 0 last: it would wait in vain for one that died."""
+    try:
+        for process in reversed(processes):
+            finished(process)
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def start(command: list[str], **more: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         command, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -86,8 +96,7 @@ def test_slurm_starts_both(undisturbed: Path, tmp_path: Path) -> None:
         start([sys.executable, SCRIPT, str(tmp_path)], SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common)
         for rank in range(2)
     ]
-    for process in processes:
-        finished(process)
+    all_finished(processes)
     torch.testing.assert_close(results(tmp_path), results(undisturbed), rtol=0, atol=0)
 
 
@@ -96,8 +105,7 @@ def test_workers_of_another_launcher_have_one_device_each(undisturbed: Path, tmp
     processes = [
         start([sys.executable, SCRIPT, str(tmp_path), "worker"], WORKER=str(rank), **common) for rank in (0, 1)
     ]
-    for process in processes:
-        finished(process)
+    all_finished(processes)
     torch.testing.assert_close(results(tmp_path), results(undisturbed), rtol=0, atol=0)
 
 
