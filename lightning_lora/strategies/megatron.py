@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,7 +18,7 @@ from lightning_lora.sharded import is_sharded
 from lightning_lora.strategies import megatron_cpu
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.gradients import GradientReducer
-from lightning_lora.strategies.launched import check_keywords
+from lightning_lora.strategies.launched import Launched, check_keywords
 from lightning_lora.strategies.replication import (
     broadcast_replicated,
     differ,
@@ -33,35 +32,11 @@ from lightning_lora.strategies.tensor_parallel import check_replicated, heads_of
 SERVED = ((0, 14), (0, 20))  # versions of megatron-core, from and below
 
 
-class MegatronLoRAStrategy(SpreadStrategy):
-    """Split the base over tensor-parallel ranks by its plan, adapters with it; what ranks are left are data-parallel.
+class MegatronRanks(Launched):
+    """Mixin of the strategies for Trainer and Fabric: their options, the ranks as groups, placing a model on them."""
 
-    The model's linear layers become column- and row-parallel in place: their names, and the model's own code, stay as
-    they are. An adapter's term is added where its base's is, inside the base's collectives, so it adds none of its own;
-    once per optimizer step all gradients of whole factors are summed in one all-reduce. The checkpoint is the single
-    adapter-only file of every other strategy.
-
-    Args:
-        tensor_parallel_size: ranks that share a model. ``"auto"`` takes the smallest, two at least, that divides the
-            ranks and the model's heads and whose share of the base fills at most half a device.
-        plan: ``{"layers.*.attention.query": "colwise", ...}``, instead of transformers' ``base_model_tp_plan``.
-        base_weights: as for :class:`~lightning_lora.FSDPLoRAStrategy`: each rank reads its slices of a base on meta.
-        sequence_parallel: not served for models with a plan: Megatron-core gathers the first dimension, which is the
-            batch there.
-        pipeline_parallel_size, context_parallel_size, expert_parallel_size: 1; more is not served.
-        process_group_backend: ``"nccl"``, ``"gloo"``, ...; ``None`` takes the device's.
-        timeout: of collectives.
-
-    Raises:
-        ValueError, TypeError: an option is not served (at once), or the model cannot be split (at ``setup``).
-        ImportError: megatron-core is missing or of another version; the message says what to install.
-
-    Example::
-
-        trainer = L.Trainer(callbacks=[LoRACallback(r=8)], strategy="megatron_lora", devices=8)
-    """
-
-    strategy_name = "megatron_lora"
+    shards = True
+    _lightning_base: type[Any]
 
     def __init__(
         self,
@@ -76,7 +51,7 @@ class MegatronLoRAStrategy(SpreadStrategy):
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
-        check_keywords(type(self), kwargs, ParallelStrategy)
+        check_keywords(type(self), kwargs, self._lightning_base)
         super().__init__(**kwargs)
         megatron_core()
         others = {
@@ -107,21 +82,23 @@ class MegatronLoRAStrategy(SpreadStrategy):
         return int(parallel_state().get_data_parallel_rank())
 
     @property
-    @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """How a ``DistributedSampler`` splits the data: the same part for all ranks that share a model."""
         size = parallel_state().get_data_parallel_world_size()
         return {"num_replicas": size, "rank": self.data_parallel_rank}
 
-    @override
     def setup_environment(self) -> None:
-        super().setup_environment()
+        """Find the other ranks."""
+        super().setup_environment()  # type: ignore[misc]  # Lightning's
         self._connect()
-        assert self.lightning_module is not None
         if self.root_device.type not in ("cpu", "cuda"):
             raise ValueError(f"'megatron_lora' runs on CUDA devices and on CPU, not on {self.root_device.type!r}")
         if self.root_device.type == "cpu":
             megatron_cpu.install()
-        size = choose_size(self.tensor_parallel_size, self.world_size, self.lightning_module, self.root_device)
+
+    def form_groups(self: Any, model: nn.Module | None) -> None:
+        """Lay the ranks out in Megatron-core's groups; ``"auto"`` looks at the model for their size."""
+        size = choose_size(self.tensor_parallel_size, self.world_size, model, self.root_device)
         state = parallel_state()
         if state.model_parallel_is_initialized() and state.get_tensor_model_parallel_world_size() != size:
             state.destroy_model_parallel()
@@ -131,13 +108,8 @@ class MegatronLoRAStrategy(SpreadStrategy):
         replicas = self.world_size // size
         rank_zero_info(f"megatron_lora: {self.world_size} ranks = {replicas} data-parallel x {size} tensor-parallel")
 
-    @override
     def place(self, model: nn.Module) -> None:
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise ValueError(
-                "precision='16-mixed' is not served: after an overflow on one tensor-parallel rank, that rank alone "
-                "would skip its step. Use 'bf16-mixed' or 'bf16-true'"
-            )
+        """Split the model over the ranks in place, each part on its device. Called on all ranks."""
         refuse_other_sizes(model, self.root_device)
         same_random_numbers(self.device_mesh)
         for root in injected_roots(model).values():
@@ -152,8 +124,8 @@ class MegatronLoRAStrategy(SpreadStrategy):
         broadcast_replicated(model, self.root_device)
         self._checked_batch = False
 
-    @override
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
+        """Return what averages the gradients of a placed model: of whole factors, and of parts."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         data_parallel = parallel_state().get_data_parallel_world_size()
         whole = GradientReducer(
@@ -161,6 +133,51 @@ class MegatronLoRAStrategy(SpreadStrategy):
         )
         parts = GradientReducer([p for p in trained if is_sharded(p)], parallel_state().get_data_parallel_group())
         return [whole, parts]
+
+
+class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
+    """Split the base over tensor-parallel ranks by its plan, adapters with it; what ranks are left are data-parallel.
+
+    The model's linear layers become column- and row-parallel in place: their names, and the model's own code, stay as
+    they are. An adapter's term is added where its base's is, inside the base's collectives, so it adds none of its own;
+    once per optimizer step all gradients of whole factors are summed in one all-reduce. The checkpoint is the single
+    adapter-only file of every other strategy.
+
+    Args:
+        tensor_parallel_size: ranks that share a model. ``"auto"`` takes the smallest, two at least, that divides the
+            ranks and the model's heads and whose share of the base fills at most half a device.
+        plan: ``{"layers.*.attention.query": "colwise", ...}``, instead of transformers' ``base_model_tp_plan``.
+        base_weights: as for :class:`~lightning_lora.FSDPLoRAStrategy`: each rank reads its slices of a base on meta.
+        sequence_parallel: not served for models with a plan: Megatron-core gathers the first dimension, which is the
+            batch there.
+        pipeline_parallel_size, context_parallel_size, expert_parallel_size: 1; more is not served.
+        process_group_backend: ``"nccl"``, ``"gloo"``, ...; ``None`` takes the device's.
+        timeout: of collectives.
+
+    Raises:
+        ValueError, TypeError: an option is not served (at once), or the model cannot be split (at ``setup``).
+        ImportError: megatron-core is missing or of another version; the message says what to install.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[LoRACallback(r=8)], strategy="megatron_lora", devices=8)
+    """
+
+    strategy_name = "megatron_lora"
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.form_groups(self.lightning_module)
+
+    @override
+    def place(self, model: nn.Module) -> None:
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "precision='16-mixed' is not served: after an overflow on one tensor-parallel rank, that rank alone "
+                "would skip its step. Use 'bf16-mixed' or 'bf16-true'"
+            )
+        super().place(model)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +221,7 @@ def parallel_state() -> Any:
     return parallel_state
 
 
-def choose_size(wanted: int | Literal["auto"], world_size: int, module: nn.Module, device: torch.device) -> int:
+def choose_size(wanted: int | Literal["auto"], world_size: int, module: nn.Module | None, device: torch.device) -> int:
     """Return the number of ranks that share a model.
 
     Raises:
@@ -216,6 +233,7 @@ def choose_size(wanted: int | Literal["auto"], world_size: int, module: nn.Modul
         return wanted
     if world_size == 1:
         return 1
+    assert module is not None
     heads = heads_of(module)
     sizes = [size for size in range(2, world_size + 1) if world_size % size == 0]
     fitting = [size for size in sizes if all(number % size == 0 for number in heads)]
