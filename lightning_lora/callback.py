@@ -3,7 +3,7 @@
 import functools
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from lightning_lora.layers.statistics import freeze_statistics
 from lightning_lora.matching import is_all_linear, left_out_towers
 from lightning_lora.peft_import import load_peft
 from lightning_lora.root import clean_name, find_root
-from lightning_lora.sharded import class_name
+from lightning_lora.sharded import class_name, logical
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
 
@@ -92,6 +92,7 @@ class LoRACallback(Callback):
         layers_pattern: str | list[str] | None = None,
         target_parameters: list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
+        fused_pairs: bool = False,
         init: str = "kaiming",
         init_rng: Literal["name", "peft"] = "name",
         init_seed: int | None = None,
@@ -118,6 +119,7 @@ class LoRACallback(Callback):
             layers_pattern=layers_pattern,
             target_parameters=target_parameters,
             trainable_token_indices=trainable_token_indices,
+            fused_pairs=fused_pairs,
             init=init,
             init_rng=init_rng,
             init_seed=init_seed,
@@ -366,10 +368,10 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
 
 def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:
     """Return the numbers of parameters: adapters, trained whole, training outside the root, frozen, all."""
-    adapters = sum(p.numel() for _, p in named_adapter_parameters(root))
-    whole = sum(p.numel() for p in named_trained_whole(root).values())
-    trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in pl_module.parameters())
+    adapters = _numel(p for _, p in named_adapter_parameters(root))
+    whole = _numel(named_trained_whole(root).values())
+    trainable = _numel(p for p in pl_module.parameters() if p.requires_grad)
+    total = _numel(pl_module.parameters())
     return {
         "adapter_parameters": adapters,
         "whole_parameters": whole,
@@ -377,6 +379,11 @@ def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:
         "frozen_parameters": total - trainable,
         "total_parameters": total,
     }
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    """Return the number of elements of whole tensors, those of other ranks with this one's."""
+    return sum(logical(parameter).numel() for parameter in parameters)
 
 
 def _percent(count: dict[str, int], key: str) -> str:

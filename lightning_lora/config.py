@@ -101,6 +101,8 @@ class LoRAConfig:
             tensors of fused experts (``"mlp.experts.gate_up_proj"``) or a router's matrix. The factors are kept apart.
         trainable_token_indices: rows of the input embedding that train whole, ``[32000, 32001]``; or
             ``{"embed_tokens": [...], "lm_head": [...]}`` to name embeddings and output heads. What is tied follows.
+        fused_pairs: give Megatron-core's ``linear_qkv`` and ``linear_fc1`` one pair each, instead of one for each of
+            q, k, v, gate and up, which they stack. A PEFT directory then holds copies of A.
         init: starting values. ``"kaiming"`` draws A from U(-1/sqrt(in), 1/sqrt(in)) and sets B to zero; ``"gaussian"``
             draws A from N(0, 1/r^2); ``"orthogonal"`` draws both so that B A = 0 (even ranks). ``"pissa"`` starts from
             the largest singular values of W (Meng et al. 2024), ``"pissa_niter_4"`` from their fast estimate with so
@@ -132,6 +134,7 @@ class LoRAConfig:
     layers_pattern: str | Sequence[str] | None = None
     target_parameters: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    fused_pairs: bool = False
     init: str = "kaiming"
     init_rng: Literal["name", "peft"] = "name"
     init_seed: int | None = None
@@ -147,7 +150,7 @@ class LoRAConfig:
         _check_init(self.init)
         _check_choice("init_rng", self.init_rng, ("name", "peft"))
         _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
-        for name in ("use_rslora", "use_dora", "lora_bias"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "fused_pairs"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         _check_combination(self)

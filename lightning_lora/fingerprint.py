@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.inject import injected_roots, named_lora_layers, named_trained_whole
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.root import clean_name, name_or_path
-from lightning_lora.sharded import box, collective_device, is_sharded, local_part, logical, reshard, shard_group
+from lightning_lora.sharded import boxes, collective_device, is_sharded, local_part, logical, reshard, shard_group
 
 NUM_SAMPLES = 64
 _MULTIPLIER = 0x1E3779B97F4A7C15
@@ -169,14 +169,16 @@ def _hash(tensor: Tensor, like: Tensor, *, last_row: bool = False) -> Tensor:
 
 def _inside(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return which flat positions of the whole tensor lie in this rank's part, and where they are in it."""
-    shape, offset = box(like)
-    if 0 in shape:
-        return torch.zeros_like(positions, dtype=torch.bool), positions[:0]
-    own = [i - start for i, start in zip(torch.unravel_index(positions, like.shape), offset, strict=True)]
-    mine = torch.stack([(i >= 0) & (i < size) for i, size in zip(own, shape, strict=True)]).all(0)
+    mine = torch.zeros_like(positions, dtype=torch.bool)
     place = torch.zeros_like(positions)
-    for i, size in zip(own, shape, strict=True):
-        place = place * size + i
+    local_shape = local_part(like).shape
+    for box in boxes(like):
+        own = [i - start for i, start in zip(torch.unravel_index(positions, like.shape), box.offset, strict=True)]
+        here = torch.stack([(i >= 0) & (i < size) for i, size in zip(own, box.shape, strict=True)]).all(0)
+        flat = torch.zeros_like(positions)
+        for i, start, size in zip(own, box.local_offset, local_shape, strict=True):
+            flat = flat * size + i + start
+        mine, place = mine | here, torch.where(here, flat, place)
     return mine, place[mine]
 
 

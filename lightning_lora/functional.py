@@ -29,6 +29,7 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     columns: tuple[int, int] | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """Return ``x W^T + b + scaling * dropout(x) A^T B^T`` (Hu et al. 2021, sec. 4.1) and save little for backward.
 
@@ -48,6 +49,7 @@ def lora_linear(
             it and of the position, so that backward makes it again instead of storing it.
         columns: where ``x`` is a slice of features, the position of its first one and the number of all, so that the
             mask is that slice of the whole mask.
+        first_row: where ``x`` is a slice of rows, the position of its first one, in the same way.
 
     Returns:
         ``[..., out_features]``
@@ -56,14 +58,14 @@ def lora_linear(
         seed, dropout = None, 0.0
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type):
-        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns)
+        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns, first_row)
     if x.dtype != torch.float64:  # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
         weight = None if weight is None else weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device_type, enabled=False):
-        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns)
+        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns, first_row)
 
 
 def _apply(*arguments: Any) -> Tensor:
@@ -133,13 +135,19 @@ def dropped(seed: Tensor, num_rows: int, num_columns: int, dropout: float, devic
 
 
 def _kept(
-    seed: Tensor, num_rows: int, num_columns: int, dropout: float, like: Tensor, columns: tuple[int, int] | None = None
+    seed: Tensor,
+    num_rows: int,
+    num_columns: int,
+    dropout: float,
+    like: Tensor,
+    columns: tuple[int, int] | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """Return the complement of :func:`dropped` as zeros and ones of ``like``'s dtype, on its device.
 
     CPU multiplies by them an order of magnitude faster than it makes and applies booleans.
     """
-    return _hashes(seed, num_rows, num_columns, like.device, columns).ge_(_threshold(dropout)).to(like.dtype)
+    return _hashes(seed, num_rows, num_columns, like.device, columns, first_row).ge_(_threshold(dropout)).to(like.dtype)
 
 
 def keep_entries(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
@@ -159,11 +167,16 @@ def _threshold(dropout: float) -> int:
 
 
 def _hashes(
-    seed: Tensor, num_rows: int, num_columns: int, device: torch.device, columns: tuple[int, int] | None = None
+    seed: Tensor,
+    num_rows: int,
+    num_columns: int,
+    device: torch.device,
+    columns: tuple[int, int] | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """Return one hash per position: int32, ``[num_rows, num_columns]``."""
     first, total = columns or (0, num_columns)
-    across, rows = _position_keys(seed, total + num_rows, device).split([total, num_rows])
+    across, _, rows = _position_keys(seed, total + first_row + num_rows, device).split([total, first_row, num_rows])
     z: Tensor = rows[:, None] ^ across[None, first : first + num_columns]
     z = z.mul_(_MIX_1)
     z = z.bitwise_xor_(z >> 15)
@@ -193,9 +206,10 @@ class _LoRALinear(torch.autograd.Function):
         dropout: float,
         seed: Tensor | None,
         columns: tuple[int, int] | None,
+        first_row: int,
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])  # [T, in]
-        h = _down(rows, lora_A, scaling, dropout, seed, columns)  # [T, r]
+        h = _down(rows, lora_A, scaling, dropout, seed, columns, first_row)  # [T, r]
         B = lora_B.to(x.dtype)
         if weight is None:
             y = torch.mm(h, B.t())
@@ -207,7 +221,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.columns = inputs
+        x, weight, bias, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.columns, ctx.first_row = inputs
         _, h = output
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
@@ -226,7 +240,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         grad = grad.reshape(-1, lora_B.shape[0])  # [T, out]
@@ -236,20 +250,20 @@ class _LoRALinear(torch.autograd.Function):
             v = _skinny(grad, lora_B.to(grad.dtype).t()) * (ctx.scaling / (1 - ctx.dropout))  # [T, r]
             kept = None
             if seed is not None:
-                kept = _kept(seed, grad.shape[0], lora_A.shape[1], ctx.dropout, grad, ctx.columns)
+                kept = _kept(seed, grad.shape[0], lora_A.shape[1], ctx.dropout, grad, ctx.columns, ctx.first_row)
             if need_x:
                 grad_x = _grad_x(grad, weight, v, lora_A, kept).view(ctx.x_shape)
             if need_A:
                 grad_A = torch.mm(v.t(), rows if kept is None else rows * kept).to(lora_A.dtype)
         if need_B:
             if torch.is_grad_enabled():  # h is a constant to autograd: make it again for a second derivative
-                h = _down(rows, lora_A, ctx.scaling, ctx.dropout, seed, ctx.columns)
+                h = _down(rows, lora_A, ctx.scaling, ctx.dropout, seed, ctx.columns, ctx.first_row)
             grad_B = torch.mm(h.t(), grad).t().to(lora_B.dtype)
         if need_weight:
             grad_weight = torch.mm(grad.t(), rows)
         if need_bias:
             grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None, None
 
 
 # apply() binds its inputs to the signature of forward on every call; reading it from the code
@@ -266,10 +280,11 @@ def _down(
     dropout: float,
     seed: Tensor | None,
     columns: tuple[int, int] | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """Return ``scaling * dropout(x) A^T``: ``[T, r]``. All factors are put on these r numbers per token."""
     if seed is not None:
-        rows = rows * _kept(seed, rows.shape[0], rows.shape[1], dropout, rows, columns)
+        rows = rows * _kept(seed, rows.shape[0], rows.shape[1], dropout, rows, columns, first_row)
         scaling = scaling / (1 - dropout)
     return _skinny(rows, lora_A.to(rows.dtype)) * scaling
 

@@ -15,6 +15,7 @@ from lightning_lora.layers.bias import Biased
 from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D
+from lightning_lora.layers.megatron import LoRAMegatronLinear
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
 
@@ -31,7 +32,9 @@ def initialize(layers: Mapping[str, LoRALayer], config: LoRAConfig) -> None:
             projection = layers[f"{name}.out_proj"]
             _initialize_pair(projection, projection.pairs()[""], f"{name}.out_proj", config)
         for local, pair in layer.pairs().items():
-            full_name = ".".join(part for part in (name, local) if part)
+            # the same values for a model of Megatron-core's as for Hugging Face's
+            names = layer.lora_names if isinstance(layer, LoRAMegatronLinear) else {}
+            full_name = names.get(local) or ".".join(part for part in (name, local) if part)
             _initialize_pair(layer, pair, full_name, config)
         if isinstance(layer, ResidualLinear):
             layer.keep_start()

@@ -15,6 +15,7 @@ from lightning_lora.layers import LoRALayer, Pair, adapt, is_read_by_parent, mix
 from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear, LoRAReadLinear
+from lightning_lora.layers.megatron import LoRAMegatronLinear, adapt_megatron
 from lightning_lora.layers.parameters import adapt_parameters
 from lightning_lora.layers.residual import RESIDUAL, ResidualLinear
 from lightning_lora.layers.statistics import freeze_statistics, unfreeze_statistics
@@ -28,6 +29,8 @@ from lightning_lora.matching import (
     select_token_rows,
     select_trained_whole,
 )
+from lightning_lora.megatron_names import Part, megatron_parts, stacks
+from lightning_lora.megatron_split import keep_parts
 from lightning_lora.root import clean_name, new_heads
 from lightning_lora.sharded import forget, gathered, reshard, write
 
@@ -88,13 +91,21 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     modules = {clean_name(name): module for name, module in model.named_modules()}
     mixins = {name: _mixin(modules, name, layer, config) for name, layer in layers.items()}
     pairs = [*layers, *(_join(name, local) for name, locals_ in parameters.items() for local in locals_)]
-    check_patterns(config, pairs)
-    ranks = {name: pattern_value(config.rank_pattern, _rank_name(layers, name), config.r) for name in pairs}
-    sizes = [size for name, layer in layers.items() for size in mixins[name].features(layer)]
+    parts = {part.name: part for found in megatron_parts(model, fused=config.fused_pairs).values() for part in found}
+    check_patterns(config, [*pairs, *(parts[name].layer for name in layers if name in parts)])
+    keys = {
+        name: (parts[name].name, parts[name].layer) if name in parts else _rank_name(layers, name) for name in pairs
+    }
+    ranks = {name: pattern_value(config.rank_pattern, keys[name], config.r) for name in pairs}
+    features = {
+        name: (mixins[name].features(layer)[0], parts[name].rows) if name in parts else mixins[name].features(layer)
+        for name, layer in layers.items()
+    }
+    sizes = [size for pair in features.values() for size in pair]
     largest = max(sizes, default=0) if is_all_linear(config.target_modules) else 0
     for name, layer in layers.items():
         if check_ranks:
-            _check_rank(name, layer, mixins[name], ranks[name], largest)
+            _check_rank(name, layer, features[name], ranks[name], largest)
         _check_shapes(name, layer, mixins[name], ranks[name])
 
     injection = Injection(config, trained_whole)
@@ -104,20 +115,33 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
     adapted: dict[str, LoRALayer] = {}
     scales = {
-        name: config.scaling(r, pattern_value(config.alpha_pattern, _rank_name(layers, name), config.alpha))
+        name: config.scaling(r, pattern_value(config.alpha_pattern, keys[name], config.alpha))
         for name, r in ranks.items()
     }
     # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
     scales |= {name: 2 * scales[name] for name in layers if _rank_name(layers, name) != name}
+    how_stacked = stacks(model)
+    for name, wanted in _by_layer(parts, layers).items():
+        adapted[name] = adapt_megatron(
+            modules[name],
+            {part.part: (ranks[part.name], scales[part.name]) for part in wanted},
+            how_stacked[name],
+            {part.part: part.name for part in wanted},
+            dropout=config.dropout,
+            dtype=dtype,
+        )
     for name, layer in layers.items():
+        if name in parts:
+            continue
         layer.__dict__.pop("forward", None)  # what accelerate leaves on unhooking: the class's own, see matching
         adapted[name] = adapt(
             layer, mixins[name], r=ranks[name], scaling=scales[name], dropout=config.dropout, dtype=dtype
         )
     for name, locals_ in parameters.items():
-        parts = {local: (ranks[_join(name, local)], scales[_join(name, local)]) for local in locals_}
-        adapted[name] = adapt_parameters(modules[name], parts, dtype=dtype)
+        own = {local: (ranks[_join(name, local)], scales[_join(name, local)]) for local in locals_}
+        adapted[name] = adapt_parameters(modules[name], own, dtype=dtype)
     initialize(adapted, config)
+    keep_parts(model)
     for embedding, heads, token_ids in rows.values():
         train_rows(embedding, heads, token_ids, dtype=dtype)
     _train_whole(model, injection)
@@ -372,6 +396,9 @@ def _mixin(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, config
     """Return the mixin for a layer, by its type, by how its parent uses it and by how it starts."""
     mixin = mixin_for(layer)
     assert mixin is not None
+    if issubclass(mixin, LoRAMegatronLinear):
+        _check_megatron(name, config)
+        return mixin
     parent, _, child = name.rpartition(".")
     if mixin is LoRALinear and is_read_by_parent(modules[parent], child):
         mixin = LoRAReadLinear
@@ -420,8 +447,24 @@ def _check_shapes(name: str, layer: nn.Module, mixin: type[LoRALayer], r: int) -
         raise ValueError(f"{name!r} cannot be adapted: {error}") from None
 
 
-def _check_rank(name: str, layer: nn.Module, mixin: type[LoRALayer], r: int, largest: int) -> None:
-    sizes = mixin.features(layer)
+def _check_megatron(name: str, config: LoRAConfig) -> None:
+    if config.use_dora or config.lora_bias or config.starts_from_base or config.init_rng == "peft":
+        raise ValueError(
+            f"{name!r} is a layer of Megatron-core, for which use_dora, lora_bias, PiSSA, OLoRA and init_rng='peft' "
+            "are not served: leave the option out"
+        )
+
+
+def _by_layer(parts: Mapping[str, Part], layers: Mapping[str, nn.Module]) -> dict[str, list[Part]]:
+    """Return the parts that are to be adapted, by the layer that stacks them."""
+    found: dict[str, list[Part]] = {}
+    for name in layers:
+        if name in parts:
+            found.setdefault(parts[name].layer, []).append(parts[name])
+    return found
+
+
+def _check_rank(name: str, layer: nn.Module, sizes: tuple[int, int], r: int, largest: int) -> None:
     # a sweep over all linear layers may meet a gate with one output: harmless; a rank above all sizes is a mistake
     if r > (largest or min(sizes)):
         raise ValueError(

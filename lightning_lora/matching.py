@@ -15,7 +15,8 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import is_linear, mixin_for
 from lightning_lora.layers.parameters import sizes_of_parameter
-from lightning_lora.root import clean_name, is_pretrained
+from lightning_lora.megatron_names import megatron_parts
+from lightning_lora.root import clean_name, is_megatron, is_pretrained
 
 V = TypeVar("V")
 _MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # whose out_proj PEFT refuses to adapt
@@ -37,6 +38,9 @@ _TOWER_NAMES = (
 def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[str]) -> dict[str, nn.Module]:
     """Return the modules to adapt by name, in ``named_modules`` order.
 
+    A layer of Megatron-core comes once for each of its parts, under the Hugging Face name of the part; a pattern may
+    name either.
+
     Args:
         trained_whole: names of modules that train whole; they and their children are left out.
 
@@ -44,23 +48,34 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
         ValueError: a pattern hits nothing, or hits a module of a kind that cannot be adapted.
     """
     modules = _named_modules(model)
+    parts = {part.name: part for found in megatron_parts(model, fused=config.fused_pairs).values() for part in found}
+    layers = {part.layer for part in parts.values()}
+    known = modules | {name: modules[part.layer] for name, part in parts.items()}
     for field in ("target_modules", "exclude_modules"):
-        _check_hits(field, getattr(config, field), modules, model)
+        _check_hits(field, getattr(config, field), known, model)
+
+    def names(name: str) -> tuple[str, ...]:
+        return (name, parts[name].layer) if name in parts else (name,)
+
+    # a layer by its parts, in its place
+    units = {name: module for name, module in known.items() if name not in layers or name in parts}
     if is_all_linear(config.target_modules):
-        candidates = all_linear(model)
+        linear = all_linear(model)
+        candidates = {name: module for name, module in units.items() if any(n in linear for n in names(name))}
     elif not config.target_modules:
         return {}
     else:
-        candidates = {n: m for n, m in modules.items() if _is_target(n, config)}
-        _check_indices(config, modules)
+        candidates = {n: m for n, m in units.items() if any(_is_target(name, config) for name in names(n))}
+        _check_indices(config, known)
         # the output projection of an attention is read by it, and adapted with it, as in PEFT
         attentions = [name for name, module in candidates.items() if isinstance(module, nn.MultiheadAttention)]
         projections = {f"{name}.out_proj" for name in attentions}
-        candidates = {name: module for name, module in modules.items() if name in candidates or name in projections}
+        candidates = {name: module for name, module in units.items() if name in candidates or name in projections}
     selected = {
         name: module
         for name, module in candidates.items()
-        if not _hits(config.exclude_modules, name) and not _is_inside(name, trained_whole)
+        if not any(_hits(config.exclude_modules, n) for n in names(name))
+        and not _is_inside(names(name)[-1], trained_whole)
     }
     if not selected:
         raise ValueError(
@@ -206,10 +221,10 @@ def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
-def pattern_value(patterns: Mapping[str, V] | None, name: str, default: V) -> V:
-    """Return the value of the first pattern that matches the end of ``name``, else ``default``."""
+def pattern_value(patterns: Mapping[str, V] | None, name: str | Sequence[str], default: V) -> V:
+    """Return the value of the first pattern that matches the end of ``name``, or of one of several; or ``default``."""
     for key, value in (patterns or {}).items():
-        if _matches_end(key, name):
+        if any(_matches_end(key, one) for one in ([name] if isinstance(name, str) else name)):
             return value
     return default
 
@@ -288,7 +303,9 @@ def _check_indices(config: LoRAConfig, names: Iterable[str]) -> None:
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output embeddings of a model that can name them, as transformers' models do."""
+    """Return the output embeddings of a model that can name them, as transformers' models do, or Megatron-core's."""
+    if is_megatron(model):
+        return getattr(model, "output_layer", None)
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     return get_output_embeddings() if callable(get_output_embeddings) else None
 

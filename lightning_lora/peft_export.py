@@ -27,9 +27,10 @@ from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.megatron_view import adapted_view
 from lightning_lora.peft_format import PREFIX, Entry, laid_out, write_directory
 from lightning_lora.portable import make_portable
-from lightning_lora.root import clean_name, name_or_path
+from lightning_lora.root import clean_name, is_megatron, name_or_path
 from lightning_lora.sharded import is_sharded, whole
 
 _TASK_TYPES = {
@@ -87,6 +88,12 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: PEFT would compute something else from the file.
     """
+    if is_megatron(root):
+        view, sources = adapted_view(root)
+        description = describe_for_peft(view)
+        description["entries"] = [(key, *_from(names[0], sources)) for key, _, names in description["entries"]]
+        description["config"]["task_type"] = "CAUSAL_LM"
+        return description
     for name, layer in named_lora_layers(root).items():
         if isinstance(layer, LoRAConv) and (layer.padding_mode != "zeros" or set(layer.dilation) != {1}):
             raise ValueError(
@@ -101,6 +108,11 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
         "entries": [(e.key, e.layout, list(e.names)) for e in _entries(root)],
         "metadata": {"base": metadata},
     }
+
+
+def _from(name: str, sources: Mapping[str, tuple[str, str]]) -> tuple[str, list[str]]:
+    layout, source = sources[name]
+    return layout, [source]
 
 
 def write_described(
@@ -128,7 +140,11 @@ def _parameters_by_layer(entries: Iterable[tuple[str, str, Sequence[str]]]) -> d
     """Return the names of adapted parameters by the layers' names in the file, which does not tell them."""
     suffix = ".lora_A.weight"
     names = {key.removesuffix(suffix): names[0] for key, _, names in entries if key.endswith(suffix)}
-    return {layer: name.replace(".lora_A_", ".") for layer, name in names.items() if ".lora_A_" in name}
+    return {
+        layer: name.replace(".lora_A_", ".")
+        for layer, name in names.items()
+        if ".lora_A_" in name and f"{layer}.".startswith(f"{PREFIX}{name.partition('.lora_A_')[0]}.")
+    }
 
 
 def _entries(root: nn.Module) -> list[Entry]:

@@ -117,6 +117,7 @@ def laid_out(layout: str, tensors: Sequence[Tensor]) -> Tensor:
     ``"plain"`` is the tensor itself. ``"experts_A"`` makes ``[E, r, in]`` expert-major rows ``[E r, in]``;
     ``"experts_B"`` makes ``[E, out, r]`` rank-major columns ``[out, r E]``. ``"residual_A"`` and ``"residual_B"`` put
     an adapter and its start under one another, ``[A; A0]`` and ``[B, -B0]``: the difference from the original base.
+    ``"rows_<first>_<count>_<all>"`` takes so many rows from the first on of every ``all``: q of a stack of q, k and v.
     """
     first = tensors[0]
     if layout == "experts_A":
@@ -127,6 +128,9 @@ def laid_out(layout: str, tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([first, tensors[1]])
     if layout == "residual_B":
         return torch.cat([first, -tensors[1]], dim=1)
+    if layout.startswith("rows_"):
+        start, count, group = map(int, layout.split("_")[1:])
+        return first.view(-1, group, *first.shape[1:])[:, start : start + count].flatten(0, 1).contiguous()
     assert layout == "plain", layout
     return first
 

@@ -19,9 +19,10 @@ from lightning_lora.layers import LoRALayer, mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.matching import is_all_linear, layer_index, pattern_value, select_layers, select_parameters
+from lightning_lora.megatron_view import adapted_view, skeleton
 from lightning_lora.peft_experts import fuse_experts
 from lightning_lora.peft_format import CONFIG_NAME, Adapter, checked_config, read_config, read_tensors, sorted_tensors
-from lightning_lora.root import clean_name
+from lightning_lora.root import clean_name, is_megatron
 
 
 def load_peft(
@@ -46,6 +47,8 @@ def load_peft(
         ValueError: the adapter is of another kind, does not fit the model, or its files are damaged.
     """
     directory = Path(directory)
+    if is_megatron(model):
+        return _load_megatron(model, directory)
     if (directory / DIFFUSERS_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
         values, loaded = read_diffusers(directory, component)
         peft_config = checked_config(values, directory / DIFFUSERS_NAME)
@@ -82,6 +85,17 @@ def load_peft(
     for target, first, rows in tails:
         with torch.no_grad():
             target[first:].copy_(rows)
+    return model
+
+
+def _load_megatron(model: nn.Module, directory: Path) -> nn.Module:
+    """Read a directory that names Hugging Face's layers into a Megatron-core model, by way of a skeleton of those."""
+    view = load_peft(skeleton(model), directory, check_base=False)
+    injection = injection_of(view)
+    assert injection is not None
+    inject_anew(model, injection.config, check_ranks=False)
+    _, sources = adapted_view(model)
+    copy_tensors({source: view.get_parameter(name).detach() for name, (_, source) in sources.items()}, model)
     return model
 
 

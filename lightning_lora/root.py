@@ -22,10 +22,12 @@ _NEW_HEAD_TASKS = (
 
 
 def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
-    """Return ``(path, root)``: the module named ``path``, else the one transformers model inside, else ``module``.
+    """Return ``(path, root)``: the module named ``path``, else the one pretrained model inside, else ``module``.
+
+    Pretrained models are transformers' and Megatron-core's.
 
     Raises:
-        ValueError: nothing has that name, or there are several transformers models to choose from.
+        ValueError: nothing has that name, or there are several pretrained models to choose from.
     """
     if path is not None:
         try:
@@ -38,7 +40,8 @@ def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modul
             ) from None
     found: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
-        if is_pretrained(child) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+        is_model = is_pretrained(child) or is_megatron(child)
+        if is_model and not any(name.startswith(f"{outer}.") or not outer for outer in found):
             found[name] = child
     if len(found) > 1:
         names = ", ".join(f"{name} ({type(child).__name__})" for name, child in found.items())
@@ -62,6 +65,12 @@ def is_pretrained(module: nn.Module) -> bool:
     """Whether this is a transformers model. transformers itself is not imported: no model without it."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+def is_megatron(module: nn.Module) -> bool:
+    """Whether this is Megatron-core's ``GPTModel``. Megatron-core itself is not imported: no model without it."""
+    gpt = sys.modules.get("megatron.core.models.gpt.gpt_model")
+    return gpt is not None and isinstance(module, gpt.GPTModel)
 
 
 def new_heads(root: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ FSDP2's are DTensors. What tensor parallelism splits are ordinary tensors, one p
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,18 @@ from torch import Tensor, nn
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import _StridedShard
 else:
     DTensor = None  # type: ignore[assignment, misc]  # a torch without distributed has none
 
 
-def split_over(part: Any, mesh: Any, dim: int) -> None:
-    """Note on a tensor that it is this rank's part, along ``dim``, of one that is split evenly over ``mesh``."""
-    part.lora_split = (mesh, dim)
+def split_over(part: Any, mesh: Any, dim: int, stripes: int = 1) -> None:
+    """Note on a tensor that it is this rank's part, along ``dim``, of one that is split evenly over ``mesh``.
+
+    Args:
+        stripes: of how many equal pieces along ``dim`` each rank has its share, one behind the other.
+    """
+    part.lora_split = (mesh, dim, stripes)
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -33,7 +39,9 @@ def logical(tensor: Any) -> Any:
     split = getattr(tensor, "lora_split", None)
     if split is None:
         return tensor
-    return DTensor.from_local(tensor.detach(), split[0], [Shard(split[1])], run_check=False)
+    mesh, dim, stripes = split
+    placement = Shard(dim) if stripes == 1 else _StridedShard(dim, split_factor=stripes)
+    return DTensor.from_local(tensor.detach(), mesh, [placement], run_check=False)
 
 
 def whole(tensor: Any) -> Tensor:
@@ -68,13 +76,35 @@ def write(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
-def box(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return ``(shape, offset)`` of this rank's part inside the whole tensor."""
+@dataclass(frozen=True)
+class Box:
+    """A rectangular piece of a tensor: where it begins in the whole and in this rank's part."""
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    local_offset: tuple[int, ...]
+
+
+def boxes(tensor: Any) -> list[Box]:
+    """Return the pieces of the whole tensor that this rank holds; several where it has a share of every stripe."""
+    start = (0,) * tensor.ndim
     if not is_sharded(tensor):
-        return tuple(tensor.shape), (0,) * tensor.ndim
+        return [Box(tuple(tensor.shape), start, start)]
     described = logical(tensor)
-    shape, offset = compute_local_shape_and_global_offset(described.shape, described.device_mesh, described.placements)
-    return tuple(shape), tuple(offset)
+    placement = described.placements[0]
+    if not isinstance(placement, _StridedShard):
+        mesh, placements = described.device_mesh, described.placements
+        shape, offset = compute_local_shape_and_global_offset(described.shape, mesh, placements)
+        return [Box(tuple(shape), tuple(offset), start)]
+    dim, stripes = placement.dim, placement.split_factor
+    stripe, rank = described.shape[dim] // stripes, described.device_mesh.get_local_rank()
+    size = stripe // described.device_mesh.size()
+    shape = tuple(size if d == dim else length for d, length in enumerate(described.shape))
+
+    def moved(by: int) -> tuple[int, ...]:
+        return tuple(by if d == dim else 0 for d in range(len(shape)))
+
+    return [Box(shape, moved(i * stripe + rank * size), moved(i * size)) for i in range(stripes)]
 
 
 def shard_group(tensors: Iterable[Any]) -> Any:
@@ -83,7 +113,7 @@ def shard_group(tensors: Iterable[Any]) -> Any:
         if is_sharded(tensor):
             described = logical(tensor)
             for dimension, placement in enumerate(described.placements):
-                if placement.is_shard():
+                if not placement.is_replicate():
                     return described.device_mesh.get_group(dimension)
     return None
 

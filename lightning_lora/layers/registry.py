@@ -10,6 +10,7 @@ from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.dora import dora_mixin
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
+from lightning_lora.layers.megatron import COLUMN, ROW, LoRAMegatronLinear
 
 # keys are classes, or full names of classes whose package need not be installed
 _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
@@ -21,6 +22,8 @@ _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
     nn.Conv2d: LoRAConv,
     nn.Conv3d: LoRAConv,
     nn.MultiheadAttention: LoRAMultiheadAttention,
+    COLUMN: LoRAMegatronLinear,
+    ROW: LoRAMegatronLinear,
 }
 
 
@@ -75,4 +78,4 @@ def is_read_by_parent(parent: nn.Module, child_name: str) -> bool:
 def is_linear(layer: nn.Module) -> bool:
     """Whether ``"all-linear"`` means this layer."""
     mixin = mixin_for(layer)
-    return mixin is not None and issubclass(mixin, LoRALinear)
+    return mixin is not None and issubclass(mixin, (LoRALinear, LoRAMegatronLinear))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.inject import injection_of, named_lora_layers
 from lightning_lora.root import clean_name, is_pretrained, name_or_path
 from lightning_lora.sharded import (
-    box,
+    boxes,
     class_name,
     is_sharded,
     local_part,
@@ -208,15 +208,19 @@ def _copy_slice(target: Tensor, source: Any, name: str) -> None:
     expected = tuple(logical(target).shape)
     if shape != expected:
         raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}")
-    sizes, offsets = box(target)
-    if 0 in sizes:
-        return
     with torch.no_grad():
-        if is_sharded(target):
-            part = source[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
-        else:
-            part = source[:] if shape else source[...]
-        local_part(target.detach()).copy_(part)
+        if not is_sharded(target):
+            target.copy_(source[:] if shape else source[...])
+            return
+        part = local_part(target.detach())
+        for box in boxes(target):
+            if 0 not in box.shape:
+                values = source[tuple(map(_range, box.offset, box.shape))]
+                part[tuple(map(_range, box.local_offset, box.shape))].copy_(values)
+
+
+def _range(start: int, size: int) -> slice:
+    return slice(start, start + size)
 
 
 def _copy_whole(target: Tensor, value: Tensor, name: str) -> None:

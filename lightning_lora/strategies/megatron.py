@@ -1,5 +1,6 @@
 """``MegatronLoRAStrategy``: tensor parallelism with Megatron-core's groups and collectives, for models with a plan."""
 
+import os
 import sys
 from datetime import timedelta
 from types import ModuleType
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_lora.inject import injected_roots
+from lightning_lora.megatron_split import check_built, let_gradients_through_recomputed, mesh_of
+from lightning_lora.root import is_megatron
 from lightning_lora.sharded import is_sharded
 from lightning_lora.strategies import megatron_cpu
 from lightning_lora.strategies.base_weights import materialize
@@ -62,15 +65,11 @@ class MegatronRanks(Launched):
         for name, size in others.items():
             if size != 1:
                 raise ValueError(f"{name}={size} is not served: tensor and data parallelism are. Leave it at 1")
-        if sequence_parallel:
-            raise ValueError(
-                "sequence_parallel=True is not served for models with a plan: Megatron-core gathers the first "
-                "dimension, which is the batch in them"
-            )
         if tensor_parallel_size != "auto" and (not isinstance(tensor_parallel_size, int) or tensor_parallel_size < 1):
             raise ValueError(f"tensor_parallel_size={tensor_parallel_size!r} must be 'auto' or a positive integer")
         self.tensor_parallel_size = tensor_parallel_size
         self.plan = plan
+        self.sequence_parallel = sequence_parallel
         self.base_weights = base_weights
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -104,7 +103,8 @@ class MegatronRanks(Launched):
             state.destroy_model_parallel()
         if not state.model_parallel_is_initialized():
             state.initialize_model_parallel(tensor_model_parallel_size=size, create_gloo_process_groups=False)
-        self._device_mesh = DeviceMesh.from_group(state.get_tensor_model_parallel_group(), self.root_device.type)
+        self._device_mesh = mesh_of(state.get_tensor_model_parallel_group(), self.root_device.type)
+        seed_ranks(self.device_mesh)
         replicas = self.world_size // size
         rank_zero_info(f"megatron_lora: {self.world_size} ranks = {replicas} data-parallel x {size} tensor-parallel")
 
@@ -113,16 +113,37 @@ class MegatronRanks(Launched):
         refuse_other_sizes(model, self.root_device)
         same_random_numbers(self.device_mesh)
         for root in injected_roots(model).values():
-            check_replicated(root)
-            if not any(is_sharded(parameter) for parameter in root.parameters()):
-                make_equal(root, self.root_device)
-                counts = split(root, plan_of(root, self.plan), self.device_mesh)
-                split_into = ", ".join(f"{kind} x{number}" for kind, number in counts.items())
-                rank_zero_info(f"{type(root).__name__} split: {split_into}")
-            materialize(root, self.base_weights, self.root_device)
+            if is_megatron(root):
+                self._place_megatron(root)
+            else:
+                self._place_by_plan(root)
         move_to(model, self.root_device)
         broadcast_replicated(model, self.root_device)
         self._checked_batch = False
+
+    def _place_by_plan(self, root: nn.Module) -> None:
+        if self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel=True is served for Megatron-core's models, not for {type(root).__name__}, which is "
+                "split by a plan: Megatron-core gathers the first dimension, which is the batch there"
+            )
+        check_replicated(root)
+        if not any(is_sharded(parameter) for parameter in root.parameters()):
+            make_equal(root, self.root_device)
+            counts = split(root, plan_of(root, self.plan), self.device_mesh)
+            split_into = ", ".join(f"{kind} x{number}" for kind, number in counts.items())
+            rank_zero_info(f"{type(root).__name__} split: {split_into}")
+        materialize(root, self.base_weights, self.root_device)
+
+    def _place_megatron(self, root: Any) -> None:
+        check_built(root, self.device_mesh.size())
+        if self.sequence_parallel and not root.config.sequence_parallel:
+            raise ValueError(
+                "the strategy has sequence_parallel=True, and the model was built without: give its config "
+                "sequence_parallel=True"
+            )
+        make_equal(root, self.root_device, parallel_state().get_data_parallel_group())
+        let_gradients_through_recomputed(root)
 
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         """Return what averages the gradients of a placed model: of whole factors, and of parts."""
@@ -148,8 +169,8 @@ class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
             ranks and the model's heads and whose share of the base fills at most half a device.
         plan: ``{"layers.*.attention.query": "colwise", ...}``, instead of transformers' ``base_model_tp_plan``.
         base_weights: as for :class:`~lightning_lora.FSDPLoRAStrategy`: each rank reads its slices of a base on meta.
-        sequence_parallel: not served for models with a plan: Megatron-core gathers the first dimension, which is the
-            batch there.
+        sequence_parallel: hold Megatron-core's models to their config's ``sequence_parallel=True``. Not served for
+            models with a plan: Megatron-core gathers the first dimension, which is the batch there.
         pipeline_parallel_size, context_parallel_size, expert_parallel_size: 1; more is not served.
         process_group_backend: ``"nccl"``, ``"gloo"``, ...; ``None`` takes the device's.
         timeout: of collectives.
@@ -268,6 +289,20 @@ def same_random_numbers(mesh: DeviceMesh) -> None:
         state = torch.cuda.get_rng_state().cuda()
         torch.distributed.broadcast(state, first, group=group)
         torch.cuda.set_rng_state(state.cpu())
+
+
+def seed_ranks(mesh: DeviceMesh) -> None:
+    """Let ranks that share a model draw the same, and differently where Megatron-core wants them to differ.
+
+    Its own streams start from the seed of ``seed_everything``, or from the first rank's.
+    """
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    same_random_numbers(mesh)
+    seed = torch.tensor(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31)), device=mesh.device_type)
+    torch.distributed.broadcast(seed, 0)
+    with torch.random.fork_rng():
+        model_parallel_cuda_manual_seed(int(seed), force_reset_rng=True)
 
 
 def check_same_batch(batch: Any, mesh: DeviceMesh) -> None:

@@ -1,13 +1,20 @@
-"""A stand-in for what Megatron-core hard-codes to CUDA, so that a tensor-parallel run can be tried and tested on CPU.
+"""A stand-in for what Megatron-core hard-codes to CUDA, so that tensor-parallel runs can be tried and tested on CPU.
 
-Its collectives make their buffers on ``torch.cuda.current_device()``. Here that is the CPU.
+Megatron-core reads ``torch.cuda`` where it makes buffers, keeps random states and copies between streams. Here the CPU
+and its generator stand in: ``install()`` patches those places of Megatron-core, and of torch only
+``torch.cuda.current_device``. A ``GPTModel`` of local layers, experts included, is then built and trained on gloo.
 """
+
+import copy
+from functools import wraps
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
 
 def install() -> None:
-    """Let ``torch.cuda.current_device()`` name the CPU, for this process. A second call does nothing.
+    """Let Megatron-core run on the CPU, for this process. A second call does nothing.
 
     Raises:
         ValueError: there is a CUDA device, which Megatron-core would then be kept from.
@@ -17,8 +24,95 @@ def install() -> None:
             "'megatron_lora' on CPU stands in for what Megatron-core hard-codes to CUDA, which is refused on a machine "
             "with a CUDA device: use accelerator='gpu', or hide the devices with CUDA_VISIBLE_DEVICES="
         )
+    if torch.cuda.current_device is _cpu:
+        return
+    _draw_from_the_cpu()
+    _mask_on_the_cpu()
+    _norms_under_sequence_parallelism()
+    name_te_general_gemm()
+    _dispatch_without_streams()
     torch.cuda.current_device = _cpu  # type: ignore[assignment]  # an index in torch; both name a device
 
 
+def name_te_general_gemm() -> None:
+    """Give the router's module the name that it reads without Transformer Engine, on CUDA devices too.
+
+    ``moe_utils.py`` of 0.16 imports ``te_general_gemm`` with Transformer Engine alone, and its gating then asks
+    ``if te_general_gemm is not None``.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def _cpu() -> torch.device:
+    """Stand for the device of every ``torch.empty(..., device=torch.cuda.current_device())``."""
     return torch.device("cpu")
+
+
+def _draw_from_the_cpu() -> None:
+    """Let ``tensor_parallel/random.py`` see a torch whose CUDA generator is the CPU's, and that has no other.
+
+    The states that ``add``, ``fork``, ``model_parallel_cuda_manual_seed`` and recomputation read and set are then the
+    CPU's. With a second generator beside it, which would be the same one, ``fork`` warns that it moved.
+    """
+    from megatron.core.tensor_parallel import random
+
+    none = torch.empty(0, dtype=torch.uint8)
+    cuda = _view(
+        torch.cuda,
+        get_rng_state=torch.get_rng_state,
+        manual_seed=torch.default_generator.manual_seed,  # torch.manual_seed seeds other devices, too
+    )
+    random.torch = _view(torch, cuda=cuda, get_rng_state=lambda: none, set_rng_state=lambda state: None)
+    # both reach for torch.cuda.default_generators; their other arguments are a device and whether to clone
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, *_, **__: torch.set_rng_state(new_state)
+
+
+def _view(module: ModuleType, **replaced: Any) -> SimpleNamespace:
+    """Return a module's names with some replaced, for the one who is given it."""
+    return SimpleNamespace(**{**vars(module), **replaced})
+
+
+def _mask_on_the_cpu() -> None:
+    """Replace ``transformer/utils.py``'s ``torch.ones(sq, sq, device="cuda")``, where the softmax imports it from."""
+    from megatron.core.fusions import fused_softmax
+
+    fused_softmax.get_default_causal_mask = lambda sq: torch.ones(sq, sq, dtype=torch.bool).triu(1)
+
+
+def _norms_under_sequence_parallelism() -> None:
+    """Pass ``torch_norm.py``'s ``assert not config.sequence_parallel``, and mark the weights as its other norms do.
+
+    The mark makes Megatron-core's ``finalize_model_grads`` sum what the ranks' parts of the sequence contribute.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    build = WrappedTorchNorm.__new__
+
+    @wraps(build)
+    def build_anyway(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = copy.copy(config)
+        whole.sequence_parallel = False
+        norm = build(cls, whole, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = build_anyway
+
+
+def _dispatch_without_streams() -> None:
+    """Let the ``alltoall`` dispatcher of experts make no ``torch.cuda.Stream()`` and copy nothing on it to the host.
+
+    What ``_maybe_dtoh_and_synchronize`` copies are the numbers of tokens per expert; with all experts on every rank
+    nothing else is read on the host.
+    """
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()  # made where it is None
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = lambda self, point, tokens_per_expert=None: (
+        tokens_per_expert
+    )

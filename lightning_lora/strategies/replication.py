@@ -36,17 +36,20 @@ def refuse_other_sizes(module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def make_equal(root: nn.Module, device: torch.device) -> None:
-    """Give every rank rank 0's base where they differ, as random weights without a seed do."""
+def make_equal(root: nn.Module, device: torch.device, group: ProcessGroup | None = None) -> None:
+    """Give every rank of ``group``, or of all, its first's base where they differ, as random weights without a seed do.
+
+    Of tensors that are spread over ranks, the ranks of the group must hold the same part.
+    """
     tensors = {
         clean_name(name): parameter
         for name, parameter in root.named_parameters()
         if parameter.device.type != "meta" and parameter.is_floating_point()
     }
-    others = differ(torch.stack(local_hashes(tensors.values())).to(device)) if tensors else []
+    others = differ(torch.stack(local_hashes(tensors.values())).to(device), group) if tensors else []
     for tensor, is_other in zip(tensors.values(), others, strict=True):
         if is_other:
-            _broadcast(tensor, device)
+            _broadcast(tensor, device, group)
 
 
 def differ(numbers: Tensor, group: ProcessGroup | None = None) -> list[bool]:
@@ -94,7 +97,8 @@ def broadcast_together(tensors: Sequence[Tensor], device: torch.device) -> None:
             tensor.copy_(values.view_as(tensor))
 
 
-def _broadcast(tensor: Tensor, device: torch.device) -> None:
+def _broadcast(tensor: Tensor, device: torch.device, group: ProcessGroup | None) -> None:
     values = tensor.detach().to(device).contiguous()
-    torch.distributed.broadcast(values, 0)
+    first = 0 if group is None else torch.distributed.get_global_rank(group, 0)
+    torch.distributed.broadcast(values, first, group=group)
     tensor.detach().copy_(values)
