@@ -170,6 +170,17 @@ class LoRAMegatronLinear(LoRALayer):
         rows = self.base_weight.shape[0]
         return torch.cat([pair.A for pair in pairs.values()]), self.lora_stack.assembled(factors, ranks, rows)
 
+    @override
+    def dropout_seed(self) -> Tensor | None:
+        base: Any = self
+        if not base.config.sequence_parallel or next(iter(self.pairs().values())).A.device.type != "cpu":
+            return super().dropout_seed()
+        # a whole block runs on a stream that differs between ranks then; on CPU this is the stream of the seeds, too
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        with get_cuda_rng_tracker().fork("data-parallel-rng"):
+            return super().dropout_seed()
+
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
         base: Any = super()
         if not self.lora_active:

@@ -192,6 +192,13 @@ class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
         self.form_groups(self.lightning_module)
 
     @override
+    def _own_random_state(self) -> dict[str, Any]:
+        assert self._random_states is not None
+        first = torch.distributed.get_global_rank(self.device_mesh.get_group(), 0)
+        # ranks that share a model now may not have shared one when the file was written
+        return {**self._random_states[first], "megatron": super()._own_random_state().get("megatron", {})}
+
+    @override
     def place(self, model: nn.Module) -> None:
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The state of all random generators of a process, in values that a safe ``torch.load`` can read."""
 
 import random
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 
 def collect() -> dict[str, Any]:
-    """Return the states of torch (CPU and every CUDA device), numpy and ``random``."""
+    """Return the states of torch (CPU and every CUDA device), numpy, ``random``, and Megatron-core's streams."""
     numpy_state: Any = np.random.get_state(legacy=True)  # a tuple; the annotation also allows a dict
     kind, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
@@ -18,6 +19,7 @@ def collect() -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
         "python": (version, list(internal), gauss_next),
+        "megatron": _megatron_states(),
     }
 
 
@@ -48,3 +50,19 @@ def restore(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
+    own = _megatron_states()
+    if own and state.get("megatron", {}).keys() == own.keys():
+        _megatron_tracker().set_states({name: tensor.cpu() for name, tensor in state["megatron"].items()})
+
+
+def _megatron_tracker() -> Any:
+    """Return Megatron-core's record of its own random streams, where it was set up."""
+    streams = sys.modules.get("megatron.core.tensor_parallel.random")
+    return None if streams is None else streams.get_cuda_rng_tracker()
+
+
+def _megatron_states() -> dict[str, torch.Tensor]:
+    tracker = _megatron_tracker()
+    states = {} if tracker is None else tracker.get_states()
+    # graph-safe ones are generators, which a checkpoint cannot hold
+    return {name: tensor for name, tensor in states.items() if isinstance(tensor, torch.Tensor)}

@@ -1,0 +1,421 @@
+"""One rank of Trainer runs of a Megatron-core model under ``megatron_lora``, on the batches that one process would see."""
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    MegatronLoRAStrategy,
+    disabled,
+    inject,
+    load_peft,
+    merge,
+    merged,
+    remove,
+    save_peft,
+    unmerge,
+)
+from lightning_lora.inject import named_adapter_parameters
+from lightning_lora.megatron_models import gpt_model, load_hf_weights
+from lightning_lora.megatron_view import adapted_view
+from lightning_lora.peft_format import laid_out
+from lightning_lora.sharded import is_sharded, split_over, whole
+from tests import models
+from tests.distributed.counting import counted_collectives
+from tests.distributed.ddp_script import rank_loader
+from tests.distributed.fsdp_script import fit
+from tests.distributed.launch import report
+from tests.distributed.megatron_script import AfterTheSearch, AtMidway
+
+
+def hugging_face() -> torch.nn.Module:
+    """A Qwen3 whose key-value heads four ranks divide, four queries to each two of them."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=8, vocab_size=models.VOCAB, tie_word_embeddings=False, max_position_embeddings=64,
+    )  # fmt: skip
+    return models._seeded(lambda: Qwen3ForCausalLM(config))
+
+
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+class Module(pl.LightningModule):
+    """Builds a ``GPTModel`` with the weights of Hugging Face's, and keeps what a step was made of."""
+
+    lr = 1e-2
+
+    def __init__(self, source: Any, **overrides: Any) -> None:
+        super().__init__()
+        self.source, self.overrides, self.model = str(source), overrides, None
+        self.losses: list[float] = []
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = gpt_model(self.source, **self.overrides)
+            load_hf_weights(self.model, self.source)
+            for part in self.model.modules():
+                for name, child in part.named_children():
+                    if isinstance(child, torch.nn.Dropout):  # it draws numbers for p=0, too
+                        setattr(part, name, torch.nn.Identity())
+
+    def logits(self, batch: Tensor) -> Tensor:
+        positions = torch.arange(batch.shape[1])[None].expand_as(batch)
+        return self.model(batch, positions, None, runtime_gather_output=True)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        positions = torch.arange(batch.shape[1])[None].expand_as(batch)
+        loss = self.model(batch, positions, None, labels=batch.roll(-1, 1))[:, :-1].mean()  # [batch, tokens]
+        self.losses.append(loss.item())
+        return loss
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.logits(batch)
+
+    def on_train_start(self) -> None:
+        torch.manual_seed(7)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not hasattr(self, "gradients"):
+            self.gradients = in_hugging_face(self.model, {n: gradient(p) for n, p in self.model.named_parameters()})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr, eps=1e-4)
+
+
+def gradient(parameter: Any) -> Any:
+    """Return the whole gradient of a parameter, or ``None``."""
+    if parameter.grad is None:
+        return None
+    value = parameter.grad.detach().clone()
+    if hasattr(parameter, "lora_split"):
+        split_over(value, *parameter.lora_split)
+    return whole(value)
+
+
+def in_hugging_face(model: Any, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Return tensors of the adapters under Hugging Face's names."""
+    _, sources = adapted_view(model)
+    return {name: laid_out(layout, [tensors[source]]) for name, (layout, source) in sources.items()}
+
+
+def adapters(module: Module) -> dict[str, Tensor]:
+    tensors = {name: whole(p).detach().clone() for name, p in named_adapter_parameters(module)}
+    return in_hugging_face(module.model, tensors)
+
+
+def whole_factors(module: Any) -> dict[str, Tensor]:
+    named = module.named_parameters()
+    return {n: p.detach().clone() for n, p in named if p.requires_grad and not is_sharded(p)}
+
+
+def run(directory: Path, size: int, module: Module, **settings: Any) -> tuple[Any, Module]:
+    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    replicas = num_ranks // size
+    data = rank_loader(rank // size, replicas)
+    options = settings.pop("options", {})
+    strategy = MegatronLoRAStrategy(tensor_parallel_size=size, **options)
+    return fit(directory, module, strategy, loaders={"train_dataloaders": data}, **settings), module
+
+
+def training(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Every layout: tensor-parallel ranks, sequence parallelism, recomputation."""
+    found: dict[str, Any] = {}
+    source = directory / "hf"
+    for size in sorted({2, num_ranks}):
+        for sequence_parallel in (False, True):
+            for recompute in ({}, RECOMPUTE):
+                name = f"tp{size}" + ("-sp" if sequence_parallel else "") + ("-recompute" if recompute else "")
+                module = Module(source, sequence_parallel=sequence_parallel, **recompute)
+                options = {"sequence_parallel": sequence_parallel}
+                trainer, _ = run(directory / name, size, module, max_epochs=2, options=options)
+                found[name] = {
+                    "losses": module.losses, "gradients": module.gradients, "adapters": adapters(module),
+                    "raw": whole_factors(module), "size": size,
+                }  # fmt: skip
+    return found
+
+
+def variants(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Clipping and accumulation, dropout, fused pairs, parts of layers."""
+    found: dict[str, Any] = {}
+    source = directory / "hf"
+    for size in sorted({2, num_ranks}):
+        settings = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
+        _, clipped = run(directory / "clipped", size, Module(source), **settings)
+        found[f"clipped tp{size}"] = adapters(clipped)
+    found["layer dropout"] = {sp: dropped_column(sp) for sp in (False, True)}
+    for sequence_parallel in (False, True):
+        dropped = Module(source, sequence_parallel=sequence_parallel)
+        run(directory / "dropped", num_ranks, dropped, lora={"dropout": 0.3})
+        found[f"dropped {sequence_parallel}"] = (dropped.losses, whole_factors(dropped))
+    trainer, fused = run(directory / "fused", num_ranks, Module(source), lora={"fused_pairs": True})
+    found["fused"] = (fused.losses, whole_factors(fused), [n for n, _ in named_adapter_parameters(fused)])
+    save_peft(fused.model, directory / "fused-peft")
+    found["fused logits"] = logits_of(fused)
+    _, resumed = run(
+        directory / "fused2", 2, Module(source), lora={"fused_pairs": True}, ckpt_path=directory / "fused" / "epoch=0.ckpt",
+        max_epochs=2,
+    )  # fmt: skip
+    found["fused resumed"] = resumed.losses
+    targets = {"target_modules": ["q_proj", "v_proj", "linear_fc2"], "rank_pattern": {"v_proj": 2, "linear_fc2": 6}}
+    _, parts = run(directory / "parts", num_ranks, Module(source), lora=targets)
+    found["parts"] = {"gradients": parts.gradients, "adapters": adapters(parts)}
+    return found
+
+
+def column(sequence_parallel: bool, **lora: Any) -> Any:
+    """Return a frozen column-parallel layer 32 -> 64 in a container, adapted if ``lora`` says how."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    torch.manual_seed(3)
+    layer = torch.nn.Sequential(
+        ColumnParallelLinear(
+            32, 64, config=layer_config(sequence_parallel), init_method=torch.nn.init.xavier_normal_, bias=False,
+            skip_bias_add=True, gather_output=False,
+        )
+    )  # fmt: skip
+    layer[0].weight.requires_grad_(False)
+    return inject(layer, LoRAConfig(r=4, target_modules=["0"], **lora)) if lora else layer
+
+
+def row(sequence_parallel: bool, **lora: Any) -> Any:
+    """Return a frozen row-parallel layer 64 -> 32 in the same way."""
+    from megatron.core.tensor_parallel import RowParallelLinear
+
+    torch.manual_seed(3)
+    layer = torch.nn.Sequential(
+        RowParallelLinear(
+            64, 32, config=layer_config(sequence_parallel), init_method=torch.nn.init.xavier_normal_, bias=False,
+            skip_bias_add=True, input_is_parallel=True,
+        )
+    )  # fmt: skip
+    layer[0].weight.requires_grad_(False)
+    return inject(layer, LoRAConfig(r=4, target_modules=["0"], **lora)) if lora else layer
+
+
+def layer_config(sequence_parallel: bool) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, use_cpu_initialization=True, add_bias_linear=False,
+        tensor_model_parallel_size=int(os.environ["WORLD_SIZE"]), sequence_parallel=sequence_parallel,
+    )  # fmt: skip
+
+
+def dropped_column(sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, A's whole gradient and the input's of a layer with dropout, for one seed."""
+    layer = column(sequence_parallel, dropout=0.4)
+    torch.manual_seed(4)
+    x = torch.randn(8, 2, 32)
+    layer[0].lora_B.data.copy_(torch.randn(64, 4).chunk(int(os.environ["WORLD_SIZE"]))[int(os.environ["RANK"])])
+    if sequence_parallel:
+        x = x.chunk(int(os.environ["WORLD_SIZE"]))[int(os.environ["RANK"])]
+    x.requires_grad_()
+    with mock.patch.object(type(layer[0]), "dropout_seed", return_value=torch.tensor(123)):
+        y = layer[0](x)[0]
+    y.square().sum().backward()
+    grad_A, grad_x = layer[0].lora_A.grad.clone(), x.grad
+    torch.distributed.all_reduce(grad_A)
+    if sequence_parallel:
+        parts = [torch.empty_like(grad_x) for _ in range(int(os.environ["WORLD_SIZE"]))]
+        torch.distributed.all_gather(parts, grad_x)
+        grad_x = torch.cat(parts)
+    return y.detach(), grad_A, grad_x
+
+
+def logits_of(module: Module) -> Tensor:
+    module.eval()
+    with torch.no_grad():
+        return module.logits(models.token_ids(4, 8, seed=2)).clone()
+
+
+def files(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """One layout's checkpoint under another, and PEFT directories in and out."""
+    found: dict[str, Any] = {}
+    source = directory / "hf"
+    sizes = {"tp1": 1, "tp2": 2} | ({"tp4-sp": 4} if num_ranks == 4 else {"tp2-sp": 2})
+    run(directory / "tp1", 1, Module(source), max_epochs=1)
+    for written in sizes:
+        module, midway = Module(source), AtMidway()
+        path = directory / written / "epoch=0.ckpt"
+        run(directory / "resumed", num_ranks, module, ckpt_path=path, max_epochs=2, callbacks=(midway,))
+        found[f"from {written}"] = {"losses": module.losses, "adapters": adapters(module)}
+        found[f"moments {written}"] = moments(module, midway.moments)
+    one = Module(source)
+    run(directory / "to1", 1, one, ckpt_path=directory / "tp2" / "epoch=0.ckpt", max_epochs=2)
+    found["to tp1"] = adapters(one)
+    trained = Module(source)
+    run(directory / "exported", num_ranks, trained)
+    save_peft(trained.model, directory / "peft")
+    found["exported"] = logits_of(trained)
+    with torch.no_grad(), merged(trained):
+        found["merged"] = logits_of(trained)
+    with disabled(trained):
+        found["disabled"] = logits_of(trained)
+    merge(trained)
+    unmerge(trained)
+    found["unmerged"] = logits_of(trained)
+    bare = gpt_model(str(source))
+    load_hf_weights(bare, source)
+    load_peft(bare, directory / "hf-peft")
+    trained.model = bare
+    found["imported"] = logits_of(trained)
+    remove(bare)
+    found["removed"] = logits_of(trained)
+    return found
+
+
+def moments(module: Module, states: Any) -> dict[str, Any]:
+    """Return Adam's moments, whole, by parameter."""
+    names = {id(p): (n, p) for n, p in module.named_parameters()}
+    optimizer = module.trainer.optimizers[0]
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    found: dict[str, Any] = {}
+    for (name, parameter), own in zip(order, states, strict=True):
+        for key, value in own.items():
+            if hasattr(parameter, "lora_split") and value.shape == parameter.shape:
+                value = value.clone()
+                split_over(value, *parameter.lora_split)
+            found[f"{name}.{key}"] = whole(value)
+    return found
+
+
+@contextmanager
+def counted() -> Any:
+    """Count Megatron-core's collectives too, which it looked up when it was imported."""
+    from megatron.core.tensor_parallel import layers, mappings, utils
+
+    with counted_collectives() as sizes:
+        gather = {"dist_all_gather_func": torch.distributed.all_gather_into_tensor}
+        scatter = {"dist_reduce_scatter_func": torch.distributed.reduce_scatter_tensor}
+        with (
+            mock.patch.multiple(layers, **gather, **scatter),
+            mock.patch.multiple(mappings, **gather, **scatter),
+            mock.patch.multiple(utils, **gather),
+        ):
+            yield sizes
+
+
+def traffic(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """What one layer, and one whole model, exchange in forward and backward, with and without adapters."""
+    found: dict[str, Any] = {}
+    for sequence_parallel in (False, True):
+        for build in (column, row):
+            for adapted in (False, True):
+                layer = build(sequence_parallel, **({"dropout": 0.1} if adapted else {}))
+                tokens = 8 // num_ranks if sequence_parallel and build is column else 8
+                x = torch.randn(tokens, 2, 32 if build is column else 64 // num_ranks, requires_grad=True)
+                with counted() as forward:
+                    y = layer[0](x)[0]
+                with counted() as backward:
+                    y.sum().backward()
+                found[f"{build.__name__} {sequence_parallel} {adapted}"] = (dict(forward), dict(backward))
+    for sequence_parallel in (False, True):
+        for adapted in (False, True):
+            module = Module(directory / "hf", sequence_parallel=sequence_parallel)
+            module.configure_model()
+            module.model.requires_grad_(False)
+            module.model.embedding.register_forward_hook(lambda *args: args[2].requires_grad_(True))
+            if adapted:
+                inject(module.model, LoRAConfig(r=4))
+            with counted() as forward:
+                loss = module.training_step(models.token_ids(2, 8, seed=1), 0)
+            with counted() as backward:
+                loss.backward()
+            found[f"model {sequence_parallel} {adapted}"] = (dict(forward), dict(backward))
+    return found
+
+
+def company(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Tools around a run, and a second one."""
+    found: dict[str, Any] = {}
+    module, search = Module(directory / "hf"), AfterTheSearch(num_training_steps=3, early_stop_threshold=None)
+    trainer, _ = run(directory / "searched", 2, module, callbacks=(search,))
+    found["after_search"] = search.adapters
+    batch = models.token_ids(4, 8, seed=2)
+    predicting = pl.Trainer(
+        accelerator="cpu", devices=num_ranks, strategy=MegatronLoRAStrategy(tensor_parallel_size=2), logger=False,
+        callbacks=[LoRACallback(r=4)], use_distributed_sampler=False, enable_model_summary=False,
+        enable_progress_bar=False,
+    )  # fmt: skip
+    found["predicted"] = (
+        predicting.predict(module, torch.utils.data.DataLoader(batch, batch_size=4))[0],
+        logits_of(module),
+    )
+    found["searched"] = len(module.losses) - trainer.global_step
+    trainer.fit_loop.max_epochs = 2
+    trainer.callbacks.remove(search)
+    trainer.fit(module, rank_loader(int(os.environ["RANK"]) // 2, num_ranks // 2))
+    found["steps"] = len(module.losses)
+    return found
+
+
+class Trains(Module):
+    """Trains norms and the output layer whole."""
+
+
+def whole_modules(directory: Path, num_ranks: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    lora = {"target_modules": ["q_proj"], "modules_to_save": ["q_layernorm", "final_layernorm", "output_layer"]}
+    for sequence_parallel in (False, True):
+        module = Module(directory / "hf", sequence_parallel=sequence_parallel)
+        module.on_before_optimizer_step = lambda optimizer: None
+        run(directory / "whole", num_ranks, module, lora=lora)
+        names = ("q_layernorm", "final_layernorm", "output_layer")
+        found[str(sequence_parallel)] = {
+            n: whole(p).detach().clone() for n, p in module.model.named_parameters() if any(m in n for m in names)
+        }
+    return found
+
+
+def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
+    source = directory / "hf"
+    early = Module(source)
+    early.configure_model()  # for the groups of the run before
+    cases: dict[str, Any] = {
+        "built early": lambda: run(directory / "no", num_ranks, early_built(source)),
+        "sequence": lambda: run(directory / "no", 2, Module(source), options={"sequence_parallel": True}),
+        "dora": lambda: run(directory / "no", 2, Module(source), lora={"use_dora": True}),
+        "typo": lambda: run(directory / "no", 2, Module(source), lora={"target_modules": ["q_prj"]}),
+        "rank": lambda: run(directory / "no", 2, Module(source), ckpt_path=directory / "tp2" / "epoch=0.ckpt", lora={"r": 2}),
+    }  # fmt: skip
+    found: dict[str, str] = {}
+    for name, case in cases.items():
+        try:
+            case()
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def early_built(source: Path) -> Module:
+    """A module whose model was built while Megatron-core had other groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(1, create_gloo_process_groups=False)
+    module = Module(source)
+    module.configure_model()
+    return module
+
+
+def main(directory: Path) -> None:
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    parts = (training, variants, files, company, whole_modules, traffic, refusals)
+    report(directory, {part.__name__: part(directory, num_ranks) for part in parts})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
