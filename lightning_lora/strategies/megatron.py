@@ -199,15 +199,6 @@ class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
         return {**self._random_states[first], "megatron": super()._own_random_state().get("megatron", {})}
 
     @override
-    def place(self, model: nn.Module) -> None:
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise ValueError(
-                "precision='16-mixed' is not served: after an overflow on one tensor-parallel rank, that rank alone "
-                "would skip its step. Use 'bf16-mixed' or 'bf16-true'"
-            )
-        super().place(model)
-
-    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if not self._checked_batch:
             check_same_batch(args, self.device_mesh)

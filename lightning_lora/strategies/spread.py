@@ -17,6 +17,7 @@ from lightning_lora.sharded import is_sharded
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.strategies.launched import Launched, check_adapted, reduced
+from lightning_lora.strategies.overflow import keep_overflows, share_overflows
 from lightning_lora.strategies.replication import broadcast_together, changing_buffers
 from lightning_lora.strategies.sharding import sharded_trainables
 
@@ -74,6 +75,7 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self._release()
             self._reducers = tuple(self.make_reducers(self.model))
+            share_overflows(getattr(self.precision_plugin, "scaler", None), self._before_unscaling)
             self._clip_reduced()
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
@@ -98,6 +100,10 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
         # Lightning hands every step a closure; under manual optimization one that does nothing
         if reduces or not self.lightning_module.automatic_optimization:
             self._reduce_pending()
+
+    def _before_unscaling(self) -> None:
+        self._take_in_unfrozen()
+        self._reduce_pending()
 
     def _reduce_pending(self) -> None:
         for reducer in self._reducers:
@@ -197,6 +203,7 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
         self._release()
         for name in ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value"):
             self.precision_plugin.__dict__.pop(name, None)
+        keep_overflows(getattr(self.precision_plugin, "scaler", None))
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
