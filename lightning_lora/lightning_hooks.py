@@ -1,9 +1,9 @@
 """The places where Lightning itself has to know about adapters and offers no hook.
 
-Importing the package registers ``"fsdp_lora"`` with Trainer and Fabric, and wraps Fabric's ``setup``, ``setup_module``,
-``save``, ``load`` and ``load_raw``, which no callback can reach in time, and the function behind
-``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most. Each wrapper
-looks for adapters first and is Lightning's own where there are none.
+Importing the package registers ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and wraps Fabric's
+``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in time, and the function
+behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most. Each
+wrapper looks for adapters first and is Lightning's own where there are none.
 """
 
 import functools
@@ -20,6 +20,7 @@ from torch import nn
 from lightning_lora.checkpoint import SECTION, fitting_tensors, section_of
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
+from lightning_lora.fabric import MegatronLoRAStrategy as FabricMegatronLoRAStrategy
 from lightning_lora.inject import inject, injected_roots
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
@@ -28,13 +29,15 @@ from lightning_lora.strategies.megatron import MegatronLoRAStrategy
 
 def install() -> None:
     """Wrap the methods and register the strategies' names; a second call does nothing."""
-    description = "the frozen base sharded with FSDP2, adapters whole, adapter-only checkpoints"
-    if "megatron_lora" not in StrategyRegistry:
-        tensor_parallel = "the base split over tensor-parallel ranks by its plan, adapter-only checkpoints"
-        StrategyRegistry.register("megatron_lora", MegatronLoRAStrategy, description=tensor_parallel)
-    for registry, strategy in ((StrategyRegistry, FSDPLoRAStrategy), (STRATEGY_REGISTRY, FabricFSDPLoRAStrategy)):
-        if "fsdp_lora" not in registry:
-            registry.register("fsdp_lora", strategy, description=description)
+    in_shards = "the frozen base sharded with FSDP2, adapters whole, adapter-only checkpoints"
+    split = "the base split over tensor-parallel ranks by its plan, adapter-only checkpoints"
+    for name, description, strategy, twin in (
+        ("fsdp_lora", in_shards, FSDPLoRAStrategy, FabricFSDPLoRAStrategy),
+        ("megatron_lora", split, MegatronLoRAStrategy, FabricMegatronLoRAStrategy),
+    ):
+        for registry, registered in ((StrategyRegistry, strategy), (STRATEGY_REGISTRY, twin)):
+            if name not in registry:
+                registry.register(name, registered, description=description)
     for name in ("setup", "setup_module", "save", "load", "load_raw"):
         method = getattr(Fabric, name)
         if not hasattr(method, "knows_adapters"):

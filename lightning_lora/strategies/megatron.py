@@ -313,3 +313,14 @@ def check_same_batch(batch: Any, mesh: DeviceMesh) -> None:
             "ranks that share a model were given different batches: split the data by the strategy's "
             "distributed_sampler_kwargs (Lightning's own sampler does), not by the global rank"
         )
+
+
+def check_first_batch(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Run :func:`check_same_batch` on what the model's first forward for training is given."""
+
+    def check(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            check_same_batch((args, kwargs), mesh)
+            handle.remove()
+
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)

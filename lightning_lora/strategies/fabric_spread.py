@@ -1,0 +1,175 @@
+"""Fabric's side of a strategy whose model is spread over ranks: when what is reduced, read, saved and let go."""
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import ParallelStrategy
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+from typing_extensions import override
+
+from lightning_lora.strategies.fabric import FabricAdapterOnly
+from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
+from lightning_lora.strategies.launched import Launched, check_adapted, reduced
+from lightning_lora.strategies.optimizers import follow_parameters
+from lightning_lora.strategies.overflow import keep_overflows, share_overflows
+from lightning_lora.strategies.replication import broadcast_together, changing_buffers
+from lightning_lora.strategies.sharding import replicated_parameters
+
+
+class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
+    """Base of ``fsdp_lora`` and ``megatron_lora`` for Fabric.
+
+    A subclass says how a module is placed (:meth:`place`) and over which ranks which gradients are averaged
+    (:meth:`make_reducers`).
+    """
+
+    shards = True
+    strategy_name: str
+    _launcher_class = _SubprocessScriptLauncher
+    _lightning_base = ParallelStrategy
+
+    def place(self, model: nn.Module) -> None:
+        """Spread a module over the ranks in place, each part on its device. Called on all ranks."""
+        raise NotImplementedError
+
+    def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
+        """Return what averages the gradients of a placed module; the first takes in what is unfrozen later."""
+        raise NotImplementedError
+
+    def after_reduction(self, model: nn.Module) -> None:
+        """Mend what the gradients of a placed module need besides."""
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Let the gradients of a placed module accumulate on each rank, without communication."""
+        stack = ExitStack()
+        for reducer in self._reducers[model]:
+            stack.enter_context(reducer.no_sync())
+        return stack
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        # some for each module: what is summed where must not depend on the company
+        self._reducers: dict[nn.Module, list[GradientReducer]] = {}
+        self._replaced = WeakTensorKeyDictionary()  # what trained before placing put another in its place
+        self._backward_sync_control = _NoSync(self)
+
+    @override
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        check_adapted(module, self.strategy_name)
+        share_overflows(getattr(self.precision, "scaler", None), self._reduce_pending)
+        before = dict(module.named_parameters())
+        self.place(module)
+        for reducer in self._reducers.get(module, ()):
+            reducer.release()
+        self._reducers[module] = self.make_reducers(module)
+        after = dict(module.named_parameters())
+        self._replaced.update({p: None for name, p in before.items() if p.requires_grad and after[name] is not p})
+        buffers = changing_buffers(module)
+        if buffers:  # rank 0's running statistics for every rank, as under DDP
+            module.register_forward_pre_hook(lambda *_: broadcast_together(buffers, self.root_device))
+        return module
+
+    @override
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """Place a module; its optimizers follow it to the parameters that it has then, and drop the frozen ones."""
+        before = dict(module.named_parameters())
+        module = self.setup_module(module)
+        for optimizer in optimizers:
+            follow_parameters(optimizer, before, dict(module.named_parameters()))
+        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+
+    @override
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        if any(p in self._replaced for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "the optimizer holds parameters as they were before the model was sharded, and would train nothing: "
+                "call fabric.setup(model, optimizer) with both, or make the optimizer after fabric.setup(model)"
+            )
+        watch_steps(optimizer, self._before_step)
+        return super().setup_optimizer(optimizer)
+
+    def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
+        if reduces:
+            self._reduce_pending()
+
+    def _reduce_pending(self) -> None:
+        for reducers in self._reducers.values():
+            for reducer in reducers:
+                reducer.before_step()
+
+    @override
+    def module_to_device(self, module: nn.Module) -> None:
+        """Do nothing: placing brings each part to its device."""
+
+    @override
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        if empty_init:
+            stack.enter_context(torch.device("meta"))
+        stack.enter_context(self.precision.module_init_context())
+        return stack
+
+    @override
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Run backward and reduce the adapters' gradients before anyone can read them."""
+        for reducers in self._reducers.values():
+            for reducer in reducers:
+                reducer.before_backward()
+        super().backward(tensor, module, *args, **kwargs)
+        for own, reducers in self._reducers.items():
+            reducers[0].add(replicated_parameters(own))  # some may have been unfrozen
+            for reducer in reducers:
+                reducer.after_backward()
+            if not reducers[0].is_blocked:
+                self.after_reduction(own)
+
+    @override
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float | int,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        self._reduce_pending()
+        self.precision.unscale_gradients(optimizer)
+        return clip_by_norm(self.precision.main_params(optimizer), max_norm, norm_type, error_if_nonfinite)
+
+    @override
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float | int) -> None:
+        self._reduce_pending()
+        self.precision.unscale_gradients(optimizer)
+        clip_by_value(self.precision.main_params(optimizer), clip_val)
+
+    @override
+    def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        return reduced(tensor, group, reduce_op)
+
+    @override
+    def teardown(self) -> None:
+        keep_overflows(getattr(self.precision, "scaler", None))
+        super().teardown()
+
+
+class _NoSync(_BackwardSyncControl):
+    """Accumulate gradients on each rank, without communication."""
+
+    def __init__(self, strategy: FabricSpread) -> None:
+        self._strategy = strategy
+
+    @override
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        if enabled:
+            for inner in self._strategy._reducers:
+                stack.enter_context(self._strategy.accumulating(inner))
+        return stack

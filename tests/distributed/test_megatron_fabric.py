@@ -1,0 +1,235 @@
+"""``megatron_lora`` in Fabric on 2 and 4 gloo ranks against one process, and loss scaling over ranks."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import LoRACallback
+from lightning_lora.fabric import MegatronLoRAStrategy
+from lightning_lora.strategies.overflow import share_overflows
+from tests import runs
+from tests.distributed import megatron_fabric_script as script
+from tests.distributed.ddp_script import Recorded
+from tests.distributed.launch import launch
+
+STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
+GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
+EXACT = {"rtol": 0.0, "atol": 0.0}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds, and its files."""
+    directory = tmp_path_factory.mktemp("single")
+    script.four_heads().save_pretrained(directory / "saved")
+    fabric = script.start()
+    found = {
+        **script.three_steps(fabric, directory / "one process.ckpt"),
+        "by norm": script.accumulated(fabric, max_norm=0.05),
+        "by value": script.accumulated(fabric, clip_val=0.001),
+        "twice": script.twice_before_a_step(fabric),
+        "directory": directory,
+    }
+    module = Recorded()
+    module.model = script.four_heads()
+    trainer = runs.trainer(directory, LoRACallback(r=4), limit_train_batches=2)
+    trainer.fit(module, runs.loader())
+    trainer.save_checkpoint(directory / "trainer.ckpt")
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def run(request: pytest.FixtureRequest, single: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp(f"fabric{request.param}")
+    for path in single["directory"].iterdir():
+        (directory / path.name).symlink_to(path)
+    ranks = launch("megatron_fabric_script.py", request.param, directory)
+    return {"directory": directory, "ranks": ranks, "num_ranks": request.param}
+
+
+def layouts(run: dict[str, Any]) -> list[tuple[int, list[Any]]]:
+    """Return, for every number of tensor-parallel ranks, what each rank found in training."""
+    sizes = sorted({2, run["num_ranks"]})
+    return [(size, [rank["training"][f"tp{size}"] for rank in run["ranks"]]) for size in sizes]
+
+
+class TestTraining:
+    def test_gradients_and_three_steps_equal_one_process(self, run: Any, single: Any) -> None:
+        for _, ranks in layouts(run):
+            for rank in ranks:
+                torch.testing.assert_close(rank["gradients"], single["gradients"], **GRADIENT_TOLERANCE)
+                torch.testing.assert_close(rank["adapters"], single["adapters"], **STEP_TOLERANCE)
+                torch.testing.assert_close(rank["losses"], single["losses"], **STEP_TOLERANCE)
+
+    def test_whole_factors_are_bit_equal_on_all_ranks(self, run: Any) -> None:
+        for _, ranks in layouts(run):
+            for rank in ranks[1:]:
+                assert len(rank["raw"]) == 14  # one factor of each adapted layer
+                torch.testing.assert_close(rank["raw"], ranks[0]["raw"], **EXACT)
+
+    def test_ranks_that_share_a_model_get_the_same_rows_and_others_get_others(self, run: Any, single: Any) -> None:
+        for size, ranks in layouts(run):
+            dealt = [rank["data"] for rank in ranks]
+            for index, data in enumerate(dealt):
+                assert torch.equal(data, dealt[index - index % size])
+            together = torch.cat(dealt[::size], dim=1)
+            assert torch.equal(together.sort(dim=1).values, single["data"].sort(dim=1).values)
+
+    @pytest.mark.parametrize("how", ["by norm", "by value"])
+    def test_accumulation_and_clipping_equal_one_process(self, run: Any, single: Any, how: str) -> None:
+        expected = single[how]
+        assert expected["norm"] is None or expected["norm"] > 0.1  # it is clipped
+        for _, ranks in layouts(run):
+            for rank in ranks:
+                for part in ("accumulated", "norm", "clipped"):
+                    torch.testing.assert_close(rank[how][part], expected[part], **GRADIENT_TOLERANCE)
+                torch.testing.assert_close(rank[how]["adapters"], expected["adapters"], **STEP_TOLERANCE)
+
+    def test_gradients_move_only_with_the_last_backward(self, run: Any) -> None:
+        for size, ranks in layouts(run):
+            rows = 4 * 8 * 32 * size // run["num_ranks"]  # what the layers sum themselves: tokens times hidden size
+            assert set(ranks[0]["by norm"]["first"]) == {rows}
+            more = len(ranks[0]["by norm"]["last"]) - len(ranks[0]["by norm"]["first"])
+            assert more == (1 if size == run["num_ranks"] else 2)  # whole factors; parts over replicas
+
+    def test_each_backward_before_a_step_counts_once_for_who_reads(self, run: Any, single: Any) -> None:
+        for rank in run["ranks"]:
+            for found, expected in zip(rank["orders"]["twice"]["reads"], single["twice"]["reads"], strict=True):
+                torch.testing.assert_close(found, expected, **GRADIENT_TOLERANCE)
+
+    def test_texts_are_those_of_one_process(self, run: Any, single: Any) -> None:
+        for _, ranks in layouts(run):
+            assert all(torch.equal(rank["text"], single["text"]) for rank in ranks)
+
+
+class TestOrders:
+    def test_an_optimizer_made_after_the_model_trains_it_and_one_from_before_is_refused(
+        self, run: Any, single: Any
+    ) -> None:
+        for rank in run["ranks"]:
+            torch.testing.assert_close(rank["orders"]["apart"], single["adapters"], **STEP_TOLERANCE)
+            assert "call fabric.setup(model, optimizer) with both" in rank["orders"]["early"]
+
+    def test_the_name_in_the_registry_chooses_the_size_from_the_first_model(self, run: Any) -> None:
+        assert [rank["orders"]["ranks"] for rank in run["ranks"]] == [2] * run["num_ranks"]
+
+    def test_a_model_without_gradients_is_left_alone_beside_another(self, run: Any) -> None:
+        for rank in run["ranks"]:
+            assert set(rank["orders"]["company"].values()) == {None}
+
+    def test_a_base_on_meta_is_read_in_slices(self, run: Any, single: Any) -> None:
+        for rank in run["ranks"]:
+            assert rank["orders"]["was_meta"]
+            torch.testing.assert_close(rank["orders"]["meta"], single["gradients"], **GRADIENT_TOLERANCE)
+
+
+class TestFiles:
+    def test_a_step_after_loading_is_that_of_a_run_that_went_on(self, run: Any) -> None:
+        for _, ranks in layouts(run):
+            for rank in ranks:
+                assert rank["step"] == 3
+                torch.testing.assert_close(rank["resumed"], rank["going_on"], **EXACT)
+
+    def test_the_file_is_that_of_one_process(self, run: Any) -> None:
+        expected = read(run, "one process")
+        for size, _ in layouts(run):
+            found = read(run, f"tp{size}")
+            torch.testing.assert_close(found["model"], expected["model"], **STEP_TOLERANCE)
+            torch.testing.assert_close(found["optimizer"]["state"], expected["optimizer"]["state"], **STEP_TOLERANCE)
+            ours, theirs = (file["lightning_lora"]["adapters"][0]["base"] for file in (found, expected))
+            assert torch.equal(ours["hashes"], theirs["hashes"])
+
+    @pytest.mark.parametrize("source", script.SOURCES)
+    def test_any_file_is_written_again_as_it_was_read(self, run: Any, source: str) -> None:
+        original, again = read(run, source), read(run, f"{source} again")
+        torch.testing.assert_close(again["model"], tensors_of(original), **EXACT)
+        torch.testing.assert_close(again["optimizer"]["state"], moments_of(original), **EXACT)
+
+    def test_fsdp_and_one_process_read_it(self, run: Any) -> None:
+        original, again = read(run, "tp2"), read(run, "tp2 by fsdp")
+        torch.testing.assert_close(again["model"], original["model"], **EXACT)
+        torch.testing.assert_close(again["optimizer"]["state"], original["optimizer"]["state"], **EXACT)
+        fabric = script.start()
+        model, optimizer = fabric.setup(*script.make())
+        fabric.load(run["directory"] / "tp2.ckpt", {"model": model, "optimizer": optimizer})
+        torch.testing.assert_close(script.adapters(model), original["model"], **EXACT)
+        torch.testing.assert_close(optimizer.state_dict()["state"], original["optimizer"]["state"], **EXACT)
+
+
+def read(run: dict[str, Any], name: str) -> Any:
+    return torch.load(run["directory"] / f"{name}.ckpt", weights_only=True)
+
+
+def tensors_of(file: dict[str, Any]) -> Any:
+    """Return the adapters of Fabric's file, or of the Trainer's."""
+    if "model" in file:
+        return file["model"]
+    return {name.removeprefix("model."): value for name, value in file["state_dict"].items()}
+
+
+def moments_of(file: dict[str, Any]) -> Any:
+    return (file["optimizer"] if "optimizer" in file else file["optimizer_states"][0])["state"]
+
+
+class TestOverflow:
+    def test_all_ranks_skip_the_step_in_which_one_finds_an_overflow_and_take_the_next(self, run: Any) -> None:
+        for case in run["ranks"][0]["overflows"]:
+            for rank in run["ranks"]:
+                found = rank["overflows"][case]
+                assert [any_moved for any_moved, _ in found["moved"]] == [True, False, True], case
+                assert [all_moved for _, all_moved in found["moved"]] == [True, False, True], case
+                assert found["scales"] == [script.INIT_SCALE, script.INIT_SCALE / 2, script.INIT_SCALE / 2], case
+                torch.testing.assert_close(found["raw"], run["ranks"][0]["overflows"][case]["raw"], **EXACT)
+
+    def test_gradients_are_reduced_in_the_scaled_domain(self, run: Any, single: Any) -> None:
+        for case in ("clipped", "all ranks"):
+            for rank in run["ranks"]:
+                for name, found in rank["overflows"][case]["gradients"].items():
+                    expected = single["gradients"][name]
+                    error = (found / script.INIT_SCALE - expected).norm() / expected.norm()
+                    assert error < 0.02, name  # ten bits of float16, through two blocks
+
+    def test_a_trainers_scaler_is_its_own_again_after_the_run(self, run: Any) -> None:
+        assert all(rank["overflows"]["trainer"]["is_undone"] for rank in run["ranks"])
+
+    def test_a_scaler_without_the_method_is_refused_by_name(self) -> None:
+        with pytest.raises(ValueError, match="not served with NoScaler of torch .* no '_unscale_grads_'"):
+            share_overflows(NoScaler(), lambda: None)
+
+
+class NoScaler:
+    pass
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("case", "message"),
+        [
+            ("bare", "'megatron_lora' .* LlamaForCausalLM holds no adapters"),
+            ("batches", "ranks that share a model were given different batches"),
+            ("auto before a model", r"call fabric.setup\(model\) before fabric.setup_dataloaders"),
+            ("other groups", "another strategy has laid the ranks out since this one did: 1 share a model, and here"),
+        ],
+    )
+    def test_what_cannot_be_served_is_said(self, run: Any, case: str, message: str) -> None:
+        for rank in run["ranks"]:
+            assert re.search(message, rank["refusals"][case]), rank["refusals"][case]
+
+    def test_groups_of_a_given_size_are_there_after_launch(self, run: Any) -> None:
+        assert {rank["refusals"]["groups"] for rank in run["ranks"]} == {str(run["num_ranks"])}
+
+    def test_a_later_model_that_the_ranks_do_not_divide_is_said_with_the_numbers(self, run: Any) -> None:
+        field, heads = ("num_attention_heads", 6) if run["num_ranks"] == 4 else ("num_key_value_heads", 3)
+        message = f"{field}={heads} of LlamaForCausalLM is not divisible by tensor_parallel_size={run['num_ranks']}"
+        for rank in run["ranks"]:
+            assert message in rank["refusals"]["later model"]
+
+
+def test_options_are_those_of_the_trainers(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="has no option 'tensor_paralel_size'; nearest: tensor_parallel_size"):
+        MegatronLoRAStrategy(tensor_paralel_size=2)
+    with pytest.raises(ValueError, match="pipeline_parallel_size=2 is not served"):
+        MegatronLoRAStrategy(pipeline_parallel_size=2)
