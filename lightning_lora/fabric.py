@@ -86,6 +86,7 @@ class MegatronLoRAStrategy(MegatronRanks, FabricSpread):
                 "tensor_parallel_size='auto' takes the number of ranks that see the same data from the first model: "
                 "call fabric.setup(model) before fabric.setup_dataloaders(...), or give the strategy a number"
             )
+        self._check_groups()
         return super().distributed_sampler_kwargs
 
     @override
@@ -98,11 +99,14 @@ class MegatronLoRAStrategy(MegatronRanks, FabricSpread):
     def place(self, model: nn.Module) -> None:
         if self._device_mesh is None:
             self.form_groups(model)
+        self._check_groups()
+        super().place(model)
+        check_first_batch(model, self.device_mesh)
+
+    def _check_groups(self) -> None:
         size, others = self.device_mesh.size(), parallel_state().get_tensor_model_parallel_world_size()
         if size != others:
             raise ValueError(
                 f"another strategy has laid the ranks out since this one did: {others} share a model, and here {size}. "
-                "Set up this one's models first, or use one tensor_parallel_size"
+                "Set up this one's models and data first, or use one tensor_parallel_size"
             )
-        super().place(model)
-        check_first_batch(model, self.device_mesh)

@@ -89,6 +89,8 @@ class MegatronRanks(Launched):
     def setup_environment(self) -> None:
         """Find the other ranks."""
         super().setup_environment()  # type: ignore[misc]  # Lightning's
+        if not torch.distributed.is_initialized():
+            parallel_state().destroy_model_parallel()  # it may hold groups of ranks that have parted
         self._connect()
         if self.root_device.type not in ("cpu", "cuda"):
             raise ValueError(f"'megatron_lora' runs on CUDA devices and on CPU, not on {self.root_device.type!r}")

@@ -320,6 +320,7 @@ def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
     found["auto before a model"] = refused(lambda: batches(automatic))
     start(tensor_parallel_size=1)
     found["other groups"] = refused(lambda: fabric.setup(make()[0]))
+    found["data of other groups"] = refused(lambda: batches(fabric))
     return found
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 
 from lightning_lora import LoRACallback
 from lightning_lora.fabric import MegatronLoRAStrategy
-from lightning_lora.strategies.overflow import share_overflows
+from lightning_lora.strategies.overflow import keep_overflows, share_overflows
 from tests import runs
 from tests.distributed import megatron_fabric_script as script
 from tests.distributed.ddp_script import Recorded
@@ -195,6 +196,22 @@ class TestOverflow:
     def test_a_trainers_scaler_is_its_own_again_after_the_run(self, run: Any) -> None:
         assert all(rank["overflows"]["trainer"]["is_undone"] for rank in run["ranks"])
 
+    def test_gradients_are_reduced_before_the_check_and_a_scaler_is_wrapped_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+        parameter = torch.nn.Parameter(torch.ones(2))
+        optimizer, scaler = torch.optim.SGD([parameter]), torch.amp.GradScaler("cpu", init_scale=2.0)
+        calls: list[Any] = []
+        for _ in range(2):
+            share_overflows(scaler, lambda: calls.append(parameter.grad.clone()))
+        scaler.scale(parameter.sum()).backward()
+        scaler.unscale_(optimizer)
+        torch.testing.assert_close(calls, [torch.full((2,), 2.0)])
+        torch.testing.assert_close(parameter.grad, torch.ones(2))
+        keep_overflows(scaler)
+        assert "_unscale_grads_" not in vars(scaler)
+
     def test_a_scaler_without_the_method_is_refused_by_name(self) -> None:
         with pytest.raises(ValueError, match="not served with NoScaler of torch .* no '_unscale_grads_'"):
             share_overflows(NoScaler(), lambda: None)
@@ -212,6 +229,7 @@ class TestRefusals:
             ("batches", "ranks that share a model were given different batches"),
             ("auto before a model", r"call fabric.setup\(model\) before fabric.setup_dataloaders"),
             ("other groups", "another strategy has laid the ranks out since this one did: 1 share a model, and here"),
+            ("data of other groups", "1 share a model, and here"),
         ],
     )
     def test_what_cannot_be_served_is_said(self, run: Any, case: str, message: str) -> None:
@@ -233,3 +251,13 @@ def test_options_are_those_of_the_trainers(tmp_path: Path) -> None:
         MegatronLoRAStrategy(tensor_paralel_size=2)
     with pytest.raises(ValueError, match="pipeline_parallel_size=2 is not served"):
         MegatronLoRAStrategy(pipeline_parallel_size=2)
+
+
+def test_one_process_is_a_run_like_any_other_also_after_its_group_is_gone(single: Any) -> None:
+    for _ in range(2):
+        fabric = Fabric(accelerator="cpu", devices=1, strategy="megatron_lora")
+        fabric.launch()
+        model, optimizer = fabric.setup(*script.make())
+        losses = [script.step(fabric, model, optimizer, batch) for batch in list(script.batches(fabric))[:3]]
+        torch.testing.assert_close(losses, single["losses"], **STEP_TOLERANCE)
+        torch.distributed.destroy_process_group()
