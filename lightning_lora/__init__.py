@@ -8,6 +8,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import convert
 from lightning_lora.inject import inject, named_adapter_parameters, remove
 from lightning_lora.merge import disabled, merge, merged, unmerge
+from lightning_lora.parallel_loss import vocab_parallel_cross_entropy
 from lightning_lora.peft_export import save_peft
 from lightning_lora.peft_import import load_peft
 from lightning_lora.readers import check_portable
@@ -35,6 +36,7 @@ __all__ = [
     "remove",
     "save_peft",
     "unmerge",
+    "vocab_parallel_cross_entropy",
 ]
 
 lightning_hooks.install()

@@ -9,6 +9,8 @@ The adapter's term is computed where the base's is, between the base's own colle
 gradient of the whole factor is then one rank's addend of the true one: it is summed once per optimizer step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,6 +119,23 @@ class LoRAParallelLinear(LoRALinear):
         return None
 
 
+@contextmanager
+def parts_of_output(layer: nn.Module) -> Iterator[Any]:
+    """Let a column-parallel layer give this rank's part of its output, inside the block.
+
+    Yields:
+        The process group that the output is split over; ``None`` for a layer that is not split.
+    """
+    if not isinstance(layer, ColumnParallelLinear):
+        yield None
+        return
+    former, layer.tp_whole_output = layer.tp_whole_output, False
+    try:
+        yield layer.tp_group
+    finally:
+        layer.tp_whole_output = former
+
+
 class VocabParallelEmbedding(nn.Module):
     """Mixin for an ``nn.Embedding`` whose rows are spread over ranks: each looks up its own, the results are summed.
 
@@ -125,6 +144,10 @@ class VocabParallelEmbedding(nn.Module):
 
     tp_group: Any
     weight: Tensor  # [num_embeddings / ranks, embedding_dim]
+
+    @property
+    def padding_idx(self) -> None:
+        """Of no row here: a frozen table has no gradient to keep out of it, and it may be another rank's."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:

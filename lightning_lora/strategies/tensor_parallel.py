@@ -106,6 +106,10 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
     if tied is not None:
         _split_tied(*tied, mesh)
         counts["vocabulary"] = 1
+    elif (table := _input_table(root, ranks)) is not None:
+        _keep_part(table, "weight", mesh, 0)
+        _look_up_parts(table, mesh)
+        counts["vocabulary"] = 1
     return counts
 
 
@@ -248,13 +252,32 @@ def _output_table(
     return head, twins[0]
 
 
+def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
+    """Return the input embedding of a model whose output head is split, if its rows can be and nothing else has them.
+
+    Adapted or trained, it stays whole, and so it does where a lookup changes rows (``max_norm``).
+    """
+    if not is_pretrained(root) or not isinstance(root.get_output_embeddings(), ColumnParallelLinear):  # type: ignore[operator]
+        return None
+    table: Any = root.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(table, nn.Embedding) or isinstance(table, LoRALayer) or table.max_norm is not None:
+        return None
+    weight = table._parameters["weight"]
+    holders = [m for m in root.modules() if any(p is weight for p in m._parameters.values())]
+    is_free = weight is not None and not weight.requires_grad and len(holders) == 1
+    return table if is_free and table.num_embeddings % ranks == 0 else None
+
+
 def _split_tied(head: Any, table: Any, mesh: DeviceMesh) -> None:
     part = _part(head._parameters["weight"], mesh, 0)
-    group = mesh.get_group()
     head._parameters["weight"] = table._parameters["weight"] = part
-    head.__dict__.update(tp_group=group, tp_whole_input=False, tp_whole_output=True)
+    head.__dict__.update(tp_group=mesh.get_group(), tp_whole_input=False, tp_whole_output=True)
     head.__class__ = ColumnParallelLinear
-    table.__dict__.update(tp_group=group)
+    _look_up_parts(table, mesh)
+
+
+def _look_up_parts(table: nn.Embedding, mesh: DeviceMesh) -> None:
+    table.__dict__.update(tp_group=mesh.get_group())
     base = type(table)
     table.__class__ = type(base.__name__, (VocabParallelEmbedding, base), {"__module__": base.__module__})
 

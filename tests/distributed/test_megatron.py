@@ -78,8 +78,8 @@ class TestTraining:
 
     def test_every_split_layer_is_split_and_its_adapter_with_it(self, run: dict[str, Any]) -> None:
         for _, _, ranks in layouts(run):
-            # weights of 14 layers, one factor of each, and the output head
-            assert len(ranks[0]["split"]) == 14 + 14 + 1
+            # weights of 14 layers, one factor of each, the output head and the input embedding
+            assert len(ranks[0]["split"]) == 14 + 14 + 2
 
     def test_clipping_and_accumulation_equal_one_process(self, run: dict[str, Any], tmp_path: Path) -> None:
         single = alone(tmp_path, gradient_clip_val=0.05, accumulate_grad_batches=2)
@@ -99,8 +99,8 @@ class TestTraffic:
     def test_a_forward_has_the_bases_own_collectives_and_no_more(self, run: dict[str, Any]) -> None:
         for name, size, ranks in layouts(run):
             rows = HIDDEN * size // run["num_ranks"]
-            # two row-parallel layers in each of two blocks, and the output head's parts put together
-            assert ranks[0]["traffic"]["all_reduce"] == [rows] * 4, name
+            # the embedding, two row-parallel layers in each of two blocks, and the output head's parts put together
+            assert ranks[0]["traffic"]["all_reduce"] == [rows] * 5, name
             assert ranks[0]["traffic"]["reduce_scatter"] == []
             assert len(ranks[0]["traffic"]["all_gather"]) <= 1
 

@@ -1,0 +1,138 @@
+"""One rank of Trainer steps whose loss is made from the parts of the output head."""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import MegatronLoRAStrategy, vocab_parallel_cross_entropy
+from lightning_lora.sharded import is_sharded, spread_like
+from tests import models
+from tests.distributed.counting import counted_collectives
+from tests.distributed.ddp_script import rank_loader
+from tests.distributed.fsdp_script import fit
+from tests.distributed.launch import report
+from tests.distributed.megatron_script import four_heads
+from tests.runs import LanguageModule
+
+
+def odd() -> nn.Module:
+    """A Llama with a vocabulary that no number of ranks divides."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=models.VOCAB + 1,
+    )  # fmt: skip
+    return models._seeded(lambda: LlamaForCausalLM(config))
+
+
+def capped() -> nn.Module:
+    """A Gemma 2, which keeps its logits within bounds, and scales what its embedding gives."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=8, vocab_size=models.VOCAB, final_logit_softcapping=0.3, tie_word_embeddings=False,
+    )  # fmt: skip
+    return models._seeded(lambda: Gemma2ForCausalLM(config))
+
+
+def padded() -> nn.Module:
+    """A Llama whose padding token is in the last rank's rows."""
+    model = four_heads()
+    model.get_input_embeddings().padding_idx = models.VOCAB - 1
+    return model
+
+
+HEAD = {"target_modules": ["q_proj", "down_proj", "lm_head"]}
+TABLE = {"target_modules": ["q_proj", "embed_tokens"]}
+SAME_DATA = {"train_dataloaders": rank_loader(0, 1)}
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (four_heads, {}),
+    "tied llama": (lambda: four_heads(tied=True), {}),
+    "adapted head": (four_heads, {"lora": HEAD}),
+    "adapted head with dropout": (four_heads, {"lora": {**HEAD, "dropout": 0.3}}),
+    "adapted table": (four_heads, {"lora": TABLE}),
+    "trained table": (four_heads, {"lora": {"modules_to_save": ["embed_tokens"]}}),
+    "gemma2": (capped, {}),
+    "odd vocabulary": (odd, {}),
+    "padding": (padded, {}),
+    "bf16": (four_heads, {"precision": "bf16-mixed"}),
+    "nothing learned": (four_heads, {}),
+}
+
+
+def labels_of(batch: Tensor) -> Tensor:
+    """Leave the first row's beginning, and every third position, out of the loss."""
+    labels = batch.clone()
+    labels[:, ::3] = -100
+    labels[0, :5] = -100
+    return labels
+
+
+class Predicting(LanguageModule):
+    """Keeps the loss and the gradients of its only step, and what went between ranks for the loss."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.model = CASES[case][0]().train()
+        self.learns = case != "nothing learned"
+        self.found: dict[str, Any] = {}
+
+    def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.model.model(batch).last_hidden_state
+        with counted_collectives() as traffic:
+            loss = vocab_parallel_cross_entropy(self.model, hidden, labels)
+        self.found["traffic"] = dict(traffic)
+        return loss
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.found:
+            return None
+        labels = labels_of(batch) if self.learns else torch.full_like(batch, -100)
+        self.found["learned"] = int((labels[:, 1:] != -100).sum())
+        loss = self.loss(batch, labels)
+        self._counting = counted_collectives()
+        self._backward = self._counting.__enter__()
+        self.found["loss"] = loss.detach().clone()
+        return loss
+
+    def on_after_backward(self) -> None:
+        self._counting.__exit__(None, None, None)
+        self.found["backward"] = dict(self._backward)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        self.found["gradients"] = {name: p.grad.clone() for name, p in named}
+        self.found["split"] = sorted(name for name, p in self.named_parameters() if is_sharded(p))
+        self.parameters_by_name = dict(self.named_parameters())
+
+
+def main(directory: Path) -> None:
+    """Split each model over all ranks, and over pairs of them that get the same data."""
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    single = torch.load(directory / "single.pt", weights_only=True)
+    found: dict[str, Any] = {}
+    for size, case in itertools.product({2, num_ranks}, CASES):
+        if size < num_ranks and "dropout" in case:
+            continue  # replicas drop other entries
+        pl.seed_everything(7, verbose=False)
+        module, strategy = Predicting(case), MegatronLoRAStrategy(tensor_parallel_size=size)
+        fit(directory / "split", module, strategy, loaders=SAME_DATA, limit_train_batches=1, **CASES[case][1])
+        # of one process's gradient, what this rank has
+        expected = {
+            name: spread_like(gradient, module.parameters_by_name[name]).clone()
+            for name, gradient in single[case].items()
+        }
+        found[f"{case}, {size} ranks"] = {**module.found, "expected": expected}
+    report(directory, found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,126 @@
+"""``vocab_parallel_cross_entropy`` on 2 and 4 gloo ranks, and on one process, against transformers' own loss."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from torch import Tensor
+
+from lightning_lora import LoRAConfig, inject, named_adapter_parameters, vocab_parallel_cross_entropy
+from tests import models, zoo
+from tests.distributed.fsdp_script import fit
+from tests.distributed.launch import launch
+from tests.distributed.loss_script import CASES, Predicting, labels_of
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
+ROUNDING = {"rtol": 0.05, "atol": 1e-3}  # of bfloat16, 2^-9, in several layers
+HIDDEN = 32
+
+
+class Whole(Predicting):
+    """The same by transformers' own loss."""
+
+    def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
+        loss = self.model(input_ids=batch, labels=labels).loss
+        return loss if self.learns else 0.0 * self.model(input_ids=batch).logits.sum()  # theirs is nan
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("loss")
+    single = {}
+    for case, (_, settings) in CASES.items():
+        # dropout's mask on the head's input is of the positions that go through it
+        single[case] = Predicting(case) if "dropout" in case else Whole(case)
+        seed_everything(7, verbose=False)
+        fit(directory / "single", single[case], "auto", limit_train_batches=1, **settings)
+    torch.save({case: module.found["gradients"] for case, module in single.items()}, directory / "single.pt")
+    return {"single": single, "ranks": launch("loss_script.py", 4, directory)}
+
+
+def splits(run: dict[str, Any], case: str) -> list[dict[str, Any]]:
+    """Return what every rank found of a case, split over two ranks and over four."""
+    return [found for rank in run["ranks"] for name, found in rank.items() if name.startswith(f"{case}, ")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_all_gradients_are_those_of_one_process(run: dict[str, Any], case: str) -> None:
+    tolerance = ROUNDING if case == "bf16" else TOLERANCE
+    for found in splits(run, case):
+        torch.testing.assert_close(found["loss"], run["single"][case].found["loss"], **tolerance)
+        torch.testing.assert_close(found["gradients"], found["expected"], **tolerance)
+        assert found["gradients"]
+    assert len(splits(run, case)) == (4 if "dropout" in case else 8)
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - {"odd vocabulary"}))
+def test_a_split_head_costs_three_numbers_per_token(run: dict[str, Any], case: str) -> None:
+    for found in splits(run, case):
+        tokens, traffic, backward = found["learned"], found["traffic"], found["backward"]
+        assert traffic["all_reduce"] == [tokens, 2 * tokens]
+        assert traffic["all_gather"] == backward["all_gather"] == []
+        assert backward["all_reduce"][0] == tokens * HIDDEN  # the head's own, of the gradient of its input
+
+
+def test_a_head_that_ranks_do_not_divide_stays_whole_and_costs_nothing(run: dict[str, Any]) -> None:
+    for found in splits(run, "odd vocabulary"):
+        assert not any(found["traffic"].values())
+        assert not {"model.lm_head.weight", "model.model.embed_tokens.weight"} & set(found["split"])
+
+
+def test_nothing_learned_is_a_loss_of_zero_and_moves_nothing(run: dict[str, Any]) -> None:
+    for found in splits(run, "nothing learned"):
+        assert found["loss"].item() == 0.0
+        assert not any(gradient.any() for gradient in found["gradients"].values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_input_embedding_of_its_own_is_split_unless_it_trains(run: dict[str, Any], case: str) -> None:
+    stays_whole = case in ("adapted table", "trained table", "odd vocabulary")
+    for found in splits(run, case):
+        assert ("model.model.embed_tokens.weight" in found["split"]) != stays_whole
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_the_loss_of_a_whole_head_is_transformers_own(name: str) -> None:
+    model = next(f for f in zoo.FAMILIES if f.name == name).build()
+    batch = models.token_ids(4, 8)
+    inject(model, LoRAConfig(r=4))
+    models.fill_adapters(model)
+    labels = labels_of(batch)
+    loss = vocab_parallel_cross_entropy(model, model.model(batch).last_hidden_state, labels)
+    torch.testing.assert_close(loss, model(batch, labels=labels).loss)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in named_adapter_parameters(model))
+
+
+def test_nothing_learned_on_a_whole_head_has_zero_gradients() -> None:
+    model = inject(models.llama(), LoRAConfig(r=4))
+    batch = models.token_ids()
+    loss = vocab_parallel_cross_entropy(model, model.model(batch).last_hidden_state, torch.full_like(batch, -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for _, p in named_adapter_parameters(model))
+
+
+def test_another_index_can_stand_for_what_is_not_learned() -> None:
+    model, batch = models.llama(), models.token_ids()
+    hidden, labels = model.model(batch).last_hidden_state, labels_of(batch)
+    expected = vocab_parallel_cross_entropy(model, hidden, labels)
+    assert torch.equal(
+        vocab_parallel_cross_entropy(model, hidden, labels.masked_fill(labels < 0, -1), ignore_index=-1), expected
+    )
+
+
+def test_what_the_loss_does_not_know_is_said() -> None:
+    batch = models.token_ids()
+    hidden = torch.zeros(*batch.shape, HIDDEN)
+    with pytest.raises(ValueError, match=r"hidden \[2, 6, 32\] and labels \[2, 7\] must be"):
+        vocab_parallel_cross_entropy(models.llama(), hidden[:, 1:], batch)
+    with pytest.raises(ValueError, match="Encoder has no output head: pass a transformers causal"):
+        vocab_parallel_cross_entropy(models.encoder(), hidden, batch)
+    scaled = models.llama()
+    scaled.config.logits_scaling = 4.0
+    with pytest.raises(ValueError, match=r"logits_scaling=4.0, which this loss does not know: use model\(.*labels"):
+        vocab_parallel_cross_entropy(scaled, hidden, batch)
