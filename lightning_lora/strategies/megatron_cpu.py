@@ -24,11 +24,13 @@ def install() -> None:
             "'megatron_lora' on CPU stands in for what Megatron-core hard-codes to CUDA, which is refused on a machine "
             "with a CUDA device: use accelerator='gpu', or hide the devices with CUDA_VISIBLE_DEVICES="
         )
-    if torch.cuda.current_device is _cpu:
+    found: Any = torch.cuda.current_device
+    if found is _cpu:
         return
     _draw_from_the_cpu()
     _mask_on_the_cpu()
     _norms_under_sequence_parallelism()
+    _autocast_on_the_cpu()
     name_te_general_gemm()
     _dispatch_without_streams()
     torch.cuda.current_device = _cpu  # type: ignore[assignment]  # an index in torch; both name a device
@@ -102,6 +104,16 @@ def _norms_under_sequence_parallelism() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = build_anyway
+
+
+def _autocast_on_the_cpu() -> None:
+    """Let the backward of ``tensor_parallel/layers.py`` see the CPU's autocast, where it is decorated for CUDA's."""
+    from megatron.core.tensor_parallel import layers
+
+    for function in (layers.LinearWithFrozenWeight, layers.LinearWithGradAccumulationAndAsyncCommunication):
+        forward, backward = function.forward.__wrapped__, function.backward.__wrapped__
+        function.forward = staticmethod(torch.amp.custom_fwd(forward, device_type="cpu"))
+        function.backward = staticmethod(torch.amp.custom_bwd(backward, device_type="cpu"))
 
 
 def _dispatch_without_streams() -> None:
