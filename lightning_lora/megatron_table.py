@@ -1,0 +1,102 @@
+"""Which tensors of a Hugging Face checkpoint each parameter of a Megatron-core ``GPTModel`` is made of.
+
+    q, k, v      ->  linear_qkv   rows by query group: [q_0 .. q_(n-1), k, v] of group 0, of group 1, ...
+    gate, up     ->  linear_fc1   [gate; up]; a tensor-parallel rank has [its gate; its up]
+
+A rank's part of ``linear_qkv`` is its query groups, and so a run of rows of each of q, k and v.
+"""
+
+import re
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of parameter and its sources.
+
+    Args:
+        megatron: the parameter's name in a ``GPTModel``; each ``*`` is a number.
+        hf: names in the checkpoint, whose ``*`` are those numbers in order. ``"experts.down_proj[*]"`` is one slice of
+            the first dimension.
+        layout: ``"plain"`` is one tensor as it is; ``"qkv"`` are q, k and v, and ``"gate_up"`` the two halves, or one
+            tensor with both.
+        dim: which dimension tensor-parallel ranks share; ``None`` where each has the whole.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Literal["plain", "qkv", "gate_up"] = "plain"
+    dim: int | None = None
+
+    def sources(self, name: str) -> list[str] | None:
+        """Return the names in the checkpoint that make up a parameter, or ``None`` where the row is of others.
+
+        ``name`` may stand behind the path of the ``GPTModel`` in a larger model.
+        """
+        match = pattern(self.megatron, r"(?:.*\.)?").fullmatch(name)
+        if match is None:
+            return None
+        return [_numbered(key, match.groups()) for key in self.hf]
+
+
+def row_of(name: str, table: Sequence[Row], keys: Container[str]) -> tuple[Row, list[str]] | None:
+    """Return the last row of ``table`` that is of this parameter, and its sources; rather one whose are in ``keys``."""
+    rows = [(row, found) for row in reversed(table) if (found := row.sources(name)) is not None]
+    whole = (one for one in rows if all(split_index(source)[0] in keys for source in one[1]))
+    return next(whole, rows[0] if rows else None)
+
+
+def split_index(source: str) -> tuple[str, int | None]:
+    """Return the key and the index of ``"key[index]"``; a key alone has none."""
+    match = re.fullmatch(r"(.*)\[(\d+)\]", source)
+    return (source, None) if match is None else (match[1], int(match[2]))
+
+
+@cache
+def pattern(name: str, before: str = "") -> re.Pattern[str]:
+    """Return the regular expression of a name in which each ``*`` is a number."""
+    return re.compile(before + re.escape(name).replace(r"\*", r"(\d+)"))
+
+
+def _numbered(name: str, numbers: Sequence[str]) -> str:
+    remaining = iter(numbers)
+    return re.sub(r"\*", lambda _: next(remaining), name)
+
+
+_LAYER, _HF = "decoder.layers.*.", "model.layers.*."
+_ATTENTION, _HF_ATTENTION = f"{_LAYER}self_attention.", f"{_HF}self_attn."
+_QKV = ("q_proj", "k_proj", "v_proj")
+_EXPERT, _HF_EXPERT = f"{_LAYER}mlp.experts.local_experts.*.", f"{_HF}mlp.experts.*."
+_GROUPED, _HF_FUSED = f"{_LAYER}mlp.experts.", f"{_HF}mlp.experts."
+_HALVES = ("gate_proj.weight", "up_proj.weight")
+
+HF_TABLE: tuple[Row, ...] = (
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), dim=0),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    Row("output_layer.weight", ("lm_head.weight",), dim=0),
+    # norms have a module of their own in local layers; Transformer Engine's are part of the linear layer that follows
+    Row(f"{_LAYER}input_layernorm.weight", (f"{_HF}input_layernorm.weight",)),
+    Row(f"{_ATTENTION}linear_qkv.layer_norm_weight", (f"{_HF}input_layernorm.weight",)),
+    Row(f"{_LAYER}pre_mlp_layernorm.weight", (f"{_HF}post_attention_layernorm.weight",)),
+    Row(f"{_LAYER}mlp.linear_fc1.layer_norm_weight", (f"{_HF}post_attention_layernorm.weight",)),
+    Row(f"{_ATTENTION}linear_qkv.weight", tuple(f"{_HF_ATTENTION}{part}.weight" for part in _QKV), "qkv", 0),
+    Row(f"{_ATTENTION}linear_qkv.bias", tuple(f"{_HF_ATTENTION}{part}.bias" for part in _QKV), "qkv", 0),
+    Row(f"{_ATTENTION}q_layernorm.weight", (f"{_HF_ATTENTION}q_norm.weight",)),
+    Row(f"{_ATTENTION}k_layernorm.weight", (f"{_HF_ATTENTION}k_norm.weight",)),
+    Row(f"{_ATTENTION}linear_proj.weight", (f"{_HF_ATTENTION}o_proj.weight",), dim=1),
+    Row(f"{_LAYER}mlp.linear_fc1.weight", tuple(f"{_HF}mlp.{half}" for half in _HALVES), "gate_up", 0),
+    Row(f"{_LAYER}mlp.linear_fc2.weight", (f"{_HF}mlp.down_proj.weight",), dim=1),
+    Row(f"{_LAYER}mlp.router.weight", (f"{_HF}mlp.gate.weight",)),
+    # experts as modules, or as Transformer Engine's grouped layer; on disk one by one, or fused in three dimensions
+    Row(f"{_EXPERT}linear_fc1.weight", (f"{_HF_FUSED}gate_up_proj[*]",), "gate_up", 0),
+    Row(f"{_EXPERT}linear_fc2.weight", (f"{_HF_FUSED}down_proj[*]",), dim=1),
+    Row(f"{_EXPERT}linear_fc1.weight", tuple(_HF_EXPERT + half for half in _HALVES), "gate_up", 0),
+    Row(f"{_EXPERT}linear_fc2.weight", (f"{_HF_EXPERT}down_proj.weight",), dim=1),
+    Row(f"{_GROUPED}linear_fc1.weight*", (f"{_HF_FUSED}gate_up_proj[*]",), "gate_up", 0),
+    Row(f"{_GROUPED}linear_fc2.weight*", (f"{_HF_FUSED}down_proj[*]",), dim=1),
+    Row(f"{_GROUPED}linear_fc1.weight*", tuple(_HF_EXPERT + half for half in _HALVES), "gate_up", 0),
+    Row(f"{_GROUPED}linear_fc2.weight*", (f"{_HF_EXPERT}down_proj.weight",), dim=1),
+)
