@@ -7,6 +7,7 @@ from lightning_lora.combine import combine
 from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import convert
 from lightning_lora.inject import inject, named_adapter_parameters, remove
+from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.merge import disabled, merge, merged, unmerge
 from lightning_lora.parallel_loss import vocab_parallel_cross_entropy
 from lightning_lora.peft_export import save_peft
@@ -27,8 +28,10 @@ __all__ = [
     "combine",
     "convert",
     "disabled",
+    "gpt_model",
     "inject",
     "load_adapter_state_dict",
+    "load_hf_weights",
     "load_peft",
     "merge",
     "merged",

@@ -29,8 +29,8 @@ from lightning_lora.matching import (
     select_token_rows,
     select_trained_whole,
 )
-from lightning_lora.megatron_names import Part, megatron_parts, stacks
-from lightning_lora.megatron_split import keep_parts
+from lightning_lora.megatron.names import Part, megatron_parts, stacks
+from lightning_lora.megatron.split import keep_parts
 from lightning_lora.root import clean_name, new_heads
 from lightning_lora.sharded import forget, gathered, reshard, write
 

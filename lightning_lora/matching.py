@@ -15,7 +15,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import is_linear, mixin_for
 from lightning_lora.layers.parameters import sizes_of_parameter
-from lightning_lora.megatron_names import megatron_parts
+from lightning_lora.megatron.names import megatron_parts
 from lightning_lora.root import clean_name, is_megatron, is_pretrained
 
 V = TypeVar("V")

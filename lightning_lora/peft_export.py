@@ -27,7 +27,7 @@ from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
-from lightning_lora.megatron_view import adapted_view
+from lightning_lora.megatron.view import adapted_view
 from lightning_lora.peft_format import PREFIX, Entry, laid_out, write_directory
 from lightning_lora.portable import make_portable
 from lightning_lora.root import clean_name, is_megatron, name_or_path

@@ -19,7 +19,7 @@ from lightning_lora.layers import LoRALayer, mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.matching import is_all_linear, layer_index, pattern_value, select_layers, select_parameters
-from lightning_lora.megatron_view import adapted_view, skeleton
+from lightning_lora.megatron.view import adapted_view, skeleton
 from lightning_lora.peft_experts import fuse_experts
 from lightning_lora.peft_format import CONFIG_NAME, Adapter, checked_config, read_config, read_tensors, sorted_tensors
 from lightning_lora.root import clean_name, is_megatron

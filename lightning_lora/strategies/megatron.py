@@ -1,9 +1,7 @@
 """``MegatronLoRAStrategy``: tensor parallelism with Megatron-core's groups and collectives, for models with a plan."""
 
 import os
-import sys
 from datetime import timedelta
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -14,8 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_lora.inject import injected_roots
-from lightning_lora.megatron_split import check_built, let_gradients_through_recomputed, mesh_of
+from lightning_lora.inject import injected_roots, injection_of
+from lightning_lora.megatron.core import megatron_core, parallel_state
+from lightning_lora.megatron.split import check_built, let_gradients_through_recomputed, mesh_of
+from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.root import is_megatron
 from lightning_lora.sharded import is_sharded
 from lightning_lora.strategies import megatron_cpu
@@ -31,8 +31,6 @@ from lightning_lora.strategies.replication import (
 )
 from lightning_lora.strategies.spread import SpreadStrategy
 from lightning_lora.strategies.tensor_parallel import check_replicated, heads_of, plan_of, split
-
-SERVED = ((0, 14), (0, 20))  # versions of megatron-core, from and below
 
 
 class MegatronRanks(Launched):
@@ -144,6 +142,9 @@ class MegatronRanks(Launched):
                 "the strategy has sequence_parallel=True, and the model was built without: give its config "
                 "sequence_parallel=True"
             )
+        if self.base_weights is not None and injection_of(root).base_weights != self.base_weights:  # type: ignore[union-attr]  # it is adapted
+            load_hf_weights(root, self.base_weights)
+            injection_of(root).base_weights = self.base_weights  # type: ignore[union-attr]
         make_equal(root, self.root_device, parallel_state().get_data_parallel_group())
         let_gradients_through_recomputed(root)
 
@@ -206,40 +207,6 @@ class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
             check_same_batch(args, self.device_mesh)
             self._checked_batch = True
         return super().training_step(*args, **kwargs)
-
-
-def megatron_core() -> ModuleType:
-    """Return ``megatron.core``.
-
-    Its import lets safe loads of checkpoints build objects of its own and others (paths, namespaces, arrays). That is
-    taken back: what a file may hold does not depend on the strategy.
-
-    Raises:
-        ImportError: it is missing or of a version that is not served.
-    """
-    first, last = (".".join(map(str, version)) for version in SERVED)
-    remedy = f'pip install "megatron-core>={first},<{last}"'
-    is_new, allowed = "megatron.core" not in sys.modules, torch.serialization.get_safe_globals()
-    try:
-        import megatron.core
-        from megatron.core.package_info import MAJOR, MINOR, __version__
-    except ImportError as error:
-        raise ImportError(f"'megatron_lora' needs megatron-core: {remedy}") from error
-    if is_new:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(allowed)
-    if not SERVED[0] <= (MAJOR, MINOR) < SERVED[1]:
-        raise ImportError(f"'megatron_lora' serves megatron-core {first} to {last}, found {__version__}: {remedy}")
-    core: ModuleType = megatron.core
-    return core
-
-
-def parallel_state() -> Any:
-    """Return Megatron-core's record of the process groups."""
-    megatron_core()
-    from megatron.core import parallel_state
-
-    return parallel_state
 
 
 def choose_size(wanted: int | Literal["auto"], world_size: int, module: nn.Module | None, device: torch.device) -> int:

@@ -25,8 +25,8 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.inject import named_adapter_parameters
-from lightning_lora.megatron_models import gpt_model, load_hf_weights
-from lightning_lora.megatron_view import adapted_view
+from lightning_lora.megatron.models import gpt_model, load_hf_weights
+from lightning_lora.megatron.view import adapted_view
 from lightning_lora.peft_format import laid_out
 from lightning_lora.sharded import is_sharded, split_over, whole
 from tests import models
@@ -48,13 +48,14 @@ def hugging_face() -> torch.nn.Module:
     return models._seeded(lambda: Qwen3ForCausalLM(config))
 
 
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+RECOMPUTE = {"recompute_granularity": "full"}
 
 
 class Module(pl.LightningModule):
     """Builds a ``GPTModel`` with the weights of Hugging Face's, and keeps what a step was made of."""
 
     lr = 1e-2
+    loads = True
 
     def __init__(self, source: Any, **overrides: Any) -> None:
         super().__init__()
@@ -64,7 +65,8 @@ class Module(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = gpt_model(self.source, **self.overrides)
-            load_hf_weights(self.model, self.source)
+            if self.loads:
+                load_hf_weights(self.model, self.source)
             for part in self.model.modules():
                 for name, child in part.named_children():
                     if isinstance(child, torch.nn.Dropout):  # it draws numbers for p=0, too
@@ -133,18 +135,26 @@ def training(directory: Path, num_ranks: int) -> dict[str, Any]:
     """Every layout: tensor-parallel ranks, sequence parallelism, recomputation."""
     found: dict[str, Any] = {}
     source = directory / "hf"
-    for size in sorted({2, num_ranks}):
-        for sequence_parallel in (False, True):
-            for recompute in ({}, RECOMPUTE):
-                name = f"tp{size}" + ("-sp" if sequence_parallel else "") + ("-recompute" if recompute else "")
-                module = Module(source, sequence_parallel=sequence_parallel, **recompute)
-                options = {"sequence_parallel": sequence_parallel}
-                trainer, _ = run(directory / name, size, module, max_epochs=2, options=options)
-                found[name] = {
-                    "losses": module.losses, "gradients": module.gradients, "adapters": adapters(module),
-                    "raw": whole_factors(module), "size": size,
-                }  # fmt: skip
+    for size, sequence_parallel, recomputes in layouts(num_ranks):
+        name = layout_name(size, sequence_parallel, recomputes)
+        module = Module(source, sequence_parallel=sequence_parallel, **(RECOMPUTE if recomputes else {}))
+        options = {"sequence_parallel": sequence_parallel}
+        run(directory / name, size, module, max_epochs=2, options=options)
+        found[name] = {
+            "losses": module.losses, "gradients": module.gradients, "adapters": adapters(module),
+            "raw": whole_factors(module),
+        }  # fmt: skip
     return found
+
+
+def layouts(num_ranks: int) -> list[tuple[int, bool, bool]]:
+    """Return ``(tensor-parallel ranks, sequence parallelism, recomputation)`` of the runs on so many ranks."""
+    all_ways = [(num_ranks, sequence, recomputes) for sequence in (False, True) for recomputes in (False, True)]
+    return all_ways if num_ranks == 2 else [*all_ways, (2, False, False), (2, True, True)]
+
+
+def layout_name(size: int, sequence_parallel: bool, recomputes: bool) -> str:
+    return f"tp{size}" + ("-sp" if sequence_parallel else "") + ("-recompute" if recomputes else "")
 
 
 def variants(directory: Path, num_ranks: int) -> dict[str, Any]:
@@ -341,8 +351,9 @@ def traffic(directory: Path, num_ranks: int) -> dict[str, Any]:
 def company(directory: Path, num_ranks: int) -> dict[str, Any]:
     """Tools around a run, and a second one."""
     found: dict[str, Any] = {}
-    module, search = Module(directory / "hf"), AfterTheSearch(num_training_steps=3, early_stop_threshold=None)
-    trainer, _ = run(directory / "searched", 2, module, callbacks=(search,))
+    module, search = Bare(directory / "hf"), AfterTheSearch(num_training_steps=3, early_stop_threshold=None)
+    options = {"base_weights": str(directory / "hf")}
+    trainer, _ = run(directory / "searched", 2, module, callbacks=(search,), options=options)
     found["after_search"] = search.adapters
     batch = models.token_ids(4, 8, seed=2)
     predicting = pl.Trainer(
@@ -350,6 +361,8 @@ def company(directory: Path, num_ranks: int) -> dict[str, Any]:
         callbacks=[LoRACallback(r=4)], use_distributed_sampler=False, enable_model_summary=False,
         enable_progress_bar=False,
     )  # fmt: skip
+    with disabled(module):
+        found["base"] = logits_of(module)
     found["predicted"] = (
         predicting.predict(module, torch.utils.data.DataLoader(batch, batch_size=4))[0],
         logits_of(module),
@@ -362,8 +375,10 @@ def company(directory: Path, num_ranks: int) -> dict[str, Any]:
     return found
 
 
-class Trains(Module):
-    """Trains norms and the output layer whole."""
+class Bare(Module):
+    """Leaves reading the weights to the strategy."""
+
+    loads = False
 
 
 def whole_modules(directory: Path, num_ranks: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_peft, sa
 from tests import models
 from tests.distributed.ddp_script import Recorded
 from tests.distributed.fsdp_script import fit
-from tests.distributed.gpt_script import hugging_face
+from tests.distributed.gpt_script import hugging_face, layout_name, layouts
 from tests.distributed.launch import launch
 
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
@@ -73,13 +73,7 @@ class TestTraining:
                 torch.testing.assert_close(rank["adapters"], dict(adapter_state_dict(run["single"])), **STEP_TOLERANCE)
 
     def test_every_layout_was_run(self, run: dict[str, Any]) -> None:
-        layouts = {
-            f"tp{size}{sp}{again}"
-            for size in (2, run["num_ranks"])
-            for sp in ("", "-sp")
-            for again in ("", "-recompute")
-        }
-        assert set(run["ranks"][0]["training"]) == layouts
+        assert set(run["ranks"][0]["training"]) == {layout_name(*layout) for layout in layouts(run["num_ranks"])}
 
     def test_the_global_norm_is_one_processs(self, run: dict[str, Any]) -> None:
         expected = torch.stack([g.norm() for g in run["single"].gradients.values()]).norm()
@@ -248,6 +242,7 @@ class TestCompany:
             found = rank["company"]
             assert all(not value.any() for name, value in found["after_search"].items() if "lora_B" in name)
             torch.testing.assert_close(*found["predicted"], **EXACT)
+            torch.testing.assert_close(found["base"], logits(hugging_face()), **LOGIT_TOLERANCE)
             assert found["searched"] > 0
             assert found["steps"] == found["searched"] + 4 + 4  # of two epochs
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import seed_everything
 
 from lightning_lora import MegatronLoRAStrategy, adapter_state_dict, load_peft
+from lightning_lora.megatron import core
 from lightning_lora.strategies import megatron
 from tests import models, runs
 from tests.distributed.fsdp_script import PROMPTS, fit
@@ -207,6 +208,7 @@ class TestRefusals:
             ("no plan", "GPT2LMHeadModel has no tensor-parallel plan"),
             ("trained", "'model.layers.0.mlp.down_proj' trains its own 'weight'"),
             ("tied", "the tied embedding or output head is adapted"),
+            ("sequence", "sequence_parallel=True is served for Megatron-core's models, not for LlamaForCausalLM"),
             ("batches", "ranks that share a model were given different batches"),
         ],
     )
@@ -226,7 +228,6 @@ class TestRefusals:
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not served"),
         ({"context_parallel_size": 2}, "context_parallel_size=2 is not served"),
         ({"expert_parallel_size": 4}, "expert_parallel_size=4 is not served"),
-        ({"sequence_parallel": True}, "the batch in them"),
         ({"tensor_parallel_size": 0}, "must be 'auto' or a positive integer"),
         ({"tensor_paralel_size": 2}, "has no option 'tensor_paralel_size'; nearest: tensor_parallel_size"),
     ],
@@ -237,7 +238,7 @@ def test_options_that_are_not_served_are_refused_at_once(settings: dict[str, Any
 
 
 def test_a_missing_or_other_megatron_core_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron, "SERVED", ((0, 99), (1, 0)))
+    monkeypatch.setattr(core, "SERVED", ((0, 99), (1, 0)))
     with pytest.raises(ImportError, match=r'found 0\..*pip install "megatron-core>=0.99,<1.0"'):
         MegatronLoRAStrategy()
     for name in [name for name in sys.modules if name == "megatron" or name.startswith("megatron.")]:

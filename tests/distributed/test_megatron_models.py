@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_lora.megatron_models import HF_TABLE
-from lightning_lora.megatron_table import row_of
+from lightning_lora.megatron.models import HF_TABLE
+from lightning_lora.megatron.table import row_of
 from tests import models
 from tests.distributed.launch import launch
 from tests.distributed.megatron_models_script import BATCH, FAMILIES, FORMS, RECOMPUTED, TINY

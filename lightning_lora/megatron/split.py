@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.layers.megatron import LoRAMegatronLinear, is_column, is_parallel_linear
-from lightning_lora.megatron_names import stacks
+from lightning_lora.megatron.names import stacks
 from lightning_lora.root import clean_name, is_megatron
 from lightning_lora.sharded import is_sharded, split_over
 

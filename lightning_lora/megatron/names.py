@@ -1,6 +1,5 @@
 """What Megatron-core's layers are called in Hugging Face's models, part by part: both names are understood."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +7,8 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers.megatron import Stack, has_megatron, is_parallel_linear, stack_of
+from lightning_lora.megatron.table import HF_TABLE, row_of
 from lightning_lora.root import clean_name, is_megatron
-
-# (end of Megatron-core's name inside a block, {part: end of Hugging Face's})
-_ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
-_BLOCK = re.compile(r"(?P<before>.*\.|)decoder\.layers\.(?P<index>\d+)\.(?P<inside>.+)")
 
 
 @dataclass(frozen=True)
@@ -70,25 +66,11 @@ def _stacked_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Stack | 
 
 
 def _hugging_face_names(layer: str, stack: Stack | None) -> dict[str, str]:
-    match = _BLOCK.fullmatch(layer)
-    if match is None:
+    """Return the Hugging Face name of each weight that a layer stacks, by part; of a plain layer under ``""``."""
+    found = row_of(f"{layer}.weight", HF_TABLE, ())
+    if found is None:
         return {}
-    inside = match["inside"]
-    if inside == "self_attention.linear_qkv" and stack is not None:
-        parts = _ATTENTION
-    elif inside == "self_attention.linear_proj":
-        parts = {"": "self_attn.o_proj"}
-    else:
-        parts = _feed_forward(inside, stack)
-    return {part: f"{match['before']}model.layers.{match['index']}.{name}" for part, name in parts.items()}
-
-
-def _feed_forward(inside: str, stack: Stack | None) -> dict[str, str]:
-    expert = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])", inside)
-    if expert is not None:
-        before, child = f"mlp.experts.{expert[1]}", expert[2]
-    else:
-        before, _, child = inside.rpartition(".")
-    if child == "linear_fc1" and stack is not None and before.startswith("mlp"):
-        return {"gate": f"{before}.gate_proj", "up": f"{before}.up_proj"}
-    return {"": f"{before}.down_proj"} if child == "linear_fc2" and before.startswith("mlp") else {}
+    before = layer[: layer.index("decoder.layers.")]
+    names = [before + source.removesuffix(".weight") for source in found[1]]
+    parts = [""] if stack is None else list(stack.rows)
+    return dict(zip(parts, names, strict=True)) if len(parts) == len(names) else {}

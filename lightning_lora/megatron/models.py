@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from lightning_lora.megatron_config import (
+from lightning_lora.megatron.config import (
     layer_settings,
     model_options,
     read_config,
     refuse_undivided,
     refuse_unserved,
 )
-from lightning_lora.megatron_table import HF_TABLE, Row
-from lightning_lora.megatron_weights import load_hf_weights, tensor_parallel
-from lightning_lora.strategies.megatron import parallel_state
+from lightning_lora.megatron.core import parallel_state
+from lightning_lora.megatron.table import HF_TABLE, Row
+from lightning_lora.megatron.weights import load_hf_weights, tensor_parallel
 from lightning_lora.strategies.megatron_cpu import name_te_general_gemm
 
 __all__ = ["HF_TABLE", "Row", "gpt_model", "load_hf_weights"]
@@ -72,6 +72,9 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
     if settings.get("sequence_parallel") and torch.cuda.is_available() and not use_te:
         raise ValueError("sequence_parallel=True on CUDA devices needs Transformer Engine's norms: install it")
     config = TransformerConfig(**settings)
+    # where transformers' models say it, so that a PEFT directory can name its base
+    source = str(path) if isinstance(path, str | Path) else getattr(path, "_name_or_path", "")
+    config.__dict__["_name_or_path"] = source
     if not use_te:
         name_te_general_gemm()
     _seed_random_states()

@@ -9,7 +9,7 @@ from lightning_lora.inject import Injection, injection_of, named_lora_layers, na
 from lightning_lora.layers import adapt
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.megatron import LoRAMegatronLinear
-from lightning_lora.megatron_names import megatron_parts, stacks
+from lightning_lora.megatron.names import megatron_parts, stacks
 from lightning_lora.root import name_or_path
 
 

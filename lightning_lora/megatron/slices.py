@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.megatron_table import Row
+from lightning_lora.megatron.table import Row
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Megatron-core's models: their weights, their layers' names, and their tensors as parts of whole ones."""

@@ -1,0 +1,43 @@
+"""Megatron-core itself, imported where it is served and nowhere else."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+SERVED = ((0, 14), (0, 20))  # versions, from and below
+
+
+def megatron_core() -> ModuleType:
+    """Return ``megatron.core``.
+
+    Its import lets safe loads of checkpoints build objects of its own and others (paths, namespaces, arrays). That is
+    taken back: what a file may hold does not depend on the strategy.
+
+    Raises:
+        ImportError: it is missing or of a version that is not served.
+    """
+    first, last = (".".join(map(str, version)) for version in SERVED)
+    remedy = f'pip install "megatron-core>={first},<{last}"'
+    is_new, allowed = "megatron.core" not in sys.modules, torch.serialization.get_safe_globals()
+    try:
+        import megatron.core
+        from megatron.core.package_info import MAJOR, MINOR, __version__
+    except ImportError as error:
+        raise ImportError(f"'megatron_lora' needs megatron-core: {remedy}") from error
+    if is_new:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+    if not SERVED[0] <= (MAJOR, MINOR) < SERVED[1]:
+        raise ImportError(f"'megatron_lora' serves megatron-core {first} to {last}, found {__version__}: {remedy}")
+    core: ModuleType = megatron.core
+    return core
+
+
+def parallel_state() -> Any:
+    """Return Megatron-core's record of the process groups."""
+    megatron_core()
+    from megatron.core import parallel_state
+
+    return parallel_state
