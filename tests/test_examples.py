@@ -70,3 +70,17 @@ def test_a_sharded_loop_of_ones_own_learns(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "adapter.ckpt", weights_only=True)
     assert all(".lora_" in name for name in saved["model"])
     assert saved["step"] == 4
+
+
+def test_an_encoder_split_over_two_processes_has_the_losses_of_one(tmp_path: Path) -> None:
+    split = run_example("megatron_encoder.py", "--steps=4", f"--output={tmp_path / 'split'}")
+    alone = run_example(
+        "megatron_encoder.py", "--steps=4", "--strategy=auto", "--devices=1", f"--output={tmp_path / 'alone'}"
+    )
+    losses = [[float(x) for x in re.search(r"Losses: (.*)", output)[1].split(", ")] for output in (split, alone)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)  # other order of sums
+    assert len(losses[0]) == 4
+    assert re.search(r"found: [\d.]+% -> [\d.]+%", split)
+    checkpoint = torch.load(tmp_path / "split" / "checkpoints" / "step=4.ckpt", weights_only=True)
+    assert all(".lora_" in name for name in checkpoint["state_dict"])
+    assert (tmp_path / "split" / "peft" / "adapter_model.safetensors").exists()
