@@ -77,6 +77,13 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
         if not any(_hits(config.exclude_modules, n) for n in names(name))
         and not _is_inside(names(name)[-1], trained_whole)
     }
+    engine = [type(m).__name__ for m in modules.values() if type(m).__module__.endswith(".transformer_engine")]
+    if not selected and is_megatron(model) and engine:
+        raise ValueError(
+            f"the layers of {type(model).__name__} are Transformer Engine's ({engine[0]}), which communicate inside "
+            "and have no local product for an adapter: build it with gpt_model(path), or with Megatron-core's local "
+            "layer spec, in which norms and attention may be Transformer Engine's"
+        )
     if not selected:
         raise ValueError(
             f"target_modules={config.target_modules!r} leaves no layer of {type(model).__name__} to adapt after "

@@ -1,5 +1,6 @@
 """Megatron-core itself, imported where it is served and nowhere else."""
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -41,3 +42,20 @@ def parallel_state() -> Any:
     from megatron.core import parallel_state
 
     return parallel_state
+
+
+def check_contract() -> None:
+    """Raise ``ImportError`` where Megatron-core's linear layers have no local product of their own to adapt.
+
+    ``_forward_impl`` is a method since 0.14; before, every forward set it anew on the instance.
+    """
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    for layer in (ColumnParallelLinear, RowParallelLinear):
+        method = vars(layer).get("_forward_impl")
+        names = inspect.signature(method).parameters if callable(method) else {}
+        if not {"self", "input", "weight"} <= set(names):
+            raise ImportError(
+                f"{layer.__name__} of this megatron-core has no method _forward_impl(input, weight, ...), in which "
+                "adapters are computed: install one of the versions that 'megatron_lora' is tested with, 0.14 to 0.16"
+            )

@@ -30,8 +30,9 @@ OF_THE_GROUPS = ("tensor", "pipeline", "context", "expert")  # parallel sizes, w
 def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
     """Build the ``GPTModel`` of a Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE, with weights drawn at random.
 
-    Called on all ranks, without a collective; each builds its part, in torch's default dtype. Layers are Transformer
-    Engine's where it is installed and there is a CUDA device, Megatron-core's own elsewhere. Dropout and the auxiliary
+    Called on all ranks, without a collective; each builds its part, in torch's default dtype. Linear layers are
+    Megatron-core's own, in whose local product an adapter has its place; norms and attention are Transformer Engine's
+    where it is installed and there is a CUDA device. Dropout and the auxiliary
     loss of experts are off. Called with ``labels=`` it returns the loss of each token; logits are this rank's part of
     the vocabulary unless ``parallel_output=False``. Where Megatron-core's random states have no seed yet, they are
     given one; torch's own stay as they are.
@@ -54,7 +55,6 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
     """
     _, size = tensor_parallel()
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
     from megatron.core.transformer import TransformerConfig
 
     hf = read_config(path)
@@ -63,9 +63,9 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     arguments = set(inspect.signature(GPTModel.__init__).parameters) - {"self", "config"}
     _check_names(overrides, fields, arguments)
-    use_te = bool(HAVE_TE) and torch.cuda.is_available()
+    use_te = has_transformer_engine() and torch.cuda.is_available()
     dtype = overrides.get("params_dtype", torch.get_default_dtype())
-    settings = _sizes(size, dtype) | layer_settings(hf) | {"moe_grouped_gemm": use_te and "num_experts" in hf}
+    settings = _sizes(size, dtype) | layer_settings(hf)
     settings |= {name: value for name, value in overrides.items() if name in fields}
     if settings.get("recompute_granularity") == "full":
         settings = {"recompute_method": "uniform", "recompute_num_layers": 1} | settings
@@ -75,13 +75,53 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
     # where transformers' models say it, so that a PEFT directory can name its base
     source = str(path) if isinstance(path, str | Path) else getattr(path, "_name_or_path", "")
     config.__dict__["_name_or_path"] = source
-    if not use_te:
+    if not has_transformer_engine():
         name_te_general_gemm()
     _seed_random_states()
     options = model_options(hf) | {name: value for name, value in overrides.items() if name in arguments}
     if "transformer_layer_spec" not in options:
-        options["transformer_layer_spec"] = get_gpt_decoder_block_spec(config, use_te, normalization="RMSNorm")
+        options["transformer_layer_spec"] = block_spec(config, transformer_engine_layers() if use_te else {})
     return GPTModel(config=config, **options)
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron-core found Transformer Engine."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return bool(gpt_layer_specs.HAVE_TE)
+
+
+def block_spec(config: Any, layers: Mapping[Any, Any]) -> Any:
+    """Return the spec of all blocks: Megatron-core's own layers, but for those that ``layers`` has another for."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    _exchange(spec, layers, set())
+    return spec
+
+
+def transformer_engine_layers() -> dict[Any, Any]:
+    """Return Transformer Engine's norm and attention by the layers of Megatron-core that they take the place of."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import LNImpl
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    return {WrappedTorchNorm: TENorm, LNImpl: TENorm, DotProductAttention: TEDotProductAttention}
+
+
+def _exchange(spec: Any, layers: Mapping[Any, Any], seen: set[int]) -> None:
+    """Exchange layers in a spec, in place: a dataclass of layers, of specs with submodules, or of lists of those."""
+    if id(spec) in seen:  # equal layers share a spec
+        return
+    seen.add(id(spec))
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if isinstance(value, type) and value in layers:
+            setattr(spec, field.name, layers[value])
+        for one in value if isinstance(value, list) else [value]:
+            if dataclasses.is_dataclass(one) and not isinstance(one, type):
+                _exchange(one, layers, seen)
 
 
 def _check_names(overrides: Mapping[str, Any], fields: set[str], arguments: set[str]) -> None:

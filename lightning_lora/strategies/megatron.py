@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_lora.inject import injected_roots, injection_of
-from lightning_lora.megatron.core import megatron_core, parallel_state
+from lightning_lora.megatron.core import check_contract, megatron_core, parallel_state
 from lightning_lora.megatron.split import check_built, let_gradients_through_recomputed, mesh_of
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.root import is_megatron
@@ -55,6 +55,7 @@ class MegatronRanks(Launched):
         check_keywords(type(self), kwargs, self._lightning_base)
         super().__init__(**kwargs)
         megatron_core()
+        check_contract()
         others = {
             "pipeline_parallel_size": pipeline_parallel_size,
             "context_parallel_size": context_parallel_size,

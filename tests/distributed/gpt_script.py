@@ -9,6 +9,7 @@ from unittest import mock
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_lora import (
@@ -24,6 +25,7 @@ from lightning_lora import (
     save_peft,
     unmerge,
 )
+from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
 from lightning_lora.inject import named_adapter_parameters
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.megatron.view import adapted_view
@@ -375,6 +377,82 @@ def company(directory: Path, num_ranks: int) -> dict[str, Any]:
     return found
 
 
+def mixture() -> torch.nn.Module:
+    """A Qwen3-MoE of four experts, two for each token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=8, vocab_size=models.VOCAB, max_position_embeddings=64, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, norm_topk_prob=True,
+    )  # fmt: skip
+    return models._seeded(lambda: Qwen3MoeForCausalLM(config))
+
+
+def experts(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """A mixture of experts, adapters on every expert: whole on each rank, and spread over all."""
+    found: dict[str, Any] = {}
+    for size in (1, num_ranks):
+        module = Module(directory / "moe", sequence_parallel=size > 1)
+        run(directory / f"experts{size}", size, module)
+        found[f"tp{size}"] = {
+            "gradients": module.gradients, "adapters": adapters(module), "raw": whole_factors(module),
+        }  # fmt: skip
+    found["logits"] = logits_of(module)
+    save_peft(module.model, directory / "moe-peft")
+    return found
+
+
+def fabric(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """The same run in Fabric."""
+    fabric = Fabric(
+        accelerator="cpu", devices=num_ranks, strategy=FabricStrategy(tensor_parallel_size=2, sequence_parallel=True)
+    )
+    fabric.launch()
+    module = Module(directory / "hf", sequence_parallel=True)
+    module.configure_model()
+    inject(module.model, LoRAConfig(r=4))
+    model, optimizer = fabric.setup(module.model, module.configure_optimizers())
+    norms = []
+    for batch in rank_loader(int(os.environ["RANK"]) // 2, num_ranks // 2):
+        loss = module.training_step(batch, 0)
+        fabric.backward(loss)
+        norms.append(fabric.clip_gradients(model, optimizer, max_norm=0.05, error_if_nonfinite=True))
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {"losses": module.losses, "adapters": adapters(module), "norms": norms}
+    fabric.save(directory / "fabric.ckpt", {"model": model, "optimizer": optimizer})
+    again = Module(directory / "hf")
+    again.configure_model()
+    inject(again.model, LoRAConfig(r=4))
+    other, other_optimizer = fabric_without_sequences(num_ranks).setup(again.model, again.configure_optimizers())
+    fabric.load(directory / "fabric.ckpt", {"model": other, "optimizer": other_optimizer})
+    return {**found, "loaded": adapters(again)}
+
+
+def fabric_without_sequences(num_ranks: int) -> Fabric:
+    fabric = Fabric(accelerator="cpu", devices=num_ranks, strategy=FabricStrategy(tensor_parallel_size=2))
+    fabric.launch()
+    return fabric
+
+
+def precisions(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """bf16, of the whole base and by autocast."""
+    found: dict[str, Any] = {}
+    for precision in ("bf16-true", "bf16-mixed"):
+        for sequence_parallel in (False, True):
+            module = Module(directory / "hf", sequence_parallel=sequence_parallel)
+            try:
+                run(directory / "bf16", num_ranks, module, precision=precision)
+                found[f"{precision} {sequence_parallel}"] = (
+                    module.losses,
+                    str(next(p.dtype for p in module.parameters())),
+                )
+            except (ValueError, RuntimeError) as error:
+                found[f"{precision} {sequence_parallel}"] = str(error)
+    return found
+
+
 class Bare(Module):
     """Leaves reading the weights to the strategy."""
 
@@ -428,7 +506,7 @@ def early_built(source: Path) -> Module:
 
 def main(directory: Path) -> None:
     num_ranks = int(os.environ["WORLD_SIZE"])
-    parts = (training, variants, files, company, whole_modules, traffic, refusals)
+    parts = (training, variants, files, experts, fabric, precisions, company, whole_modules, traffic, refusals)
     report(directory, {part.__name__: part(directory, num_ranks) for part in parts})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.megatron.models import HF_TABLE, Row, gpt_model, load_hf_weights
+from lightning_lora.megatron.models import HF_TABLE, Row, block_spec, gpt_model, load_hf_weights
 from lightning_lora.strategies import megatron_cpu
 from tests import models
 from tests.distributed.launch import report
@@ -76,6 +76,29 @@ def families(directory: Path) -> dict[str, Any]:
         model = loaded(directory / "experts", **settings)  # training, which takes another way through the dispatcher
         found[dispatcher] = outputs(model).detach()
     return found
+
+
+def exchanged(directory: Path) -> dict[str, Any]:
+    """Other norms and another attention in place of Megatron-core's."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    class Norm(torch.nn.RMSNorm):
+        def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+            super().__init__(hidden_size, eps)
+
+    class Attention(DotProductAttention):
+        pass
+
+    plain = loaded(directory / "experts", parallel_output=False).eval()
+    spec = block_spec(plain.config, {WrappedTorchNorm: Norm, DotProductAttention: Attention})
+    model = loaded(directory / "experts", parallel_output=False, transformer_layer_spec=spec).eval()
+    kinds = [type(module) for module in model.modules()]
+    with torch.no_grad():
+        same = torch.equal(outputs(model), outputs(plain))
+    left = [kind for kind in kinds if kind in (torch.nn.RMSNorm, DotProductAttention)]
+    # two norms and one attention a block, norms of queries and of keys; the last norm is the block spec's
+    return {"same": same, "left": len(left), "norms": kinds.count(Norm), "attentions": kinds.count(Attention)}
 
 
 def gradients_of(model: Any, autocast: bool = False) -> dict[str, Tensor]:
@@ -201,7 +224,7 @@ class Config:
 def main(directory: Path) -> None:
     too_early = refused(lambda: gpt_model(directory / "llama"))
     connect()
-    parts = (families, recomputation, streams, forms, refusals)
+    parts = (families, exchanged, recomputation, streams, forms, refusals)
     report(directory, {"too early": too_early, **{part.__name__: part(directory) for part in parts}})
 
 

@@ -12,7 +12,7 @@ from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_peft, sa
 from tests import models
 from tests.distributed.ddp_script import Recorded
 from tests.distributed.fsdp_script import fit
-from tests.distributed.gpt_script import hugging_face, layout_name, layouts
+from tests.distributed.gpt_script import hugging_face, layout_name, layouts, mixture
 from tests.distributed.launch import launch
 
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
@@ -43,6 +43,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp(f"gpt{request.param}")
     hugging_face().save_pretrained(directory / "hf")
+    mixture().save_pretrained(directory / "moe")
     save_peft(foreign(), directory / "hf-peft")
     single = alone(directory / "single", max_epochs=2)
     ranks = launch("gpt_script.py", request.param, directory)
@@ -130,6 +131,51 @@ class TestTraining:
         assert set(found) == set(names)
         for name, value in found.items():
             torch.testing.assert_close(value, trained[names[name]].detach(), **STEP_TOLERANCE)
+
+
+class TestExperts:
+    def test_adapters_on_every_expert_train_as_on_one_rank(self, run: dict[str, Any]) -> None:
+        for rank in run["ranks"]:
+            one, spread = (rank["experts"][f"tp{size}"] for size in (1, run["num_ranks"]))
+            assert sum("experts.3." in name for name in one["gradients"]) == 2 * 3 * 2  # blocks, layers, A and B
+            torch.testing.assert_close(spread["gradients"], one["gradients"], **GRADIENT_TOLERANCE)
+            torch.testing.assert_close(spread["adapters"], one["adapters"], **STEP_TOLERANCE)
+
+    def test_whole_factors_are_bit_equal(self, run: dict[str, Any]) -> None:
+        first, *others = (rank["experts"][f"tp{run['num_ranks']}"]["raw"] for rank in run["ranks"])
+        for other in others:
+            torch.testing.assert_close(other, first, **EXACT)
+
+    def test_their_directory_is_read_into_hugging_faces_model(self, run: dict[str, Any]) -> None:
+        model = load_peft(mixture(), run["directory"] / "moe-peft")
+        for rank in run["ranks"]:
+            torch.testing.assert_close(rank["experts"]["logits"], logits(model), **LOGIT_TOLERANCE)
+
+
+class TestFabric:
+    def test_losses_steps_and_norms_equal_one_process(self, run: dict[str, Any], tmp_path: Path) -> None:
+        single = alone(tmp_path, gradient_clip_val=0.05)
+        first = torch.stack([g.norm() for g in run["single"].gradients.values()]).norm()
+        for rank in run["ranks"]:
+            torch.testing.assert_close(rank["fabric"]["adapters"], dict(adapter_state_dict(single)), **STEP_TOLERANCE)
+            torch.testing.assert_close(rank["fabric"]["norms"][0], first, rtol=1e-5, atol=0)
+        losses = torch.tensor([rank["fabric"]["losses"] for rank in run["ranks"]]).mean(0)
+        torch.testing.assert_close(losses, torch.tensor(single.losses), **STEP_TOLERANCE)
+
+    def test_its_file_is_read_back(self, run: dict[str, Any]) -> None:
+        for rank in run["ranks"]:
+            torch.testing.assert_close(rank["fabric"]["loaded"], rank["fabric"]["adapters"], **EXACT)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision_follows_the_losses_of_single_precision(
+    run: dict[str, Any], precision: str, sequence_parallel: bool
+) -> None:
+    losses, dtype = run["ranks"][0]["precisions"][f"{precision} {sequence_parallel}"]
+    assert dtype == ("torch.bfloat16" if precision == "bf16-true" else "torch.float32")
+    expected = run["ranks"][0]["training"][f"tp{run['num_ranks']}"]["losses"][:4]
+    torch.testing.assert_close(losses, expected, rtol=0.0, atol=0.01)
 
 
 class TestTraffic:

@@ -154,6 +154,11 @@ class TestOnCPU:
             marks, parallel = rank["recomputation"]["marks"]
             assert marks == {parallel}
 
+    def test_norms_and_attention_can_be_others(self, ranks: list[Any]) -> None:
+        for rank in ranks:
+            # two norms a block, those of queries and keys, and the last one
+            assert rank["exchanged"] == {"same": True, "left": 0, "norms": 2 * 4 + 1, "attentions": 2}
+
 
 class TestWeights:
     @pytest.mark.parametrize("form", [*FORMS, "inner", "adapted", "own rows"])
