@@ -160,7 +160,7 @@ def test_dropout_means_pefts_formula(name: str, monkeypatch: pytest.MonkeyPatch,
     if kind.option == "lora_bias":  # plain LoRA: its mask is made inside the product
         monkeypatch.setattr(
             "lightning_lora.functional._kept",
-            lambda seed, rows, columns, dropout, like, _=None: (
+            lambda seed, rows, columns, dropout, like, *_: (
                 torch.arange(rows * columns).view(rows, columns) % 3 > 0
             ).to(like.dtype),
         )

@@ -1,9 +1,14 @@
 """Start a script on several gloo ranks as torchrun does, and collect what each rank found."""
 
+import contextlib
+import functools
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +20,8 @@ ROOT = Path(__file__).parent.parent.parent
 def launch(script: str, num_ranks: int, directory: Path, *arguments: str, timeout_s: int = 240) -> list[Any]:
     """Run ``tests/distributed/<script>`` on ``num_ranks`` processes; return what each one saved with :func:`report`."""
     port = free_port()
-    processes = []
-    for rank in range(num_ranks):
-        environment = {
+    environments = [
+        {
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -30,19 +34,59 @@ def launch(script: str, num_ranks: int, directory: Path, *arguments: str, timeou
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, str(Path(__file__).parent / script), str(directory), *arguments]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = []
-    try:
-        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    failed = [rank for rank, process in enumerate(processes) if process.returncode != 0]
-    assert not failed, f"ranks {failed} failed:\n{outputs[failed[0]][-4000:]}"
+        for rank in range(num_ranks)
+    ]
+    outputs = [directory / f"output{rank}.txt" for rank in range(num_ranks)]
+    order = {
+        "script": str(Path(__file__).parent / script),
+        "arguments": [str(directory), *arguments],
+        "environments": environments,
+        "outputs": list(map(str, outputs)),
+    }
+    codes = _obeyed(order, timeout_s)
+    # a rank that died of itself first: the others may only have been killed with it
+    failed = sorted((rank for rank, code in enumerate(codes) if code != 0), key=lambda rank: codes[rank] < 0)
+    assert not failed, f"ranks {failed} failed with {codes}:\n{outputs[failed[0]].read_text()[-4000:]}"
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def _obeyed(order: dict[str, Any], timeout_s: int) -> list[int]:
+    """Give the zygote an order and return the exit codes; ranks that take too long are killed."""
+    zygote = _zygote()
+    assert zygote.stdin is not None
+    assert zygote.stdout is not None
+    zygote.stdin.write(json.dumps(order) + "\n")
+    zygote.stdin.flush()
+    children = json.loads(zygote.stdout.readline())
+    timer = threading.Timer(timeout_s, _kill, [children])
+    timer.start()
+    try:
+        codes: list[int] = json.loads(zygote.stdout.readline())
+    except BaseException:  # pytest's own time limit
+        _kill(children)
+        _zygote.cache_clear()
+        raise
+    finally:
+        timer.cancel()
+    return codes
+
+
+@functools.cache
+def _zygote() -> "subprocess.Popen[str]":
+    """Return the process that ranks are forked from; it ends with this one, whose end closes its input."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "zygote.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _kill(processes: list[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -1,0 +1,60 @@
+"""A process that has imported what ranks need, which takes longer than most of them run, and forks them from itself.
+
+It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs"}``, a process for each
+environment. It answers with the processes' numbers, and with their exit codes when all have ended.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ("lightning_lora", "transformers.models.llama.modeling_llama", "tests.zoo")
+
+
+def serve() -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        order = json.loads(line)
+        children = [
+            _fork(order, environment, output)
+            for environment, output in zip(order["environments"], order["outputs"], strict=True)
+        ]
+        print(json.dumps(children), flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
+
+
+def _fork(order: dict[str, Any], environment: dict[str, str], output: str) -> int:
+    child = os.fork()
+    if child != 0:
+        return child
+    code = 1
+    try:
+        os.environ.clear()
+        os.environ.update(environment)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(0)  # orders are not for ranks
+        sys.argv = [order["script"], *order["arguments"]]
+        sys.path.insert(0, str(Path(order["script"]).parent))
+        runpy.run_path(order["script"], run_name="__main__")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
