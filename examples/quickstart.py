@@ -89,8 +89,12 @@ class Definitions(L.LightningDataModule):
         self.learned, self.held_out = rows[:-num_held_out], rows[-num_held_out:]
 
     def train_dataloader(self) -> StatefulDataLoader:
-        # its position is part of a checkpoint, so a resumed run goes on with the next batch, in mid-epoch too
-        return StatefulDataLoader(self.learned, batch_size=self.batch_size, shuffle=True, collate_fn=self.collate)
+        # its position is part of a checkpoint, so a resumed run goes on with the next batch, in mid-epoch too. Its
+        # order is its own, whatever else draws random numbers
+        order = torch.Generator().manual_seed(0)
+        return StatefulDataLoader(
+            self.learned, batch_size=self.batch_size, shuffle=True, generator=order, collate_fn=self.collate
+        )
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.held_out, 2 * self.batch_size, collate_fn=self.collate)

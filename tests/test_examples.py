@@ -60,6 +60,14 @@ def test_the_same_example_splits_its_layers(tmp_path: Path) -> None:
     assert after < before
     checkpoint = torch.load(tmp_path / "checkpoints" / "step=4.ckpt", weights_only=True)
     assert all(".lora_" in name for name in checkpoint["state_dict"])
+    alone = run_example(
+        "fsdp_trainer.py", "--strategy=auto", "--devices=1", "--steps=4", f"--output={tmp_path / 'alone'}"
+    )
+    torch.testing.assert_close(losses_of(output), losses_of(alone), rtol=1e-4, atol=1e-5)  # other order of sums
+
+
+def losses_of(output: str) -> list[float]:
+    return [float(value) for value in re.search(r"Losses: (.*)", output)[1].split(", ")]
 
 
 def test_a_sharded_loop_of_ones_own_learns(tmp_path: Path) -> None:
@@ -77,7 +85,7 @@ def test_an_encoder_split_over_two_processes_has_the_losses_of_one(tmp_path: Pat
     alone = run_example(
         "megatron_encoder.py", "--steps=4", "--strategy=auto", "--devices=1", f"--output={tmp_path / 'alone'}"
     )
-    losses = [[float(x) for x in re.search(r"Losses: (.*)", output)[1].split(", ")] for output in (split, alone)]
+    losses = [losses_of(output) for output in (split, alone)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)  # other order of sums
     assert len(losses[0]) == 4
     assert re.search(r"found: [\d.]+% -> [\d.]+%", split)

@@ -45,7 +45,8 @@ class Rows(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         trainer = self.trainer
         rows = models.token_ids(32, 8, seed=1)
-        sampler = DistributedSampler(rows, trainer.world_size, trainer.global_rank, shuffle=True, seed=7)
+        parts = trainer.distributed_sampler_kwargs  # ranks that share a model see the same
+        sampler = DistributedSampler(rows, **parts, shuffle=True, seed=7)
         return StatefulDataLoader(rows, batch_size=2, sampler=sampler)
 
 
@@ -77,19 +78,19 @@ class WorkerStrategy(FSDPLoRAStrategy):
         return torch.device("cpu")
 
 
-def main(directory: Path, dies: bool, worker: bool) -> None:
+def main(directory: Path, dies: bool, worker: bool, splits: bool) -> None:
     saving = ModelCheckpoint(directory, save_last=True, save_top_k=0, every_n_train_steps=1)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1 if worker else 2,
-        strategy=WorkerStrategy() if worker else "fsdp_lora",
+        strategy=WorkerStrategy() if worker else "megatron_lora" if splits else "fsdp_lora",
         plugins=[WorkerEnvironment()] if worker else None,
         use_distributed_sampler=False,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=directory,
-        max_epochs=2,
+        max_epochs=1 if splits else 2,
         callbacks=[LoRACallback(r=4, dropout=0.1), saving],
     )
     pl.seed_everything(3, verbose=False)
@@ -103,4 +104,4 @@ def main(directory: Path, dies: bool, worker: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "dies" in sys.argv[2:], "worker" in sys.argv[2:])
+    main(Path(sys.argv[1]), *(word in sys.argv[2:] for word in ("dies", "worker", "splits")))

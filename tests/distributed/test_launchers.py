@@ -117,3 +117,15 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(undis
         assert len(losses(tmp_path, rank)) == 16 > KILLED_AT
     torch.testing.assert_close(results(tmp_path), results(undisturbed), rtol=0, atol=0)
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+def test_a_killed_rank_of_a_split_model_is_started_again_too(tmp_path: Path) -> None:
+    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
+    for directory, words in ((whole, ["splits"]), (disturbed, ["splits", "dies"])):
+        directory.mkdir()
+        finished(start(torchrun(directory, *words)))
+    assert (disturbed / "killed").exists()
+    for rank in range(2):
+        assert losses(disturbed, rank) == losses(whole, rank) == losses(whole, 0)
+        assert len(losses(disturbed, rank)) == 16 > KILLED_AT
+    torch.testing.assert_close(results(disturbed), results(whole), rtol=0, atol=0)
