@@ -32,8 +32,9 @@ from lightning_lora.inject import (
 )
 from lightning_lora.layers.statistics import freeze_statistics
 from lightning_lora.matching import is_all_linear, left_out_towers
+from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.peft_import import load_peft
-from lightning_lora.root import clean_name, find_root
+from lightning_lora.root import clean_name, find_root, is_megatron
 from lightning_lora.sharded import class_name, logical
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
@@ -339,7 +340,17 @@ def configure_then_adapt(
 ) -> None:
     """Stand in for ``configure_model``: build, then adapt."""
     configure_model()
+    if init_from is not None:
+        _read_base_first(pl_module, path)
     adapt_module(pl_module, config, path, init_from)
+
+
+def _read_base_first(pl_module: Any, path: str | None) -> None:
+    """Fill a Megatron-core model from the strategy's ``base_weights``: what is loaded into it looks at its base."""
+    _, root = find_root(pl_module, path)
+    source = getattr(pl_module.trainer.strategy, "base_weights", None)
+    if is_megatron(root) and source is not None and injection_of(root) is None:
+        load_hf_weights(root, source)
 
 
 def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:

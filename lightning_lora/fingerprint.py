@@ -1,6 +1,6 @@
 """A fingerprint of the frozen base, by which an adapter knows the model that it was trained on."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,16 +59,35 @@ def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
     compared.
     """
     own = fingerprint(root)
-    own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
-    present = {name for name, _ in [*root.named_parameters(), *root.named_buffers()]} | set(own_hashes)
+    present = {name for name, _ in [*root.named_parameters(), *root.named_buffers()]} | set(own["names"])
     cleaned = {clean_name(name) for name in present}
     difference = _resized(own["embeddings"], recorded.get("embeddings", {}))
     if difference is not None:
         return difference
+    lacking = next((name for name in recorded["names"] if name not in cleaned), None)
+    if lacking is not None:
+        return f"its base has a tensor {lacking!r}, which this model lacks"
+    return first_other_value(own, recorded)
+
+
+def renamed(recorded: dict[str, Any], rename: Callable[[str], str | None]) -> dict[str, Any]:
+    """Return a fingerprint under other names; tensors that have none, and what is known of embeddings, are left out."""
+    names = [rename(name) for name in recorded["names"]]
+    kept = [index for index, name in enumerate(names) if name is not None]
+    return {
+        "source": recorded["source"],
+        "names": [names[index] for index in kept],
+        "hashes": recorded["hashes"][kept],
+        "dtypes": [recorded["dtypes"][index] for index in kept],
+        "embeddings": {},
+    }
+
+
+def first_other_value(own: dict[str, Any], recorded: dict[str, Any]) -> str | None:
+    """Return which tensor of two fingerprints is the first of other values, in words; those of one alone are passed."""
+    own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
     rows = zip(recorded["names"], recorded["hashes"].tolist(), recorded["dtypes"], strict=True)
     for name, value, dtype in rows:
-        if name not in cleaned:
-            return f"its base has a tensor {name!r}, which this model lacks"
         if name not in own_hashes:
             continue
         own_value, own_dtype = own_hashes[name]

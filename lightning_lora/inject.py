@@ -15,7 +15,8 @@ from lightning_lora.layers import LoRALayer, Pair, adapt, is_read_by_parent, mix
 from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear, LoRAReadLinear
-from lightning_lora.layers.megatron import LoRAMegatronLinear, adapt_megatron
+from lightning_lora.layers.megatron import LoRAMegatronLinear, adapt_megatron, is_parallel_linear
+from lightning_lora.layers.parallel import TensorParallel
 from lightning_lora.layers.parameters import adapt_parameters
 from lightning_lora.layers.residual import RESIDUAL, ResidualLinear
 from lightning_lora.layers.statistics import freeze_statistics, unfreeze_statistics
@@ -107,6 +108,9 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
         if check_ranks:
             _check_rank(name, layer, features[name], ranks[name], largest)
         _check_shapes(name, layer, mixins[name], ranks[name])
+
+    if config.bias == "all":
+        _check_biases(model, {parts[name].layer for name in layers if name in parts})
 
     injection = Injection(config, trained_whole)
     for name, parameter in model.named_parameters():
@@ -370,6 +374,11 @@ def _check_untouched(model: nn.Module) -> None:
             if nn.parameter.is_lazy(parameter):
                 lazy = f"{name}.{local}"
                 raise ValueError(f"{lazy!r} has no size yet (a lazy module): run one batch through the model first")
+        if isinstance(module, TensorParallel):
+            raise ValueError(
+                f"{name!r} was split over ranks by a former run under 'megatron_lora', and an adapter would be put in "
+                "whole: build the model anew"
+            )
         if isinstance(module, LoRALayer) or injection_of(module) is not None:
             raise ValueError(
                 f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on "
@@ -453,6 +462,17 @@ def _check_megatron(name: str, config: LoRAConfig) -> None:
             f"{name!r} is a layer of Megatron-core, for which use_dora, lora_bias, PiSSA, OLoRA and init_rng='peft' "
             "are not served: leave the option out"
         )
+
+
+def _check_biases(model: nn.Module, adapted: set[str]) -> None:
+    """Raise ``ValueError`` for a bias that would not train: beside a frozen weight Megatron-core gives none."""
+    for name, module in model.named_modules():
+        bias = module._parameters.get("bias")
+        if is_parallel_linear(module) and clean_name(name) not in adapted and bias is not None:
+            raise ValueError(
+                f"bias='all' would not train the bias of {clean_name(name)!r}, a layer of Megatron-core that is not "
+                "adapted: adapt it too, or give bias='lora_only'"
+            )
 
 
 def _by_layer(parts: Mapping[str, Part], layers: Mapping[str, nn.Module]) -> dict[str, list[Part]]:

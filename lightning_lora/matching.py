@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import is_linear, mixin_for
+from lightning_lora.layers.megatron import is_parallel_linear
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.megatron.names import megatron_parts
 from lightning_lora.root import clean_name, is_megatron, is_pretrained
@@ -51,6 +52,8 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
     parts = {part.name: part for found in megatron_parts(model, fused=config.fused_pairs).values() for part in found}
     layers = {part.layer for part in parts.values()}
     known = modules | {name: modules[part.layer] for name, part in parts.items()}
+    if config.fused_pairs:
+        _check_fused(config, known, model)
     for field in ("target_modules", "exclude_modules"):
         _check_hits(field, getattr(config, field), known, model)
 
@@ -90,6 +93,11 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
             f"exclude_modules={config.exclude_modules!r} and the modules that train whole, {list(trained_whole)}"
         )
     for name, module in selected.items():
+        if is_parallel_linear(module) and name not in parts:
+            raise ValueError(
+                f"{name!r} is the output head of a Megatron-core model, which is not adapted: leave it out of "
+                f"target_modules, or train it whole with modules_to_save=[{name!r}]"
+            )
         _check_kind(name, module)
     return selected
 
@@ -293,6 +301,20 @@ def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | 
         if match is not None:
             return int(match[1])
     return None
+
+
+def _check_fused(config: LoRAConfig, known: Iterable[str], model: nn.Module) -> None:
+    """Raise ``ValueError`` for a target that is a part of a layer which has one pair for all of its parts."""
+    parts = {part.name: part.layer for found in megatron_parts(model).values() for part in found}
+    if isinstance(config.target_modules, str):
+        return
+    for pattern in config.target_modules:
+        hit = [name for name in parts if _hits([pattern], name)]
+        if hit and not any(_hits([pattern], name) for name in known):
+            layer = parts[hit[0]].rpartition(".")[2]
+            raise ValueError(
+                f"{pattern!r} is a part of {layer!r}, which fused_pairs=True adapts as one: name {layer!r}"
+            )
 
 
 def _check_indices(config: LoRAConfig, names: Iterable[str]) -> None:

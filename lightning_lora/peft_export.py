@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.fingerprint import fingerprint
+from lightning_lora.fingerprint import fingerprint, renamed
 from lightning_lora.inject import (
     check_not_disabled,
     injection_of,
@@ -27,6 +27,7 @@ from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.megatron.names import hugging_face_name, megatron_parts
 from lightning_lora.megatron.view import adapted_view
 from lightning_lora.peft_format import PREFIX, Entry, laid_out, write_directory
 from lightning_lora.portable import make_portable
@@ -73,13 +74,30 @@ def save_peft(
     tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
     named = {name: whole(tensor).detach() for name, tensor in tensors.items() if name in needed}
     spread = any(is_sharded(parameter) for parameter in root.parameters())
+    failure: Exception | None = None
     if not spread or torch.distributed.get_rank() == 0:
-        write_described(description, named, directory, portable=portable)
-        tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-        if callable(save := getattr(tokenizer, "save_pretrained", None)):
-            save(Path(directory))
+        try:
+            write_described(description, named, directory, portable=portable)
+            tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+            if callable(save := getattr(tokenizer, "save_pretrained", None)):
+                save(Path(directory))
+        except Exception as error:
+            if not spread:
+                raise
+            failure = error
     if spread:
-        torch.distributed.barrier()
+        _fail_together(failure)
+
+
+def _fail_together(failure: Exception | None) -> None:
+    """Raise on every rank what rank 0 raised: the others would wait for it. Called on all ranks."""
+    outcome: list[Any] = [None if failure is None else (isinstance(failure, ValueError), str(failure))]
+    torch.distributed.broadcast_object_list(outcome, 0)
+    if failure is not None:
+        raise failure
+    if outcome[0] is not None:
+        is_value_error, message = outcome[0]
+        raise (ValueError if is_value_error else RuntimeError)(message)
 
 
 def describe_for_peft(root: nn.Module) -> dict[str, Any]:
@@ -91,6 +109,9 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
     if is_megatron(root):
         view, sources = adapted_view(root)
         description = describe_for_peft(view)
+        base = renamed(fingerprint(root), hugging_face_name)
+        description["metadata"] = {"base": {**base, "hashes": base["hashes"].tolist()}}
+        description["only_portable"] = _check_experts(root, view)
         description["entries"] = [(key, *_from(names[0], sources)) for key, _, names in description["entries"]]
         description["config"]["task_type"] = "CAUSAL_LM"
         return description
@@ -110,6 +131,33 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
     }
 
 
+def _check_experts(root: nn.Module, view: nn.Module) -> str | None:
+    """Return why PEFT would read the experts' adapters as something else unless they are written portably, if so.
+
+    transformers keeps all experts of a block in one tensor for gate and up and one for down, and PEFT reads one rank
+    and one scale for each.
+
+    Raises:
+        ValueError: only some of the experts, or of their layers, are adapted.
+    """
+    experts = {part.name for found in megatron_parts(root).values() for part in found if ".experts." in part.name}
+    pairs = {name: pair for name, pair in named_pairs(view).items() if name in experts}
+    if not pairs:
+        return None
+    blocks = {name.partition(".experts.")[0] for name in pairs}
+    lacking = [name for name in experts if name.partition(".experts.")[0] in blocks and name not in pairs]
+    if lacking:
+        raise ValueError(
+            f"{min(lacking)!r} is not adapted and other layers of those experts are, which no PEFT directory can say: "
+            "adapt gate_proj, up_proj and down_proj of all experts, or keep the adapter in checkpoints"
+        )
+    injection = injection_of(root)
+    assert injection is not None
+    if injection.config.use_rslora or len({(pair.r, pair.scaling) for pair in named_pairs(view).values()}) > 1:
+        return "use_rslora, rank_pattern or alpha_pattern"
+    return None
+
+
 def _from(name: str, sources: Mapping[str, tuple[str, str]]) -> tuple[str, list[str]]:
     layout, source = sources[name]
     return layout, [source]
@@ -122,7 +170,16 @@ def write_described(
     *,
     portable: bool,
 ) -> None:
-    """Write a directory from what :func:`describe_for_peft` returned and the model's tensors by name."""
+    """Write a directory from what :func:`describe_for_peft` returned and the model's tensors by name.
+
+    Raises:
+        ValueError: PEFT would read the adapters of experts as something else; ``portable=True`` is then the way.
+    """
+    if description.get("only_portable") and not portable:
+        raise ValueError(
+            "PEFT reads adapters of experts with one rank and one scale, and this one has "
+            f"{description['only_portable']}: write it with portable=True"
+        )
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for key, layout, names in description["entries"]:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from lightning_lora.checkpoint import copy_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.diffusers_format import DIFFUSERS_NAME, read_diffusers
-from lightning_lora.fingerprint import first_difference
+from lightning_lora.fingerprint import fingerprint, first_difference, first_other_value, renamed
 from lightning_lora.inject import inject_anew, injection_of, remove
 from lightning_lora.layers import LoRALayer, mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.matching import is_all_linear, layer_index, pattern_value, select_layers, select_parameters
+from lightning_lora.megatron.names import hugging_face_name
 from lightning_lora.megatron.view import adapted_view, skeleton
 from lightning_lora.peft_experts import fuse_experts
 from lightning_lora.peft_format import CONFIG_NAME, Adapter, checked_config, read_config, read_tensors, sorted_tensors
@@ -48,7 +49,7 @@ def load_peft(
     """
     directory = Path(directory)
     if is_megatron(model):
-        return _load_megatron(model, directory)
+        return _load_megatron(model, directory, check_base=check_base)
     if (directory / DIFFUSERS_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
         values, loaded = read_diffusers(directory, component)
         peft_config = checked_config(values, directory / DIFFUSERS_NAME)
@@ -74,13 +75,7 @@ def load_peft(
     recorded = adapter.metadata.get("base") if check_base else None
     if recorded is not None:
         difference = first_difference(model, {**recorded, "hashes": torch.tensor(recorded["hashes"])})
-        if difference is not None:
-            remove(model)
-            source = f" ({recorded['source']})" if recorded.get("source") else ""
-            raise ValueError(
-                f"{directory} was trained on another base model{source}: {difference}. Load that base, or accept this "
-                "one with check_base=False"
-            )
+        _refuse_base(model, directory, recorded, difference)
     copy_tensors(tensors | adapter.trained, model)
     for target, first, rows in tails:
         with torch.no_grad():
@@ -88,12 +83,29 @@ def load_peft(
     return model
 
 
-def _load_megatron(model: nn.Module, directory: Path) -> nn.Module:
+def _refuse_base(model: nn.Module, directory: Path, recorded: Mapping[str, Any], difference: str | None) -> None:
+    """Give the model back and raise ``ValueError`` where its base is not the recorded one."""
+    if difference is None:
+        return
+    remove(model)
+    source = f" ({recorded['source']})" if recorded.get("source") else ""
+    raise ValueError(
+        f"{directory} was trained on another base model{source}: {difference}. Load that base, or accept this one with "
+        "check_base=False"
+    )
+
+
+def _load_megatron(model: nn.Module, directory: Path, *, check_base: bool) -> nn.Module:
     """Read a directory that names Hugging Face's layers into a Megatron-core model, by way of a skeleton of those."""
     view = load_peft(skeleton(model), directory, check_base=False)
     injection = injection_of(view)
     assert injection is not None
+    recorded = read_tensors(directory)[1].get("base") if check_base else None
     inject_anew(model, injection.config, check_ranks=False)
+    if recorded is not None:
+        own = renamed(fingerprint(model), hugging_face_name)
+        difference = first_other_value(own, {**recorded, "hashes": torch.tensor(recorded["hashes"])})
+        _refuse_base(model, directory, recorded, difference)
     _, sources = adapted_view(model)
     copy_tensors({source: view.get_parameter(name).detach() for name, (_, source) in sources.items()}, model)
     return model

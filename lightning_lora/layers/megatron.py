@@ -191,7 +191,10 @@ class LoRAMegatronLinear(LoRALayer):
             raise ValueError("gtp_remat_size above 1 is not served for adapted layers: leave it out of the config")
         A, B = self.factors()
         if options.get("sequence_parallel"):
-            return self._beside_gathered(base._forward_impl(input, weight, *args, **options), input, A, B)
+            # beside a frozen weight Megatron-core gives a bias no gradient
+            bias, options["bias"] = options.get("bias"), None
+            y = self._beside_gathered(base._forward_impl(input, weight, *args, **options), input, A, B)
+            return y if bias is None else y + bias.to(y.dtype)
         if options.get("allreduce_dgrad"):
             from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 

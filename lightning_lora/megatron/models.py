@@ -39,7 +39,8 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
 
     Args:
         path: a directory with ``config.json``, or a transformers config.
-        overrides: fields of ``TransformerConfig`` (``sequence_parallel=True``, ``recompute_granularity="full"``, ...)
+        overrides: fields of ``TransformerConfig`` (``sequence_parallel=True``, for which ranks must divide the number
+            of tokens, and which does nothing on one rank; ``recompute_granularity="full"``, ...)
             and arguments of ``GPTModel`` (``parallel_output=False``, ...).
 
     Raises:
@@ -67,6 +68,7 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
     dtype = overrides.get("params_dtype", torch.get_default_dtype())
     settings = _sizes(size, dtype) | layer_settings(hf)
     settings |= {name: value for name, value in overrides.items() if name in fields}
+    settings["sequence_parallel"] = settings.get("sequence_parallel", False) and size > 1  # one rank has it all
     if settings.get("recompute_granularity") == "full":
         settings = {"recompute_method": "uniform", "recompute_num_layers": 1} | settings
     if settings.get("sequence_parallel") and torch.cuda.is_available() and not use_te:

@@ -48,6 +48,14 @@ def megatron_parts(model: nn.Module, *, fused: bool = False) -> dict[str, list[P
     return found
 
 
+def hugging_face_name(parameter: str) -> str | None:
+    """Return the name of a parameter in Hugging Face's model, if it is the same there; stacks have none."""
+    found = row_of(parameter, HF_TABLE, ())
+    if found is None or found[0].layout != "plain" or ".experts." in parameter:
+        return None
+    return found[1][0]
+
+
 def stacks(model: nn.Module) -> dict[str, Stack | None]:
     """Return how the rows of every linear layer of Megatron-core are stacked, by the layer's name."""
     return {layer: stack for layer, _, stack in _stacked_layers(model)}

@@ -19,7 +19,8 @@ def keep_parts(root: nn.Module) -> None:
     """Tag the tensors of Megatron-core's layers as parts of whole ones, and keep of their adapters this rank's part.
 
     What is whole on every rank and whose gradient is one rank's addend of the true one is marked ``lora_tp_sum``.
-    Models without such layers, and those on one rank, are left as they are. Communicates nothing.
+    Models without such layers, and those on one rank, are left as they are, as is everything at a second call.
+    Communicates nothing.
     """
     modules = {clean_name(name): module for name, module in root.named_modules()}
     stacked = stacks(root)
@@ -96,6 +97,8 @@ def _keep_linear(layer: Any, *, stripes: int) -> None:
 def _keep_part(layer: Any, name: str, dim: int, stripes: int) -> None:
     """Replace a whole adapter tensor by this rank's part of it."""
     whole: nn.Parameter = layer._parameters[name]
+    if is_sharded(whole):
+        return
     size, rank = _size(layer), torch.distributed.get_rank(layer.tp_group)
     pieces = [stripe.chunk(size, dim)[rank] for stripe in whole.detach().chunk(stripes, dim)]
     values = torch.cat(pieces, dim).clone(memory_format=torch.contiguous_format)

@@ -24,12 +24,34 @@ class Row:
         layout: ``"plain"`` is one tensor as it is; ``"qkv"`` are q, k and v, and ``"gate_up"`` the two halves, or one
             tensor with both.
         dim: which dimension tensor-parallel ranks share; ``None`` where each has the whole.
+
+    Raises:
+        ValueError, TypeError: names or layout do not fit one another.
+
+    Example::
+
+        Row("decoder.layers.*.mlp.linear_fc2.weight", ("model.layers.*.ffn.w2.weight",), dim=1)
     """
 
     megatron: str
     hf: tuple[str, ...]
     layout: Literal["plain", "qkv", "gate_up"] = "plain"
     dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hf, str) or not all(isinstance(name, str) for name in self.hf):
+            raise TypeError(f"hf={self.hf!r} must be a tuple of names: ({self.hf!r},)")
+        counts = {"plain": (1,), "qkv": (3,), "gate_up": (1, 2)}
+        if self.layout not in counts:
+            raise ValueError(f"layout={self.layout!r} must be one of {', '.join(map(repr, counts))}")
+        if len(self.hf) not in counts[self.layout]:
+            expected = " or ".join(map(str, counts[self.layout]))
+            raise ValueError(f"layout={self.layout!r} is made of {expected} tensors; hf has {len(self.hf)}: {self.hf}")
+        for name in self.hf:
+            if name.count("*") != self.megatron.count("*"):
+                raise ValueError(
+                    f"{name!r} has {name.count('*')} '*', and {self.megatron!r} {self.megatron.count('*')}"
+                )
 
     def sources(self, name: str) -> list[str] | None:
         """Return the names in the checkpoint that make up a parameter, or ``None`` where the row is of others.

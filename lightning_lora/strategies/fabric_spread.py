@@ -18,7 +18,6 @@ from lightning_lora.strategies.launched import Launched, check_adapted, reduced
 from lightning_lora.strategies.optimizers import follow_parameters
 from lightning_lora.strategies.overflow import keep_overflows, share_overflows
 from lightning_lora.strategies.replication import broadcast_together, changing_buffers
-from lightning_lora.strategies.sharding import replicated_parameters
 
 
 class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
@@ -125,8 +124,8 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
                 reducer.before_backward()
         super().backward(tensor, module, *args, **kwargs)
         for own, reducers in self._reducers.items():
-            reducers[0].add(replicated_parameters(own))  # some may have been unfrozen
             for reducer in reducers:
+                reducer.add(own.parameters())  # some may have been unfrozen
                 reducer.after_backward()
             if not reducers[0].is_blocked:
                 self.after_reduction(own)

@@ -26,6 +26,7 @@ class GradientReducer:
         group: the ranks that hold the same tensors; ``None`` is all.
         ranks_of: by how much a tensor's sum over the group is divided, if not by the group's size: where ranks hold
             addends of one gradient, by less.
+        takes: which parameters that are unfrozen later belong here; those that are whole unless it says otherwise.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class GradientReducer:
         group: Any = None,
         *,
         ranks_of: Callable[[Tensor], int] | None = None,
+        takes: Callable[[Tensor], bool] = lambda parameter: not is_sharded(parameter),
     ) -> None:
         self._group = group
+        self._takes = takes
         self._ranks_of = ranks_of
         self._is_reduced = False
         self._parameters: list[nn.Parameter] = []
@@ -47,12 +50,14 @@ class GradientReducer:
         self._pending = False
 
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take in those of further parameters that train, in this order, which must be the same on all ranks."""
+        """Take in those of further parameters that train and belong here, in this order, the same on all ranks."""
         for parameter in parameters:
-            if parameter.requires_grad and id(parameter) not in self._known:
+            if parameter.requires_grad and id(parameter) not in self._known and self._takes(parameter):
                 self._known.add(id(parameter))
                 self._parameters.append(parameter)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note))
+                if self._ranks_of is not None:  # also before a backward that the strategy does not run itself
+                    self._hooks.append(parameter.register_hook(lambda _: self.before_backward()))
                 self._pending = True  # it may have a gradient that was not reduced
 
     def _note(self, _: Tensor) -> None:

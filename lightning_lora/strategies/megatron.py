@@ -1,4 +1,7 @@
-"""``MegatronLoRAStrategy``: tensor parallelism with Megatron-core's groups and collectives, for models with a plan."""
+"""``MegatronLoRAStrategy``: tensor parallelism with Megatron-core's groups and collectives.
+
+Models with a plan are split when they are placed; Megatron-core's own are built in parts.
+"""
 
 import os
 from datetime import timedelta
@@ -14,12 +17,13 @@ from typing_extensions import override
 
 from lightning_lora.inject import injected_roots, injection_of
 from lightning_lora.megatron.core import check_contract, megatron_core, parallel_state
-from lightning_lora.megatron.split import check_built, let_gradients_through_recomputed, mesh_of
+from lightning_lora.megatron.split import check_built, keep_parts, let_gradients_through_recomputed, mesh_of
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.root import is_megatron
-from lightning_lora.sharded import is_sharded
+from lightning_lora.sharded import is_sharded, shard_group
 from lightning_lora.strategies import megatron_cpu
 from lightning_lora.strategies.base_weights import materialize
+from lightning_lora.strategies.fsdp import gathering_dtype
 from lightning_lora.strategies.gradients import GradientReducer
 from lightning_lora.strategies.launched import Launched, check_keywords
 from lightning_lora.strategies.replication import (
@@ -111,6 +115,10 @@ class MegatronRanks(Launched):
 
     def place(self, model: nn.Module) -> None:
         """Split the model over the ranks in place, each part on its device. Called on all ranks."""
+        keep_parts(model)  # also of what lies outside the adapted models: a teacher, a head of the user's
+        for part in model.modules():
+            if is_megatron(part):
+                check_built(part, self.device_mesh.size())
         refuse_other_sizes(model, self.root_device)
         same_random_numbers(self.device_mesh)
         for root in injected_roots(model).values():
@@ -119,6 +127,7 @@ class MegatronRanks(Launched):
             else:
                 self._place_by_plan(root)
         move_to(model, self.root_device)
+        make_equal(model, self.root_device, parallel_state().get_data_parallel_group())
         broadcast_replicated(model, self.root_device)
         self._checked_batch = False
 
@@ -134,11 +143,15 @@ class MegatronRanks(Launched):
             counts = split(root, plan_of(root, self.plan), self.device_mesh)
             split_into = ", ".join(f"{kind} x{number}" for kind, number in counts.items())
             rank_zero_info(f"{type(root).__name__} split: {split_into}")
+        elif (size := torch.distributed.get_world_size(shard_group(root.parameters()))) != self.device_mesh.size():
+            raise ValueError(
+                f"{type(root).__name__} is split over {size} ranks, from another run, and this one has "
+                f"{self.device_mesh.size()} that share a model: build it anew and give ckpt_path= or init_from="
+            )
         materialize(root, self.base_weights, self.root_device)
 
     def _place_megatron(self, root: Any) -> None:
-        check_built(root, self.device_mesh.size())
-        if self.sequence_parallel and not root.config.sequence_parallel:
+        if self.sequence_parallel and not root.config.sequence_parallel and self.device_mesh.size() > 1:
             raise ValueError(
                 "the strategy has sequence_parallel=True, and the model was built without: give its config "
                 "sequence_parallel=True"
@@ -146,8 +159,18 @@ class MegatronRanks(Launched):
         if self.base_weights is not None and injection_of(root).base_weights != self.base_weights:  # type: ignore[union-attr]  # it is adapted
             load_hf_weights(root, self.base_weights)
             injection_of(root).base_weights = self.base_weights  # type: ignore[union-attr]
-        make_equal(root, self.root_device, parallel_state().get_data_parallel_group())
+        self._check_recomputed(root)
         let_gradients_through_recomputed(root)
+
+    def _check_recomputed(self: Any, root: Any) -> None:
+        """Raise ``ValueError`` where Megatron-core would recompute, outside of autocast, in another dtype."""
+        plugin = getattr(self, "precision_plugin", None) or getattr(self, "precision", None)
+        mixed, own = gathering_dtype(plugin), next(root.parameters()).dtype
+        if root.config.recompute_granularity == "full" and mixed not in (None, own):
+            raise ValueError(
+                f"recompute_granularity='full' recomputes outside of autocast, in the base's {own} and not in {mixed}: "
+                "build the model in that dtype (params_dtype=...), or use precision='bf16-true'"
+            )
 
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         """Return what averages the gradients of a placed model: of whole factors, and of parts."""
@@ -156,21 +179,24 @@ class MegatronRanks(Launched):
         whole = GradientReducer(
             [p for p in trained if not is_sharded(p)], ranks_of=lambda parameter: replicas(parameter, data_parallel)
         )
-        parts = GradientReducer([p for p in trained if is_sharded(p)], parallel_state().get_data_parallel_group())
+        data_parallel_group = parallel_state().get_data_parallel_group()
+        parts = GradientReducer([p for p in trained if is_sharded(p)], data_parallel_group, takes=is_sharded)
         return [whole, parts]
 
 
 class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
-    """Split the base over tensor-parallel ranks by its plan, adapters with it; what ranks are left are data-parallel.
+    """Split the base over tensor-parallel ranks, adapters with it; what ranks are left are data-parallel.
 
-    The model's linear layers become column- and row-parallel in place: their names, and the model's own code, stay as
-    they are. An adapter's term is added where its base's is, inside the base's collectives, so it adds none of its own;
-    once per optimizer step all gradients of whole factors are summed in one all-reduce. The checkpoint is the single
-    adapter-only file of every other strategy.
+    The linear layers of a model with a plan become column- and row-parallel in place: their names, and the model's own
+    code, stay as they are. Megatron-core's ``GPTModel`` is built in ``configure_model``, each rank its parts. An
+    adapter's term is added where its base's is, inside the base's collectives; with sequence parallelism column layers
+    exchange r numbers per token besides. Once per optimizer step all gradients of whole factors are summed in one
+    all-reduce. The checkpoint is the single adapter-only file of every other strategy.
 
     Args:
         tensor_parallel_size: ranks that share a model. ``"auto"`` takes the smallest, two at least, that divides the
-            ranks and the model's heads and whose share of the base fills at most half a device.
+            ranks and the model's heads and whose share of the base fills at most half a device. Of a model that is
+            built in ``configure_model`` neither heads nor size are known yet: give a number then.
         plan: ``{"layers.*.attention.query": "colwise", ...}``, instead of transformers' ``base_model_tp_plan``.
         base_weights: as for :class:`~lightning_lora.FSDPLoRAStrategy`: each rank reads its slices of a base on meta.
         sequence_parallel: hold Megatron-core's models to their config's ``sequence_parallel=True``. Not served for
@@ -275,7 +301,7 @@ def seed_ranks(mesh: DeviceMesh) -> None:
 
 def check_same_batch(batch: Any, mesh: DeviceMesh) -> None:
     """Raise ``ValueError`` where ranks that share a model were given different data."""
-    sums = [leaf.double().sum() + leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    sums = [leaf.double().sum().nan_to_num() + leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not sums or mesh.size() == 1:
         return
     if any(differ(torch.stack([one.to(mesh.device_type) for one in sums]), mesh.get_group())):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.sharded import is_sharded
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.strategies.launched import Launched, check_adapted, reduced
@@ -111,7 +110,8 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
 
     def _take_in_unfrozen(self) -> None:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self._reducers[0].add(p for group in groups for p in group["params"] if not is_sharded(p))
+        for reducer in self._reducers:
+            reducer.add(p for group in groups for p in group["params"])
 
     def _clip_reduced(self) -> None:
         plugin: Any = self.precision_plugin

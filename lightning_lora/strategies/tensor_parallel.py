@@ -68,6 +68,9 @@ def plan_of(root: nn.Module, plan: Mapping[str, str] | None) -> dict[str, str]:
             found |= {f"{prefix}{pattern}": word for pattern, word in words.items()}
     if found and is_pretrained(root):
         found |= getattr(type(root), "_tp_plan", None) or {}
+    # a family's plan also names what this model has none of, such as dense layers of a mixture of experts
+    names = [clean_name(name) for name, _ in root.named_modules()]
+    found = {pattern: word for pattern, word in found.items() if any(_matches(pattern, name) for name in names)}
     if not found:
         raise ValueError(
             f"{type(root).__name__} has no tensor-parallel plan (transformers' base_model_tp_plan): give the strategy "
@@ -123,12 +126,16 @@ def _chosen(modules: Mapping[str, nn.Module], plan: Mapping[str, str]) -> dict[s
                 f"the plan's word {word!r} for {pattern!r} is not served; served are {', '.join(map(repr, _WORDS))}. "
                 "Give the strategy plan={...} without it, which leaves those layers whole"
             )
-        expression = re.escape(pattern).replace(r"\*", r"\d+")
-        hits = [name for name in modules if re.fullmatch(rf"(.*\.)?{expression}", name)]
+        hits = [name for name in modules if _matches(pattern, name)]
         if not hits:
             raise ValueError(f"the plan's {pattern!r} names no module; there are {', '.join(list(modules)[1:6])}, ...")
         chosen |= dict.fromkeys(hits, _WORDS[word])
     return chosen
+
+
+def _matches(pattern: str, name: str) -> bool:
+    expression = re.escape(pattern).replace(r"\*", r"\d+")
+    return re.fullmatch(rf"(.*\.)?{expression}", name) is not None
 
 
 def heads_of(module: nn.Module) -> list[int]:

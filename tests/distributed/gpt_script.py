@@ -28,6 +28,7 @@ from lightning_lora import (
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
 from lightning_lora.inject import named_adapter_parameters
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
+from lightning_lora.megatron.split import mesh_of
 from lightning_lora.megatron.view import adapted_view
 from lightning_lora.peft_format import laid_out
 from lightning_lora.sharded import is_sharded, split_over, whole
@@ -91,7 +92,7 @@ class Module(pl.LightningModule):
         torch.manual_seed(7)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not hasattr(self, "gradients"):
+        if not hasattr(self, "gradients") and has_names(self.model):
             self.gradients = in_hugging_face(self.model, {n: gradient(p) for n, p in self.model.named_parameters()})
 
     def configure_optimizers(self) -> Any:
@@ -112,6 +113,11 @@ def in_hugging_face(model: Any, tensors: dict[str, Any]) -> dict[str, Tensor]:
     """Return tensors of the adapters under Hugging Face's names."""
     _, sources = adapted_view(model)
     return {name: laid_out(layout, [tensors[source]]) for name, (layout, source) in sources.items()}
+
+
+def has_names(model: Any) -> bool:
+    """Whether all that trains has a name in Hugging Face's model."""
+    return all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def adapters(module: Module) -> dict[str, Tensor]:
@@ -355,6 +361,10 @@ def company(directory: Path, num_ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     module, search = Bare(directory / "hf"), AfterTheSearch(num_training_steps=3, early_stop_threshold=None)
     options = {"base_weights": str(directory / "hf")}
+    started = Bare(directory / "hf")
+    start = directory / "tp2" / "epoch=0.ckpt"
+    run(directory / "started", 2, started, lora={"init_from": start}, max_epochs=0, options=options)
+    found["started"] = adapters(started)
     trainer, _ = run(directory / "searched", 2, module, callbacks=(search,), options=options)
     found["after_search"] = search.adapters
     batch = models.token_ids(4, 8, seed=2)
@@ -375,6 +385,17 @@ def company(directory: Path, num_ranks: int) -> dict[str, Any]:
     trainer.fit(module, rank_loader(int(os.environ["RANK"]) // 2, num_ranks // 2))
     found["steps"] = len(module.losses)
     return found
+
+
+def biased() -> torch.nn.Module:
+    """A Qwen2, whose queries, keys and values have biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=models.VOCAB, max_position_embeddings=64,
+    )  # fmt: skip
+    return models._seeded(lambda: Qwen2ForCausalLM(config))
 
 
 def mixture() -> torch.nn.Module:
@@ -400,7 +421,84 @@ def experts(directory: Path, num_ranks: int) -> dict[str, Any]:
         }  # fmt: skip
     found["logits"] = logits_of(module)
     save_peft(module.model, directory / "moe-peft")
+    for name, settings in (("scaled", {"use_rslora": True}), ("partial", {"target_modules": ["gate_proj"]})):
+        module.model = gpt_model(directory / "moe", sequence_parallel=True)
+        load_hf_weights(module.model, directory / "moe")
+        inject(module.model, LoRAConfig(r=4, **settings))
+        torch.manual_seed(5)
+        for parameter_name, parameter in module.model.named_parameters():
+            if "lora_A" in parameter_name and not is_sharded(parameter):
+                torch.nn.init.normal_(parameter)
+        try:
+            save_peft(module.model, directory / "not")
+        except ValueError as error:
+            found[name] = str(error)
     return found
+
+
+class Taught(Module):
+    """Beside the adapted model holds a teacher of the same weights, and a parallel head of the user's own that trains."""
+
+    def configure_model(self) -> None:
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        if self.model is None:
+            super().configure_model()
+            self.teacher = gpt_model(self.source)
+            load_hf_weights(self.teacher, self.source)
+            self.teacher.requires_grad_(False)
+            torch.manual_seed(4)
+            self.head = ColumnParallelLinear(
+                models.VOCAB, 4, config=self.model.config, init_method=torch.nn.init.xavier_normal_, bias=False,
+                gather_output=True,
+            )  # fmt: skip
+            self.first = whole(self.tagged()).clone()
+
+    def tagged(self) -> Tensor:
+        weight = self.head.weight.detach().clone()
+        split_over(weight, mesh_of(self.head.tp_group, "cpu"), 0)
+        return weight
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.head(self.logits(batch))[0].square().mean()
+
+
+def outside(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Parallel layers outside the adapted model keep their parts."""
+    module = Taught(directory / "hf")
+    run(directory / "taught", 2, module, lora={"module": "model"})
+    adapted, module.model = module.model, module.teacher
+    teacher = logits_of(module)
+    module.model = adapted
+    saved = torch.load(directory / "taught" / "epoch=0.ckpt", weights_only=True)["state_dict"]["head.weight"]
+    return {"teacher": teacher, "head": whole(module.tagged()), "first": module.first, "saved": saved}
+
+
+class Late(Module):
+    """Adapts its own model, and begins to train some split factors in its second epoch."""
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            super().configure_model()
+            inject(self.model, LoRAConfig(r=4))
+            self.late = [p for n, p in self.model.named_parameters() if "layers.0" in n and "lora_B" in n]
+            for parameter in self.late:
+                parameter.requires_grad_(False)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            for parameter in self.late:
+                parameter.requires_grad_(True)
+            self.optimizers().add_param_group({"params": self.late})
+
+
+def unfreezing(directory: Path, num_ranks: int) -> dict[str, Any]:
+    module = Late(directory / "hf")
+    run(directory / "late", 2, module, max_epochs=2)
+    return {name: p.detach().clone() for name, p in module.model.named_parameters() if "lora_B" in name}
 
 
 def fabric(directory: Path, num_ranks: int) -> dict[str, Any]:
@@ -463,8 +561,11 @@ def whole_modules(directory: Path, num_ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     lora = {"target_modules": ["q_proj"], "modules_to_save": ["q_layernorm", "final_layernorm", "output_layer"]}
     for sequence_parallel in (False, True):
+        biased = Module(directory / "biased", sequence_parallel=sequence_parallel)
+        run(directory / "biases", num_ranks, biased, lora={"bias": "lora_only"})
+        biases = {n: whole(p).detach().clone() for n, p in biased.model.named_parameters() if n.endswith("bias")}
+        found[f"biases {sequence_parallel}"] = biases
         module = Module(directory / "hf", sequence_parallel=sequence_parallel)
-        module.on_before_optimizer_step = lambda optimizer: None
         run(directory / "whole", num_ranks, module, lora=lora)
         names = ("q_layernorm", "final_layernorm", "output_layer")
         found[str(sequence_parallel)] = {
@@ -482,6 +583,15 @@ def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
         "sequence": lambda: run(directory / "no", 2, Module(source), options={"sequence_parallel": True}),
         "dora": lambda: run(directory / "no", 2, Module(source), lora={"use_dora": True}),
         "typo": lambda: run(directory / "no", 2, Module(source), lora={"target_modules": ["q_prj"]}),
+        "head": lambda: run(directory / "no", 2, Module(source), lora={"target_modules": ["output_layer"]}),
+        "fused part": lambda: run(
+            directory / "no", 2, Module(source), lora={"target_modules": ["q_proj"], "fused_pairs": True}
+        ),
+        "recompute": lambda: run(directory / "no", 2, Module(source, **RECOMPUTE), precision="bf16-mixed"),
+        "bias": lambda: run(
+            directory / "no", 2, Module(directory / "biased"), lora={"target_modules": ["o_proj"], "bias": "all"}
+        ),
+        "other base": lambda: load_peft(gpt_model(source), directory / "hf-peft"),
         "rank": lambda: run(directory / "no", 2, Module(source), ckpt_path=directory / "tp2" / "epoch=0.ckpt", lora={"r": 2}),
     }  # fmt: skip
     found: dict[str, str] = {}
@@ -506,7 +616,20 @@ def early_built(source: Path) -> Module:
 
 def main(directory: Path) -> None:
     num_ranks = int(os.environ["WORLD_SIZE"])
-    parts = (training, variants, files, experts, fabric, precisions, company, whole_modules, traffic, refusals)
+    parts = (
+        training,
+        variants,
+        files,
+        experts,
+        outside,
+        unfreezing,
+        fabric,
+        precisions,
+        company,
+        whole_modules,
+        traffic,
+        refusals,
+    )
     report(directory, {part.__name__: part(directory, num_ranks) for part in parts})
 
 

@@ -17,8 +17,14 @@ import torch
 ROOT = Path(__file__).parent.parent.parent
 
 
-def launch(script: str, num_ranks: int, directory: Path, *arguments: str, timeout_s: int = 240) -> list[Any]:
-    """Run ``tests/distributed/<script>`` on ``num_ranks`` processes; return what each one saved with :func:`report`."""
+def launch(
+    script: str, num_ranks: int, directory: Path, *arguments: str, timeout_s: int = 240, fresh: bool = False
+) -> list[Any]:
+    """Run ``tests/distributed/<script>`` on ``num_ranks`` processes; return what each one saved with :func:`report`.
+
+    Args:
+        fresh: the ranks share no memory with a process that was there before.
+    """
     port = free_port()
     environments = [
         {
@@ -42,6 +48,7 @@ def launch(script: str, num_ranks: int, directory: Path, *arguments: str, timeou
         "arguments": [str(directory), *arguments],
         "environments": environments,
         "outputs": list(map(str, outputs)),
+        "fresh": fresh,
     }
     codes = _obeyed(order, timeout_s)
     # a rank that died of itself first: the others may only have been killed with it

@@ -63,6 +63,22 @@ class Steps(Finetuned):
         self.model = four_heads()
 
 
+class MixedSteps(Finetuned):
+    """Runs one of two backwards before a step itself, past the strategy."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.model, self.order = four_heads(), order
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for is_raw in (True, False) if self.order == "raw first" else (False, True):
+            loss = self.model(input_ids=batch, labels=batch).loss / 2
+            loss.backward() if is_raw else self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 class Lazy(Module):
     def __init__(self, directory: str) -> None:
         super().__init__()
@@ -88,6 +104,18 @@ def bert() -> torch.nn.Module:
     return models._seeded(lambda: BertModel(config, add_pooling_layer=False))
 
 
+def small(name: str, **settings: Any) -> torch.nn.Module:
+    """A model that the zoo has none of, by the name of its family in transformers."""
+    import transformers
+
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": models.VOCAB, "pad_token_id": 0,
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**(sizes | settings))
+    return models._seeded(lambda: getattr(transformers, f"{name}ForCausalLM")(config))
+
+
 def family(name: str) -> Any:
     return next(f.build for f in zoo.FAMILIES if f.name == name)
 
@@ -99,9 +127,12 @@ BUILDS: dict[str, Any] = {
     "gemma2": family("gemma2"),
     "phi3": family("phi3"),
     "bert": bert,
+    **{name: family(name) for name in ("mistral", "qwen2", "gemma3", "mixtral", "qwen3_moe", "deepseek_v3")},
+    "glm4": lambda: small("Glm4", head_dim=8),
+    "phi": lambda: small("Phi", num_key_value_heads=4),
     "gpt2": models.gpt2,
 }
-SPLIT = ("llama", "tied llama", "qwen3", "gemma2", "phi3", "bert")
+SPLIT = tuple(name for name in BUILDS if name != "gpt2")
 
 
 class AtMidway(pl.Callback):
@@ -159,6 +190,9 @@ def training(directory: Path, num_ranks: int) -> dict[str, Any]:
         _, dropped = run(directory / "dropped", size, lora={"dropout": 0.3}, validates=False)
         found[f"tp{size}"]["dropped"] = (dropped.losses, whole_factors(dropped))
         os.environ.pop("PL_GLOBAL_SEED")  # later runs start as they do without a seed
+        for order in ("raw first", "raw last"):
+            _, mixed = run(directory / "mixed", size, MixedSteps(order), validates=False)
+            found[f"tp{size}"][order] = state(mixed)
         _, manual = run(directory / "manual", size, Steps(), limit_train_batches=1)
         found[f"tp{size}"]["manual"] = manual.gradients
     return found
@@ -181,7 +215,7 @@ def files(directory: Path, num_ranks: int) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     data = {"train_dataloaders": rank_loader(rank, num_ranks)}
     fit(directory / "fsdp", fsdp, "fsdp_lora", max_epochs=2, loaders=data)
-    for source in ("tp2", "fsdp", "single"):
+    for source in dict.fromkeys(("tp2", f"tp{num_ranks}", "fsdp", "single")):
         _, module = run(directory / "resumed", 2, ckpt_path=directory / source / "epoch=0.ckpt", max_epochs=2)
         found[f"from {source}"] = {"losses": module.losses, "adapters": state(module)}
     loaded, midway, single = Module(), AtMidway(), directory / "single" / "epoch=0.ckpt"
@@ -253,6 +287,12 @@ def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
         "tied": {"module": Module("tied llama"), "lora": {"target_modules": ["embed_tokens"]}},
         "batches": {"data": rank_loader(int(os.environ["RANK"]), num_ranks)},
     }
+    again, removed = Module(), Module()
+    for module in (again, removed):
+        run(directory / "first", 2, module, limit_train_batches=1, max_epochs=1)
+    merge(removed, remove=True)
+    cases["size"] = {"module": again, "size": 1}
+    cases["removed"] = {"module": removed}
     if num_ranks == 4:
         cases["heads"] = {"module": Module("qwen3"), "size": 4}
     found: dict[str, str] = {}

@@ -82,7 +82,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     with pytest.MonkeyPatch.context() as patch:
         # glibc gives what is freed back at once, so that memory in use is what is measured
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-        ranks = launch("fsdp_meta_script.py", request.param, directory)
+        ranks = launch("fsdp_meta_script.py", request.param, directory, fresh=True)
     return {"directory": directory, "ranks": ranks}
 
 

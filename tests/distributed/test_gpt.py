@@ -12,7 +12,7 @@ from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_peft, sa
 from tests import models
 from tests.distributed.ddp_script import Recorded
 from tests.distributed.fsdp_script import fit
-from tests.distributed.gpt_script import hugging_face, layout_name, layouts, mixture
+from tests.distributed.gpt_script import biased, hugging_face, layout_name, layouts, mixture
 from tests.distributed.launch import launch
 
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
@@ -44,6 +44,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     directory = tmp_path_factory.mktemp(f"gpt{request.param}")
     hugging_face().save_pretrained(directory / "hf")
     mixture().save_pretrained(directory / "moe")
+    biased().save_pretrained(directory / "biased")
     save_peft(foreign(), directory / "hf-peft")
     single = alone(directory / "single", max_epochs=2)
     ranks = launch("gpt_script.py", request.param, directory)
@@ -116,6 +117,20 @@ class TestTraining:
         torch.testing.assert_close(found["adapters"], dict(adapter_state_dict(single)), **STEP_TOLERANCE)
 
     @pytest.mark.parametrize("sequence_parallel", [False, True])
+    def test_biases_of_adapted_layers_can_train(
+        self, run: dict[str, Any], sequence_parallel: bool, tmp_path: Path
+    ) -> None:
+        single = Module()
+        single.model = biased().train()
+        fit(tmp_path, single, "auto", lora={"bias": "lora_only"})
+        found = run["ranks"][0]["whole_modules"][f"biases {sequence_parallel}"]
+        for index in range(2):
+            q, k, v = (getattr(single.model.model.layers[index].self_attn, f"{x}_proj").bias.detach() for x in "qkv")
+            expected = torch.cat([q.view(4, -1), k.view(4, -1), v.view(4, -1)], 1).flatten()  # four groups
+            stacked = found[f"decoder.layers.{index}.self_attention.linear_qkv.bias"]
+            torch.testing.assert_close(stacked, expected, **STEP_TOLERANCE)
+
+    @pytest.mark.parametrize("sequence_parallel", [False, True])
     def test_norms_and_the_output_layer_can_train_whole(
         self, run: dict[str, Any], sequence_parallel: bool, tmp_path: Path
     ) -> None:
@@ -150,6 +165,35 @@ class TestExperts:
         model = load_peft(mixture(), run["directory"] / "moe-peft")
         for rank in run["ranks"]:
             torch.testing.assert_close(rank["experts"]["logits"], logits(model), **LOGIT_TOLERANCE)
+
+    def test_what_peft_would_read_as_something_else_is_not_written(self, run: dict[str, Any]) -> None:
+        for rank in run["ranks"]:
+            assert (
+                "has use_rslora, rank_pattern or alpha_pattern: write it with portable=True"
+                in rank["experts"]["scaled"]
+            )
+            assert "adapt gate_proj, up_proj and down_proj of all experts" in rank["experts"]["partial"]
+            assert not (run["directory"] / "not").exists()
+
+
+class TestOutside:
+    def test_a_teacher_keeps_its_parts(self, run: dict[str, Any]) -> None:
+        for rank in run["ranks"]:
+            torch.testing.assert_close(rank["outside"]["teacher"], logits(hugging_face()), **LOGIT_TOLERANCE)
+
+    def test_a_parallel_head_trains_in_parts_and_is_saved_whole(self, run: dict[str, Any]) -> None:
+        first, *others = (rank["outside"] for rank in run["ranks"])
+        assert (first["head"] - first["first"]).abs().max() < 0.1 < first["head"].std()
+        assert not torch.equal(first["head"], first["first"])
+        for found in (first, *others):
+            torch.testing.assert_close(found["head"], first["head"], **EXACT)
+            torch.testing.assert_close(found["saved"], first["head"], **EXACT)
+
+    def test_split_factors_that_are_unfrozen_later_are_averaged(self, run: dict[str, Any]) -> None:
+        found = [rank["unfreezing"] for rank in run["ranks"]]
+        assert all(value.any() for value in found[0].values())
+        for rank in range(2, run["num_ranks"]):  # the same part, of another replica
+            torch.testing.assert_close(found[rank], found[rank - 2], **EXACT)
 
 
 class TestFabric:
@@ -288,6 +332,9 @@ class TestCompany:
             found = rank["company"]
             assert all(not value.any() for name, value in found["after_search"].items() if "lora_B" in name)
             torch.testing.assert_close(*found["predicted"], **EXACT)
+            first = torch.load(run["directory"] / "tp2" / "epoch=0.ckpt", weights_only=True)["state_dict"]
+            name = "model.decoder.layers.1.mlp.linear_fc2.lora_B"
+            torch.testing.assert_close(found["started"]["model.layers.1.mlp.down_proj.lora_B"], first[name], **EXACT)
             torch.testing.assert_close(found["base"], logits(hugging_face()), **LOGIT_TOLERANCE)
             assert found["searched"] > 0
             assert found["steps"] == found["searched"] + 4 + 4  # of two epochs
@@ -301,6 +348,11 @@ class TestRefusals:
             ("sequence", "the model was built without: give its config sequence_parallel=True"),
             ("dora", "for which use_dora, lora_bias, PiSSA, OLoRA and init_rng='peft' are not served"),
             ("typo", "'q_prj' matches no module of GPTModel; nearest: q_proj"),
+            ("head", "'output_layer' is the output head of a Megatron-core model"),
+            ("fused part", "'q_proj' is a part of 'linear_qkv', which fused_pairs=True adapts as one"),
+            ("recompute", "recomputes outside of autocast, in the base's torch.float32 and not in torch.bfloat16"),
+            ("bias", "bias='all' would not train the bias of 'decoder.layers.0.self_attention.linear_qkv'"),
+            ("other base", "was trained on another base model.*holds other values"),
             ("rank", "has r=4 at 'decoder.layers.0.self_attention.linear_proj', the model has r=2"),
         ],
     )

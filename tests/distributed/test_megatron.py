@@ -16,7 +16,7 @@ from lightning_lora.strategies import megatron
 from tests import models, runs
 from tests.distributed.fsdp_script import PROMPTS, fit
 from tests.distributed.launch import ROOT, launch
-from tests.distributed.megatron_script import SPLIT, Module, four_heads
+from tests.distributed.megatron_script import SPLIT, MixedSteps, Module, four_heads
 
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
 GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
@@ -95,6 +95,12 @@ class TestTraining:
             for name in whole:
                 torch.testing.assert_close(ranks[0]["manual"][name], expected[name], **GRADIENT_TOLERANCE)
 
+    def test_a_backward_past_the_strategy_counts_once_too(self, run: dict[str, Any], tmp_path: Path) -> None:
+        single = alone(tmp_path, MixedSteps("raw first"))
+        for _, _, ranks in layouts(run):
+            for order in ("raw first", "raw last"):
+                torch.testing.assert_close(ranks[0][order], dict(adapter_state_dict(single)), **STEP_TOLERANCE)
+
 
 class TestTraffic:
     def test_a_forward_has_the_bases_own_collectives_and_no_more(self, run: dict[str, Any]) -> None:
@@ -127,8 +133,9 @@ class TestFiles:
         ):
             torch.testing.assert_close(own, expected, **STEP_TOLERANCE)
 
-    @pytest.mark.parametrize("source", ["tp2", "fsdp", "single"])
+    @pytest.mark.parametrize("source", ["tp2", "all ranks", "fsdp", "single"])
     def test_files_of_any_strategy_resume(self, run: dict[str, Any], source: str) -> None:
+        source = f"tp{run['num_ranks']}" if source == "all ranks" else source
         for rank in run["ranks"]:
             found = rank["files"][f"from {source}"]
             torch.testing.assert_close(found["adapters"], dict(adapter_state_dict(run["single"])), **STEP_TOLERANCE)
@@ -209,6 +216,8 @@ class TestRefusals:
             ("trained", "'model.layers.0.mlp.down_proj' trains its own 'weight'"),
             ("tied", "the tied embedding or output head is adapted"),
             ("sequence", "sequence_parallel=True is served for Megatron-core's models, not for LlamaForCausalLM"),
+            ("size", "LlamaForCausalLM is split over 2 ranks, from another run, and this one has 1 that share a model"),
+            ("removed", "was split over ranks by a former run under 'megatron_lora'"),
             ("batches", "ranks that share a model were given different batches"),
         ],
     )

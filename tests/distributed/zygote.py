@@ -1,7 +1,7 @@
 """A process that has imported what ranks need, which takes longer than most of them run, and forks them from itself.
 
-It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs"}``, a process for each
-environment. It answers with the processes' numbers, and with their exit codes when all have ended.
+It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs", "fresh"}``, a process
+for each environment, which begins anew if it is to be fresh. It answers with the processes' numbers, and with their exit codes when all have ended.
 """
 
 import atexit
@@ -43,6 +43,8 @@ def _fork(order: dict[str, Any], environment: dict[str, str], output: str) -> in
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(0)  # orders are not for ranks
+        if order["fresh"]:
+            os.execv(sys.executable, [sys.executable, order["script"], *order["arguments"]])
         sys.argv = [order["script"], *order["arguments"]]
         sys.path.insert(0, str(Path(order["script"]).parent))
         runpy.run_path(order["script"], run_name="__main__")
