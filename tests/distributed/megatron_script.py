@@ -203,6 +203,10 @@ def families(directory: Path, num_ranks: int) -> dict[str, Any]:
     for name in SPLIT:
         _, module = run(directory / "families", 2, Module(name), limit_train_batches=2)
         found[name] = {"gradients": module.gradients, "losses": module.losses, "adapters": state(module)}
+    plan = {"encoder.layer.*.intermediate.dense": "colwise", "encoder.layer.*.output.dense": "rowwise"}
+    _, module = run(directory / "planned", 2, Module("bert"), limit_train_batches=2, options={"plan": plan})
+    split = [name for name, parameter in module.named_parameters() if is_sharded(parameter)]
+    found["planned"] = {"losses": module.losses, "adapters": state(module), "split": split}
     _, module = run(directory / "meta", 2, Lazy(str(directory / "saved")), limit_train_batches=1)
     found["meta"] = module.gradients
     return found

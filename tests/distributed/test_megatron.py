@@ -182,6 +182,14 @@ class TestModels:
         found = run["ranks"][0]["families"][name]["adapters"]
         torch.testing.assert_close(found, dict(adapter_state_dict(single)), **STEP_TOLERANCE)
 
+    def test_a_plan_of_the_users_is_followed(self, run: dict[str, Any], tmp_path: Path) -> None:
+        single = alone(tmp_path, Module("bert"), limit_train_batches=2)
+        found = run["ranks"][0]["families"]["planned"]
+        torch.testing.assert_close(found["adapters"], dict(adapter_state_dict(single)), **STEP_TOLERANCE)
+        # two blocks: of the first layer weight, bias and B, of the second weight and A
+        assert len(found["split"]) == 2 * 5
+        assert all("intermediate.dense" in name or "output.dense" in name for name in found["split"])
+
     def test_a_base_on_meta_is_read_in_slices(self, run: dict[str, Any]) -> None:
         found, expected = run["ranks"][0]["families"]["meta"], run["ranks"][0]["training"]["tp2"]["gradients"]
         torch.testing.assert_close(found, expected, **GRADIENT_TOLERANCE)
