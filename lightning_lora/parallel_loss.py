@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.layers.parallel import parts_of_output
+from lightning_lora.root import is_megatron
 
 # fields of transformers' configs by which a model changes what its head gives, with the value that changes nothing
 _CHANGES = {
@@ -69,6 +70,8 @@ def vocab_parallel_cross_entropy(model: Any, hidden: Tensor, labels: Tensor, *, 
 def _head(model: Any) -> tuple[Any, float | None]:
     """Return the output head and the bound that the model's logits are softly kept within, if any."""
     head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    if is_megatron(model):
+        raise ValueError("a GPTModel computes this loss by itself: call it with labels=, shifted by one")
     if head is None:
         raise ValueError(
             f"{type(model).__name__} has no output head: pass a transformers causal language model, such as "

@@ -59,8 +59,9 @@ def tensor_parallel() -> tuple[int, int]:
     if not state.model_parallel_is_initialized():
         raise ValueError(
             "Megatron-core's process groups are not set up, and a GPTModel is built for them: build and fill it in "
-            "configure_model(), where strategy='megatron_lora' has done so, or call "
-            "parallel_state.initialize_model_parallel() first"
+            "configure_model(), where strategy='megatron_lora' has done so (no other strategy does), or call "
+            "parallel_state.initialize_model_parallel() first. To use a trained adapter without them, "
+            "convert(checkpoint, directory) writes it for Hugging Face's model"
         )
     size = state.get_tensor_model_parallel_world_size()
     served = {
