@@ -340,17 +340,24 @@ def configure_then_adapt(
 ) -> None:
     """Stand in for ``configure_model``: build, then adapt."""
     configure_model()
-    if init_from is not None:
-        _read_base_first(pl_module, path)
+    source = None if init_from is None else _read_base_first(pl_module, path)
     adapt_module(pl_module, config, path, init_from)
+    if source is not None:
+        _injection(find_root(pl_module, path)[1]).base_weights = source
 
 
-def _read_base_first(pl_module: Any, path: str | None) -> None:
-    """Fill a Megatron-core model from the strategy's ``base_weights``: what is loaded into it looks at its base."""
+def _read_base_first(pl_module: Any, path: str | None) -> str | None:
+    """Fill a Megatron-core model from the strategy's ``base_weights``: what is loaded into it looks at its base.
+
+    Returns:
+        What was read, if anything.
+    """
     _, root = find_root(pl_module, path)
-    source = getattr(pl_module.trainer.strategy, "base_weights", None)
-    if is_megatron(root) and source is not None and injection_of(root) is None:
-        load_hf_weights(root, source)
+    source: str | None = getattr(pl_module.trainer.strategy, "base_weights", None)
+    if not is_megatron(root) or source is None or injection_of(root) is not None:
+        return None
+    load_hf_weights(root, source)
+    return source
 
 
 def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:

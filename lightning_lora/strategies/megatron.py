@@ -258,7 +258,7 @@ def choose_size(wanted: int | Literal["auto"], world_size: int, module: nn.Modul
             f"{' and '.join(map(str, heads))} heads: run on another number of devices, or use strategy='fsdp_lora'"
         )
     half = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else float("inf")
-    base = sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)
+    base = sum(parameter.nbytes for parameter in module.parameters())  # nothing is frozen yet
     return next((size for size in fitting if base / size <= half), fitting[-1])
 
 

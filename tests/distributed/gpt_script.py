@@ -147,8 +147,12 @@ def training(directory: Path, num_ranks: int) -> dict[str, Any]:
         name = layout_name(size, sequence_parallel, recomputes)
         module = Module(source, sequence_parallel=sequence_parallel, **(RECOMPUTE if recomputes else {}))
         options = {"sequence_parallel": sequence_parallel}
-        run(directory / name, size, module, max_epochs=2, options=options)
+        trainer, _ = run(directory / name, size, module, max_epochs=2, options=options)
+        with counted_collectives() as reducing:
+            for reducer in trainer.strategy._reducers:
+                reducer.reduce()
         found[name] = {
+            "reducing": dict(reducing), "replicas": num_ranks // size,
             "losses": module.losses, "gradients": module.gradients, "adapters": adapters(module),
             "raw": whole_factors(module),
         }  # fmt: skip
@@ -197,28 +201,20 @@ def column(sequence_parallel: bool, **lora: Any) -> Any:
     """Return a frozen column-parallel layer 32 -> 64 in a container, adapted if ``lora`` says how."""
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
-    torch.manual_seed(3)
-    layer = torch.nn.Sequential(
-        ColumnParallelLinear(
-            32, 64, config=layer_config(sequence_parallel), init_method=torch.nn.init.xavier_normal_, bias=False,
-            skip_bias_add=True, gather_output=False,
-        )
-    )  # fmt: skip
-    layer[0].weight.requires_grad_(False)
-    return inject(layer, LoRAConfig(r=4, target_modules=["0"], **lora)) if lora else layer
+    return contained(ColumnParallelLinear, (32, 64), sequence_parallel, lora, gather_output=False)
 
 
 def row(sequence_parallel: bool, **lora: Any) -> Any:
     """Return a frozen row-parallel layer 64 -> 32 in the same way."""
     from megatron.core.tensor_parallel import RowParallelLinear
 
+    return contained(RowParallelLinear, (64, 32), sequence_parallel, lora, input_is_parallel=True)
+
+
+def contained(kind: Any, sizes: tuple[int, int], sequence_parallel: bool, lora: dict[str, Any], **options: Any) -> Any:
     torch.manual_seed(3)
-    layer = torch.nn.Sequential(
-        RowParallelLinear(
-            64, 32, config=layer_config(sequence_parallel), init_method=torch.nn.init.xavier_normal_, bias=False,
-            skip_bias_add=True, input_is_parallel=True,
-        )
-    )  # fmt: skip
+    options |= {"config": layer_config(sequence_parallel), "init_method": torch.nn.init.xavier_normal_}
+    layer = torch.nn.Sequential(kind(*sizes, bias=False, skip_bias_add=True, **options))
     layer[0].weight.requires_grad_(False)
     return inject(layer, LoRAConfig(r=4, target_modules=["0"], **lora)) if lora else layer
 

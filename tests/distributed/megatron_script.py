@@ -219,7 +219,8 @@ def files(directory: Path, num_ranks: int) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     data = {"train_dataloaders": rank_loader(rank, num_ranks)}
     fit(directory / "fsdp", fsdp, "fsdp_lora", max_epochs=2, loaders=data)
-    for source in dict.fromkeys(("tp2", f"tp{num_ranks}", "fsdp", "single")):
+    fit(directory / "ddp", Module(), "ddp", loaders=data)
+    for source in dict.fromkeys(("tp2", f"tp{num_ranks}", "fsdp", "ddp", "single")):
         _, module = run(directory / "resumed", 2, ckpt_path=directory / source / "epoch=0.ckpt", max_epochs=2)
         found[f"from {source}"] = {"losses": module.losses, "adapters": state(module)}
     loaded, midway, single = Module(), AtMidway(), directory / "single" / "epoch=0.ckpt"

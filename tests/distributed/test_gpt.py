@@ -248,6 +248,14 @@ class TestTraffic:
         assert sorted(adapted[1].pop("reduce_scatter")) == sorted([*base[1].pop("reduce_scatter"), small])
         assert adapted == base
 
+    def test_whole_factors_take_one_all_reduce_per_step_and_parts_one_over_replicas(self, run: dict[str, Any]) -> None:
+        for rank in run["ranks"]:
+            for found in rank["training"].values():
+                traffic = found["reducing"]
+                assert len(traffic["all_reduce"]) == (1 if found["replicas"] == 1 else 2)
+                assert traffic["all_reduce"][0] > sum(value.numel() for value in found["raw"].values())  # and flags
+                assert traffic["all_gather"] == traffic["reduce_scatter"] == traffic["broadcast"] == []
+
     def test_a_whole_model_adds_nothing_but_those(self, run: dict[str, Any]) -> None:
         assert self.traffic(run, "model False True") == self.traffic(run, "model False False")
         base, adapted = (self.traffic(run, f"model True {adapted}") for adapted in (False, True))

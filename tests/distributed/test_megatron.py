@@ -133,7 +133,7 @@ class TestFiles:
         ):
             torch.testing.assert_close(own, expected, **STEP_TOLERANCE)
 
-    @pytest.mark.parametrize("source", ["tp2", "all ranks", "fsdp", "single"])
+    @pytest.mark.parametrize("source", ["tp2", "all ranks", "fsdp", "ddp", "single"])
     def test_files_of_any_strategy_resume(self, run: dict[str, Any], source: str) -> None:
         source = f"tp{run['num_ranks']}" if source == "all ranks" else source
         for rank in run["ranks"]:
@@ -283,6 +283,28 @@ def test_auto_takes_the_smallest_number_of_ranks_that_divides_heads_and_ranks() 
         megatron.choose_size("auto", 3, module, cpu)
     with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide the 4 ranks"):
         megatron.choose_size(3, 4, module, cpu)
+
+
+def test_auto_takes_more_ranks_where_half_a_device_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module()  # as it is when the ranks are laid out: nothing is frozen yet
+    base_bytes = sum(parameter.nbytes for parameter in module.parameters())
+
+    def chosen(device_bytes: float) -> int:
+        properties = type("Properties", (), {"total_memory": device_bytes})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        return megatron.choose_size("auto", 8, module, torch.device("cuda"))
+
+    assert chosen(base_bytes) == 2
+    assert chosen(base_bytes * 0.99) == 4
+    assert chosen(1) == 4  # four heads: no number of ranks is enough
+
+
+def test_a_megatron_core_without_a_local_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
+
+    monkeypatch.delattr(RowParallelLinear, "_forward_impl")
+    with pytest.raises(ImportError, match=r"RowParallelLinear of this megatron-core has no method _forward_impl"):
+        MegatronLoRAStrategy()
 
 
 def test_one_process_is_a_run_like_any_other(tmp_path: Path) -> None:
