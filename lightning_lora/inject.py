@@ -15,7 +15,7 @@ from lightning_lora.layers import LoRALayer, Pair, adapt, is_read_by_parent, mix
 from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear, LoRAReadLinear
-from lightning_lora.layers.megatron import LoRAMegatronLinear, adapt_megatron, is_parallel_linear
+from lightning_lora.layers.megatron import LoRAMegatronLinear, adapt_megatron
 from lightning_lora.layers.parallel import TensorParallel
 from lightning_lora.layers.parameters import adapt_parameters
 from lightning_lora.layers.residual import RESIDUAL, ResidualLinear
@@ -30,7 +30,8 @@ from lightning_lora.matching import (
     select_token_rows,
     select_trained_whole,
 )
-from lightning_lora.megatron.names import Part, megatron_parts, stacks
+from lightning_lora.megatron.names import by_layer, megatron_parts, stacks
+from lightning_lora.megatron.served import check_biases, check_options
 from lightning_lora.megatron.split import keep_parts
 from lightning_lora.root import clean_name, new_heads
 from lightning_lora.sharded import forget, gathered, reshard, write
@@ -110,7 +111,7 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
         _check_shapes(name, layer, mixins[name], ranks[name])
 
     if config.bias == "all":
-        _check_biases(model, {parts[name].layer for name in layers if name in parts})
+        check_biases(model, {parts[name].layer for name in layers if name in parts})
 
     injection = Injection(config, trained_whole)
     for name, parameter in model.named_parameters():
@@ -125,7 +126,7 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
     scales |= {name: 2 * scales[name] for name in layers if _rank_name(layers, name) != name}
     how_stacked = stacks(model)
-    for name, wanted in _by_layer(parts, layers).items():
+    for name, wanted in by_layer(parts, layers).items():
         adapted[name] = adapt_megatron(
             modules[name],
             {part.part: (ranks[part.name], scales[part.name]) for part in wanted},
@@ -406,7 +407,7 @@ def _mixin(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, config
     mixin = mixin_for(layer)
     assert mixin is not None
     if issubclass(mixin, LoRAMegatronLinear):
-        _check_megatron(name, config)
+        check_options(name, config)
         return mixin
     parent, _, child = name.rpartition(".")
     if mixin is LoRALinear and is_read_by_parent(modules[parent], child):
@@ -454,34 +455,6 @@ def _check_shapes(name: str, layer: nn.Module, mixin: type[LoRALayer], r: int) -
         mixin.shapes(layer, r)
     except ValueError as error:
         raise ValueError(f"{name!r} cannot be adapted: {error}") from None
-
-
-def _check_megatron(name: str, config: LoRAConfig) -> None:
-    if config.use_dora or config.lora_bias or config.starts_from_base or config.init_rng == "peft":
-        raise ValueError(
-            f"{name!r} is a layer of Megatron-core, for which use_dora, lora_bias, PiSSA, OLoRA and init_rng='peft' "
-            "are not served: leave the option out"
-        )
-
-
-def _check_biases(model: nn.Module, adapted: set[str]) -> None:
-    """Raise ``ValueError`` for a bias that would not train: beside a frozen weight Megatron-core gives none."""
-    for name, module in model.named_modules():
-        bias = module._parameters.get("bias")
-        if is_parallel_linear(module) and clean_name(name) not in adapted and bias is not None:
-            raise ValueError(
-                f"bias='all' would not train the bias of {clean_name(name)!r}, a layer of Megatron-core that is not "
-                "adapted: adapt it too, or give bias='lora_only'"
-            )
-
-
-def _by_layer(parts: Mapping[str, Part], layers: Mapping[str, nn.Module]) -> dict[str, list[Part]]:
-    """Return the parts that are to be adapted, by the layer that stacks them."""
-    found: dict[str, list[Part]] = {}
-    for name in layers:
-        if name in parts:
-            found.setdefault(parts[name].layer, []).append(parts[name])
-    return found
 
 
 def _check_rank(name: str, layer: nn.Module, sizes: tuple[int, int], r: int, largest: int) -> None:

@@ -1,6 +1,6 @@
 """What Megatron-core's layers are called in Hugging Face's models, part by part: both names are understood."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,15 @@ def megatron_parts(model: nn.Module, *, fused: bool = False) -> dict[str, list[P
                 Part(layer, part, names.get(part, f"{layer}.{part}"), stack.groups * rows)
                 for part, rows in stack.rows.items()
             ]
+    return found
+
+
+def by_layer(parts: Mapping[str, Part], layers: Mapping[str, nn.Module]) -> dict[str, list[Part]]:
+    """Return the parts that are to be adapted, by the layer that stacks them."""
+    found: dict[str, list[Part]] = {}
+    for name in layers:
+        if name in parts:
+            found.setdefault(parts[name].layer, []).append(parts[name])
     return found
 
 
