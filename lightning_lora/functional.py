@@ -5,6 +5,7 @@ x [..., in] ---- W [out, in] frozen ------------- + --> y [..., out]
       dropout -- A [r, in] -- h [..., r] -- B [out, r] * scaling
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -134,20 +135,21 @@ def dropped(seed: Tensor, num_rows: int, num_columns: int, dropout: float, devic
     return _hashes(seed, num_rows, num_columns, device) < _threshold(dropout)
 
 
-def _kept(
+def keep_mask(
     seed: Tensor,
-    num_rows: int,
-    num_columns: int,
-    dropout: float,
     like: Tensor,
+    dropout: float,
     columns: tuple[int, int] | None = None,
     first_row: int = 0,
+    *,
+    num_columns: int | None = None,
 ) -> Tensor:
-    """Return the complement of :func:`dropped` as zeros and ones of ``like``'s dtype, on its device.
+    """Return the complement of :func:`dropped` as zeros and ones of ``like``'s dtype, for its rows and device.
 
     CPU multiplies by them an order of magnitude faster than it makes and applies booleans.
     """
-    return _hashes(seed, num_rows, num_columns, like.device, columns, first_row).ge_(_threshold(dropout)).to(like.dtype)
+    size = like.shape[1] if num_columns is None else num_columns
+    return _hashes(seed, like.shape[0], size, like.device, columns, first_row).ge_(_threshold(dropout)).to(like.dtype)
 
 
 def keep_entries(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
@@ -157,7 +159,7 @@ def keep_entries(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
         x: ``[rows, ...]``, any number of dimensions.
     """
     rows = x.reshape(x.shape[0], -1) if x.ndim > 1 else x[None]
-    kept = _kept(seed, rows.shape[0], rows.shape[1], dropout, rows)
+    kept = keep_mask(seed, rows, dropout)
     return (rows * kept / (1 - dropout)).view(x.shape)
 
 
@@ -193,7 +195,7 @@ def _position_keys(seed: Tensor, num_positions: int, device: torch.device) -> Te
 
 
 class _LoRALinear(torch.autograd.Function):
-    """``(y, h)``: the output and, for backward only, ``h = scaling * dropout(x) A^T``."""
+    """``(y, h)``: the output and, for backward only, ``h = kept * x A^T``."""
 
     @staticmethod
     def forward(
@@ -209,15 +211,11 @@ class _LoRALinear(torch.autograd.Function):
         first_row: int,
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])  # [T, in]
-        h = _down(rows, lora_A, scaling, dropout, seed, columns, first_row)  # [T, r]
-        B = lora_B.to(x.dtype)
-        if weight is None:
-            y = torch.mm(h, B.t())
-        else:
-            y = F.linear(rows, weight, bias)
-            y.addmm_(h, B.t())  # a buffer of our own: nobody else has seen it
+        kept = None if seed is None else keep_mask(seed, rows, dropout, columns, first_row)
+        h = down(rows, lora_A, kept)  # [T, r]
+        y = sum_of_products(rows, weight, bias, h, lora_B, scaling / (1 - dropout))
         # not a view to autograd: the caller may change the output in place, as nn.ReLU(inplace=True) does
-        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], B.shape[0]]), h
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], lora_B.shape[0]]), h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -245,20 +243,21 @@ class _LoRALinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
         grad = grad.reshape(-1, lora_B.shape[0])  # [T, out]
         rows: Any = None if x is None else x.reshape(-1, x.shape[-1])  # [T, in]
-        grad_x = grad_A = grad_B = grad_weight = grad_bias = None
+        factor = ctx.scaling / (1 - ctx.dropout)
+        grad_x = grad_A = grad_B = grad_weight = grad_bias = kept = None
+        if seed is not None:
+            like = grad if rows is None else rows
+            kept = keep_mask(seed, like, ctx.dropout, ctx.columns, ctx.first_row, num_columns=lora_A.shape[1])
         if need_x or need_A:
-            v = _skinny(grad, lora_B.to(grad.dtype).t()) * (ctx.scaling / (1 - ctx.dropout))  # [T, r]
-            kept = None
-            if seed is not None:
-                kept = _kept(seed, grad.shape[0], lora_A.shape[1], ctx.dropout, grad, ctx.columns, ctx.first_row)
+            v = skinny(grad, lora_B.to(grad.dtype).t())  # [T, r]
             if need_x:
-                grad_x = _grad_x(grad, weight, v, lora_A, kept).view(ctx.x_shape)
+                grad_x = grad_input(grad, weight, v, lora_A, factor, kept).view(ctx.x_shape)
             if need_A:
-                grad_A = torch.mm(v.t(), rows if kept is None else rows * kept).to(lora_A.dtype)
+                grad_A = scaled_mm(v.t(), rows if kept is None else rows * kept, factor, lora_A.dtype)
         if need_B:
             if torch.is_grad_enabled():  # h is a constant to autograd: make it again for a second derivative
-                h = _down(rows, lora_A, ctx.scaling, ctx.dropout, seed, ctx.columns, ctx.first_row)
-            grad_B = torch.mm(h.t(), grad).t().to(lora_B.dtype)
+                h = down(rows, lora_A, kept)
+            grad_B = grad_of_B(h, grad, factor, lora_B.dtype)
         if need_weight:
             grad_weight = torch.mm(grad.t(), rows)
         if need_bias:
@@ -273,23 +272,12 @@ _LoRALinear.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defi
 )
 
 
-def _down(
-    rows: Tensor,
-    lora_A: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    columns: tuple[int, int] | None = None,
-    first_row: int = 0,
-) -> Tensor:
-    """Return ``scaling * dropout(x) A^T``: ``[T, r]``. All factors are put on these r numbers per token."""
-    if seed is not None:
-        rows = rows * _kept(seed, rows.shape[0], rows.shape[1], dropout, rows, columns, first_row)
-        scaling = scaling / (1 - dropout)
-    return _skinny(rows, lora_A.to(rows.dtype)) * scaling
+def down(rows: Tensor, lora_A: Tensor, kept: Tensor | None) -> Tensor:
+    """Return ``kept * x A^T``, ``[T, r]``: no factor is on it, those go with the products that it enters."""
+    return skinny(rows if kept is None else rows * kept, lora_A.to(rows.dtype))
 
 
-def _skinny(rows: Tensor, factor: Tensor) -> Tensor:
+def skinny(rows: Tensor, factor: Tensor) -> Tensor:
     """Return ``rows factor^T``, ``[T, r]``, with r on the side of the product where the device is fast.
 
     CPU libraries are several times faster with the short dimension first, and so the result is kept transposed there.
@@ -299,11 +287,65 @@ def _skinny(rows: Tensor, factor: Tensor) -> Tensor:
     return torch.mm(rows, factor.t())
 
 
-def _grad_x(grad: Tensor, weight: Tensor | None, v: Tensor, lora_A: Tensor, kept: Tensor | None) -> Tensor:
-    """Return ``grad W + kept * (v A)``: ``[T, in]``."""
-    A = lora_A.to(grad.dtype)
+def scaled_mm(left: Tensor, right: Tensor, factor: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``factor * left right`` in one kernel, in ``dtype``; a device that can does not round in between."""
+    if dtype in (None, left.dtype):
+        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
+    if dtype == torch.float32 and not torch.is_grad_enabled() and _accumulates_out(left.device, left.dtype):
+        wide: Tensor = torch.mm(left, right, out_dtype=torch.float32)
+        return wide.mul_(factor)
+    return scaled_mm(left, right, factor).to(dtype)
+
+
+@functools.cache
+def _accumulates_out(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of a narrow dtype can be written in float32 on a device: CUDA, torch 2.8."""
+    if device.type != "cuda":
+        return False
+    probe = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        return bool(torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+
+
+def adapter_first(device: torch.device) -> bool:
+    """Whether the adapter's product is written first and the base's is added to it, on a device.
+
+    A GPU's large product reads what it is added to while it computes, so that only the writing is paid for (RunLoRA's
+    order "forward 3", arXiv 2312.03415); on CPU the small product is added, and the base's is bit for bit its own.
+    """
+    return device.type == "cuda"
+
+
+def sum_of_products(
+    rows: Tensor, weight: Tensor | None, bias: Tensor | None, h: Tensor, lora_B: Tensor, factor: float
+) -> Tensor:
+    """Return ``x W^T + b + factor * h B^T``, ``[T, out]``, in a buffer that nobody else has seen."""
+    B = lora_B.to(rows.dtype).t()
     if weight is None:
-        through_adapter = torch.mm(v, A)
-        return through_adapter if kept is None else through_adapter * kept
-    grad_x = torch.mm(grad, weight)
-    return grad_x.addmm_(v, A) if kept is None else grad_x.addcmul_(torch.mm(v, A), kept)
+        return scaled_mm(h, B, factor)
+    if adapter_first(rows.device):
+        y = scaled_mm(h, B, factor) if bias is None else torch.addmm(bias, h, B, alpha=factor)
+        return y.addmm_(rows, weight.t())
+    return F.linear(rows, weight, bias).addmm_(h, B, alpha=factor)
+
+
+def grad_input(
+    grad: Tensor, weight: Tensor | None, v: Tensor, lora_A: Tensor, factor: float, kept: Tensor | None
+) -> Tensor:
+    """Return ``dy W + factor * kept * (v A)``, ``[T, in]``."""
+    A = lora_A.to(grad.dtype)
+    if weight is not None and kept is None and not adapter_first(grad.device):
+        return torch.mm(grad, weight).addmm_(v, A, alpha=factor)
+    through_adapter = scaled_mm(v, A, factor)
+    if kept is not None:
+        through_adapter.mul_(kept)
+    return through_adapter if weight is None else through_adapter.addmm_(grad, weight)
+
+
+def grad_of_B(h: Tensor, grad: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """Return ``factor * dy^T h``, ``[out, r]``, with r on the fast side as in :func:`skinny`."""
+    if grad.device.type == "cpu":
+        return scaled_mm(h.t(), grad, factor, dtype).t()
+    return scaled_mm(grad.t(), h, factor, dtype)

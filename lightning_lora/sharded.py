@@ -31,7 +31,12 @@ def split_over(part: Any, mesh: Any, dim: int, stripes: int = 1) -> None:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is spread over ranks."""
-    return DTensor is not None and (isinstance(tensor, DTensor) or hasattr(tensor, "lora_split"))
+    return is_dtensor(tensor) or (DTensor is not None and hasattr(tensor, "lora_split"))
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, whose parts only its own operations know to put together."""
+    return DTensor is not None and isinstance(tensor, DTensor)
 
 
 def logical(tensor: Any) -> Any:
@@ -52,7 +57,7 @@ def whole(tensor: Any) -> Tensor:
 
 def local_part(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor, sharing its storage."""
-    part: Tensor = tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
+    part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return part
 
 

@@ -7,7 +7,7 @@ parameters ``lora_A`` and ``lora_B``; names, hooks, ties and tensors of the base
 import copyreg
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,22 @@ class Pair:
     r: int
 
 
-class LoRALayer(nn.Module):
+class Made(nn.Module):
+    """Mixin of the classes that are made at run time, ``LoRA<Base>(mixin, Base)``, for modules that change in place."""
+
+    lora_base_class: ClassVar[type[nn.Module]]
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the made class has no importable name: pickle and deepcopy make it again from its two parents
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        function, arguments, *state = reduced
+        assert function is copyreg.__newobj__, function  # type: ignore[attr-defined]  # missing in the stubs
+        mixin, base = type(self).__bases__
+        return (_new_module, (mixin, base, *arguments[1:]), *state)
+
+
+class LoRALayer(Made):
     """Mixin of all adapted layers; ``isinstance(layer, LoRALayer)`` is how the package recognises them.
 
     Attributes:
@@ -43,7 +58,6 @@ class LoRALayer(nn.Module):
         lora_salt: makes dropout differ between data-parallel ranks that share a seed.
     """
 
-    lora_base_class: ClassVar[type[nn.Module]]
     base_name: ClassVar[str] = "weight"  # of the base tensor that is adapted
 
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")
@@ -174,29 +188,22 @@ class LoRALayer(nn.Module):
         return self
 
     @override
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the made class has no importable name: pickle and deepcopy make it again from its two parents
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        function, arguments, *state = reduced
-        assert function is copyreg.__newobj__, function  # type: ignore[attr-defined]  # missing in the stubs
-        mixin, base = type(self).__bases__
-        return (_new_layer, (mixin, base, *arguments[1:]), *state)
-
-    @override
     def extra_repr(self) -> str:
         pairs = (f"{name and name + ': '}r={p.r}, scaling={p.scaling:g}" for name, p in self.pairs().items())
         return ", ".join([super().extra_repr(), *pairs])
 
 
-_MADE_CLASSES: dict[tuple[type[LoRALayer], type[nn.Module]], type[LoRALayer]] = {}
+M = TypeVar("M", bound=Made)
+_MADE_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
 
 
-def lora_class(mixin: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
+def lora_class(mixin: type[M], base: type[nn.Module]) -> type[M]:
     """Return the class ``LoRA<Base>(mixin, Base)``, the same object on every call."""
     if (mixin, base) not in _MADE_CLASSES:
         namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_base_class": base}
         _MADE_CLASSES[mixin, base] = type(f"LoRA{base.__name__}", (mixin, base), namespace)
-    return _MADE_CLASSES[mixin, base]
+    made: type[M] = _MADE_CLASSES[mixin, base]
+    return made
 
 
 def adapt(
@@ -248,7 +255,7 @@ def unadapt(layer: LoRALayer) -> nn.Module:
     return layer
 
 
-def _new_layer(mixin: type[LoRALayer], base: type[nn.Module], *arguments: Any) -> LoRALayer:
+def _new_module(mixin: type[Made], base: type[nn.Module], *arguments: Any) -> Made:
     cls = lora_class(mixin, base)
     return cls.__new__(cls, *arguments)
 

@@ -15,6 +15,8 @@ class LoRALinear(LoRALayer):
 
     weight: Tensor  # [out_features, in_features]
     bias: Tensor | None
+    lora_siblings: Any = None  # layers/siblings.py, of the layers that are computed with this one
+    lora_place: int  # among them
 
     @classmethod
     @override
@@ -26,7 +28,8 @@ class LoRALinear(LoRALayer):
         if not self.lora_active:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]  # the base's
         if self.lora_base_class.forward is nn.Linear.forward:
-            return self._lora_linear(x, self.weight, self.bias)
+            y = None if self.lora_siblings is None else self.lora_siblings.output(self, x)
+            return self._lora_linear(x, self.weight, self.bias) if y is None else y
         y = super().forward(x, *args, **kwargs)
         return y + self._lora_linear(x, None, None).to(y.dtype)  # type: ignore[no-any-return]
 

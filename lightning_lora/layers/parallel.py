@@ -103,7 +103,9 @@ class LoRAParallelLinear(LoRALinear):
         base: Any = self
         if not self.lora_active:
             return super(LoRALinear, self).forward(x)  # type: ignore[no-any-return]  # the base's
-        y: Tensor = base.leave(self._lora_linear(base.enter(x), self.weight, base.local_bias()))
+        y: Tensor | None = None if self.lora_siblings is None else self.lora_siblings.output(self, x)
+        if y is None:
+            y = base.leave(self._lora_linear(base.enter(x), self.weight, base.local_bias()))
         return y
 
     @override

@@ -1,0 +1,222 @@
+"""Gated MLPs, ``down(act(gate(x)) * up(x))``, whose three adapted layers are computed as one.
+
+A module is recognised by what it computes, not by its name: its ``forward`` is run on small numbers, with small layers
+in the place of its own, and compared with the formula.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from typing_extensions import override
+
+from lightning_lora.fused import ACTIVATIONS, lora_gated_mlp
+from lightning_lora.layers.base import Made, lora_class
+from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from lightning_lora.layers.siblings import can_fuse, enter, factors, leave, term
+
+_PRIMITIVES = (bool, int, float, str, type(None))
+# from where activations are linear to where limits that some models put on them are passed
+_SCALES = (0.03, 1.0, 30.0, 1e4)
+
+
+class Roles(NamedTuple):
+    """The names of a gated MLP's layers, and of the activation in :data:`~lightning_lora.fused.ACTIVATIONS`."""
+
+    gate: str
+    up: str
+    down: str
+    activation: str
+
+
+class LoRAGatedMLP(Made):
+    """Mixin of a gated MLP with three adapted layers.
+
+    It runs the base's own ``forward`` when a hook is to see a layer's input or output, when an adapter is merged,
+    disabled or of another kind, and when weights lie in shards.
+    """
+
+    lora_roles: Roles
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and self._is_fused(args[0]):
+            return self._fused(args[0])
+        return super().forward(*args, **kwargs)
+
+    def _is_fused(self, x: Any) -> bool:
+        gate, up, down = self._layers()
+        return (
+            isinstance(x, Tensor)
+            and all(can_fuse(layer, x) for layer in (gate, up, down))
+            and not _has_any_global_hook()
+            and not any(_is_watched(child) for child in self._modules.values())
+            and _same_way_in(gate, up)
+            and gate.training == down.training
+            and _is_split_inside(gate, up, down)
+        )
+
+    def _fused(self, x: Tensor) -> Tensor:
+        gate, up, down = self._layers()
+        y = lora_gated_mlp(
+            enter(gate, x),
+            factors(gate),
+            factors(up),
+            factors(down),
+            activation=self.lora_roles.activation,
+            entering=term(gate),
+            leaving=term(down),
+        )
+        return leave(down, y)
+
+    def _layers(self) -> tuple[Any, Any, Any]:
+        children, roles = self._modules, self.lora_roles
+        return children.get(roles.gate), children.get(roles.up), children.get(roles.down)
+
+
+def _same_way_in(gate: LoRALinear, up: LoRALinear) -> bool:
+    return (
+        gate.lora_scaling == up.lora_scaling
+        and gate.lora_dropout == up.lora_dropout
+        and gate.training == up.training
+        and gate.lora_A.dtype == up.lora_A.dtype
+    )
+
+
+def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
+    """Whether the layers are whole, or split so that what lies between them is this rank's part of it."""
+    if not any(isinstance(layer, TensorParallel) for layer in (gate, up, down)):
+        return True
+    columns = all(isinstance(layer, ColumnParallelLinear) and not layer.tp_whole_output for layer in (gate, up))
+    return columns and isinstance(down, RowParallelLinear) and not down.tp_whole_input
+
+
+def _is_watched(module: nn.Module | None) -> bool:
+    return module is not None and bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def fuse_gated_mlps(root: nn.Module) -> None:
+    """Give the gated MLPs inside ``root`` whose three layers are adapted the class that computes them as one."""
+    known: dict[Any, Roles | None] = {}
+    for module in list(root.modules()):
+        layers = {name: child for name, child in module._modules.items() if isinstance(child, LoRALinear)}
+        if len(layers) != 3 or isinstance(module, LoRAGatedMLP):
+            continue
+        key = _key(module, layers)
+        if key not in known:
+            known[key] = roles_of(module)
+        roles = known[key]
+        if roles is not None:
+            module.__class__ = lora_class(LoRAGatedMLP, type(module))
+            module.__dict__["lora_roles"] = roles
+
+
+def release_gated_mlp(module: LoRAGatedMLP) -> None:
+    """Give the module its base class back."""
+    del module.__dict__["lora_roles"]
+    module.__class__ = module.lora_base_class  # type: ignore[assignment]  # the reverse of the class swap
+
+
+def _key(module: nn.Module, layers: dict[str, LoRALinear]) -> tuple[Any, ...]:
+    """Return what the formula of a module can depend on; equal for the MLPs of equal blocks."""
+    others = tuple((name, type(child), _facts(child)) for name, child in module._modules.items() if name not in layers)
+    sizes = tuple((name, layer.lora_base_class, layer.bias is None, *_sides(layer)) for name, layer in layers.items())
+    return type(module), sizes, others, _facts(module)
+
+
+def _facts(module: nn.Module | None) -> tuple[Any, ...]:
+    own = {} if module is None else module.__dict__
+    return tuple(
+        (name, value if isinstance(value, _PRIMITIVES) else id(value))
+        for name, value in own.items()
+        if not (name.startswith("_") or name == "training")
+    )
+
+
+def _sides(layer: LoRALinear) -> tuple[int, int]:
+    return layer.lora_A.shape[1], layer.lora_B.shape[0]
+
+
+def roles_of(module: nn.Module) -> Roles | None:
+    """Return which layer of a module is which, if it computes ``down(act(gate(x)) * up(x))`` and nothing else."""
+    layers = {name: child for name, child in module._modules.items() if isinstance(child, LoRALinear)}
+    for gate, up, down in _orders(layers):
+        small = _small(module, layers, down)
+        if small is None:
+            return None
+        for activation in ACTIVATIONS:
+            if _computes(small, Roles(gate, up, down, activation)):
+                return Roles(gate, up, down, activation)
+    return None
+
+
+def _orders(layers: dict[str, LoRALinear]) -> Iterator[tuple[str, str, str]]:
+    for down in layers:
+        gate, up = (name for name in layers if name != down)
+        if _sides(layers[gate]) == _sides(layers[up]) and _sides(layers[gate])[1] == _sides(layers[down])[0]:
+            yield gate, up, down
+            yield up, gate, down
+
+
+_HIDDEN, _INTERMEDIATE = 4, 6
+
+
+class _SmallLinear(nn.Module):
+    """A linear layer of random numbers, in float64; no random state is touched to make it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    _values: ClassVar[int] = 0
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, seed: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(out_features, in_features + 1, generator=generator, dtype=torch.float64, device="cpu")
+        self.weight, self.bias = values[:, :-1], values[:, -1] if bias else None
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def _small(module: nn.Module, layers: dict[str, LoRALinear], down: str) -> nn.Module | None:
+    """Return a copy of a module with small layers, in training mode; ``None`` if it holds more than can be copied."""
+    small: Any = object.__new__(type(module))
+    small.__dict__.update(module.__dict__, training=True, _modules={})
+    for seed, (name, child) in enumerate(module._modules.items()):
+        if name in layers:
+            sides = (_INTERMEDIATE, _HIDDEN) if name == down else (_HIDDEN, _INTERMEDIATE)
+            small._modules[name] = _SmallLinear(*sides, bias=layers[name].bias is not None, seed=seed)
+        elif child is None or child._modules or child._parameters or child._buffers:
+            return None
+        else:  # an activation, a dropout
+            small._modules[name] = copy.copy(child)
+            small._modules[name].training = True
+    return small if not (module._parameters or module._buffers) else None
+
+
+@torch.no_grad()
+def _computes(small: Any, roles: Roles) -> bool:
+    gate, up, down = (small._modules[name] for name in roles[:3])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, _HIDDEN, generator=generator, dtype=torch.float64, device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        for scale in _SCALES:
+            expected = down(ACTIVATIONS[roles.activation].forward(gate(x * scale)) * up(x * scale))
+            try:
+                given = type(small).forward(small, x * scale)
+            except Exception:  # a forward of any kind: what cannot be run so is left as it is
+                return False
+            if not isinstance(given, Tensor) or given.dtype != expected.dtype or given.shape != expected.shape:
+                return False
+            if not torch.allclose(given, expected, rtol=1e-12, atol=0.0):
+                return False
+    return True

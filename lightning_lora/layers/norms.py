@@ -1,0 +1,108 @@
+"""RMS norms of a frozen base that keep their output for backward, which the adapted layers behind them keep anyway.
+
+As gated MLPs, they are recognised by what they compute: to the bit, on small numbers, in two dtypes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.layers.base import LoRALayer, Made, lora_class
+from lightning_lora.rms_norm import rms_norm
+from lightning_lora.sharded import is_dtensor
+
+_FEATURES = 8
+
+
+class LoRARMSNorm(Made):
+    """Mixin of an RMS norm; it runs the base's own ``forward`` where its weight trains, or no gradient is wanted."""
+
+    weight: Tensor  # [features]
+    lora_eps: float
+    lora_is_offset: bool
+    lora_has_zeros: bool | None  # unknown until the weight is seen
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not self._is_fused(x):
+            return super().forward(x, *args, **kwargs)
+        return rms_norm(x, self.weight, self.lora_eps, is_offset=self.lora_is_offset)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+            return False
+        weight = self.weight
+        if weight.requires_grad or is_dtensor(weight) or weight.is_meta or torch.is_autocast_enabled(x.device.type):
+            return False
+        if self.lora_has_zeros is None:  # one look at the values, for the whole run
+            factor = weight + 1 if self.lora_is_offset else weight
+            self.lora_has_zeros = not bool((factor.abs() >= torch.finfo(factor.dtype).tiny).all())
+        return not self.lora_has_zeros
+
+    @override
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.lora_has_zeros = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def fuse_norms(root: nn.Module) -> None:
+    """Give the RMS norms beside modules with adapted layers the class that keeps their output."""
+    for parent in root.modules():
+        norms = [child for child in parent._modules.values() if child is not None and _may_be_norm(child)]
+        if norms and any(isinstance(m, LoRALayer) for m in parent.modules()):
+            for norm in norms:
+                _fuse(norm)
+
+
+def _may_be_norm(module: nn.Module) -> bool:
+    return (
+        list(module._parameters) == ["weight"]
+        and module._parameters["weight"] is not None
+        and module._parameters["weight"].ndim == 1
+        and not (module._modules or module._buffers or isinstance(module, Made))
+    )
+
+
+def _fuse(norm: nn.Module) -> None:
+    found = form_of(norm)
+    if found is not None:
+        norm.__class__ = lora_class(LoRARMSNorm, type(norm))
+        norm.__dict__.update(lora_eps=found[0], lora_is_offset=found[1], lora_has_zeros=None)
+
+
+def release_norm(norm: LoRARMSNorm) -> None:
+    """Give the module its base class back."""
+    for name in ("lora_eps", "lora_is_offset", "lora_has_zeros"):
+        del norm.__dict__[name]
+    norm.__class__ = norm.lora_base_class  # type: ignore[assignment]  # the reverse of the class swap
+
+
+def form_of(norm: nn.Module) -> tuple[float, bool] | None:
+    """Return ``(eps, is_offset)`` of a module that computes :func:`~lightning_lora.rms_norm.rms_norm`, if it does."""
+    candidates = {value for value in norm.__dict__.values() if isinstance(value, float) and 0 < value < 0.1}
+    return next(
+        ((eps, is_offset) for eps in candidates for is_offset in (False, True) if _computes(norm, eps, is_offset)), None
+    )
+
+
+@torch.no_grad()
+def _computes(norm: nn.Module, eps: float, is_offset: bool) -> bool:
+    small: Any = object.__new__(type(norm))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 5, _FEATURES, generator=generator, device="cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(_FEATURES, generator=generator, device="cpu").to(dtype)
+        small.__dict__.update(norm.__dict__, _parameters={"weight": weight}, training=True)
+        for scale in (eps**0.5, 1.0, 1e3):  # of the size that eps matters at, to that it does not
+            x = (values * scale).to(dtype)
+            try:
+                given = type(norm).forward(small, x)
+            except Exception:  # a forward of any kind: what cannot be run so is left as it is
+                return False
+            if not (isinstance(given, Tensor) and given.dtype == x.dtype and given.shape == x.shape):
+                return False
+            if not torch.equal(given, rms_norm(x, weight, eps, is_offset=is_offset)):
+                return False
+    return True

@@ -1,0 +1,143 @@
+"""Linear layers that their parent calls with one and the same tensor: q, k and v of an attention, gate and up.
+
+The first one called computes them all, in one product for their A's and with one buffer for the gradient of x; the
+others hand out what is there. Names, parameters and hooks of every layer stay its own.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.fused import Factors, Term, lora_linears
+from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.parallel import LoRAParallelLinear, RowParallelLinear, TensorParallel
+from lightning_lora.layers.structure import called_alike
+from lightning_lora.sharded import is_dtensor
+
+MAX_WASTED = 3
+
+
+class Siblings:
+    """The layers of one group, and what was computed of them for one tensor and not handed out yet.
+
+    An output is handed out for the very tensor that it was computed of, unchanged, in the same mode of autograd. A
+    layer that is called with another one computes alone, and the group is given up: its parent does what its code did
+    not show. So it is when outputs are not asked for, several times in a row.
+    """
+
+    def __init__(self, layers: list[LoRALinear]) -> None:
+        self.layers = layers
+        self._x: Any = None  # weakref.ref[Tensor]
+        self._mode: tuple[Any, ...] = ()
+        self._outputs: dict[int, Tensor] = {}
+        self._num_wasted = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["layers"])  # type: ignore[misc]  # copies hold no outputs
+
+    def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+        """Return what ``layer`` gives for ``x``; ``None`` if it is to compute that alone."""
+        if not self.layers or (not torch.compiler.is_compiling() and x.is_inference()):
+            return None
+        place, mode = layer.lora_place, _mode(x)
+        if place in self._outputs:
+            computed_of = self._x()
+            if computed_of is x and self._mode == mode:
+                self._num_wasted = 0
+                return leave(layer, self._outputs.pop(place))
+            if computed_of is not None and self._mode[1:] == mode[1:]:
+                self._give_up()
+                return None
+        elif self._outputs:
+            self._num_wasted += 1
+            if self._num_wasted >= MAX_WASTED:
+                self._give_up()
+                return None
+        self._outputs = {}
+        if not all(can_fuse(one, x) for one in self.layers) or not _go_together(self.layers, layer):
+            return None
+        outputs = lora_linears(enter(layer, x), [factors(one) for one in self.layers], term(layer))
+        self._x, self._mode = weakref.ref(x), mode
+        self._outputs = dict(enumerate(outputs))
+        return leave(layer, self._outputs.pop(place))
+
+    def _give_up(self) -> None:
+        self.layers, self._outputs = [], {}
+
+
+def group_siblings(root: nn.Module) -> None:
+    """Let layers share their products where the code of their parent calls them with one tensor."""
+    for parent in root.modules():
+        adapted = {name: child for name, child in parent._modules.items() if isinstance(child, LoRALinear)}
+        if len(adapted) < 2:
+            continue
+        parent_class: Any = type(parent)
+        for names in called_alike(parent_class):
+            layers = [adapted[name] for name in names if name in adapted and _is_plain(adapted[name])]
+            layers = [layer for layer in layers if layer.lora_siblings is None]
+            if len(layers) > 1 and _go_together(layers, layers[0]):
+                siblings = Siblings(layers)
+                for place, layer in enumerate(layers):
+                    layer.__dict__.update(lora_siblings=siblings, lora_place=place)
+
+
+def can_fuse(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the product of an adapted layer may be computed by another module, at the present moment."""
+    if not isinstance(layer, LoRALinear) or not layer.lora_active or layer._forward_pre_hooks:
+        return False  # a hook may make the weight
+    weight = layer.weight
+    return _is_plain(layer) and not is_dtensor(weight) and weight.device == x.device
+
+
+def _is_plain(layer: LoRALinear) -> bool:
+    """Whether the layer is W and B A, with no magnitude, bias or start of its own and no other forward."""
+    mixin, base = type(layer).__bases__[0], layer.lora_base_class
+    if mixin is LoRAParallelLinear:
+        return True
+    return mixin is LoRALinear and base.forward is nn.Linear.forward
+
+
+def _go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
+    kind, in_features, dtype = type(first).__bases__[0], first.lora_A.shape[1], first.lora_A.dtype
+    return not isinstance(first, RowParallelLinear) and all(
+        type(layer).__bases__[0] is kind
+        and layer.lora_A.shape[1] == in_features
+        and layer.lora_A.dtype == dtype
+        and layer.lora_scaling == first.lora_scaling
+        and layer.lora_dropout == first.lora_dropout
+        and layer.training == first.training
+        for layer in layers
+    )
+
+
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    device_type = x.device.type
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    version = 0 if torch.compiler.is_compiling() else x._version
+    return version, torch.is_grad_enabled(), autocast
+
+
+def enter(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what this rank multiplies of the input of ``layer``."""
+    return layer.enter(x) if isinstance(layer, TensorParallel) else x
+
+
+def leave(layer: nn.Module, y: Tensor) -> Tensor:
+    """Return what ``layer`` gives of this rank's product."""
+    return layer.leave(y) if isinstance(layer, TensorParallel) else y
+
+
+def factors(layer: LoRALinear) -> Factors:
+    """Return the tensors of this rank's product."""
+    bias = layer.local_bias() if isinstance(layer, TensorParallel) else layer.bias
+    return Factors(layer.weight, bias, layer.lora_A, layer.lora_B)
+
+
+def term(layer: LoRALinear) -> Term:
+    """Return how the layer's adapter enters in one call, with a seed of its own for dropout."""
+    return Term(layer.lora_scaling, layer.lora_dropout, layer.dropout_seed(), layer.dropout_columns())
