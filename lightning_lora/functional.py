@@ -57,16 +57,23 @@ def lora_linear(
     """
     if seed is None or dropout == 0.0:
         seed, dropout = None, 0.0
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns, first_row)
     if x.dtype != torch.float64:  # autocast leaves float64 alone
-        dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
         weight = None if weight is None else weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns, first_row)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast computes with where ``x`` lies, if it is on."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def _apply(*arguments: Any) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_lora.functional import (
     adapter_first,
+    autocast_dtype,
     down,
     grad_input,
     grad_of_B,
@@ -104,11 +105,10 @@ def lora_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tens
     Returns:
         One ``[..., out_features_i]`` per layer.
     """
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if autocast_dtype(x) is None:
         return _siblings(x, layers, _live(term))
     x, layers = _in_autocasts_dtype(x, layers)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return _siblings(x, layers, _live(term))
 
 
@@ -128,11 +128,10 @@ def lora_gated_mlp(
         leaving: how the one of down does.
     """
     entering, leaving = _live(entering), _live(leaving)
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if autocast_dtype(x) is None:
         return _gated_mlp(x, (gate, up, down), activation, entering, leaving)
     x, layers = _in_autocasts_dtype(x, (gate, up, down))
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return _gated_mlp(x, layers, activation, entering, leaving)
 
 
@@ -154,9 +153,9 @@ def _plain(term: Term) -> tuple[float, float, tuple[int, int] | None]:
 
 
 def _in_autocasts_dtype(x: Tensor, layers: Sequence[Factors]) -> tuple[Tensor, list[Factors]]:
-    if x.dtype == torch.float64:  # autocast leaves it alone
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64:  # autocast leaves float64 alone
         return x, list(layers)
-    dtype = torch.get_autocast_dtype(x.device.type)
     cast = [
         layer._replace(weight=layer.weight.to(dtype), bias=None if layer.bias is None else layer.bias.to(dtype))
         for layer in layers

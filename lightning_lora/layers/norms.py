@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.functional import autocast_dtype
 from lightning_lora.layers.base import LoRALayer, Made, lora_class
 from lightning_lora.rms_norm import rms_norm
 from lightning_lora.sharded import is_dtensor
@@ -34,7 +35,7 @@ class LoRARMSNorm(Made):
         if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
             return False
         weight = self.weight
-        if weight.requires_grad or is_dtensor(weight) or weight.is_meta or torch.is_autocast_enabled(x.device.type):
+        if weight.requires_grad or is_dtensor(weight) or weight.is_meta or autocast_dtype(x) is not None:
             return False
         if self.lora_has_zeros is None:  # one look at the values, for the whole run
             factor = weight + 1 if self.lora_is_offset else weight

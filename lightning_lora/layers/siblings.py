@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.functional import autocast_dtype
 from lightning_lora.fused import Factors, Term, lora_linears
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parallel import LoRAParallelLinear, RowParallelLinear, TensorParallel
@@ -116,10 +117,8 @@ def _go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
-    device_type = x.device.type
-    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     version = 0 if torch.compiler.is_compiling() else x._version
-    return version, torch.is_grad_enabled(), autocast
+    return version, torch.is_grad_enabled(), autocast_dtype(x)
 
 
 def enter(layer: nn.Module, x: Tensor) -> Tensor:
