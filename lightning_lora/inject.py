@@ -14,14 +14,12 @@ from lightning_lora.init import initialize
 from lightning_lora.layers import LoRALayer, Pair, adapt, is_read_by_parent, mixin_for, unadapt, with_options
 from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.gated_mlp import LoRAGatedMLP, fuse_gated_mlps, release_gated_mlp
+from lightning_lora.layers.fusing import fuse, release
 from lightning_lora.layers.linear import LoRALinear, LoRAReadLinear
 from lightning_lora.layers.megatron import LoRAMegatronLinear, adapt_megatron
-from lightning_lora.layers.norms import LoRARMSNorm, fuse_norms, release_norm
 from lightning_lora.layers.parallel import TensorParallel
 from lightning_lora.layers.parameters import adapt_parameters
 from lightning_lora.layers.residual import RESIDUAL, ResidualLinear
-from lightning_lora.layers.siblings import group_siblings
 from lightning_lora.layers.statistics import freeze_statistics, unfreeze_statistics
 from lightning_lora.layers.token_rows import TokenRows, train_rows
 from lightning_lora.matching import (
@@ -150,9 +148,7 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
         adapted[name] = adapt_parameters(modules[name], own, dtype=dtype)
     initialize(adapted, config)
     keep_parts(model)
-    group_siblings(model)
-    fuse_gated_mlps(model)
-    fuse_norms(model)
+    fuse(model)
     for embedding, heads, token_ids in rows.values():
         train_rows(embedding, heads, token_ids, dtype=dtype)
     _train_whole(model, injection)
@@ -193,10 +189,8 @@ def take_out(root: nn.Module) -> None:
     for layer in list(root.modules()):
         if isinstance(layer, LoRALayer):
             unadapt(layer)
-        elif isinstance(layer, LoRAGatedMLP):
-            release_gated_mlp(layer)
-        elif isinstance(layer, LoRARMSNorm):
-            release_norm(layer)
+        else:
+            release(layer)
     forget(root, adapters)
     unfreeze_statistics(root)
     for name, parameter in root.named_parameters():

@@ -19,8 +19,8 @@ from lightning_lora.layers.base import Made, lora_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from lightning_lora.layers.siblings import can_fuse, enter, factors, leave, term
+from lightning_lora.layers.structure import facts
 
-_PRIMITIVES = (bool, int, float, str, type(None))
 # from where activations are linear to where limits that some models put on them are passed
 _SCALES = (0.03, 1.0, 30.0, 1e4)
 
@@ -102,20 +102,21 @@ def _is_watched(module: nn.Module | None) -> bool:
     )
 
 
-def fuse_gated_mlps(root: nn.Module) -> None:
-    """Give the gated MLPs inside ``root`` whose three layers are adapted the class that computes them as one."""
-    known: dict[Any, Roles | None] = {}
-    for module in list(root.modules()):
-        layers = {name: child for name, child in module._modules.items() if isinstance(child, LoRALinear)}
-        if len(layers) != 3 or isinstance(module, LoRAGatedMLP):
-            continue
-        key = _key(module, layers)
-        if key not in known:
-            known[key] = roles_of(module)
-        roles = known[key]
-        if roles is not None:
-            module.__class__ = lora_class(LoRAGatedMLP, type(module))
-            module.__dict__["lora_roles"] = roles
+def fuse_gated_mlp(module: nn.Module, known: dict[Any, Any]) -> None:
+    """Give a gated MLP whose three layers are adapted the class that computes them as one.
+
+    Args:
+        known: what was found out about other modules of the same model.
+    """
+    layers = {name: child for name, child in module._modules.items() if isinstance(child, LoRALinear)}
+    if len(layers) != 3 or isinstance(module, LoRAGatedMLP):
+        return
+    key = _key(module, layers)
+    if key not in known:
+        known[key] = roles_of(module)
+    if known[key] is not None:
+        module.__class__ = lora_class(LoRAGatedMLP, type(module))
+        module.__dict__["lora_roles"] = known[key]
 
 
 def release_gated_mlp(module: LoRAGatedMLP) -> None:
@@ -126,18 +127,9 @@ def release_gated_mlp(module: LoRAGatedMLP) -> None:
 
 def _key(module: nn.Module, layers: dict[str, LoRALinear]) -> tuple[Any, ...]:
     """Return what the formula of a module can depend on; equal for the MLPs of equal blocks."""
-    others = tuple((name, type(child), _facts(child)) for name, child in module._modules.items() if name not in layers)
+    others = tuple((name, facts(child)) for name, child in module._modules.items() if name not in layers)
     sizes = tuple((name, layer.lora_base_class, layer.bias is None, *_sides(layer)) for name, layer in layers.items())
-    return type(module), sizes, others, _facts(module)
-
-
-def _facts(module: nn.Module | None) -> tuple[Any, ...]:
-    own = {} if module is None else module.__dict__
-    return tuple(
-        (name, value if isinstance(value, _PRIMITIVES) else id(value))
-        for name, value in own.items()
-        if not (name.startswith("_") or name == "training")
-    )
+    return facts(module), sizes, others
 
 
 def _sides(layer: LoRALinear) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.functional import autocast_dtype
 from lightning_lora.layers.base import LoRALayer, Made, lora_class
+from lightning_lora.layers.structure import facts
 from lightning_lora.rms_norm import rms_norm
 from lightning_lora.sharded import is_dtensor
 
@@ -48,29 +49,33 @@ class LoRARMSNorm(Made):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def fuse_norms(root: nn.Module) -> None:
-    """Give the RMS norms beside modules with adapted layers the class that keeps their output."""
-    for parent in root.modules():
-        norms = [child for child in parent._modules.values() if child is not None and _may_be_norm(child)]
-        if norms and any(isinstance(m, LoRALayer) for m in parent.modules()):
-            for norm in norms:
-                _fuse(norm)
+def fuse_norms(parent: nn.Module, known: dict[Any, Any]) -> None:
+    """Give the RMS norms beside modules with adapted layers the class that keeps their output.
+
+    Args:
+        known: what was found out about other modules of the same model.
+    """
+    norms = [child for child in parent._modules.values() if child is not None and _may_be_norm(child)]
+    if not norms or not any(isinstance(module, LoRALayer) for module in parent.modules()):
+        return
+    for norm in norms:
+        key = facts(norm)
+        if key not in known:
+            known[key] = form_of(norm)
+        if known[key] is not None:
+            eps, is_offset = known[key]
+            norm.__class__ = lora_class(LoRARMSNorm, type(norm))
+            norm.__dict__.update(lora_eps=eps, lora_is_offset=is_offset, lora_has_zeros=None)
 
 
 def _may_be_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
     return (
-        list(module._parameters) == ["weight"]
-        and module._parameters["weight"] is not None
-        and module._parameters["weight"].ndim == 1
+        weight is not None
+        and weight.ndim == 1
+        and len(module._parameters) == 1
         and not (module._modules or module._buffers or isinstance(module, Made))
     )
-
-
-def _fuse(norm: nn.Module) -> None:
-    found = form_of(norm)
-    if found is not None:
-        norm.__class__ = lora_class(LoRARMSNorm, type(norm))
-        norm.__dict__.update(lora_eps=found[0], lora_is_offset=found[1], lora_has_zeros=None)
 
 
 def release_norm(norm: LoRARMSNorm) -> None:

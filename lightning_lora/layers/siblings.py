@@ -71,20 +71,19 @@ class Siblings:
         self.layers, self._outputs = [], {}
 
 
-def group_siblings(root: nn.Module) -> None:
+def group_siblings(parent: nn.Module) -> None:
     """Let layers share their products where the code of their parent calls them with one tensor."""
-    for parent in root.modules():
-        adapted = {name: child for name, child in parent._modules.items() if isinstance(child, LoRALinear)}
-        if len(adapted) < 2:
-            continue
-        parent_class: Any = type(parent)
-        for names in called_alike(parent_class):
-            layers = [adapted[name] for name in names if name in adapted and _is_plain(adapted[name])]
-            layers = [layer for layer in layers if layer.lora_siblings is None]
-            if len(layers) > 1 and _go_together(layers, layers[0]):
-                siblings = Siblings(layers)
-                for place, layer in enumerate(layers):
-                    layer.__dict__.update(lora_siblings=siblings, lora_place=place)
+    adapted = {name: child for name, child in parent._modules.items() if isinstance(child, LoRALinear)}
+    if len(adapted) < 2:
+        return
+    parent_class: Any = type(parent)
+    for names in called_alike(parent_class):
+        layers = [adapted[name] for name in names if name in adapted and _is_plain(adapted[name])]
+        layers = [layer for layer in layers if layer.lora_siblings is None]
+        if len(layers) > 1 and _go_together(layers, layers[0]):
+            siblings = Siblings(layers)
+            for place, layer in enumerate(layers):
+                layer.__dict__.update(lora_siblings=siblings, lora_place=place)
 
 
 def can_fuse(layer: nn.Module, x: Tensor) -> bool:

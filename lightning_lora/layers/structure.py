@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
+from torch import nn
 from typing_extensions import override
 
 
@@ -29,6 +30,22 @@ def called_alike(cls: Any) -> tuple[tuple[str, ...], ...]:
         if times[call.child] == 1 and call.child not in reader.otherwise:
             groups[call.variable, call.branch, call.binding].append(call.child)
     return tuple(tuple(children) for children in groups.values() if len(children) > 1)
+
+
+def facts(module: nn.Module | None) -> tuple[Any, ...]:
+    """Return what a module's own attributes are, parameters and children left out: equal for those of equal blocks.
+
+    Numbers and words count by value, anything else by identity, so that it must not outlive the objects.
+    """
+    own = {} if module is None else module.__dict__
+    return type(module), *(
+        (name, value if isinstance(value, _PRIMITIVES) else id(value))
+        for name, value in own.items()
+        if not (name.startswith("_") or name == "training")
+    )
+
+
+_PRIMITIVES = (bool, int, float, str, type(None))
 
 
 def _source(cls: Any) -> ast.FunctionDef | None:
