@@ -175,7 +175,7 @@ def _in_fours(flat: Sequence[Any]) -> list[Any]:
 
 def _together(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the A's one below the other: ``[sum of ranks, in]``."""
-    return torch.cat([factor.to(dtype) for factor in factors])
+    return torch.cat(list(factors)).to(dtype)
 
 
 class _Siblings(torch.autograd.Function):
