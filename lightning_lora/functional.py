@@ -1,22 +1,59 @@
 """The tensor math of LoRA: no modules, no process groups.
 
-x [..., in] ---- W [out, in] frozen ------------- + --> y [..., out]
-     \\                                            |
-      dropout -- A [r, in] -- h [..., r] -- B [out, r] * scaling
+x [..., in] --+-- W_1 [out_1, in] frozen ------------------- + --> y_1 [..., out_1]
+     \\        |                                             |
+      dropout -- A_1 [r, in] -- h_1 [..., r] -- B_1 [out_1, r] * scaling
+              |
+              +-- W_2, A_2, B_2 --> y_2 ...
+
+Base and adapter are one autograd function. It serves one layer, or several that share their input: then all A's make
+one product, their gradients to x are accumulated in one buffer, and one dropout mask serves them.
 """
 
-import functools
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# odd multipliers of 32-bit integer mixers (Wellons' "lowbias32" search) that fit a signed 32-bit integer
-_MIX_1 = 0x21F0AAAD
-_MIX_2 = 0x735A2D97
-_GOLDEN = 0x1E3779B97F4A7C15
+from lightning_lora.dropout_mask import keep_mask
+from lightning_lora.products import down, grad_input, grad_of_B, inner_gradients, scaled_mm, sum_of_products
+
+
+class Factors(NamedTuple):
+    """The tensors of one adapted linear layer: A ``[r, in]``, B ``[out, r]``; ``weight`` ``[out, in]``, or no base."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+class Term(NamedTuple):
+    """How the adapters of one input enter: the arguments of :func:`lora_linear` of the same names."""
+
+    scaling: float
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    columns: tuple[int, int] | None = None
+    first_row: int = 0
+
+    @property
+    def factor(self) -> float:
+        """What a product with the kept entries is multiplied by."""
+        return self.scaling / (1 - self.dropout)
+
+    def kept(self, rows: Tensor, num_columns: int | None = None) -> Tensor | None:
+        """Return the mask of the entries that are kept, ``[T, in]``, if any are dropped."""
+        if self.seed is None:
+            return None
+        return keep_mask(self.seed, rows, self.dropout, self.columns, self.first_row, num_columns=num_columns)
+
+    def live(self) -> "Term":
+        """Return the same, without a seed and a probability of which one is missing."""
+        is_live = self.seed is not None and self.dropout
+        return self if is_live or (self.seed is None and not self.dropout) else self._replace(dropout=0.0, seed=None)
 
 
 def lora_linear(
@@ -55,17 +92,31 @@ def lora_linear(
     Returns:
         ``[..., out_features]``
     """
-    if seed is None or dropout == 0.0:
-        seed, dropout = None, 0.0
+    term = Term(scaling, dropout, seed, columns, first_row)
+    (y,) = lora_linears(x, [Factors(weight, bias, lora_A, lora_B)], term)
+    return y
+
+
+def lora_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:
+    """Return ``x W_i^T + b_i + scaling * dropout(x) A_i^T B_i^T`` for every layer i, with one product for all A's.
+
+    Kept for backward are ``x`` and the r numbers per token of each layer. Autocast is followed as in ``F.linear``.
+
+    Args:
+        x: ``[..., in_features]``.
+        layers: of one ``in_features``; sizes of outputs and ranks are their own.
+        term: the same for all of them.
+
+    Returns:
+        One ``[..., out_features_i]`` per layer.
+    """
+    term = term.live()
     dtype = autocast_dtype(x)
     if dtype is None:
-        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns, first_row)
-    if x.dtype != torch.float64:  # autocast leaves float64 alone
-        x = x.to(dtype)
-        weight = None if weight is None else weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        return apply_linears(x, layers, term)
+    x, layers = in_dtype(dtype, x, layers)
     with torch.autocast(x.device.type, enabled=False):
-        return _apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, columns, first_row)
+        return apply_linears(x, layers, term)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -76,9 +127,15 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _apply(*arguments: Any) -> Tensor:
-    y: Tensor = _LoRALinear.apply(*arguments)[0]  # type: ignore[no-untyped-call]  # untyped in torch
-    return y
+def in_dtype(dtype: torch.dtype, x: Tensor, layers: Sequence[Factors]) -> tuple[Tensor, list[Factors]]:
+    """Return what ``F.linear`` computes with when autocast's dtype is ``dtype``."""
+    if x.dtype == torch.float64:  # autocast leaves float64 alone
+        return x, list(layers)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    return x.to(dtype), [layer._replace(weight=cast(layer.weight), bias=cast(layer.bias)) for layer in layers]
 
 
 def merged_weight(
@@ -130,229 +187,151 @@ def rescaled(y: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addcmul(offset, y, ratio).to(y.dtype)
 
 
-def dropped(seed: Tensor, num_rows: int, num_columns: int, dropout: float, device: torch.device) -> Tensor:
-    """Return the dropout mask, True where an entry is dropped: ``[num_rows, num_columns]`` booleans.
-
-    A hash of (seed, row, column) in integer tensor operations: the same on every call and every device, with nothing
-    stored and no random state touched.
-
-    Args:
-        seed: scalar integer tensor; on another device than ``device`` it may only be a CPU one.
-    """
-    return _hashes(seed, num_rows, num_columns, device) < _threshold(dropout)
+def apply_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:
+    """Return :func:`lora_linears` of what is in the dtype to compute with already."""
+    *outputs, _ = run(_LoRALinears, x, *settings(term), *(tensor for layer in layers for tensor in layer))
+    return tuple(outputs)
 
 
-def keep_mask(
-    seed: Tensor,
-    like: Tensor,
-    dropout: float,
-    columns: tuple[int, int] | None = None,
-    first_row: int = 0,
-    *,
-    num_columns: int | None = None,
-) -> Tensor:
-    """Return the complement of :func:`dropped` as zeros and ones of ``like``'s dtype, for its rows and device.
-
-    CPU multiplies by them an order of magnitude faster than it makes and applies booleans.
-    """
-    size = like.shape[1] if num_columns is None else num_columns
-    return _hashes(seed, like.shape[0], size, like.device, columns, first_row).ge_(_threshold(dropout)).to(like.dtype)
+def run(function: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    """Return what an autograd function gives."""
+    outputs: tuple[Tensor, ...] = function.apply(*inputs)
+    return outputs
 
 
-def keep_entries(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
-    """Return ``x`` with a share ``dropout`` of its entries set to zero and the others scaled up, by a hash of ``seed``.
-
-    Args:
-        x: ``[rows, ...]``, any number of dimensions.
-    """
-    rows = x.reshape(x.shape[0], -1) if x.ndim > 1 else x[None]
-    kept = keep_mask(seed, rows, dropout)
-    return (rows * kept / (1 - dropout)).view(x.shape)
+def settings(term: Term) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """Return the seed, which autograd is to see, and the rest: :func:`term_of` takes them."""
+    return term.seed, (term.scaling, term.dropout, term.columns, term.first_row)
 
 
-def _threshold(dropout: float) -> int:
-    """Return the signed 32-bit number that a share ``dropout`` of all such numbers lies below."""
-    return round(dropout * 2**32) - 2**31
+def term_of(seed: Tensor | None, rest: tuple[Any, ...]) -> Term:
+    """Return the term that :func:`settings` was given."""
+    scaling, dropout, columns, first_row = rest
+    return Term(scaling, dropout, seed, columns, first_row)
 
 
-def _hashes(
-    seed: Tensor,
-    num_rows: int,
-    num_columns: int,
-    device: torch.device,
-    columns: tuple[int, int] | None = None,
-    first_row: int = 0,
-) -> Tensor:
-    """Return one hash per position: int32, ``[num_rows, num_columns]``."""
-    first, total = columns or (0, num_columns)
-    across, _, rows = _position_keys(seed, total + first_row + num_rows, device).split([total, first_row, num_rows])
-    z: Tensor = rows[:, None] ^ across[None, first : first + num_columns]
-    z = z.mul_(_MIX_1)
-    z = z.bitwise_xor_(z >> 15)
-    return z.mul_(_MIX_2)
+def in_fours(flat: Sequence[Any]) -> list[Any]:
+    """Return one :class:`Factors` for every four of what belongs to tensors of layers."""
+    return [Factors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
 
 
-def _position_keys(seed: Tensor, num_positions: int, device: torch.device) -> Tensor:
-    """Return one well mixed 32-bit key per position: int32, ``[num_positions]``."""
-    z = torch.arange(1, num_positions + 1, dtype=torch.int64, device=device)
-    z = (z + seed * 0x2545F4914F6CDD1D) * _GOLDEN
-    z = (z ^ (z >> 32)) * 0x3F58476D1CE4E5B9
-    z = (z ^ (z >> 29)) * 0x14D049BB133111EB
-    return (z >> 31).to(torch.int32)
+def like(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``y`` ``[T, out]`` in the leading shape of ``x``."""
+    # not a view to autograd: the caller may change the output in place, as nn.ReLU(inplace=True) does
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return shaped
 
 
-class _LoRALinear(torch.autograd.Function):
-    """``(y, h)``: the output and, for backward only, ``h = kept * x A^T``."""
+class _LoRALinears(torch.autograd.Function):
+    """``(y_1, ..., y_n, h)``: the outputs and, for backward only, ``h = kept * x [A_1; ...; A_n]^T``."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout: float,
-        seed: Tensor | None,
-        columns: tuple[int, int] | None,
-        first_row: int,
-    ) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])  # [T, in]
-        kept = None if seed is None else keep_mask(seed, rows, dropout, columns, first_row)
-        h = down(rows, lora_A, kept)  # [T, r]
-        y = sum_of_products(rows, weight, bias, h, lora_B, scaling / (1 - dropout))
-        # not a view to autograd: the caller may change the output in place, as nn.ReLU(inplace=True) does
-        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], lora_B.shape[0]]), h
+    def forward(x: Tensor, seed: Tensor | None, rest: tuple[Any, ...], *flat: Any) -> tuple[Tensor, ...]:
+        outputs, h = forward_of_linears(x.reshape(-1, x.shape[-1]), in_fours(flat), term_of(seed, rest))
+        return *(like(x, y) for y in outputs), h
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.columns, ctx.first_row = inputs
-        _, h = output
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, seed, ctx.rest, *flat = inputs
+        h = output[-1]
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
-        need_x, need_weight, _, need_A, need_B, *_ = ctx.needs_input_grad
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(
-            x if need_weight or need_A or need_B else None,
-            weight if need_x else None,
-            lora_A,
-            lora_B,
-            h if need_B else None,
-            seed,
-        )
+        needs = ctx.needs_input_grad[3:]  # of a weight, a bias, A and B in turn
+        if not ctx.needs_input_grad[0]:
+            flat[::4] = [None] * len(flat[::4])
+        flat[1::4] = [None] * len(flat[1::4])
+        reads_h = any(needs[3::4])
+        reads_x = reads_h or any(needs[2::4]) or any(needs[::4])
+        ctx.save_for_backward(x if reads_x else None, seed, h if reads_h else None, *flat)
         ctx.x_shape = x.shape
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 10
-        x, weight, lora_A, lora_B, h, seed = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B, *_ = ctx.needs_input_grad
-        grad = grad.reshape(-1, lora_B.shape[0])  # [T, out]
-        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])  # [T, in]
-        factor = ctx.scaling / (1 - ctx.dropout)
-        grad_x = grad_A = grad_B = grad_weight = grad_bias = kept = None
-        if seed is not None:
-            like = grad if rows is None else rows
-            kept = keep_mask(seed, like, ctx.dropout, ctx.columns, ctx.first_row, num_columns=lora_A.shape[1])
-        if need_x or need_A:
-            v = skinny(grad, lora_B.to(grad.dtype).t())  # [T, r]
-            if need_x:
-                grad_x = grad_input(grad, weight, v, lora_A, factor, kept).view(ctx.x_shape)
-            if need_A:
-                grad_A = scaled_mm(v.t(), rows if kept is None else rows * kept, factor, lora_A.dtype)
-        if need_B:
-            if torch.is_grad_enabled():  # h is a constant to autograd: make it again for a second derivative
-                h = down(rows, lora_A, kept)
-            grad_B = grad_of_B(h, grad, factor, lora_B.dtype)
-        if need_weight:
-            grad_weight = torch.mm(grad.t(), rows)
-        if need_bias:
-            grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, seed, h, *flat = ctx.saved_tensors
+        grad_x, found = backward_of_linears(
+            None if x is None else x.reshape(-1, x.shape[-1]),
+            [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads[:-1]],
+            in_fours(flat),
+            h,
+            term_of(seed, ctx.rest),
+            in_fours(ctx.needs_input_grad[3:]),
+            need_x=ctx.needs_input_grad[0],
+        )
+        return None if grad_x is None else grad_x.view(ctx.x_shape), None, None, *found
 
 
 # apply() binds its inputs to the signature of forward on every call; reading it from the code
 # each time would take a third of a small layer's forward
-_LoRALinear.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)]
-)
+ANY_INPUTS = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
+_LoRALinears.forward.__signature__ = ANY_INPUTS  # type: ignore[attr-defined]
 
 
-def down(rows: Tensor, lora_A: Tensor, kept: Tensor | None) -> Tensor:
-    """Return ``kept * x A^T``, ``[T, r]``: no factor is on it, those go with the products that it enters."""
-    return skinny(rows if kept is None else rows * kept, lora_A.to(rows.dtype))
+def forward_of_linears(rows: Tensor, layers: Sequence[Any], term: Term) -> tuple[list[Tensor], Tensor]:
+    """Return the outputs ``[T, out_i]`` and ``h`` ``[T, sum of ranks]``."""
+    h = down(rows, _together(layers, rows.dtype), term.kept(rows))
+    outputs = [
+        sum_of_products(rows, layer.weight, layer.bias, part, layer.lora_B, term.factor)
+        for layer, part in zip(layers, _by_rank(h, 1, layers), strict=True)
+    ]
+    return outputs, h
 
 
-def skinny(rows: Tensor, factor: Tensor) -> Tensor:
-    """Return ``rows factor^T``, ``[T, r]``, with r on the side of the product where the device is fast.
+def backward_of_linears(
+    rows: Tensor | None,
+    grads: Sequence[Tensor | None],
+    layers: Sequence[Any],
+    h: Tensor | None,
+    term: Term,
+    needs: Sequence[Any],
+    *,
+    need_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradient of x, ``[T, in]``, and those of each layer's four tensors. A layer without one gives none.
 
-    CPU libraries are several times faster with the short dimension first, and so the result is kept transposed there.
+    ``rows`` ``[T, in]`` may be missing when only x needs a gradient; ``h`` is what forward returned.
     """
-    if rows.device.type == "cpu":
-        return torch.mm(factor, rows.t()).t()
-    return torch.mm(rows, factor.t())
+    found: list[Tensor | None] = [None] * (4 * len(layers))
+    places = [place for place, grad in enumerate(grads) if grad is not None]
+    if not places:
+        return None, found
+    given: list[Any] = [grad for grad in grads if grad is not None]
+    used, wanted = [layers[place] for place in places], [needs[place] for place in places]
+    kept = term.kept(given[0] if rows is None else rows, layers[0].lora_A.shape[1])
+    grad_x, need_A, need_B = None, any(need.lora_A for need in wanted), any(need.lora_B for need in wanted)
+    grads_A: Sequence[Any] = used
+    if need_x or need_A:
+        v = inner_gradients(given, [layer.lora_B for layer in used])  # [T, sum of ranks]
+        if need_x:
+            products = [(grad, layer.weight) for grad, layer in zip(given, used, strict=True)]
+            products = [] if used[0].weight is None else products
+            grad_x = grad_input(products, v, _together(used, v.dtype), term.factor, kept)
+        if need_A:
+            assert rows is not None
+            whole = scaled_mm(v.t(), rows if kept is None else rows * kept, term.factor, used[0].lora_A.dtype)
+            grads_A = _by_rank(whole, 0, used)
+    if need_B and torch.is_grad_enabled():  # h is a constant to autograd: make it again for a second derivative
+        assert rows is not None
+        h = down(rows, _together(layers, rows.dtype), kept)
+    parts: Sequence[Any] = layers if h is None else _by_rank(h, 1, layers)
+    for place, grad, layer, need, grad_A in zip(places, given, used, wanted, grads_A, strict=True):
+        if need.weight:
+            assert rows is not None
+            found[4 * place] = torch.mm(grad.t(), rows)
+        if need.bias:
+            found[4 * place + 1] = grad.sum(0)
+        if need.lora_A:
+            found[4 * place + 2] = grad_A
+        if need.lora_B:
+            found[4 * place + 3] = grad_of_B(parts[place], grad, term.factor, layer.lora_B.dtype)
+    return grad_x, found
 
 
-def scaled_mm(left: Tensor, right: Tensor, factor: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Return ``factor * left right`` in one kernel, in ``dtype``; a device that can does not round in between."""
-    if dtype in (None, left.dtype):
-        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
-    if dtype == torch.float32 and not torch.is_grad_enabled() and _accumulates_out(left.device, left.dtype):
-        wide: Tensor = torch.mm(left, right, out_dtype=torch.float32)
-        return wide.mul_(factor)
-    return scaled_mm(left, right, factor).to(dtype)
+def _by_rank(stacked: Tensor, dim: int, layers: Sequence[Any]) -> Sequence[Tensor]:
+    """Return each layer's part of what is made of all A's."""
+    return [stacked] if len(layers) == 1 else stacked.split([layer.lora_A.shape[0] for layer in layers], dim)
 
 
-@functools.cache
-def _accumulates_out(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of a narrow dtype can be written in float32 on a device: CUDA, torch 2.8."""
-    if device.type != "cuda":
-        return False
-    probe = torch.ones(16, 16, device=device, dtype=dtype)
-    try:
-        return bool(torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32)
-    except (TypeError, RuntimeError):
-        return False
-
-
-def adapter_first(device: torch.device) -> bool:
-    """Whether the adapter's product is written first and the base's is added to it, on a device.
-
-    A GPU's large product reads what it is added to while it computes, so that only the writing is paid for (RunLoRA's
-    order "forward 3", arXiv 2312.03415); on CPU the small product is added, and the base's is bit for bit its own.
-    """
-    return device.type == "cuda"
-
-
-def sum_of_products(
-    rows: Tensor, weight: Tensor | None, bias: Tensor | None, h: Tensor, lora_B: Tensor, factor: float
-) -> Tensor:
-    """Return ``x W^T + b + factor * h B^T``, ``[T, out]``, in a buffer that nobody else has seen."""
-    B = lora_B.to(rows.dtype).t()
-    if weight is None:
-        return scaled_mm(h, B, factor)
-    if adapter_first(rows.device):
-        y = scaled_mm(h, B, factor) if bias is None else torch.addmm(bias, h, B, alpha=factor)
-        return y.addmm_(rows, weight.t())
-    return F.linear(rows, weight, bias).addmm_(h, B, alpha=factor)
-
-
-def grad_input(
-    grad: Tensor, weight: Tensor | None, v: Tensor, lora_A: Tensor, factor: float, kept: Tensor | None
-) -> Tensor:
-    """Return ``dy W + factor * kept * (v A)``, ``[T, in]``."""
-    A = lora_A.to(grad.dtype)
-    if weight is not None and kept is None and not adapter_first(grad.device):
-        return torch.mm(grad, weight).addmm_(v, A, alpha=factor)
-    through_adapter = scaled_mm(v, A, factor)
-    if kept is not None:
-        through_adapter.mul_(kept)
-    return through_adapter if weight is None else through_adapter.addmm_(grad, weight)
-
-
-def grad_of_B(h: Tensor, grad: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """Return ``factor * dy^T h``, ``[out, r]``, with r on the fast side as in :func:`skinny`."""
-    if grad.device.type == "cpu":
-        return scaled_mm(h.t(), grad, factor, dtype).t()
-    return scaled_mm(grad.t(), h, factor, dtype)
+def _together(layers: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """Return the A's one below the other: ``[sum of ranks, in]``."""
+    stacked: Tensor = layers[0].lora_A if len(layers) == 1 else torch.cat([layer.lora_A for layer in layers])
+    return stacked.to(dtype)

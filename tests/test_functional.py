@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, inject
-from lightning_lora.functional import dropped, lora_linear, merged_weight
+from lightning_lora.dropout_mask import dropped
+from lightning_lora.functional import lora_linear, merged_weight
 
 IN, OUT, R, SCALING = 6, 5, 3, 1.5
 # torch's own tracing of an autograd.Function builds one

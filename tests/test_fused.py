@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lora import fused
-from lightning_lora.functional import dropped, lora_linear
-from lightning_lora.fused import ACTIVATIONS, Factors, Term, lora_gated_mlp, lora_linears
+from lightning_lora.dropout_mask import dropped
+from lightning_lora.functional import Factors, Term, lora_linear, lora_linears
+from lightning_lora.fused import ACTIVATIONS, lora_gated_mlp
 
 HIDDEN, INNER, TOKENS = 6, 5, 7
 OUTS, RANKS = (5, 4, 5), (2, 3, 2)
@@ -253,8 +254,7 @@ def test_the_order_that_gpus_take_gives_the_same_numbers(which, dropout, monkeyp
     function, layers = calls(x, terms)[which]
     wanted = [x, *leaves(layers)]
     expected = [*function(), *gradients(function(), wanted)]
-    for module in ("functional", "fused"):
-        monkeypatch.setattr(f"lightning_lora.{module}.adapter_first", lambda device: True)
+    monkeypatch.setattr("lightning_lora.products.adapter_first", lambda device: True)
     assert_all_close([*function(), *gradients(function(), wanted)], expected, **FLOAT64)
     x1 = inputs()
     one = siblings()[0]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import keep_entries
+from lightning_lora.dropout_mask import keep_entries
 from lightning_lora.layers.base import LoRALayer
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

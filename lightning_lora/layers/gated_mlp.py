@@ -6,7 +6,7 @@ in the place of its own, and compared with the formula.
 
 import copy
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from lightning_lora.fused import ACTIVATIONS, lora_gated_mlp
 from lightning_lora.layers.base import Made, lora_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
-from lightning_lora.layers.siblings import can_fuse, enter, factors, leave, term
+from lightning_lora.layers.siblings import can_fuse, enter, factors, go_together, leave, term
 from lightning_lora.layers.structure import facts
 
 # from where activations are linear to where limits that some models put on them are passed
@@ -56,8 +56,7 @@ class LoRAGatedMLP(Made):
             and all(can_fuse(layer, x) for layer in (gate, up, down))
             and not _has_any_global_hook()
             and not any(_is_watched(child) for child in self._modules.values())
-            and _same_way_in(gate, up)
-            and gate.training == down.training
+            and go_together([gate, up], gate)
             and _is_split_inside(gate, up, down)
         )
 
@@ -77,15 +76,6 @@ class LoRAGatedMLP(Made):
     def _layers(self) -> tuple[Any, Any, Any]:
         children, roles = self._modules, self.lora_roles
         return children.get(roles.gate), children.get(roles.up), children.get(roles.down)
-
-
-def _same_way_in(gate: LoRALinear, up: LoRALinear) -> bool:
-    return (
-        gate.lora_scaling == up.lora_scaling
-        and gate.lora_dropout == up.lora_dropout
-        and gate.training == up.training
-        and gate.lora_A.dtype == up.lora_A.dtype
-    )
 
 
 def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
@@ -165,7 +155,6 @@ class _SmallLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    _values: ClassVar[int] = 0
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, seed: int) -> None:
         super().__init__()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional import autocast_dtype
-from lightning_lora.fused import Factors, Term, lora_linears
+from lightning_lora.functional import Factors, Term, autocast_dtype, lora_linears
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parallel import LoRAParallelLinear, RowParallelLinear, TensorParallel
 from lightning_lora.layers.structure import called_alike
@@ -60,7 +59,7 @@ class Siblings:
                 self._give_up()
                 return None
         self._outputs = {}
-        if not all(can_fuse(one, x) for one in self.layers) or not _go_together(self.layers, layer):
+        if not all(can_fuse(one, x) for one in self.layers) or not go_together(self.layers, layer):
             return None
         outputs = lora_linears(enter(layer, x), [factors(one) for one in self.layers], term(layer))
         self._x, self._mode = weakref.ref(x), mode
@@ -80,7 +79,7 @@ def group_siblings(parent: nn.Module) -> None:
     for names in called_alike(parent_class):
         layers = [adapted[name] for name in names if name in adapted and _is_plain(adapted[name])]
         layers = [layer for layer in layers if layer.lora_siblings is None]
-        if len(layers) > 1 and _go_together(layers, layers[0]):
+        if len(layers) > 1 and go_together(layers, layers[0]):
             siblings = Siblings(layers)
             for place, layer in enumerate(layers):
                 layer.__dict__.update(lora_siblings=siblings, lora_place=place)
@@ -102,7 +101,8 @@ def _is_plain(layer: LoRALinear) -> bool:
     return mixin is LoRALinear and base.forward is nn.Linear.forward
 
 
-def _go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
+def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
+    """Whether layers with one input can share products, masks and the factor of their adapters."""
     kind, in_features, dtype = type(first).__bases__[0], first.lora_A.shape[1], first.lora_A.dtype
     return not isinstance(first, RowParallelLinear) and all(
         type(layer).__bases__[0] is kind
