@@ -194,8 +194,14 @@ def apply_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Ten
 
 
 def run(function: Any, *inputs: Any) -> tuple[Tensor, ...]:
-    """Return what an autograd function gives."""
-    outputs: tuple[Tensor, ...] = function.apply(*inputs)
+    """Return what an autograd function gives; where no gradient is wanted, by its forward alone.
+
+    That is less work, and torch.compile can look into it: it takes such a function's context for its first input.
+    """
+    wanted = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
+    # torch.jit.trace compares a run with gradients to one without
+    whole = wanted or torch.jit.is_tracing()
+    outputs: tuple[Tensor, ...] = function.apply(*inputs) if whole else function.forward(*inputs)
     return outputs
 
 

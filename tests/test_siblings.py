@@ -1,8 +1,12 @@
 """Layers that share an input and gated MLPs, found in models: what is found, what is left, and that nothing else changes."""
 
 import copy
+import gc
 import io
 import pickle
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -503,6 +507,67 @@ def test_equal_blocks_compile_once_and_give_eager_numbers() -> None:
         graphs[layers] = counters["stats"]["unique_graphs"]
     # the first block's input needs no gradient, the others' do
     assert graphs == {2: 2, 4: 2}
+
+
+@COMPILES
+def test_a_compiled_model_validates_in_one_graph_too() -> None:
+    torch._dynamo.reset()
+    model = adapted(models.llama(layers=1), dropout=0.2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    run_without_cache(compiled).backward()
+    compiled.eval()
+    with torch.no_grad():
+        got = compiled(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(got, one_by_one(model)(input_ids=IDS).logits, **CLOSE)
+
+
+def test_a_traced_mlp_gives_the_same() -> None:
+    mlp = adapted(models.llama(layers=1)).eval().model.layers[0].mlp
+    x = torch.randn(2, 3, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and says so
+        traced = torch.jit.trace(mlp, (x,))
+    torch.testing.assert_close(traced(x), mlp(x), **CLOSE)
+
+
+def test_threads_may_run_one_model_at_the_same_time() -> None:
+    model = adapted(models.llama()).eval()
+    batches = [models.token_ids(2, 6 + i) for i in range(4)]
+    with torch.no_grad():
+        expected = [model(batch).logits for batch in batches]
+
+    def work(index: int) -> bool:
+        with torch.no_grad():
+            return all(torch.allclose(model(batches[index]).logits, expected[index], atol=1e-5) for _ in range(30))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+    assert all(
+        len(layer.lora_siblings.layers) > 1 for layer in model.modules() if getattr(layer, "lora_siblings", None)
+    )
+
+
+def test_nothing_is_alive_after_a_step() -> None:
+    model, seen = adapted(models.llama()), []
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(
+            lambda module, args, y: seen.extend(map(weakref.ref, (args[0], y)))
+        )
+    run_without_cache(model).backward()
+    gc.collect()
+    assert len(seen) == 4
+    assert not any(reference() is not None for reference in seen)
+
+
+def test_a_step_that_failed_between_two_siblings_leaves_nothing_behind() -> None:
+    model = adapted(models.llama())
+    expected = loss_and_gradients(one_by_one(model))
+    handle = model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=IDS)
+    handle.remove()
+    assert_same(loss_and_gradients(model), expected)
 
 
 def run_without_cache(model: nn.Module) -> Tensor:

@@ -4,8 +4,9 @@ The first one called computes them all, in one product for their A's and with on
 others hand out what is there. Names, parameters and hooks of every layer stay its own.
 """
 
+import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,27 @@ from lightning_lora.sharded import is_dtensor
 MAX_WASTED = 3
 
 
+class _Computed(NamedTuple):
+    """What was computed of one tensor and not handed out yet."""
+
+    x: Any  # weakref.ref[Tensor]
+    mode: tuple[Any, ...]
+    thread: int
+    outputs: dict[int, Tensor]  # by place
+
+
 class Siblings:
     """The layers of one group, and what was computed of them for one tensor and not handed out yet.
 
     An output is handed out for the very tensor that it was computed of, unchanged, in the same mode of autograd. A
     layer that is called with another one computes alone, and the group is given up: its parent does what its code did
-    not show. So it is when outputs are not asked for, several times in a row.
+    not show. So it is when outputs are not asked for, several times in a row. Several threads may run one model: each
+    finds its own outputs or computes them.
     """
 
     def __init__(self, layers: list[LoRALinear]) -> None:
         self.layers = layers
-        self._x: Any = None  # weakref.ref[Tensor]
-        self._mode: tuple[Any, ...] = ()
-        self._outputs: dict[int, Tensor] = {}
+        self._computed: _Computed | None = None
         self._num_wasted = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -42,32 +51,33 @@ class Siblings:
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """Return what ``layer`` gives for ``x``; ``None`` if it is to compute that alone."""
-        if not self.layers or (not torch.compiler.is_compiling() and x.is_inference()):
+        layers, computed, place = self.layers, self._computed, layer.lora_place
+        if not layers or (not torch.compiler.is_compiling() and x.is_inference()):
             return None
-        place, mode = layer.lora_place, _mode(x)
-        if place in self._outputs:
-            computed_of = self._x()
-            if computed_of is x and self._mode == mode:
+        mode, thread = _mode(x), _thread()
+        if computed is not None and computed.thread == thread:
+            y = computed.outputs.get(place)
+            if y is not None and computed.x() is x and computed.mode == mode:
                 self._num_wasted = 0
-                return leave(layer, self._outputs.pop(place))
-            if computed_of is not None and self._mode[1:] == mode[1:]:
-                self._give_up()
-                return None
-        elif self._outputs:
+                del computed.outputs[place]
+                if not computed.outputs and self._computed is computed:
+                    self._computed = None
+                return leave(layer, y)
             self._num_wasted += 1
-            if self._num_wasted >= MAX_WASTED:
-                self._give_up()
+            changed = y is not None and computed.x() is not None and computed.mode[1:] == mode[1:]
+            if changed or self._num_wasted >= MAX_WASTED:
+                self.layers, self._computed = [], None
                 return None
-        self._outputs = {}
-        if not all(can_fuse(one, x) for one in self.layers) or not go_together(self.layers, layer):
+        if not all(can_fuse(one, x) for one in layers) or not go_together(layers, layer):
             return None
-        outputs = lora_linears(enter(layer, x), [factors(one) for one in self.layers], term(layer))
-        self._x, self._mode = weakref.ref(x), mode
-        self._outputs = dict(enumerate(outputs))
-        return leave(layer, self._outputs.pop(place))
+        outputs = dict(enumerate(lora_linears(enter(layer, x), [factors(one) for one in layers], term(layer))))
+        y = outputs.pop(place)
+        self._computed = _Computed(weakref.ref(x), mode, thread, outputs)
+        return leave(layer, y)
 
-    def _give_up(self) -> None:
-        self.layers, self._outputs = [], {}
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def group_siblings(parent: nn.Module) -> None:
