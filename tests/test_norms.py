@@ -108,7 +108,7 @@ def test_adapters_get_the_same_gradients() -> None:
 
 def test_weights_with_zeros_and_weights_that_train_are_left_to_the_base() -> None:
     model = adapted()
-    first, second = (block.input_layernorm for block in model.model.layers)
+    first, second = (block.post_attention_layernorm for block in model.model.layers)
     with torch.no_grad():
         second.weight[3] = 0.0
     first.weight.requires_grad_(True)
