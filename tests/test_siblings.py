@@ -561,7 +561,7 @@ def test_nothing_is_alive_after_a_step() -> None:
 def test_a_step_that_failed_between_two_siblings_leaves_nothing_behind() -> None:
     model = adapted(models.llama())
     expected = loss_and_gradients(one_by_one(model))
-    handle = model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda *_: 1 / 0)
+    handle = model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: 1 / 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             model(input_ids=IDS)
