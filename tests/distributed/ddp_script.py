@@ -11,19 +11,25 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.distributed import get_rank, get_world_size
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, named_adapter_parameters
 from tests import models
 from tests.distributed.launch import report
+from tests.graph import joint_functions
 from tests.runs import ROWS, LanguageModule
 
 BATCH = 4
 
 
 class Recorded(LanguageModule):
-    """Keeps the gradients of the first step."""
+    """Keeps the gradients of the first step, and which functions computed its loss."""
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        if not hasattr(self, "functions"):
+            self.functions = joint_functions(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not hasattr(self, "gradients"):

@@ -212,6 +212,7 @@ def straight(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     trainer = fit(directory / "fsdp", module, FSDPLoRAStrategy(**SHARDED), loaders=loaders, max_epochs=2)
     found: dict[str, Any] = {
         "gradients": module.gradients,
+        "functions": module.functions,
         "adapters": state(module),
         "losses": module.losses,
         "texts": module.texts,

@@ -167,7 +167,7 @@ def training(directory: Path, num_ranks: int) -> dict[str, Any]:
         trainer, module = run(directory / f"tp{size}", size, max_epochs=2)
         found[f"tp{size}"] = {
             "gradients": module.gradients, "adapters": state(module), "losses": module.losses,
-            "traffic": module.traffic[-1], "texts": module.texts[-1],
+            "traffic": module.traffic[-1], "texts": module.texts[-1], "functions": module.functions,
             "raw": whole_factors(module),
             "split": sorted(n for n, p in module.named_parameters() if is_sharded(p)),
         }  # fmt: skip

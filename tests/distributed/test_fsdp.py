@@ -19,6 +19,7 @@ STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-7}  # other order of sums
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ADAPTERS = 4096  # elements, of 28 tensors: r=4 on the 14 linear layers of the tiny Llama
+TOGETHER = {"_LoRALinearsBackward": 4, "_GatedMLPBackward": 2, "_RMSNormBackward": 4}
 EMBEDDING, BLOCK = 3200, 9280  # elements
 
 
@@ -49,6 +50,12 @@ class TestTraining:
     def test_the_mean_loss_of_every_step_equals_one_process(self, run: dict[str, Any]) -> None:
         losses = torch.tensor([rank["straight"]["losses"] for rank in run["ranks"]]).mean(0)
         torch.testing.assert_close(losses[:8], torch.tensor(run["single"].losses), **STEP_TOLERANCE)
+
+    def test_layers_are_computed_together_as_in_one_process(self, run: dict[str, Any]) -> None:
+        # of each of two blocks: q, k, v together, and o; the MLP; two norms (but the first, behind a frozen embedding); the
+        # last one
+        assert run["single"].functions == TOGETHER
+        assert all(rank["straight"]["functions"] == TOGETHER for rank in run["ranks"])
 
     def test_replicas_are_bit_equal(self, run: dict[str, Any]) -> None:
         for rank in run["ranks"][1:]:

@@ -62,6 +62,11 @@ class TestTraining:
             losses = torch.tensor([rank["losses"] for rank in ranks]).mean(0)
             torch.testing.assert_close(losses, torch.tensor(run["single"].losses), **STEP_TOLERANCE)
 
+    def test_layers_are_computed_together_as_in_one_process(self, run: dict[str, Any]) -> None:
+        assert run["single"].functions["_GatedMLPBackward"] == 2
+        for _, _, ranks in layouts(run):
+            assert all(rank["functions"] == run["single"].functions for rank in ranks)
+
     def test_whole_factors_are_bit_equal_on_all_ranks_with_dropout_too(self, run: dict[str, Any]) -> None:
         for _, _, ranks in layouts(run):
             for rank in ranks[1:]:
