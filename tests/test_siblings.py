@@ -33,7 +33,7 @@ class Counts:
 
     def __init__(self, monkeypatch) -> None:
         self.siblings = self.mlps = 0
-        several, mlp = siblings.lora_linears, gated_mlp.lora_gated_mlp
+        several, mlp = siblings.all_outputs, gated_mlp.lora_gated_mlp
 
         def count_siblings(*args, **kwargs):
             self.siblings += 1
@@ -43,7 +43,7 @@ class Counts:
             self.mlps += 1
             return mlp(*args, **kwargs)
 
-        monkeypatch.setattr(siblings, "lora_linears", count_siblings)
+        monkeypatch.setattr(siblings, "all_outputs", count_siblings)
         monkeypatch.setattr(gated_mlp, "lora_gated_mlp", count_mlps)
 
     def pair(self) -> tuple[int, int]:
@@ -356,11 +356,98 @@ class Unused(nn.Module):
 def test_outputs_that_nobody_asks_for_are_computed_a_few_times_at_most(counts) -> None:
     model = adapted(nn.Sequential(Unused()), target_modules=["q", "k"])
     model[0].stop = True
-    x = torch.randn(3, 8)
+    x, optimizer = torch.randn(3, 8), torch.optim.SGD(model[0].q.parameters())
     for _ in range(10):
         model(x).sum().backward()
-    assert counts.pair()[0] <= siblings.MAX_WASTED
+        optimizer.step()
+    assert counts.pair()[0] <= siblings.MAX_WASTED + 1  # it takes effect with the next step
     assert model[0].k.lora_A.grad is None
+
+
+def test_a_third_output_that_nobody_asks_for_is_computed_a_few_times_at_most(counts) -> None:
+    module = adapted(nn.Sequential(Three()), target_modules=["q", "k", "v"])[0].eval()
+    with torch.no_grad():
+        for _ in range(10):
+            x = torch.randn(3, 8)
+            module.q(x), module.k(x)
+    assert counts.pair()[0] <= siblings.MAX_WASTED
+    assert module.q.lora_siblings._computed is None
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+CHANGES = {
+    "weights": lambda layer, x: nn.init.ones_(layer.lora_B),
+    "another weight": lambda layer, x: setattr(layer, "lora_B", nn.Parameter(torch.ones(8, 4))),
+    "a weight trains": lambda layer, x: layer.weight.requires_grad_(True),
+    "mode": lambda layer, x: layer.eval(),
+    "the input wants a gradient": lambda layer, x: x.requires_grad_(True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_layer_that_changed_since_its_output_was_computed_computes_it_anew(change) -> None:
+    module, x = adapted(nn.Sequential(Three()), target_modules=["q", "k", "v"], dropout=0.5)[0], torch.randn(3, 8)
+    module.q(x)
+    change(module.k, x)
+    wanted = [p for p in (x, module.k.weight, module.k.lora_B) if p.requires_grad]
+    torch.manual_seed(0)
+    got = module.k(x)
+    torch.manual_seed(0)
+    expected = one_by_one(module.k)(x)
+    torch.testing.assert_close(got, expected, **CLOSE)
+    assert all(grad is not None for grad in torch.autograd.grad(got.sum(), wanted, allow_unused=True))
+
+
+def test_without_a_graph_before_them_outputs_take_a_backward_pass_each() -> None:
+    module = adapted(nn.Sequential(Three()), target_modules=["q", "k", "v"])[0]
+    alone, x = one_by_one(module), torch.randn(3, 8)
+    for one in (module, alone):
+        for y in one(x):
+            y.square().sum().backward()
+    for layer, other in zip((module.q, module.k, module.v), (alone.q, alone.k, alone.v), strict=True):
+        torch.testing.assert_close(layer.lora_A.grad, other.lora_A.grad, **CLOSE)
+
+
+class CutShort(nn.Module):
+    """Runs one module several times in activation checkpoints, most of them without its last layer."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.use_reentrant = Unused(), use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stop in (False, True, True, True, True):
+            x = checkpoint(self._run, x, stop, use_reentrant=self.use_reentrant)
+        return x
+
+    def _run(self, x: Tensor, stop: bool) -> Tensor:
+        self.inner.stop = stop
+        return self.inner(x).tanh()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_layers_that_are_found_unfit_in_a_forward_are_run_again_as_they_ran(use_reentrant) -> None:
+    model = adapted(CutShort(use_reentrant), target_modules=["q", "k"], dropout=0.5)
+    runs = [copy.deepcopy(model) for _ in range(3)]
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    direction, losses = torch.randn(8, 4, dtype=torch.float64), []
+    for run, step in zip(runs, (0.0, 1e-6, -1e-6), strict=True):
+        run.double()
+        run.inner.q.lora_B.data.add_(direction, alpha=step)
+        torch.manual_seed(0)
+        losses.append(run(x).sum())
+    losses[0].backward()
+    expected = (losses[1] - losses[2]).item() / 2e-6
+    # central differences of 1e-6 in float64
+    torch.testing.assert_close((runs[0].inner.q.lora_B.grad * direction).sum().item(), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_without_gradients_in_inference_mode_and_while_generating_it_gives_the_same(counts) -> None:

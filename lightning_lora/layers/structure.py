@@ -123,8 +123,8 @@ class _Reader(ast.NodeVisitor):
         self.branch = former
 
 
-# whatever of these runs or does not run, the calls before and after it are no sign
+# whatever of these runs or does not run, or in another way, the calls before and after it are no sign
 _MAY_RUN = (
     ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.ExceptHandler, ast.BoolOp, ast.Lambda, ast.FunctionDef,
-    ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Match, ast.match_case,
+    ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Match, ast.match_case, ast.With,
 )  # fmt: skip
