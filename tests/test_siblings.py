@@ -450,6 +450,70 @@ def test_layers_that_are_found_unfit_in_a_forward_are_run_again_as_they_ran(use_
     torch.testing.assert_close((runs[0].inner.q.lora_B.grad * direction).sum().item(), expected, rtol=1e-6, atol=1e-8)
 
 
+class Silent(nn.Module):
+    """A gated MLP that a user may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act, self.dropout, self.factor = nn.SiLU(), nn.Dropout(0.0), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x))) * self.factor
+
+
+MLP_CHANGES = {
+    "a layer's forward": lambda m: setattr(m.down, "forward", lambda x: type(m.down).forward(m.down, x) * 3),
+    "the module's forward": lambda m: setattr(m, "forward", lambda x: type(m).forward(m, x) * 3),
+    "the activation": lambda m: setattr(m, "act", nn.Tanh()),
+    "an attribute of a child": lambda m: setattr(m.dropout, "p", 1.0),
+    "an attribute": lambda m: setattr(m, "factor", 3.0),
+}
+
+
+@pytest.mark.parametrize("change", MLP_CHANGES.values(), ids=MLP_CHANGES)
+def test_a_gated_mlp_that_is_changed_later_does_what_it_then_says(change, counts) -> None:
+    module, x = adapted(nn.Sequential(Silent()), target_modules=["gate", "up", "down"])[0], torch.randn(3, 8)
+    module(x)
+    assert counts.pair() == (0, 1)
+    alone = one_by_one(module)
+    change(module), change(alone)
+    torch.testing.assert_close(module(x), alone(x), **CLOSE)
+    assert counts.pair()[1] == 0
+
+
+def test_a_gated_mlp_whose_class_is_patched_later_does_what_it_then_says(monkeypatch) -> None:
+    module, x = adapted(nn.Sequential(Silent()), target_modules=["gate", "up", "down"])[0], torch.randn(3, 8)
+    before, former = module(x), Silent.forward
+    monkeypatch.setattr(Silent, "forward", lambda self, x: former(self, x) * 2)
+    torch.testing.assert_close(module(x), before * 2, **CLOSE)
+
+
+class Noting(Silent):
+    """Notes what only it sees, in one of three ways, or computes another thing in evaluation."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.calls, self.last, self.seen = how, 0, None, [] if how == "list" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.gate(x)) * self.up(x)
+        if self.how == "number":
+            self.calls += 1
+        if self.how == "tensor":
+            self.last = h
+        if self.how == "list":
+            self.seen.append(h)
+        return self.down(h.clamp(-1, 1) if self.how == "evaluation" and not self.training else h)
+
+
+@pytest.mark.parametrize("how", ["number", "tensor", "list", "evaluation"])
+def test_a_gated_mlp_that_does_more_than_its_formula_is_left_alone(how) -> None:
+    module = adapted(nn.Sequential(Noting(how)), target_modules=["gate", "up", "down"])[0]
+    assert not isinstance(module, LoRAGatedMLP)
+    assert (module.calls, module.last, module.seen or None) == (0, None, None)  # nor did looking at it leave a note
+
+
 def test_without_gradients_in_inference_mode_and_while_generating_it_gives_the_same(counts) -> None:
     model = adapted(models.llama()).eval()
     expected = one_by_one(model)
