@@ -721,5 +721,43 @@ def test_a_step_that_failed_between_two_siblings_leaves_nothing_behind() -> None
         assert_same(loss_and_gradients(one), expected)
 
 
+def test_the_graph_of_a_step_that_failed_is_let_go_when_the_next_one_begins() -> None:
+    model, kept, alive = adapted(models.llama(layers=3)), [], []
+    first, last = model.model.layers[0], model.model.layers[2]
+    handles = [
+        first.mlp.register_forward_hook(lambda module, args, y: kept.append(weakref.ref(y))),
+        last.self_attn.k_proj.register_forward_hook(lambda *_: 1 / 0),
+    ]
+    with pytest.raises(ZeroDivisionError):
+        run_without_cache(model)
+    for handle in handles:
+        handle.remove()
+    first.mlp.register_forward_pre_hook(lambda *_: alive.append(kept[0]() is not None))
+    run_without_cache(model)
+    assert alive == [False]
+
+
+class Around(Three):
+    """Calls two of its layers before another such module, and one after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Three()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        a, b, c = self.inner(x)
+        return q * self.k(x) * self.v(x) * a * b * c
+
+
+def test_layers_around_others_that_are_computed_together_get_their_own_gradients() -> None:
+    model = adapted(nn.Sequential(nn.Linear(8, 8), Around()), target_modules=["q", "k", "v"])
+    x, alone, optimizer = torch.randn(3, 8), one_by_one(model), torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(5):
+        run = lambda m: m(x).square().sum()  # noqa: E731
+        assert_same(loss_and_gradients(model, run), loss_and_gradients(alone, run))
+        optimizer.step()
+
+
 def run_without_cache(model: nn.Module) -> Tensor:
     return model(input_ids=IDS, labels=IDS, use_cache=False).loss

@@ -7,7 +7,7 @@ others hand out what is there. Names, parameters and hooks of every layer stay i
 import operator
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,8 @@ class Siblings:
     An output is handed out for the very tensor that it was computed of, unchanged, in the same mode of autograd, by a
     layer that is as it was. A layer that is called with another tensor computes alone, and the group is given up with
     the next optimizer step: its parent does what its code did not show. So it is when an output is not asked for,
-    several times in a row. Several threads may run one model: each finds its own outputs or computes them.
+    several times in a row, or not before another group is computed. Several threads may run one model: each finds its
+    own outputs or computes them.
     """
 
     def __init__(self, layers: list[LoRALinear]) -> None:
@@ -76,10 +77,8 @@ class Siblings:
                 if not computed.outputs and self._computed is computed:
                     self._computed, self._num_wasted = None, 0
                 return leave(layer, y)
-            self._num_wasted += 1
             changed = y is not None and computed.x() is not None and computed.mode[1:] == mode[1:]
-            if self._unfit_since is None and (changed or self._num_wasted >= MAX_WASTED):
-                self._unfit_since = _num_changes(layers)
+            self._waste(MAX_WASTED if changed else 1)
             if changed:
                 return None
         if self._is_given_up(layer):
@@ -90,7 +89,33 @@ class Siblings:
         outputs = dict(enumerate(all_outputs(x, layers, layer)))
         y = outputs.pop(place)
         self._computed = _Computed(weakref.ref(x), mode, thread, outputs, [_state(one) for one in layers])
+        if not torch.compiler.is_compiling():
+            self._let_others_go()
         return leave(layer, y)
+
+    def _let_others_go(self) -> None:
+        """Drop what the group that was computed before in this thread still holds.
+
+        Its parent failed, as for want of memory, and the graph of the step until then would be kept.
+        """
+        former = _last.group()
+        computed = None if former is None or former is self else former._computed
+        if former is not None and computed is not None and computed.thread == _thread():
+            former._computed = None
+            former._waste(1)
+        _last.group = weakref.ref(self)
+
+    def _waste(self, times: int) -> None:
+        self._num_wasted += times
+        if self._unfit_since is None and self._num_wasted >= MAX_WASTED:
+            self._unfit_since = _num_changes(self.layers)
+
+
+class _Last(threading.local):
+    group: Callable[[], Siblings | None] = staticmethod(lambda: None)  # weakref.ref[Siblings]
+
+
+_last = _Last()
 
 
 def all_outputs(x: Tensor, layers: list[LoRALinear], first: LoRALinear) -> Sequence[Tensor]:
