@@ -48,6 +48,33 @@ def test_a_norm_is_known_by_its_numbers(name) -> None:
     assert form_of(cls(16, eps=EPS)) == (None if is_offset is None else (EPS, is_offset))
 
 
+class NotingNorm(nn.Module):
+    """Notes its factor in one of three ways, or computes another thing in evaluation."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.weight, self.eps, self.how = nn.Parameter(torch.ones(8)), EPS, how
+        self.calls, self.last, self.seen = 0, None, [] if how == "list" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rms_norm(x, self.weight, self.eps)
+        if self.how == "number":
+            self.calls += 1
+        if self.how == "tensor":
+            self.last = y.mean()
+        if self.how == "list":
+            self.seen.append(y.mean())
+        return 2 * y if self.how == "evaluation" and not self.training else y
+
+
+@pytest.mark.parametrize("how", ["nothing", "number", "tensor", "list", "evaluation"])
+def test_a_norm_that_does_more_than_its_formula_is_left_alone(how) -> None:
+    model = nn.Sequential(NotingNorm(how), nn.Linear(8, 8), nn.Linear(8, 8))
+    norm = inject(model, LoRAConfig(r=4, target_modules=["1"]))[0]
+    assert isinstance(norm, LoRARMSNorm) == (how == "nothing")
+    assert (norm.calls, norm.last, norm.seen or None) == (0, None, None)  # nor did looking at it leave a note
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [n for n, (_, kind) in norm_classes().items() if kind is not None])
 def test_outputs_are_the_modules_own_to_the_bit_and_gradients_those_of_float64(name, dtype) -> None:

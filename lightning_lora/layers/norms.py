@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.functional import autocast_dtype
 from lightning_lora.layers.base import LoRALayer, Made, lora_class
-from lightning_lora.layers.structure import are_same, facts, own_attributes
+from lightning_lora.layers.structure import are_same, facts, keeps_books, own_attributes
 from lightning_lora.rms_norm import rms_norm
 from lightning_lora.sharded import is_dtensor
 
@@ -104,7 +104,7 @@ def _may_be_norm(module: nn.Module) -> bool:
         weight is not None
         and weight.ndim == 1
         and len(module._parameters) == 1
-        and not (module._modules or module._buffers or isinstance(module, Made))
+        and not (module._modules or module._buffers or isinstance(module, Made) or keeps_books(module))
     )
 
 
@@ -125,16 +125,23 @@ def form_of(norm: nn.Module) -> tuple[float, bool] | None:
 
 @torch.no_grad()
 def _computes(norm: nn.Module, eps: float, is_offset: bool) -> bool:
+    """Whether a norm computes the formula, in training and evaluation, and changes nothing of its own."""
     small: Any = object.__new__(type(norm))
+    small.__dict__.update(norm.__dict__)
+    gives = all(_gives(small, eps, is_offset, training=training) for training in (True, False))
+    return gives and are_same(own_attributes(small), own_attributes(norm))
+
+
+def _gives(small: Any, eps: float, is_offset: bool, *, training: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 5, _FEATURES, generator=generator, device="cpu")
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(_FEATURES, generator=generator, device="cpu").to(dtype)
-        small.__dict__.update(norm.__dict__, _parameters={"weight": weight}, training=True)
+        small.__dict__.update(_parameters={"weight": weight}, training=training)
         for scale in (eps**0.5, 1.0, 1e3):  # of the size that eps matters at, to that it does not
             x = (values * scale).to(dtype)
             try:
-                given = type(norm).forward(small, x)
+                given = type(small).forward(small, x)
             except Exception:  # a forward of any kind: what cannot be run so is left as it is
                 return False
             if not (isinstance(given, Tensor) and given.dtype == x.dtype and given.shape == x.shape):
