@@ -374,6 +374,15 @@ def test_a_third_output_that_nobody_asks_for_is_computed_a_few_times_at_most(cou
     assert module.q.lora_siblings._computed is None
 
 
+def test_outputs_that_are_not_asked_for_now_and_then_are_no_reason_to_give_up(counts) -> None:
+    module = adapted(nn.Sequential(Three()), target_modules=["q", "k", "v"])[0].eval()
+    with torch.no_grad():
+        for _ in range(3 * siblings.MAX_WASTED):
+            module.q(torch.randn(3, 8))
+            module(torch.randn(3, 8))
+    assert counts.pair()[0] == 6 * siblings.MAX_WASTED
+
+
 class Three(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -460,6 +469,25 @@ class Silent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.dropout(self.act(self.gate(x)) * self.up(x))) * self.factor
+
+
+class Casting(Silent):
+    """Keeps its last layer in a wider dtype, as T5 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.gate(x)) * self.up(x)
+        return self.down(h.to(self.down.weight.dtype))
+
+
+def test_a_gated_mlp_that_casts_between_its_layers_does(counts) -> None:
+    module = adapted(nn.Sequential(Casting().to(torch.bfloat16)), target_modules=["gate", "up", "down"])[0]
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    module(x)
+    assert counts.pair() == (0, 1)
+    module.down.float()
+    y = module(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, one_by_one(module)(x), **CLOSE)
 
 
 MLP_CHANGES = {
@@ -725,7 +753,7 @@ def test_the_graph_of_a_step_that_failed_is_let_go_when_the_next_one_begins() ->
     model, kept, alive = adapted(models.llama(layers=3)), [], []
     first, last = model.model.layers[0], model.model.layers[2]
     handles = [
-        first.mlp.register_forward_hook(lambda module, args, y: kept.append(weakref.ref(y))),
+        first.mlp.register_forward_hook(lambda module, args, y: kept.append(weakref.ref(args[0]))),
         last.self_attn.k_proj.register_forward_hook(lambda *_: 1 / 0),
     ]
     with pytest.raises(ZeroDivisionError):
