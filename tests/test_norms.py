@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject, named_adapter_parameters, remove
+from lightning_lora.layers.fusing import release
 from lightning_lora.layers.norms import LoRARMSNorm, form_of, release_norm
 from lightning_lora.rms_norm import rms_norm
 from tests import models
@@ -44,6 +46,33 @@ class HalvedNorm(nn.Module):
 def test_a_norm_is_known_by_its_numbers(name) -> None:
     cls, is_offset = norm_classes()[name]
     assert form_of(cls(16, eps=EPS)) == (None if is_offset is None else (EPS, is_offset))
+
+
+class NotingNorm(nn.Module):
+    """Notes its factor in one of three ways, or computes another thing in evaluation."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.weight, self.eps, self.how = nn.Parameter(torch.ones(8)), EPS, how
+        self.calls, self.last, self.seen = 0, None, [] if how == "list" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rms_norm(x, self.weight, self.eps)
+        if self.how == "number":
+            self.calls += 1
+        if self.how == "tensor":
+            self.last = y.mean()
+        if self.how == "list":
+            self.seen.append(y.mean())
+        return 2 * y if self.how == "evaluation" and not self.training else y
+
+
+@pytest.mark.parametrize("how", ["nothing", "number", "tensor", "list", "evaluation"])
+def test_a_norm_that_does_more_than_its_formula_is_left_alone(how) -> None:
+    model = nn.Sequential(NotingNorm(how), nn.Linear(8, 8), nn.Linear(8, 8))
+    norm = inject(model, LoRAConfig(r=4, target_modules=["1"]))[0]
+    assert isinstance(norm, LoRARMSNorm) == (how == "nothing")
+    assert (norm.calls, norm.last, norm.seen or None) == (0, None, None)  # nor did looking at it leave a note
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,6 +154,49 @@ def test_other_weights_are_looked_at_anew_when_they_are_loaded() -> None:
     model.load_state_dict(state)
     assert_as_by_the_bases_own_norms(model)
     assert model.model.layers[1].post_attention_layernorm.lora_has_zeros
+
+
+NORM_CHANGES = {
+    "a weight is set to zero": lambda norm: nn.init.zeros_(norm.weight),
+    "another weight": lambda norm: setattr(norm, "weight", nn.Parameter(torch.zeros(32), requires_grad=False)),
+    "another eps": lambda norm: setattr(norm, "variance_epsilon", 1.0),
+}
+
+
+@pytest.mark.parametrize("change", NORM_CHANGES.values(), ids=NORM_CHANGES)
+def test_a_norm_that_is_changed_later_does_what_it_then_says(change) -> None:
+    norm, x = adapted().model.norm, torch.randn(2, 3, 32, requires_grad=True)
+    norm(x)
+    other = copy.deepcopy(norm)
+    release_norm(other)
+    change(norm), change(other)
+    assert torch.equal(norm(x), other(x))
+    assert torch.equal(torch.autograd.grad(norm(x).sum(), x)[0], torch.autograd.grad(other(x).sum(), x)[0])
+
+
+def test_a_norm_whose_class_is_patched_later_does_what_it_then_says(monkeypatch) -> None:
+    norm, x = adapted().model.norm, torch.randn(2, 3, 32, requires_grad=True)
+    before, former = norm(x), norm.lora_base_class.forward
+    monkeypatch.setattr(norm.lora_base_class, "forward", lambda self, x: former(self, x) * 2)
+    assert torch.equal(norm(x), before * 2)
+
+
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_t5_in_half_precision_with_its_wide_layers_computes_as_its_own_norms(feed_forward) -> None:
+    # transformers keeps "wo" in float32 when it loads T5 in float16: norms see float32, and give their weight's dtype
+    settings = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": models.VOCAB}
+    config = transformers.T5Config(**settings, feed_forward_proj=feed_forward)
+    model = inject(transformers.T5ForConditionalGeneration(config).to(torch.float16), LoRAConfig(r=4)).eval()
+    models.fill_adapters(model)
+    for name, module in model.named_modules():
+        if name.endswith("wo"):
+            module.float()
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        release(module)
+    got, expected = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, other))
+    assert got.dtype == torch.float16
+    assert torch.equal(got, expected)
 
 
 def test_outputs_do_not_change_and_removal_gives_the_classes_back() -> None:

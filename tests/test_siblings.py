@@ -33,7 +33,7 @@ class Counts:
 
     def __init__(self, monkeypatch) -> None:
         self.siblings = self.mlps = 0
-        several, mlp = siblings.lora_linears, gated_mlp.lora_gated_mlp
+        several, mlp = siblings.all_outputs, gated_mlp.lora_gated_mlp
 
         def count_siblings(*args, **kwargs):
             self.siblings += 1
@@ -43,7 +43,7 @@ class Counts:
             self.mlps += 1
             return mlp(*args, **kwargs)
 
-        monkeypatch.setattr(siblings, "lora_linears", count_siblings)
+        monkeypatch.setattr(siblings, "all_outputs", count_siblings)
         monkeypatch.setattr(gated_mlp, "lora_gated_mlp", count_mlps)
 
     def pair(self) -> tuple[int, int]:
@@ -356,11 +356,190 @@ class Unused(nn.Module):
 def test_outputs_that_nobody_asks_for_are_computed_a_few_times_at_most(counts) -> None:
     model = adapted(nn.Sequential(Unused()), target_modules=["q", "k"])
     model[0].stop = True
-    x = torch.randn(3, 8)
+    x, optimizer = torch.randn(3, 8), torch.optim.SGD(model[0].q.parameters())
     for _ in range(10):
         model(x).sum().backward()
-    assert counts.pair()[0] <= siblings.MAX_WASTED
+        optimizer.step()
+    assert counts.pair()[0] <= siblings.MAX_WASTED + 1  # it takes effect with the next step
     assert model[0].k.lora_A.grad is None
+
+
+def test_a_third_output_that_nobody_asks_for_is_computed_a_few_times_at_most(counts) -> None:
+    module = adapted(nn.Sequential(Three()), target_modules=["q", "k", "v"])[0].eval()
+    with torch.no_grad():
+        for _ in range(10):
+            x = torch.randn(3, 8)
+            module.q(x), module.k(x)
+    assert counts.pair()[0] <= siblings.MAX_WASTED
+    assert module.q.lora_siblings._computed is None
+
+
+def test_outputs_that_are_not_asked_for_now_and_then_are_no_reason_to_give_up(counts) -> None:
+    module = adapted(nn.Sequential(Three()), target_modules=["q", "k", "v"])[0].eval()
+    with torch.no_grad():
+        for _ in range(3 * siblings.MAX_WASTED):
+            module.q(torch.randn(3, 8))
+            module(torch.randn(3, 8))
+    assert counts.pair()[0] == 6 * siblings.MAX_WASTED
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+CHANGES = {
+    "weights": lambda layer, x: nn.init.ones_(layer.lora_B),
+    "another weight": lambda layer, x: setattr(layer, "lora_B", nn.Parameter(torch.ones(8, 4))),
+    "a weight trains": lambda layer, x: layer.weight.requires_grad_(True),
+    "mode": lambda layer, x: layer.eval(),
+    "the input wants a gradient": lambda layer, x: x.requires_grad_(True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_layer_that_changed_since_its_output_was_computed_computes_it_anew(change) -> None:
+    module, x = adapted(nn.Sequential(Three()), target_modules=["q", "k", "v"], dropout=0.5)[0], torch.randn(3, 8)
+    module.q(x)
+    change(module.k, x)
+    wanted = [p for p in (x, module.k.weight, module.k.lora_B) if p.requires_grad]
+    torch.manual_seed(0)
+    got = module.k(x)
+    torch.manual_seed(0)
+    expected = one_by_one(module.k)(x)
+    torch.testing.assert_close(got, expected, **CLOSE)
+    assert all(grad is not None for grad in torch.autograd.grad(got.sum(), wanted, allow_unused=True))
+
+
+def test_without_a_graph_before_them_outputs_take_a_backward_pass_each() -> None:
+    module = adapted(nn.Sequential(Three()), target_modules=["q", "k", "v"])[0]
+    alone, x = one_by_one(module), torch.randn(3, 8)
+    for one in (module, alone):
+        for y in one(x):
+            y.square().sum().backward()
+    for layer, other in zip((module.q, module.k, module.v), (alone.q, alone.k, alone.v), strict=True):
+        torch.testing.assert_close(layer.lora_A.grad, other.lora_A.grad, **CLOSE)
+
+
+class CutShort(nn.Module):
+    """Runs one module several times in activation checkpoints, most of them without its last layer."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.use_reentrant = Unused(), use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stop in (False, True, True, True, True):
+            x = checkpoint(self._run, x, stop, use_reentrant=self.use_reentrant)
+        return x
+
+    def _run(self, x: Tensor, stop: bool) -> Tensor:
+        self.inner.stop = stop
+        return self.inner(x).tanh()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_layers_that_are_found_unfit_in_a_forward_are_run_again_as_they_ran(use_reentrant) -> None:
+    model = adapted(CutShort(use_reentrant), target_modules=["q", "k"], dropout=0.5)
+    runs = [copy.deepcopy(model) for _ in range(3)]
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    direction, losses = torch.randn(8, 4, dtype=torch.float64), []
+    for run, step in zip(runs, (0.0, 1e-6, -1e-6), strict=True):
+        run.double()
+        run.inner.q.lora_B.data.add_(direction, alpha=step)
+        torch.manual_seed(0)
+        losses.append(run(x).sum())
+    losses[0].backward()
+    expected = (losses[1] - losses[2]).item() / 2e-6
+    # central differences of 1e-6 in float64
+    torch.testing.assert_close((runs[0].inner.q.lora_B.grad * direction).sum().item(), expected, rtol=1e-6, atol=1e-8)
+
+
+class Silent(nn.Module):
+    """A gated MLP that a user may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act, self.dropout, self.factor = nn.SiLU(), nn.Dropout(0.0), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x))) * self.factor
+
+
+class Casting(Silent):
+    """Keeps its last layer in a wider dtype, as T5 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.gate(x)) * self.up(x)
+        return self.down(h.to(self.down.weight.dtype))
+
+
+def test_a_gated_mlp_that_casts_between_its_layers_does(counts) -> None:
+    module = adapted(nn.Sequential(Casting().to(torch.bfloat16)), target_modules=["gate", "up", "down"])[0]
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    module(x)
+    assert counts.pair() == (0, 1)
+    module.down.float()
+    y = module(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, one_by_one(module)(x), **CLOSE)
+
+
+MLP_CHANGES = {
+    "a layer's forward": lambda m: setattr(m.down, "forward", lambda x: type(m.down).forward(m.down, x) * 3),
+    "the module's forward": lambda m: setattr(m, "forward", lambda x: type(m).forward(m, x) * 3),
+    "the activation": lambda m: setattr(m, "act", nn.Tanh()),
+    "an attribute of a child": lambda m: setattr(m.dropout, "p", 1.0),
+    "an attribute": lambda m: setattr(m, "factor", 3.0),
+}
+
+
+@pytest.mark.parametrize("change", MLP_CHANGES.values(), ids=MLP_CHANGES)
+def test_a_gated_mlp_that_is_changed_later_does_what_it_then_says(change, counts) -> None:
+    module, x = adapted(nn.Sequential(Silent()), target_modules=["gate", "up", "down"])[0], torch.randn(3, 8)
+    module(x)
+    assert counts.pair() == (0, 1)
+    alone = one_by_one(module)
+    change(module), change(alone)
+    torch.testing.assert_close(module(x), alone(x), **CLOSE)
+    assert counts.pair()[1] == 0
+
+
+def test_a_gated_mlp_whose_class_is_patched_later_does_what_it_then_says(monkeypatch) -> None:
+    module, x = adapted(nn.Sequential(Silent()), target_modules=["gate", "up", "down"])[0], torch.randn(3, 8)
+    before, former = module(x), Silent.forward
+    monkeypatch.setattr(Silent, "forward", lambda self, x: former(self, x) * 2)
+    torch.testing.assert_close(module(x), before * 2, **CLOSE)
+
+
+class Noting(Silent):
+    """Notes what only it sees, in one of three ways, or computes another thing in evaluation."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.calls, self.last, self.seen = how, 0, None, [] if how == "list" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.gate(x)) * self.up(x)
+        if self.how == "number":
+            self.calls += 1
+        if self.how == "tensor":
+            self.last = h
+        if self.how == "list":
+            self.seen.append(h)
+        return self.down(h.clamp(-1, 1) if self.how == "evaluation" and not self.training else h)
+
+
+@pytest.mark.parametrize("how", ["number", "tensor", "list", "evaluation"])
+def test_a_gated_mlp_that_does_more_than_its_formula_is_left_alone(how) -> None:
+    module = adapted(nn.Sequential(Noting(how)), target_modules=["gate", "up", "down"])[0]
+    assert not isinstance(module, LoRAGatedMLP)
+    assert (module.calls, module.last, module.seen or None) == (0, None, None)  # nor did looking at it leave a note
 
 
 def test_without_gradients_in_inference_mode_and_while_generating_it_gives_the_same(counts) -> None:
@@ -568,6 +747,44 @@ def test_a_step_that_failed_between_two_siblings_leaves_nothing_behind() -> None
     handle.remove()
     for one in (copy.deepcopy(model), model):
         assert_same(loss_and_gradients(one), expected)
+
+
+def test_the_graph_of_a_step_that_failed_is_let_go_when_the_next_one_begins() -> None:
+    model, kept, alive = adapted(models.llama(layers=3)), [], []
+    first, last = model.model.layers[0], model.model.layers[2]
+    handles = [
+        first.mlp.register_forward_hook(lambda module, args, y: kept.append(weakref.ref(args[0]))),
+        last.self_attn.k_proj.register_forward_hook(lambda *_: 1 / 0),
+    ]
+    with pytest.raises(ZeroDivisionError):
+        run_without_cache(model)
+    for handle in handles:
+        handle.remove()
+    first.mlp.register_forward_pre_hook(lambda *_: alive.append(kept[0]() is not None))
+    run_without_cache(model)
+    assert alive == [False]
+
+
+class Around(Three):
+    """Calls two of its layers before another such module, and one after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Three()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        a, b, c = self.inner(x)
+        return q * self.k(x) * self.v(x) * a * b * c
+
+
+def test_layers_around_others_that_are_computed_together_get_their_own_gradients() -> None:
+    model = adapted(nn.Sequential(nn.Linear(8, 8), Around()), target_modules=["q", "k", "v"])
+    x, alone, optimizer = torch.randn(3, 8), one_by_one(model), torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(5):
+        run = lambda m: m(x).square().sum()  # noqa: E731
+        assert_same(loss_and_gradients(model, run), loss_and_gradients(alone, run))
+        optimizer.step()
 
 
 def run_without_cache(model: nn.Module) -> Tensor:

@@ -5,8 +5,8 @@ in the place of its own, and compared with the formula.
 """
 
 import copy
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from lightning_lora.layers.base import Made, lora_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from lightning_lora.layers.siblings import can_fuse, enter, factors, go_together, leave, term
-from lightning_lora.layers.structure import facts
+from lightning_lora.layers.structure import are_same, facts, keeps_books, own_attributes
 
 # from where activations are linear to where limits that some models put on them are passed
 _SCALES = (0.03, 1.0, 30.0, 1e4)
@@ -38,10 +38,13 @@ class LoRAGatedMLP(Made):
     """Mixin of a gated MLP with three adapted layers.
 
     It runs the base's own ``forward`` when a hook is to see a layer's input or output, when an adapter is merged,
-    disabled or of another kind, and when weights lie in shards.
+    disabled or of another kind, when weights lie in shards, and when the module was changed since it was recognised.
     """
 
+    lora_recognized_forward: ClassVar[Any]  # of the base class, as it was
+
     lora_roles: Roles
+    lora_recognized: dict[str, dict[str, Any]]  # attributes of the module and of the children beside the layers
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,11 +56,22 @@ class LoRAGatedMLP(Made):
         gate, up, down = self._layers()
         return (
             isinstance(x, Tensor)
+            and self._is_as_recognized()
             and all(can_fuse(layer, x) for layer in (gate, up, down))
             and not _has_any_global_hook()
             and not any(_is_watched(child) for child in self._modules.values())
             and go_together([gate, up], gate)
             and _is_split_inside(gate, up, down)
+        )
+
+    def _is_as_recognized(self) -> bool:
+        if torch.compiler.is_compiling():  # guards on every attribute would compile equal blocks one by one
+            return True
+        former, now = self.lora_recognized, _attributes(self, self.lora_roles)
+        return (
+            self.lora_base_class.forward is type(self).lora_recognized_forward
+            and now.keys() == former.keys()
+            and all(are_same(attributes, former[name]) for name, attributes in now.items())
         )
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -76,6 +90,15 @@ class LoRAGatedMLP(Made):
     def _layers(self) -> tuple[Any, Any, Any]:
         children, roles = self._modules, self.lora_roles
         return children.get(roles.gate), children.get(roles.up), children.get(roles.down)
+
+
+def _attributes(module: nn.Module, layers: Container[str]) -> dict[str, dict[str, Any]]:
+    """Return the attributes of a module, and of its children but for some layers with their classes."""
+    found = {"": own_attributes(module)}
+    for name, child in module._modules.items():
+        if child is not None and name not in layers:
+            found[name] = {"__class__": type(child), **own_attributes(child)}
+    return found
 
 
 def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
@@ -105,13 +128,15 @@ def fuse_gated_mlp(module: nn.Module, known: dict[Any, Any]) -> None:
     if key not in known:
         known[key] = roles_of(module)
     if known[key] is not None:
-        module.__class__ = lora_class(LoRAGatedMLP, type(module))
-        module.__dict__["lora_roles"] = known[key]
+        recognized = _attributes(module, layers)
+        module.__class__ = made = lora_class(LoRAGatedMLP, type(module))
+        made.lora_recognized_forward = made.lora_base_class.forward
+        module.__dict__.update(lora_roles=known[key], lora_recognized=recognized)
 
 
 def release_gated_mlp(module: LoRAGatedMLP) -> None:
     """Give the module its base class back."""
-    del module.__dict__["lora_roles"]
+    del module.__dict__["lora_roles"], module.__dict__["lora_recognized"]
     module.__class__ = module.lora_base_class  # type: ignore[assignment]  # the reverse of the class swap
 
 
@@ -169,9 +194,11 @@ class _SmallLinear(nn.Module):
 
 
 def _small(module: nn.Module, layers: dict[str, LoRALinear], down: str) -> nn.Module | None:
-    """Return a copy of a module with small layers, in training mode; ``None`` if it holds more than can be copied."""
+    """Return a copy of a module with small layers; ``None`` if it holds more than can be copied."""
+    if any(keeps_books(one) for one in (module, *module._modules.values()) if one is not None):
+        return None
     small: Any = object.__new__(type(module))
-    small.__dict__.update(module.__dict__, training=True, _modules={})
+    small.__dict__.update(module.__dict__, _modules={})
     for seed, (name, child) in enumerate(module._modules.items()):
         if name in layers:
             sides = (_INTERMEDIATE, _HIDDEN) if name == down else (_HIDDEN, _INTERMEDIATE)
@@ -180,12 +207,23 @@ def _small(module: nn.Module, layers: dict[str, LoRALinear], down: str) -> nn.Mo
             return None
         else:  # an activation, a dropout
             small._modules[name] = copy.copy(child)
-            small._modules[name].training = True
     return small if not (module._parameters or module._buffers) else None
 
 
 @torch.no_grad()
 def _computes(small: Any, roles: Roles) -> bool:
+    """Whether a module computes the formula, in training and evaluation, and changes nothing of its own."""
+    former = _attributes(small, roles)
+    for training in (True, False):
+        for one in (small, *small._modules.values()):
+            one.training = training
+        if not _gives(small, roles):
+            return False
+    now = _attributes(small, roles)
+    return all(are_same(attributes, former[name]) for name, attributes in now.items())
+
+
+def _gives(small: Any, roles: Roles) -> bool:
     gate, up, down = (small._modules[name] for name in roles[:3])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, _HIDDEN, generator=generator, dtype=torch.float64, device="cpu")

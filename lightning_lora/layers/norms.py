@@ -3,7 +3,7 @@
 As gated MLPs, they are recognised by what they compute: to the bit, on small numbers, in two dtypes.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.functional import autocast_dtype
 from lightning_lora.layers.base import LoRALayer, Made, lora_class
-from lightning_lora.layers.structure import facts
+from lightning_lora.layers.structure import are_same, facts, keeps_books, own_attributes
 from lightning_lora.rms_norm import rms_norm
 from lightning_lora.sharded import is_dtensor
 
@@ -19,12 +19,20 @@ _FEATURES = 8
 
 
 class LoRARMSNorm(Made):
-    """Mixin of an RMS norm; it runs the base's own ``forward`` where its weight trains, or no gradient is wanted."""
+    """Mixin of an RMS norm.
+
+    It runs the base's own ``forward`` where its weight trains or is of another dtype than its input, where no gradient
+    is wanted, and when the module was changed since it was recognised.
+    """
+
+    lora_recognized_forward: ClassVar[Any]  # of the base class, as it was
 
     weight: Tensor  # [features]
     lora_eps: float
     lora_is_offset: bool
+    lora_recognized: dict[str, Any]  # the module's attributes
     lora_has_zeros: bool | None  # unknown until the weight is seen
+    lora_seen: tuple[Any, ...]  # the weight that this was found out about, and how often it had been changed
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -38,15 +46,34 @@ class LoRARMSNorm(Made):
         weight = self.weight
         if weight.requires_grad or is_dtensor(weight) or weight.is_meta or autocast_dtype(x) is not None:
             return False
-        if self.lora_has_zeros is None:  # one look at the values, for the whole run
+        is_as_recognized = are_same(own_attributes(self), self.lora_recognized)
+        if not is_as_recognized or self.lora_base_class.forward is not type(self).lora_recognized_forward:
+            return False
+        return weight.dtype == x.dtype and not self._has_zeros(weight)
+
+    def _has_zeros(self, weight: Tensor) -> bool:
+        """Whether backward cannot divide by the weight: one look at its values, and one more when it was changed."""
+        if self.lora_has_zeros is None or not self._is_seen(weight):
             factor = weight + 1 if self.lora_is_offset else weight
             self.lora_has_zeros = not bool((factor.abs() >= torch.finfo(factor.dtype).tiny).all())
-        return not self.lora_has_zeros
+            self.lora_seen = _identity(weight)
+        return self.lora_has_zeros
+
+    def _is_seen(self, weight: Tensor) -> bool:
+        if not isinstance(weight, nn.Parameter):  # a view of this one forward: of a unit of weights that are gathered
+            return True
+        return all(
+            now is former or now == former for now, former in zip(_identity(weight), self.lora_seen, strict=True)
+        )
 
     @override
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.lora_has_zeros = None
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _identity(weight: Tensor) -> tuple[Any, ...]:
+    return id(weight), weight.dtype, 0 if weight.is_inference() else weight._version
 
 
 def fuse_norms(parent: nn.Module, known: dict[Any, Any]) -> None:
@@ -64,8 +91,11 @@ def fuse_norms(parent: nn.Module, known: dict[Any, Any]) -> None:
             known[key] = form_of(norm)
         if known[key] is not None:
             eps, is_offset = known[key]
-            norm.__class__ = lora_class(LoRARMSNorm, type(norm))
-            norm.__dict__.update(lora_eps=eps, lora_is_offset=is_offset, lora_has_zeros=None)
+            recognized = own_attributes(norm)
+            norm.__class__ = made = lora_class(LoRARMSNorm, type(norm))
+            made.lora_recognized_forward = made.lora_base_class.forward
+            norm.__dict__.update(lora_eps=eps, lora_is_offset=is_offset, lora_recognized=recognized)
+            norm.__dict__.update(lora_has_zeros=None, lora_seen=())
 
 
 def _may_be_norm(module: nn.Module) -> bool:
@@ -74,13 +104,13 @@ def _may_be_norm(module: nn.Module) -> bool:
         weight is not None
         and weight.ndim == 1
         and len(module._parameters) == 1
-        and not (module._modules or module._buffers or isinstance(module, Made))
+        and not (module._modules or module._buffers or isinstance(module, Made) or keeps_books(module))
     )
 
 
 def release_norm(norm: LoRARMSNorm) -> None:
     """Give the module its base class back."""
-    for name in ("lora_eps", "lora_is_offset", "lora_has_zeros"):
+    for name in ("lora_eps", "lora_is_offset", "lora_recognized", "lora_has_zeros", "lora_seen"):
         del norm.__dict__[name]
     norm.__class__ = norm.lora_base_class  # type: ignore[assignment]  # the reverse of the class swap
 
@@ -95,16 +125,23 @@ def form_of(norm: nn.Module) -> tuple[float, bool] | None:
 
 @torch.no_grad()
 def _computes(norm: nn.Module, eps: float, is_offset: bool) -> bool:
+    """Whether a norm computes the formula, in training and evaluation, and changes nothing of its own."""
     small: Any = object.__new__(type(norm))
+    small.__dict__.update(norm.__dict__)
+    gives = all(_gives(small, eps, is_offset, training=training) for training in (True, False))
+    return gives and are_same(own_attributes(small), own_attributes(norm))
+
+
+def _gives(small: Any, eps: float, is_offset: bool, *, training: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 5, _FEATURES, generator=generator, device="cpu")
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(_FEATURES, generator=generator, device="cpu").to(dtype)
-        small.__dict__.update(norm.__dict__, _parameters={"weight": weight}, training=True)
+        small.__dict__.update(_parameters={"weight": weight}, training=training)
         for scale in (eps**0.5, 1.0, 1e3):  # of the size that eps matters at, to that it does not
             x = (values * scale).to(dtype)
             try:
-                given = type(norm).forward(small, x)
+                given = type(small).forward(small, x)
             except Exception:  # a forward of any kind: what cannot be run so is left as it is
                 return False
             if not (isinstance(given, Tensor) and given.dtype == x.dtype and given.shape == x.shape):

@@ -5,6 +5,7 @@ import functools
 import inspect
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import MutableMapping, MutableSequence, MutableSet
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -37,15 +38,34 @@ def facts(module: nn.Module | None) -> tuple[Any, ...]:
 
     Numbers and words count by value, anything else by identity, so that it must not outlive the objects.
     """
-    own = {} if module is None else module.__dict__
+    own = {} if module is None else own_attributes(module)
     return type(module), *(
-        (name, value if isinstance(value, _PRIMITIVES) else id(value))
-        for name, value in own.items()
-        if not (name.startswith("_") or name == "training")
+        (name, value if isinstance(value, _PRIMITIVES) else id(value)) for name, value in own.items()
+    )
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's plain attributes but those of ``nn.Module`` and of this package."""
+    return {name: value for name, value in module.__dict__.items() if not name.startswith(_NOT_OWN)}
+
+
+def are_same(attributes: dict[str, Any], former: dict[str, Any]) -> bool:
+    """Whether no attribute of a module was changed, added or taken away: numbers and words by value."""
+    return attributes.keys() == former.keys() and all(
+        value is former[name] or (isinstance(value, _PRIMITIVES) and value == former[name])
+        for name, value in attributes.items()
+    )
+
+
+def keeps_books(module: nn.Module) -> bool:
+    """Whether a module has a list, a dictionary or a set, in which its ``forward`` may note what nobody else sees."""
+    return any(
+        isinstance(value, (MutableSequence, MutableMapping, MutableSet)) for value in own_attributes(module).values()
     )
 
 
 _PRIMITIVES = (bool, int, float, str, type(None))
+_NOT_OWN = ("_", "training", "lora_")
 
 
 def _source(cls: Any) -> ast.FunctionDef | None:
@@ -123,8 +143,8 @@ class _Reader(ast.NodeVisitor):
         self.branch = former
 
 
-# whatever of these runs or does not run, the calls before and after it are no sign
+# whatever of these runs or does not run, or in another way, the calls before and after it are no sign
 _MAY_RUN = (
     ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.ExceptHandler, ast.BoolOp, ast.Lambda, ast.FunctionDef,
-    ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Match, ast.match_case,
+    ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Match, ast.match_case, ast.With,
 )  # fmt: skip
