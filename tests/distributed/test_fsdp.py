@@ -19,7 +19,7 @@ STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-7}  # other order of sums
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ADAPTERS = 4096  # elements, of 28 tensors: r=4 on the 14 linear layers of the tiny Llama
-TOGETHER = {"_LoRALinearsBackward": 4, "_GatedMLPBackward": 2, "_RMSNormBackward": 4}
+TOGETHER = {"_LoRALinearsBackward": 6, "_GatedMLPBackward": 2, "_RMSNormBackward": 4}
 EMBEDDING, BLOCK = 3200, 9280  # elements
 
 
@@ -52,8 +52,8 @@ class TestTraining:
         torch.testing.assert_close(losses[:8], torch.tensor(run["single"].losses), **STEP_TOLERANCE)
 
     def test_layers_are_computed_together_as_in_one_process(self, run: dict[str, Any]) -> None:
-        # of each of two blocks: q, k, v together, and o; the MLP; two norms (but the first, behind a frozen embedding); the
-        # last one
+        # two blocks: q, k, v together, and o; the MLP; two norms; then the last norm. Behind a frozen embedding there is
+        # no gradient to gather: q, k and v of the first block stay apart, and its first norm as it is
         assert run["single"].functions == TOGETHER
         assert all(rank["straight"]["functions"] == TOGETHER for rank in run["ranks"])
 
