@@ -4,11 +4,14 @@
 same base tensors. A case is one mixture (router and experts) or a whole model, whose attention stays without adapters.
 """
 
+import argparse
 import copy
 import functools
+import json
 import tempfile
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft

@@ -1,6 +1,8 @@
 """Fused experts computed as one, against dense float64 math, PEFT, and transformers' own implementations."""
 
 import copy
+import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +14,22 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import use_experts_implementation
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from lightning_lora import LoRAConfig, inject, load_peft, save_peft
+from lightning_lora import LoRAConfig, inject, load_peft, merge, remove, save_peft, unmerge
 from lightning_lora.experts.function import lora_experts
 from lightning_lora.experts.gates import KnownGate, OwnGate
 from lightning_lora.experts.stacks import Stack
 from lightning_lora.layers.base import lora_class
 from lightning_lora.layers.experts import LoRAExperts
 from lightning_lora.layers.parameters import LoRAParameters
+from lightning_lora.merge import disabled
 from tests import models, zoo
+from tests.test_counters import saved_bytes
 
 EXPERTS, HIDDEN, INTERMEDIATE, RANK, TOKENS, TOP_K = 6, 8, 12, 3, 10, 2
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -349,3 +357,220 @@ def test_another_formula_is_left_alone() -> None:
     assert isinstance(
         held(use_experts_implementation(type("Same", (Experts,), {"forward": Experts.forward}))), LoRAExperts
     )
+
+
+def change(experts: Any, how: str) -> Any:
+    """Do what keeps experts from being computed as one; return what undoes it."""
+    if how == "a hook on the activation":
+        return experts.act_fn.register_forward_hook(lambda *_: None).remove
+    if how == "a hook on all modules":
+        return nn.modules.module.register_module_forward_hook(lambda *_: None).remove
+    if how == "a base that trains":
+        experts._parameters["down_proj"].requires_grad_(True)
+    elif how == "experts spread over ranks":
+        experts._is_expert_parallel = True
+    else:
+        experts.config._experts_implementation = "another"
+    return lambda: None
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["a hook on the activation", "a hook on all modules", "a base that trains", "experts spread over ranks"],
+)
+def test_the_bases_own_code_runs_with(how: str) -> None:
+    experts = experts_of(adapted("qwen3_moe", "eager"))
+    inputs = inputs_of(experts)
+    expected = results(experts, inputs)
+    undo = change(experts, how)
+    try:
+        assert not is_fused(experts, inputs)
+        assert_same(results(experts, inputs), expected)
+        if how == "a base that trains":
+            experts(*inputs).sum().backward()
+            assert experts._parameters["down_proj"].grad.any()
+    finally:
+        undo()
+
+
+def test_hooks_on_the_activation_and_on_the_experts_see_what_they_should() -> None:
+    experts = experts_of(adapted("qwen3_moe"))
+    inputs = inputs_of(experts)
+    seen: dict[str, tuple[int, ...]] = {}
+    experts.register_forward_hook(lambda module, args, y: seen.update(experts=tuple(y.shape)))
+    experts.register_full_backward_hook(lambda module, grads, _: seen.update(grad=tuple(grads[0].shape)))
+    assert is_fused(experts, inputs)
+    experts.act_fn.register_forward_hook(lambda module, args, y: seen.update(activation=tuple(y.shape)))
+    experts(*inputs).sum().backward()
+    assert seen == {"experts": (TOKENS, 32), "activation": (TOKENS * TOP_K, 16), "grad": (TOKENS, 32)}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same(reentrant: bool) -> None:
+    experts = experts_of(adapted("qwen3_moe"))
+    x, index, weights = inputs_of(experts)
+    gradients = []
+    for call in (experts, lambda *args: checkpoint(experts, *args, use_reentrant=reentrant)):
+        for tensor in (x, weights, *experts.parameters()):
+            tensor.grad = None
+        call(x, index, weights).square().sum().backward()
+        gradients.append([x.grad, weights.grad, experts.lora_A_gate_up_proj.grad, experts.lora_B_down_proj.grad])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_is_followed_as_the_implementation_follows_it(implementation: str) -> None:
+    experts = experts_of(adapted("qwen3_moe", implementation))
+    inputs = inputs_of(experts)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_fused(experts, inputs)
+        found, wanted = results(experts, inputs), results(unfused(experts), inputs)
+    assert found[0].dtype == torch.float32
+    exact = results(experts, inputs)
+    is_float32 = torch.allclose(found[0], exact[0], rtol=1e-5, atol=1e-6)
+    assert is_float32 == (implementation == "grouped_mm")
+    for one, theirs, true in zip(found, wanted, exact, strict=True):
+        assert one.dtype == true.dtype
+        # bfloat16 keeps 8 bits of every number on the way; the two ways round at different places
+        assert (one - true).norm() <= 1.5 * (theirs - true).norm() + 1e-5 * true.norm()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_is_as_exact_as_the_implementation(implementation: str) -> None:
+    experts = experts_of(adapted("qwen3_moe", implementation))
+    exact = results(experts, inputs_of(experts))
+    experts.bfloat16()
+    experts.to(torch.bfloat16)
+    inputs = tuple(t.bfloat16().detach().requires_grad_() if t.is_floating_point() else t for t in inputs_of(experts))
+    assert experts.lora_A_down_proj.dtype == torch.float32
+    assert is_fused(experts, inputs)
+    found, theirs = results(experts, inputs), results(unfused(experts), inputs)
+    assert [one.dtype for one in found] == [one.dtype for one in theirs]
+    for one, other, true in zip(found, theirs, exact, strict=True):
+        # weights and inputs were rounded to 8 bits; what ours adds to that is no more than what theirs does
+        assert (one.float() - true).norm() <= 1.2 * (other.float() - true).norm()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_no_gradient_is_wanted(name: str) -> None:
+    model = adapted(name)
+    experts, ids = experts_of(model), models.token_ids()
+    expected = model(ids).logits
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-6, atol=1e-7)
+    assert experts.lora_gates
+
+
+def test_merging_disabling_copying_and_removing() -> None:
+    base = build("qwen3_moe")
+    model, ids = adapted("qwen3_moe").eval(), models.token_ids()
+    expected = model(ids).logits
+    merge(model)
+    torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+    unmerge(model)
+    assert torch.equal(model(ids).logits, expected)
+    with disabled(model):
+        torch.testing.assert_close(model(ids).logits, base(ids).logits, **CLOSE)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(experts_of(again), LoRAExperts)
+        assert torch.equal(again(ids).logits, expected)
+    state = {key for key in model.state_dict() if "experts.lora_" in key and "layers.0" in key}
+    assert state == {f"model.layers.0.mlp.experts.lora_{f}_{p}" for f in "AB" for p in ("gate_up_proj", "down_proj")}
+    remove(model)
+    assert type(model.model.layers[0].mlp.experts) is type(base.model.layers[0].mlp.experts)
+    assert not [name for name in model.model.layers[0].mlp.experts.__dict__ if name.startswith("lora_")]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_compiled_in_one_graph(implementation: str) -> None:
+    experts = experts_of(adapted("qwen3_moe", implementation))
+    inputs = inputs_of(experts)
+    expected = results(experts, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    y = compiled(*inputs)
+    torch.testing.assert_close(y, expected[0], **CLOSE)
+    x, _, weights = inputs
+    found = torch.autograd.grad(y.square().sum(), [x, weights, experts.lora_A_gate_up_proj])
+    assert_same(list(found), [*expected[1:3], expected[3]])
+
+
+def test_function_transforms_and_traces_run_the_bases_own_code() -> None:
+    experts = experts_of(adapted("qwen3_moe", "batched_mm"))
+    x, index, weights = (tensor.detach() for tensor in inputs_of(experts))
+    expected = results(experts, (x.requires_grad_(), index, weights.requires_grad_()))
+    x, weights = x.detach(), weights.detach()
+
+    def loss(x: Tensor) -> Tensor:
+        return experts(x, index, weights).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected[1], **CLOSE)
+    per_batch = torch.func.vmap(lambda x: experts(x, index, weights))(torch.stack([x, x]))
+    torch.testing.assert_close(per_batch[1], expected[0], **CLOSE)
+    direction = noise(*x.shape, seed=3, dtype=x.dtype)
+    _, forward = torch.func.jvp(loss, (x,), (direction,))
+    torch.testing.assert_close(forward, (direction * expected[1]).sum(), **CLOSE)
+    exported = torch.export.export(experts, (x, index, weights)).module()
+    torch.testing.assert_close(exported(x, index, weights), expected[0], **CLOSE)
+
+
+# what a step costs: the figures repeat on any machine
+
+
+def mixture(hidden: int = 128, intermediate: int = 48, experts: int = 8) -> tuple[nn.Module, Tensor]:
+    """A router and its experts in the proportions of Qwen3-30B-A3B's, and tokens for them."""
+    config = Qwen3MoeConfig(
+        hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=experts, num_experts_per_tok=4
+    )
+    config._experts_implementation = "grouped_mm"
+    torch.manual_seed(0)
+    block = Qwen3MoeSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return block, torch.randn(1, 64, hidden, requires_grad=True)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_mixture_keeps_at_most_half_of_what_peft_keeps(implementation: str) -> None:
+    base, x = mixture()
+    base.experts.config._experts_implementation = implementation
+    settings = {"target_modules": [], "target_parameters": PARAMETERS}
+    kept = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT on a bare block, which has no config
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=RANK, **settings)).base_model.model
+    for name, block in (("PEFT", theirs), ("ours", inject(base, LoRAConfig(r=RANK, **settings)))):
+        kept[name] = saved_bytes(lambda block=block: block(x), block.parameters())
+    assert kept["ours"] <= 0.35 * kept["PEFT"]
+
+
+def test_what_experts_keep_is_their_input_what_opens_them_and_ranks() -> None:
+    base, x = mixture()
+    block = inject(base, LoRAConfig(r=RANK, target_modules=[], target_parameters=PARAMETERS))
+    tokens, hidden = x[0].detach().requires_grad_(), 128
+    index = torch.rand(64, 8).topk(4, dim=1)[1]
+    weights = torch.rand(64, 4, requires_grad=True)
+    rows = 64 * 4
+    kept = saved_bytes(lambda: block.experts(tokens, index, weights), block.parameters())
+    assert kept == 4 * (64 * hidden + rows * (2 * 48 + 2 * RANK + 1)) + 8 * 2 * rows + 4 * 8  # order, places and ends
+
+
+def test_nothing_as_large_as_the_weights_is_made() -> None:
+    base, x = mixture()
+    block = inject(base, LoRAConfig(r=RANK, target_modules=[], target_parameters=PARAMETERS))
+    smallest = block.experts._parameters["down_proj"].numel()
+    made: list[tuple[str, int]] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and not func.is_view:
+                made.append((func._schema.name, result.numel()))
+            return result
+
+    with Sizes():
+        block(x).sum().backward()
+    assert max(size for _, size in made) < smallest
+    assert len([name for name, _ in made if name in ("aten::mm", "aten::addmm_")]) <= 8 * (4 + 12) + 4

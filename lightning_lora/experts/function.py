@@ -5,7 +5,7 @@ x -- rows by expert --> gate_up_e --> e -- G --> h -- * w --> down_e -- sum over
 x, e, the order of the rows and r numbers per row of each adapter are kept for backward; the rows and h are made again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.experts import grouped, loop
+from lightning_lora.experts import grouped, loop, traced
 from lightning_lora.experts.gates import Gate
 from lightning_lora.experts.groups import Groups
 from lightning_lora.experts.stacks import Stack
 from lightning_lora.functional import ANY_INPUTS, lora_linear, run
+
+Product = Callable[[Tensor, Groups, Stack], Tensor]
 
 
 def lora_experts(
@@ -33,6 +35,10 @@ def lora_experts(
         weights: ``[T, k]``.
         dtype: what the products run in.
     """
+    if torch.compiler.is_compiling():
+        groups = Groups.of(index, len(gate_up.weight), on_host=False)
+        with torch.autocast(x.device.type, enabled=False):
+            return formula(x.to(dtype), weights, groups, gate_up, down, gate, traced.product).to(x.dtype)
     on_device = grouped.serves(x.to(dtype)[:0], gate_up, down)
     groups = Groups.of(index, len(gate_up.weight), on_host=not on_device)
     flat = [tensor for stack in (gate_up, down) for tensor in stack[:4]]
@@ -72,7 +78,7 @@ class _Experts(torch.autograd.Function):
         w = weights.reshape(-1, 1).index_select(0, order)
         y, u_out = products.forward(settings[0].forward(e).mul_(w), groups, down)
         if down.bias is not None:
-            y.addcmul_(down.bias.index_select(0, groups.experts()).to(y.dtype), w.to(y.dtype))
+            y.add_(down.bias.index_select(0, groups.experts()) * w)
         return groups.collect(y), e, u_in, u_out
 
     @staticmethod
@@ -98,13 +104,14 @@ class _Experts(torch.autograd.Function):
         w = weights.reshape(-1, 1).index_select(0, order)
         h, back = ctx.settings[0].again(e)
         dy = groups.spread(grad)
-        to_down = products.backward(dy, h * w, u_out, groups, down, (True, *needs[6:8]))
+        to_down = products.backward(dy, (h * w).to(h.dtype), u_out, groups, down, (True, *needs[6:8]))
         dh = to_down.rows
         grad_w = None
         if need_w:
-            by_row = (h * dh).sum(1, dtype=torch.promote_types(w.dtype, torch.float32))
+            wide = torch.promote_types(w.dtype, torch.float32)
+            by_row = (h * dh).sum(1, dtype=wide)
             if down.bias is not None:
-                by_row += (dy * down.bias.index_select(0, groups.experts())).sum(1)
+                by_row += (dy * down.bias.index_select(0, groups.experts())).sum(1, dtype=wide)
             grad_w = by_row[places].to(w.dtype)
         del h, dy
         to_up = products.backward(back(dh.mul_(w)), groups.spread(x), u_in, groups, gate_up, (need_x, *needs[2:4]))
@@ -116,32 +123,37 @@ class _Experts(torch.autograd.Function):
 _Experts.forward.__signature__ = ANY_INPUTS  # type: ignore[attr-defined]  # see functional.py
 
 
+def formula(
+    x: Tensor, weights: Tensor, groups: Groups, gate_up: Stack, down: Stack, gate: Gate, product: Product
+) -> Tensor:
+    """Return :func:`lora_experts` by operations that autograd, or a tracer, looks into, for one kind of products."""
+    h = gate.plain(product(groups.spread(x), groups, gate_up))
+    w = weights.reshape(-1, 1).index_select(0, groups.order)
+    y = product((h * w).to(h.dtype), groups, down._replace(bias=None))
+    if down.bias is not None:
+        y = y + (down.bias[groups.experts()] * w).to(y.dtype)
+    return y[groups.places].sum(1)
+
+
 def _differentiably(
     ctx: Any, x: Tensor, weights: Tensor, groups: Groups, flat: list[Any], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients with a graph of their own, for a second derivative: all is computed again."""
-    gate_up, down = _stacks(ctx.settings, flat)
-    h = ctx.settings[0].plain(_plainly(groups.spread(x), groups, gate_up))
-    w = weights.reshape(-1, 1).index_select(0, groups.order)
-    y = _plainly((h * w).to(h.dtype), groups, down._replace(bias=None))
-    if down.bias is not None:
-        y = y + (down.bias[groups.experts()] * w).to(y.dtype)
+    y = formula(x, weights, groups, *_stacks(ctx.settings, flat), ctx.settings[0], _one_by_one)
     inputs = [x, weights, None, None, None, None, *flat]
     wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-    found = iter(torch.autograd.grad(y[groups.places].sum(1), wanted, grad, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
-def _plainly(rows: Tensor, groups: Groups, stack: Stack) -> Tensor:
+def _one_by_one(rows: Tensor, groups: Groups, stack: Stack) -> Tensor:
     """Return what each expert's linear layer gives for its rows, by operations that have second derivatives."""
-    last = groups.last()
     weight, bias = stack.weight.to(rows.dtype), None if stack.bias is None else stack.bias.to(rows.dtype)
-    parts = []
+    parts, last = [], groups.ends.tolist()
     for expert, (start, end) in enumerate(zip([0, *last], last, strict=False)):
         x, W, b = rows[start:end], weight[expert], None if bias is None else bias[expert]
         if stack.lora_A is None or stack.lora_B is None:
             parts.append(F.linear(x, W, b))
         else:
-            A, B = stack.lora_A[expert], stack.lora_B[expert]
-            parts.append(lora_linear(x, W, b, A, B, scaling=stack.scaling))
+            parts.append(lora_linear(x, W, b, stack.lora_A[expert], stack.lora_B[expert], scaling=stack.scaling))
     return torch.cat(parts)

@@ -46,8 +46,3 @@ class Groups(NamedTuple):
         """Return each row's expert, ``[S]``."""
         rows = torch.arange(len(self.order), device=self.ends.device, dtype=self.ends.dtype)
         return torch.searchsorted(self.ends, rows, right=True)
-
-    def last(self) -> list[int]:
-        """Return where each expert's rows end, on the host."""
-        last: list[int] = self.ends.tolist()
-        return last

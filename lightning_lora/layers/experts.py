@@ -24,13 +24,14 @@ from lightning_lora.layers.expert_formula import (
 )
 from lightning_lora.layers.gated_mlp import is_watched
 from lightning_lora.layers.parameters import LoRAParameters
+from lightning_lora.sharded import is_dtensor
 
 
 class LoRAExperts(LoRAParameters):
     """Mixin of experts ``sum_k w_k down_e(G(gate_up_e(x)))``, whose forward and backward are one function.
 
     The base's own ``forward`` runs, on weights that keep the factors apart, while a hook is to see a child, the base
-    trains, weights are in shards, and where torch looks into the code: compiled, traced or transformed.
+    trains, weights are in shards, and where torch traces or transforms the code.
     """
 
     lora_names: Names
@@ -38,26 +39,26 @@ class LoRAExperts(LoRAParameters):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self._is_fused(args, kwargs):
+        if not self._is_fused(args, kwargs):
             return super().forward(*args, **kwargs)
         x, index, weights = args
         opening, closing = self._stack(self.lora_names.opening), self._stack(self.lora_names.closing)
         return lora_experts(x, index, weights, opening, closing, self._gate(), dtype=self._dtype(x))
 
     def _is_fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if len(args) != 3 or kwargs or not self.lora_active or not all(type(one) is Tensor for one in args):
+        if len(args) != 3 or kwargs or not self.lora_active or not all(_is_plain(one) for one in args):
             return False
         x, index, weights = args
         base = [self._parameters.get(name) for name in self.lora_names.all]
-        own = [*base, *(self._parameters.get(name) for name in self.adapter_names)]
+        own: list[Any] = [*base, *(self._parameters.get(name) for name in self.adapter_names)]
         return (
             x.device.type in ("cpu", "cuda")
             and (x.ndim, index.ndim, index.shape) == (2, 2, weights.shape)
-            and all(type(one) is nn.Parameter and one.device == x.device for one in own)
+            and all(_is_plain(one) and one.device == x.device for one in own)
             and not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in base))
             and self._is_of_one_dtype(x)
             and not self.__dict__.get("_is_expert_parallel", False)
-            and not (_is_looked_into() or _has_any_global_hook())
+            and not (_is_transformed() or _has_any_global_hook())
             and not any(is_watched(child) for child in self._modules.values())
             and self._known_gate() is not None
         )
@@ -75,6 +76,8 @@ class LoRAExperts(LoRAParameters):
     def _known_gate(self) -> str | None:
         implementation = implementation_of(self)
         if implementation not in self.lora_gates:  # the model was set to another one since
+            if torch.compiler.is_compiling():
+                return None
             self.lora_gates[implementation] = gate_of(self, self.lora_names, {})
         return self.lora_gates[implementation]
 
@@ -94,10 +97,17 @@ class LoRAExperts(LoRAParameters):
         return Stack(weight, bias, *((None, None, 1.0) if pair is None else (pair.A, pair.B, pair.scaling)))
 
 
-def _is_looked_into() -> bool:
-    """Whether torch traces what runs, or runs it on what stands for several tensors at once."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return transformed or torch.jit.is_tracing() or forward_ad._current_level >= 0
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor is no subclass that has a way of its own to multiply, other than a tracer's stand-in."""
+    return type(tensor) in (Tensor, nn.Parameter) or (torch.compiler.is_compiling() and not is_dtensor(tensor))
+
+
+def _is_transformed() -> bool:
+    """Whether torch records what runs, or runs it on what stands for several tensors at once."""
+    if torch.compiler.is_compiling():
+        return False
+    stacked = torch._C._functorch.peek_interpreter_stack() is not None
+    return stacked or torch.jit.is_tracing() or forward_ad._current_level >= 0
 
 
 def fuse_experts(module: nn.Module, known: dict[Any, Any]) -> None:
