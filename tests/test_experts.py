@@ -21,6 +21,7 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from lightning_lora import LoRAConfig, inject, load_peft, merge, remove, save_peft, unmerge
+from lightning_lora.experts import grouped
 from lightning_lora.experts.function import lora_experts
 from lightning_lora.experts.gates import KnownGate, OwnGate
 from lightning_lora.experts.stacks import Stack
@@ -177,6 +178,26 @@ def test_the_graph_may_be_kept_and_gives_the_same_again() -> None:
     first = torch.autograd.grad(y, inputs, retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(y, inputs), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rank", [8, 3])
+def test_kernels_that_group_all_experts_give_what_one_by_one_gives(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU, where torch has the kernels too; a device computes with them in bfloat16."""
+    sizes = {"first": (2 * INTERMEDIATE, HIDDEN), "second": (HIDDEN, INTERMEDIATE)}
+    stacks = []
+    for seed, (out, first) in enumerate(sizes.values()):
+        shapes = [(EXPERTS, out, first), (EXPERTS, rank, first), (EXPERTS, out, rank)]
+        W, A, B = (noise(*shape, seed=seed + place).float() * 0.3 for place, shape in enumerate(shapes))
+        stacks.append(Stack(W, None, A.requires_grad_(), B.requires_grad_(), 1.5))
+    index, weights = routing()
+    x, weights = noise(TOKENS, HIDDEN, dtype=torch.float32).requires_grad_(), weights.float().requires_grad_()
+    inputs = [x, weights, *stacks[0][2:4], *stacks[1][2:4]]
+    found = []
+    for is_grouped in (False, True):
+        monkeypatch.setattr(grouped, "takes", lambda *_: is_grouped)  # noqa: B023
+        y = lora_experts(x, index, weights, *stacks, KnownGate("silu"), dtype=x.dtype)
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    assert_same(*found)
 
 
 # modules

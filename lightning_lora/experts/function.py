@@ -39,7 +39,7 @@ def lora_experts(
         groups = Groups.of(index, len(gate_up.weight), on_host=False)
         with torch.autocast(x.device.type, enabled=False):
             return formula(x.to(dtype), weights, groups, gate_up, down, gate, traced.product).to(x.dtype)
-    on_device = grouped.serves(x.to(dtype)[:0], gate_up, down)
+    on_device = grouped.takes(x[:0].to(dtype), *gate_up.weight.shape[1:], *down.weight.shape[1:])
     groups = Groups.of(index, len(gate_up.weight), on_host=not on_device)
     flat = [tensor for stack in (gate_up, down) for tensor in stack[:4]]
     settings = (gate, gate_up.scaling, down.scaling, groups.counts)

@@ -12,15 +12,15 @@ from lightning_lora.experts.stacks import Gradients, Stack
 _ALIGNED = 8  # the kernels want rows of whole 16 bytes
 
 
-def serves(rows: Tensor, *stacks: Stack) -> bool:
-    """Whether the kernels take these dtypes, sizes and this device."""
+def takes(rows: Tensor, *sizes: int) -> bool:
+    """Whether the kernels take rows of a device and dtype, and matrices of these sizes."""
     device = rows.device
     return (
         device.type == "cuda"
         and hasattr(F, "grouped_mm")
         and rows.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and all(size % _ALIGNED == 0 for stack in stacks for size in stack.weight.shape[1:])
+        and all(size % _ALIGNED == 0 for size in sizes)
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.experts import grouped
 from lightning_lora.experts.groups import Groups
 from lightning_lora.experts.stacks import Stack
 
@@ -29,9 +30,9 @@ def product(rows: Tensor, groups: Groups, stack: Stack) -> Tensor:
 @torch.library.custom_op("lightning_lora::expert_products", mutates_args=())
 def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Return each row times its expert's matrix: ``[S, in]``, ``[experts, in, out]`` to ``[S, out]``."""
-    if _is_grouped(rows, weight.shape[1:]):
-        grouped: Tensor = F.grouped_mm(rows, weight, offs=ends)
-        return grouped
+    if grouped.takes(rows, *weight.shape[1:]):
+        product: Tensor = F.grouped_mm(rows, weight, offs=ends)
+        return product
     y = rows.new_empty(rows.shape[0], weight.shape[2])
     for expert, (start, end) in enumerate(_spans(ends)):
         torch.mm(rows[start:end], weight[expert], out=y[start:end])
@@ -70,10 +71,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _product.register_autograd(_backward, setup_context=_setup)
-
-
-def _is_grouped(rows: Tensor, sizes: tuple[int, ...]) -> bool:
-    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
 
 
 def _spans(ends: Tensor) -> list[tuple[int, int]]:
