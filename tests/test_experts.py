@@ -388,10 +388,8 @@ def change(experts: Any, how: str) -> Any:
         return nn.modules.module.register_module_forward_hook(lambda *_: None).remove
     if how == "a base that trains":
         experts._parameters["down_proj"].requires_grad_(True)
-    elif how == "experts spread over ranks":
-        experts._is_expert_parallel = True
     else:
-        experts.config._experts_implementation = "another"
+        experts._is_expert_parallel = True
     return lambda: None
 
 
@@ -462,7 +460,6 @@ def test_bfloat16_is_as_exact_as_the_implementation(implementation: str) -> None
     experts = experts_of(adapted("qwen3_moe", implementation))
     exact = results(experts, inputs_of(experts))
     experts.bfloat16()
-    experts.to(torch.bfloat16)
     inputs = tuple(t.bfloat16().detach().requires_grad_() if t.is_floating_point() else t for t in inputs_of(experts))
     assert experts.lora_A_down_proj.dtype == torch.float32
     assert is_fused(experts, inputs)

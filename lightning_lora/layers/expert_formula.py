@@ -111,8 +111,7 @@ def _computes(small: Any, names: Names, gate: Gate) -> bool:
     weight = small._parameters[names.opening]
     num_experts, dtype = len(weight), weight.dtype
     x = torch.randn(_TOKENS, _HIDDEN, generator=generator, dtype=dtype, device="cpu")
-    shape = (_TOKENS, num_experts)
-    scores = torch.rand(shape, generator=generator, dtype=dtype, device="cpu")
+    scores = torch.rand(_TOKENS, num_experts, generator=generator, dtype=dtype, device="cpu")
     weights, index = scores.topk(min(2, num_experts), dim=1)
     for scale in SCALES:
         try:
