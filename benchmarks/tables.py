@@ -10,7 +10,9 @@ CONSOLE = Console(width=None if Console().is_terminal else 130)
 
 def show(item: str, results: Any) -> None:
     """Print one item's results."""
-    {"steps": _steps, "counters": _counters, "injection": _injection, "checkpoints": _checkpoints}[item](results)
+    {"steps": _steps, "counters": _counters, "injection": _injection, "checkpoints": _checkpoints, "moe": _moe}[item](
+        results
+    )
 
 
 def spread(ratio: dict[str, float]) -> str:
@@ -45,6 +47,23 @@ def _counters(results: list[dict[str, Any]]) -> None:
             for r in results
         ]
         _print(f"{title}, one {results[0]['shape']} block", ["base", "dropout", *names, "ours / PEFT"], rows)
+
+
+def _moe(results: list[dict[str, Any]]) -> None:
+    ratios = ("frozen / full", "PEFT / full", "ours / full", "ours / PEFT")
+    rows = [
+        [r["case"], r["implementation"], f"{1e3 * r['seconds']['full']['median']:.1f}"]
+        + [spread(r["ratios"][name]) for name in ratios]
+        + [f"{r['saved_bytes'][name] / 2**20:.1f}" for name in ("full", "PEFT", "ours")]
+        + [f"{r['saved_bytes']['ours'] / r['saved_bytes']['PEFT']:.3f}"]
+        for r in results
+    ]
+    saved = [f"{name} MiB" for name in ("full", "PEFT", "ours")]
+    _print(
+        "Experts: a step, CPU time, median [IQR], and bytes kept for backward",
+        ["case", "experts", "full ms", *ratios, *saved, "ours / PEFT"],
+        rows,
+    )
 
 
 def _injection(results: list[dict[str, Any]]) -> None:

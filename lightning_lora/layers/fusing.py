@@ -1,9 +1,10 @@
-"""What is computed together, found in a whole model: siblings, gated MLPs, norms."""
+"""What is computed together, found in a whole model: siblings, gated MLPs, norms, experts."""
 
 from typing import Any
 
 from torch import nn
 
+from lightning_lora.layers.experts import fuse_experts
 from lightning_lora.layers.gated_mlp import LoRAGatedMLP, fuse_gated_mlp, release_gated_mlp
 from lightning_lora.layers.norms import LoRARMSNorm, fuse_norms, release_norm
 from lightning_lora.layers.siblings import group_siblings
@@ -16,6 +17,7 @@ def fuse(root: nn.Module) -> None:
     """
     known: dict[Any, Any] = {}
     for module in list(root.modules()):
+        fuse_experts(module, known)
         if module._modules:
             group_siblings(module)
             fuse_gated_mlp(module, known)

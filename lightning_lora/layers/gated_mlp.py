@@ -22,7 +22,7 @@ from lightning_lora.layers.siblings import can_fuse, enter, factors, go_together
 from lightning_lora.layers.structure import are_same, facts, keeps_books, own_attributes
 
 # from where activations are linear to where limits that some models put on them are passed
-_SCALES = (0.03, 1.0, 30.0, 1e4)
+SCALES = (0.03, 1.0, 30.0, 1e4)
 
 
 class Roles(NamedTuple):
@@ -59,7 +59,7 @@ class LoRAGatedMLP(Made):
             and self._is_as_recognized()
             and all(can_fuse(layer, x) for layer in (gate, up, down))
             and not _has_any_global_hook()
-            and not any(_is_watched(child) for child in self._modules.values())
+            and not any(is_watched(child) for child in self._modules.values())
             and go_together([gate, up], gate)
             and _is_split_inside(gate, up, down)
         )
@@ -109,7 +109,8 @@ def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
     return columns and isinstance(down, RowParallelLinear) and not down.tp_whole_input
 
 
-def _is_watched(module: nn.Module | None) -> bool:
+def is_watched(module: nn.Module | None) -> bool:
+    """Whether a hook of a module is to see its input or output."""
     return module is not None and bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -228,7 +229,7 @@ def _gives(small: Any, roles: Roles) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, _HIDDEN, generator=generator, dtype=torch.float64, device="cpu")
     with torch.random.fork_rng(devices=[]):
-        for scale in _SCALES:
+        for scale in SCALES:
             expected = down(ACTIVATIONS[roles.activation].forward(gate(x * scale)) * up(x * scale))
             try:
                 given = type(small).forward(small, x * scale)

@@ -1,0 +1,1 @@
+"""Fused experts with adapters: rows sorted by expert, and every product of theirs with the factors kept apart."""

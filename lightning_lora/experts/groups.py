@@ -1,0 +1,48 @@
+"""Which rows go to which expert: :class:`Groups`."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Groups(NamedTuple):
+    """``S = T * k`` rows, each a token for one of its ``k`` experts, sorted by expert.
+
+    Attributes:
+        order: ``[S]``, the place in the routing, ``token * k + choice``, of each row.
+        places: ``[T, k]``, the row of each place in the routing.
+        ends: ``[num_experts]`` int32, where each expert's rows end.
+        counts: rows of each expert; ``None`` leaves the numbers on the device, where grouped products read them.
+    """
+
+    order: Tensor
+    places: Tensor
+    ends: Tensor
+    counts: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, index: Tensor, num_experts: int, *, on_host: bool) -> "Groups":
+        """Sort a routing ``[T, k]`` of experts; ``on_host`` waits for the device and reads the numbers of rows."""
+        experts, order = index.reshape(-1).sort(stable=True)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        ends = torch.searchsorted(experts, torch.arange(num_experts, device=order.device), right=True, out_int32=True)
+        counts = None
+        if on_host:
+            last = ends.tolist()
+            counts = tuple(end - start for start, end in zip([0, *last], last, strict=False))
+        return cls(order, places.view_as(index), ends, counts)
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """Return each row's token: ``[T, n]`` as ``[S, n]``."""
+        return tokens.index_select(0, self.order // self.places.shape[1])
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """Return each token's sum over its rows, the transpose of :meth:`spread`: ``[S, n]`` as ``[T, n]``."""
+        return F.embedding_bag(self.places, rows, mode="sum")  # gathers and adds in one kernel
+
+    def experts(self) -> Tensor:
+        """Return each row's expert, ``[S]``."""
+        rows = torch.arange(len(self.order), device=self.ends.device, dtype=self.ends.dtype)
+        return torch.searchsorted(self.ends, rows, right=True)
