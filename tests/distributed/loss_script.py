@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import MegatronLoRAStrategy, vocab_parallel_cross_entropy
+from lightning_lora import MegatronLoRAStrategy, linear_cross_entropy
 from lightning_lora.sharded import is_sharded, spread_like
 from tests import models
 from tests.distributed.counting import counted_collectives
@@ -88,7 +88,7 @@ class Predicting(LanguageModule):
     def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
         hidden = self.model.model(batch).last_hidden_state
         with counted_collectives() as traffic:
-            loss = vocab_parallel_cross_entropy(self.model, hidden, labels)
+            loss = linear_cross_entropy(self.model, hidden, labels)
         self.found["traffic"] = dict(traffic)
         return loss
 
