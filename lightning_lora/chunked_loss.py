@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_lora.functional import autocast_dtype
-from lightning_lora.parallel_loss import agree, loss_and_weight, place, set_apart
+from lightning_lora.parallel_loss import agree, loss_and_weight, place, refuse_create_graph, set_apart
 
 # of the rows, so that all buffers together stay below a twentieth of the logits; of fewer rows, what products are fast
 # with, and memory does not matter yet
-_PARTS, _MIN_ROWS, _MIN_BYTES = 26, 64, 24 * 2**20
+_PARTS, _MIN_ROWS, _MIN_NUMEL = 26, 64, 6 * 2**20
 _CACHE_BYTES = 2 * 2**20  # of a CPU core
 _NARROWEST = {torch.float16: 2.0**10}  # a probability of one in 150,000 is there, but hardly
 
@@ -66,8 +66,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_create_graph()
         share, u = ctx.saved_tensors
         # u stays: a graph may be gone through twice. The factor is not rounded to u's dtype, in which it may overflow
         grad_x = torch.mul(u, (grad * share)[:, None], out=torch.empty_like(u))
@@ -155,9 +155,8 @@ def _subtract_targets(u: Tensor, weight: Tensor, column: Tensor, of_this_rank: T
 def _sizes(x: Tensor, size: int, softcap: float | None) -> tuple[int, int]:
     """Return how many rows make a chunk of logits, and how many of those are in float32 at once."""
     num_rows, width = x.shape[0], x.element_size()
-    chunk = max(num_rows // _PARTS, _MIN_ROWS, _MIN_BYTES // (size * width))
-    num_chunks = max(math.ceil(num_rows / chunk), 1)
-    chunk = max(8 * math.ceil(num_rows / num_chunks / 8), 8)  # of about equal sizes; tensor cores take rows by eight
+    most = max(num_rows // _PARTS, _MIN_ROWS, _MIN_NUMEL // size) // 8 * 8  # tensor cores take rows by eight
+    chunk = 8 * math.ceil(num_rows / max(math.ceil(num_rows / most), 1) / 8) or 8  # of about equal sizes
     if x.device.type == "cpu":
         block = min(_CACHE_BYTES // (size * max(width, 4)), chunk // 16)
     elif width < 4 or softcap:

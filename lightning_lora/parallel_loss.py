@@ -58,6 +58,15 @@ def loss_and_weight(others: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     return -F.logsigmoid(-d), d.sigmoid()
 
 
+def refuse_create_graph() -> None:
+    """Raise ``RuntimeError`` in a backward whose result would be a constant to a second one."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this loss can be differentiated once, and backward was called with create_graph=True: use "
+            "F.cross_entropy on the model's logits for second derivatives"
+        )
+
+
 def losses_of_parts(logits: Tensor, targets: Tensor, group: Any) -> Tensor:
     """Return ``log sum exp(z) - z[target]``, ``[T]``, of logits that are split over ``group``. Called on all ranks."""
     losses: Tensor = _VocabParallelCrossEntropy.apply(logits, targets, group)  # type: ignore[no-untyped-call]
@@ -80,8 +89,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        refuse_create_graph()
         logits, others, weight, column, here = ctx.saved_tensors
         slope = (logits.to(others.dtype) - others[:, None]).exp_()  # [T, vocabulary / ranks]
         at_target = slope.gather(1, column[:, None])

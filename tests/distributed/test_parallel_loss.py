@@ -1,17 +1,21 @@
 """``linear_cross_entropy`` on 2 and 4 gloo ranks, and on one process, against transformers' own loss."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import seed_everything
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapter_parameters
 from tests import models, zoo
+from tests.distributed.ddp_script import BATCH
 from tests.distributed.fsdp_script import fit
 from tests.distributed.launch import launch
-from tests.distributed.loss_script import CASES, Predicting, labels_of
+from tests.distributed.loss_script import AVERAGED, CASES, CHUNK, HEADLESS, Predicting, labels_of, unequal_labels
+from tests.runs import ROWS
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
 ROUNDING = {"rtol": 0.05, "atol": 1e-3}  # of bfloat16, 2^-9, in several layers
@@ -26,6 +30,13 @@ class Whole(Predicting):
         return loss if self.learns else 0.0 * self.model(input_ids=batch).logits.sum()  # theirs is nan
 
 
+class Unequal(Whole):
+    """The whole of a batch that ranks have unequal parts of."""
+
+    def labels(self, batch: Tensor) -> Tensor:
+        return unequal_labels(batch)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("loss")
@@ -35,6 +46,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         single[case] = Predicting(case) if "dropout" in case else Whole(case)
         seed_everything(7, verbose=False)
         fit(directory / "single", single[case], "auto", limit_train_batches=1, **settings)
+    for case, num_batches in itertools.product(("llama", "tied llama"), (1, 2)):
+        module = Unequal(case)
+        loaders = {"train_dataloaders": DataLoader(models.token_ids(ROWS, 8, seed=1), batch_size=BATCH * num_batches)}
+        fit(directory / "whole", module, "auto", lora=HEADLESS, loaders=loaders, limit_train_batches=1)
+        single[f"whole {case}, {num_batches}"] = module
     torch.save({case: module.found["gradients"] for case, module in single.items()}, directory / "single.pt")
     return {"single": single, "ranks": launch("loss_script.py", 4, directory)}
 
@@ -73,6 +89,44 @@ def test_nothing_learned_is_a_loss_of_zero_and_moves_nothing(run: dict[str, Any]
     for found in splits(run, "nothing learned"):
         assert found["loss"].item() == 0.0
         assert not any(gradient.any() for gradient in found["gradients"].values())
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+@pytest.mark.parametrize("strategy", AVERAGED)
+def test_gradients_over_unequal_ranks_are_those_of_the_whole_batch(
+    run: dict[str, Any], strategy: str, num_batches: int
+) -> None:
+    expected = run["single"][f"whole {AVERAGED[strategy][0]}, {num_batches}"].found
+    ranks = [rank["averaged"][f"{strategy}, {num_batches}"] for rank in run["ranks"]]
+    counts = [number for rank in ranks for number in rank["labels"]]
+    assert len(set(counts)) > 1
+    assert strategy == "megatron_lora" or 0 in counts
+    torch.testing.assert_close(
+        torch.tensor([loss for rank in ranks for loss in rank["losses"]]).mean(), expected["loss"]
+    )
+    for number, rank in enumerate(ranks):
+        torch.testing.assert_close(rank["gradients"], rank["expected"], **TOLERANCE)
+        replica = ranks[number % 2 if strategy == "megatron_lora" else 0]
+        torch.testing.assert_close(rank["gradients"], replica["gradients"], rtol=0.0, atol=0.0)
+    if strategy == "megatron_lora":
+        assert ranks[0]["losses"] == ranks[1]["losses"]
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_a_sharded_head_is_gathered_once_for_all_chunks(run: dict[str, Any], num_batches: int) -> None:
+    for rank in run["ranks"]:
+        found = rank["averaged"][f"fsdp_lora, {num_batches}"]
+        for traffic in found["traffic"]:
+            assert traffic["all_gather"] == [25 * HIDDEN]  # on the rank without labels too
+            assert not traffic["all_reduce"]
+        assert len(found["backward"]["all_gather"]) == 1  # the first block's
+
+
+def test_no_strategy_has_more_than_a_chunk_of_logits(run: dict[str, Any]) -> None:
+    for strategy in AVERAGED:
+        found = [rank["averaged"][f"{strategy}, 2"] for rank in run["ranks"]]
+        assert max(max(one["rows"]) for one in found) == CHUNK
+        assert max(max(one["labels"]) for one in found) > 2 * CHUNK
 
 
 @pytest.mark.parametrize("case", CASES)
