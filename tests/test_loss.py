@@ -98,7 +98,7 @@ class TestAgainstDenseMath:
         assert losses.min() < 1e-6
 
     def test_a_flat_softmax_keeps_its_gradient_in_float16(self) -> None:
-        size = 50_000  # its probabilities are subnormal numbers
+        size = 277_310  # its probabilities are 60.5 of the least float16
         x, weight = torch.zeros(1, 4, dtype=torch.float16, requires_grad=True), torch.randn(size, 4).half() + 1
         losses_of_linear(x, weight, None, torch.tensor([3])).sum().backward()
         expected = weight.double().mean(0) - weight[3].double()
