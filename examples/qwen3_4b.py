@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from lightning_lora import vocab_parallel_cross_entropy
+from lightning_lora import linear_cross_entropy
 
 IGNORED = -100  # the label of a position that is not learned
 
@@ -59,7 +59,7 @@ class CompletionWriter(L.LightningModule):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the mean loss of the labelled tokens; no rank ever has whole logits."""
         hidden = self.model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        return vocab_parallel_cross_entropy(self.model, hidden, batch["labels"], ignore_index=IGNORED)
+        return linear_cross_entropy(self.model, hidden, batch["labels"], ignore_index=IGNORED)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self(batch)

@@ -7,9 +7,9 @@ from lightning_lora.combine import combine
 from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import convert
 from lightning_lora.inject import inject, named_adapter_parameters, remove
+from lightning_lora.loss import linear_cross_entropy
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.merge import disabled, merge, merged, unmerge
-from lightning_lora.parallel_loss import vocab_parallel_cross_entropy
 from lightning_lora.peft_export import save_peft
 from lightning_lora.peft_import import load_peft
 from lightning_lora.readers import check_portable
@@ -30,6 +30,7 @@ __all__ = [
     "disabled",
     "gpt_model",
     "inject",
+    "linear_cross_entropy",
     "load_adapter_state_dict",
     "load_hf_weights",
     "load_peft",
@@ -39,7 +40,6 @@ __all__ = [
     "remove",
     "save_peft",
     "unmerge",
-    "vocab_parallel_cross_entropy",
 ]
 
 lightning_hooks.install()

@@ -1,7 +1,11 @@
-"""The loss of a causal language model whose output head may be split over tensor-parallel ranks.
+"""What ranks agree on about logits ``[T, vocabulary / ranks]`` that are split over them, and the loss of such logits.
 
-Whole logits would cost an all-gather of tokens x vocabulary, and as much memory on every rank. Each rank's own part is
-enough: ranks agree on three numbers per token, the largest logit, the sum of exponentials and the target's logit.
+The target's logit is kept apart from the others, so that nothing cancels: with
+``d = log sum_{v != t} exp z_v - z_t``, which takes two numbers per token and rank,
+
+    loss = log(1 + exp d),   dloss / dz_t = -sigmoid d,   dloss / dz_v = sigmoid d * q_v,
+
+where q is the softmax of the others alone.
 """
 
 from typing import Any
@@ -10,115 +14,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.layers.parallel import parts_of_output
-from lightning_lora.root import is_megatron
 
-# fields of transformers' configs by which a model changes what its head gives, with the value that changes nothing
-_CHANGES = {
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-    "output_multiplier": 1.0,
-    "output_logit_soft_cap": 0.0,
-}
+def place(targets: Tensor, size: int, group: Any) -> tuple[Tensor, Tensor]:
+    """Return the columns of targets ``[T]`` among the ``size`` of this rank, and whether they are here."""
+    column = targets - (0 if group is None else torch.distributed.get_rank(group) * size)
+    here = (column >= 0) & (column < size)
+    return column.clamp(0, size - 1), here
 
 
-def vocab_parallel_cross_entropy(model: Any, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Return the mean loss of predicting each next token: transformers' ``model(..., labels=labels).loss``.
-
-    Only labelled positions go through the output head. It may be whole, sharded or split, adapted or not, so that one
-    ``training_step`` serves all strategies. Where it is split, on all ranks that share the model: two all-reduces, of
-    ``tokens`` and of ``2 * tokens`` numbers, in forward and none but the head's own in backward.
+def set_apart(z: Tensor, column: Tensor, here: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Turn logits ``z`` ``[n, V]`` in place into ``factor * q``, the softmax without the target, 0 there.
 
     Args:
-        model: a transformers causal language model.
-        hidden: ``[batch, tokens, hidden_size]``, the last hidden states of its body.
-        labels: ``[batch, tokens]``, aligned with the input: position t is predicted from t - 1.
-        ignore_index: the label of what is not learned. Where that is all, the loss and its gradients are zero.
+        column: ``[n]``, the target's.
+        here: ``[n]``, whether it is in ``z`` at all.
 
-    Raises:
-        ValueError: shapes do not match, a label is outside the vocabulary, or the model's logits are not what its head
-            gives.
-
-    Example::
-
-        hidden = self.model.model(input_ids, attention_mask=attention_mask).last_hidden_state
-        return vocab_parallel_cross_entropy(self.model, hidden, labels)
+    Returns:
+        ``log sum exp`` of the others and the target's logit, 0 where it is not here: ``[n]`` each.
     """
-    head, softcap = _head(model)
-    if hidden.shape[:-1] != labels.shape or labels.ndim != 2:
-        raise ValueError(
-            f"hidden {list(hidden.shape)} and labels {list(labels.shape)} must be [batch, tokens, hidden_size] and "
-            "[batch, tokens]: pass all positions, labels that are not shifted"
+    limits = torch.finfo(z.dtype)
+    own = z.gather(1, column[:, None])
+    z.scatter_(1, column[:, None], own.masked_fill(here[:, None], -torch.inf))
+    highest = z.amax(1, keepdim=True).clamp_min_(limits.min)  # where all others are -inf
+    total = z.sub_(highest).exp_().sum(1, keepdim=True)
+    z.mul_(factor / total.clamp_min(limits.tiny))
+    return (highest + total.log())[:, 0], own[:, 0].masked_fill(~here, 0.0)
+
+
+def agree(others: Tensor, own: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Return the same two of all ranks' parts, ``[T]`` each: one all-gather of ``2 T`` numbers, on all of them.
+
+    Every rank computes the same of the same numbers, so that all have the same losses to the last bit.
+    """
+    mine = torch.stack([others, own])
+    parts = mine.new_empty(torch.distributed.get_world_size(group), *mine.shape)
+    torch.distributed.all_gather_into_tensor(parts.flatten(0, 1), mine, group=group)
+    return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+
+
+def loss_and_weight(others: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``log(1 + exp d)`` and ``sigmoid d``, ``[T]`` each: the losses, and how much is not the target's."""
+    d = others - own
+    return -F.logsigmoid(-d), d.sigmoid()
+
+
+def refuse_create_graph() -> None:
+    """Raise ``RuntimeError`` in a backward whose result would be a constant to a second one."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this loss can be differentiated once, and backward was called with create_graph=True: use "
+            "F.cross_entropy on the model's logits for second derivatives"
         )
-    targets = labels[:, 1:].to(hidden.device)
-    learned = targets != ignore_index
-    targets = targets[learned]  # [T]
-    with parts_of_output(head) as group:
-        logits: Tensor = head(hidden[:, :-1][learned])  # [T, vocabulary], or this rank's part of it
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    if group is None:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        total = F.cross_entropy(logits.to(wide), targets, reduction="sum")
-    else:
-        _check_targets(targets, head.out_features)
-        total = _VocabParallelCrossEntropy.apply(logits, targets, group).sum()  # type: ignore[no-untyped-call]
-    return total / max(targets.numel(), 1)
 
 
-def _head(model: Any) -> tuple[Any, float | None]:
-    """Return the output head and the bound that the model's logits are softly kept within, if any."""
-    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
-    if is_megatron(model):
-        raise ValueError("a GPTModel computes this loss by itself: call it with labels=, shifted by one")
-    if head is None:
-        raise ValueError(
-            f"{type(model).__name__} has no output head: pass a transformers causal language model, such as "
-            "AutoModelForCausalLM gives"
-        )
-    config = model.config.get_text_config()
-    changes = [name for name, none in _CHANGES.items() if getattr(config, name, None) not in (None, none)]
-    if changes or config.is_encoder_decoder:
-        what = f"{changes[0]}={getattr(config, changes[0])!r}" if changes else "an encoder and a decoder"
-        raise ValueError(
-            f"{type(model).__name__} has {what}, which this loss does not know: use model(..., labels=labels).loss"
-        )
-    return head, getattr(config, "final_logit_softcapping", None)
-
-
-def _check_targets(targets: Tensor, size: int) -> None:
-    # no rank would have such a row, and the loss would be that of a logit of zero
-    outside = targets[(targets < 0) | (targets >= size)]
-    if outside.numel():
-        raise ValueError(f"label {int(outside[0])} is outside the vocabulary of {size}")
+def losses_of_parts(logits: Tensor, targets: Tensor, group: Any) -> Tensor:
+    """Return ``log sum exp(z) - z[target]``, ``[T]``, of logits that are split over ``group``. Called on all ranks."""
+    losses: Tensor = _VocabParallelCrossEntropy.apply(logits, targets, group)  # type: ignore[no-untyped-call]
+    return losses
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """``log sum exp(z) - z[target]``, ``[T]``, of logits z ``[T, vocabulary / ranks]`` that are split over a group.
+    """Every rank gets the same losses, and the gradient of its own part.
 
-    Every rank gets the same losses, and the gradient of its own part: ``softmax(z) - onehot(target)``. The softmax is
-    made again in backward, from the logits in their own dtype, instead of being kept in float32.
+    The softmax is made again in backward, from the logits in their own dtype, instead of being kept in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Any) -> Tensor:
-        size = logits.shape[1]
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        highest = z.amax(1)  # [T]
-        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=group)
-        row = targets - torch.distributed.get_rank(group) * size
-        is_here = (row >= 0) & (row < size)
-        row = row.clamp(0, size - 1)
-        sums = torch.stack([(z - highest[:, None]).exp().sum(1), z.gather(1, row[:, None])[:, 0] * is_here])
-        torch.distributed.all_reduce(sums, group=group)
-        normalizer = highest + sums[0].log()
-        ctx.save_for_backward(logits, normalizer, row, is_here)
-        return normalizer - sums[1]
+        column, here = place(targets, logits.shape[1], group)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        others, own = agree(*set_apart(logits.to(wide, copy=True), column, here), group)
+        losses, weight = loss_and_weight(others, own)
+        ctx.save_for_backward(logits, others, weight, column, here)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, normalizer, row, is_here = ctx.saved_tensors
-        slope = (logits.to(normalizer.dtype) - normalizer[:, None]).exp_()  # [T, vocabulary / ranks]
-        slope.scatter_add_(1, row[:, None], -is_here.to(slope.dtype)[:, None])
-        return slope.mul_(grad[:, None]).to(logits.dtype), None, None
+        refuse_create_graph()
+        logits, others, weight, column, here = ctx.saved_tensors
+        slope = (logits.to(others.dtype) - others[:, None]).exp_()  # [T, vocabulary / ranks]
+        at_target = slope.gather(1, column[:, None])
+        slope.scatter_(1, column[:, None], torch.where(here[:, None], -1.0, at_target))
+        return slope.mul_((weight * grad)[:, None]).to(logits.dtype), None, None

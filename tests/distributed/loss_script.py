@@ -1,4 +1,4 @@
-"""One rank of Trainer steps whose loss is made from the parts of the output head."""
+"""One rank of Trainer steps whose loss is made from the parts of the output head, or averaged over ranks."""
 
 import itertools
 import os
@@ -10,15 +10,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import MegatronLoRAStrategy, vocab_parallel_cross_entropy
+from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, chunked_loss, linear_cross_entropy
 from lightning_lora.sharded import is_sharded, spread_like
 from tests import models
 from tests.distributed.counting import counted_collectives
-from tests.distributed.ddp_script import rank_loader
-from tests.distributed.fsdp_script import fit
+from tests.distributed.ddp_script import BATCH, rank_loader
+from tests.distributed.fsdp_script import SHARDED, fit
 from tests.distributed.launch import report
 from tests.distributed.megatron_script import four_heads
-from tests.runs import LanguageModule
+from tests.live_bytes import watched
+from tests.runs import ROWS, LanguageModule
 
 
 def odd() -> nn.Module:
@@ -50,8 +51,10 @@ def padded() -> nn.Module:
     return model
 
 
+HEADLESS = {"target_modules": ["q_proj", "down_proj"]}
 HEAD = {"target_modules": ["q_proj", "down_proj", "lm_head"]}
 TABLE = {"target_modules": ["q_proj", "embed_tokens"]}
+CHUNK = 2  # rows of logits that are there at once; not what the sizes of these models would choose
 SAME_DATA = {"train_dataloaders": rank_loader(0, 1)}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (four_heads, {}),
@@ -65,6 +68,14 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "padding": (padded, {}),
     "bf16": (four_heads, {"precision": "bf16-mixed"}),
     "nothing learned": (four_heads, {}),
+}
+
+
+AVERAGED: dict[str, tuple[str, Any, int]] = {  # models, strategies, and how many ranks share a model
+    "ddp": ("llama", lambda: "ddp", 1),
+    "fsdp_lora": ("llama", lambda: FSDPLoRAStrategy(**SHARDED), 1),
+    "fsdp_lora, tied": ("tied llama", lambda: FSDPLoRAStrategy(**SHARDED), 1),
+    "megatron_lora": ("llama", lambda: MegatronLoRAStrategy(tensor_parallel_size=2), 2),
 }
 
 
@@ -85,17 +96,20 @@ class Predicting(LanguageModule):
         self.learns = case != "nothing learned"
         self.found: dict[str, Any] = {}
 
+    def labels(self, batch: Tensor) -> Tensor:
+        return labels_of(batch) if self.learns else torch.full_like(batch, -100)
+
     def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
         hidden = self.model.model(batch).last_hidden_state
         with counted_collectives() as traffic:
-            loss = vocab_parallel_cross_entropy(self.model, hidden, labels)
+            loss = linear_cross_entropy(self.model, hidden, labels)
         self.found["traffic"] = dict(traffic)
         return loss
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if self.found:
             return None
-        labels = labels_of(batch) if self.learns else torch.full_like(batch, -100)
+        labels = self.labels(batch)
         self.found["learned"] = int((labels[:, 1:] != -100).sum())
         loss = self.loss(batch, labels)
         self._counting = counted_collectives()
@@ -114,8 +128,63 @@ class Predicting(LanguageModule):
         self.parameters_by_name = dict(self.named_parameters())
 
 
+def expected_parts(module: Predicting, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return of one process's gradients what this rank has."""
+    return {name: spread_like(value, module.parameters_by_name[name]).clone() for name, value in gradients.items()}
+
+
+class Averaged(Predicting):
+    """Divides by the mean number of labels, of which every row has others and some have none."""
+
+    def __init__(self, case: str, num_items: float | None = None) -> None:
+        super().__init__(case)
+        self.num_items = num_items
+        self.found = {"labels": [], "traffic": [], "rows": [], "losses": []}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        labels = unequal_labels(batch)
+        num_labels = (labels[:, 1:] != -100).sum().float()
+        self.found["labels"].append(int(num_labels))  # reduce() changes it in place
+        num_items = self.num_items or self.trainer.strategy.reduce(num_labels, reduce_op="mean")
+        hidden = self.model.model(batch).last_hidden_state
+        with counted_collectives() as traffic, watched(self.model.lm_head.weight.shape[0]) as found:
+            loss = linear_cross_entropy(self.model, hidden, labels, num_items=num_items)
+        self.found["traffic"].append(dict(traffic))
+        self.found["rows"].append(found.rows)
+        self.found["losses"].append(loss.detach().clone())
+        self._counting = counted_collectives()
+        self._backward = self._counting.__enter__()
+        return loss
+
+
+def unequal_labels(batch: Tensor) -> Tensor:
+    """Learn the tokens that are larger than their row's first; some rows have none."""
+    return batch.masked_fill(batch <= batch[:, :1], -100)
+
+
+def averaged(directory: Path, single: dict[Any, Any]) -> dict[str, Any]:
+    """Take one step on one global batch, and one on two that are accumulated."""
+    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    found = {}
+    for (name, (case, strategy, sharing)), num_batches in itertools.product(AVERAGED.items(), (1, 2)):
+        num_parts = num_ranks // sharing * num_batches
+        labels = unequal_labels(models.token_ids(ROWS, 8, seed=1)[: BATCH * num_batches])
+        module = Averaged(case, int((labels[:, 1:] != -100).sum()) / num_parts if num_batches > 1 else None)
+        fit(
+            directory / "averaged", module, strategy(), lora=HEADLESS,
+            loaders={"train_dataloaders": rank_loader(rank // sharing, num_ranks // sharing)},
+            limit_train_batches=num_batches, accumulate_grad_batches=num_batches,
+        )  # fmt: skip
+        found[f"{name}, {num_batches}"] = {
+            **module.found,
+            "expected": expected_parts(module, single[f"whole {case}, {num_batches}"]),
+        }
+    return found
+
+
 def main(directory: Path) -> None:
     """Split each model over all ranks, and over pairs of them that get the same data."""
+    chunked_loss._sizes = lambda *_: (CHUNK, 1)
     num_ranks = int(os.environ["WORLD_SIZE"])
     single = torch.load(directory / "single.pt", weights_only=True)
     found: dict[str, Any] = {}
@@ -125,13 +194,8 @@ def main(directory: Path) -> None:
         pl.seed_everything(7, verbose=False)
         module, strategy = Predicting(case), MegatronLoRAStrategy(tensor_parallel_size=size)
         fit(directory / "split", module, strategy, loaders=SAME_DATA, limit_train_batches=1, **CASES[case][1])
-        # of one process's gradient, what this rank has
-        expected = {
-            name: spread_like(gradient, module.parameters_by_name[name]).clone()
-            for name, gradient in single[case].items()
-        }
-        found[f"{case}, {size} ranks"] = {**module.found, "expected": expected}
-    report(directory, found)
+        found[f"{case}, {size} ranks"] = {**module.found, "expected": expected_parts(module, single[case])}
+    report(directory, {**found, "averaged": averaged(directory, single)})
 
 
 if __name__ == "__main__":
