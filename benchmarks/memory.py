@@ -33,19 +33,24 @@ class LiveStorage(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        if self.now > self.peak:  # only then does it matter which are gone
+            self.sweep()
+            self.peak = max(self.peak, self.now)
+        return output
+
+    def sweep(self) -> None:
+        """Leave out of ``now`` what has been freed."""
         for cdata, (reference, size) in list(self._alive.items()):
             if reference.expired():
                 del self._alive[cdata]
                 self.now -= size
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
-        self.peak = max(self.peak, self.now)
-        return output
 
 
 def measure(rounds: int, quick: bool = False) -> dict[str, Any]:
-    """Track one step of every contender, after one that makes its moments; ``rounds`` has no say."""
+    """Track one step of every contender, after a short one that makes its moments; ``rounds`` has no say."""
     config = model_config(quick)
     batch = batch_like_quickstart(config.vocab_size)
     peaks = {}
@@ -58,7 +63,9 @@ def measure(rounds: int, quick: bool = False) -> dict[str, Any]:
 
 def peak_of(contender: Contender) -> dict[str, int]:
     """Return the peak of a step, and what of it is there before: parameters, moments, gradients of the step before."""
+    whole, contender.batch = contender.batch, {name: tensor[:1] for name, tensor in contender.batch.items()}
     contender.step()
+    contender.batch = whole
     moments = [value for state in contender.states() for value in state.values() if isinstance(value, Tensor)]
     tensors = [*contender.model.parameters(), *contender.model.buffers(), *moments]
     tensors += [p.grad for p in contender.model.parameters() if p.grad is not None]

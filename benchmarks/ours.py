@@ -4,8 +4,8 @@ The one place that knows their names and arguments; where one is not in the pack
 :func:`described` says so.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +18,37 @@ LoRAAdamW: Any = getattr(lightning_lora, "LoRAAdamW", None)
 linear_cross_entropy: Any = getattr(lightning_lora, "linear_cross_entropy", None)
 
 
+class Stepper(NamedTuple):
+    """An optimizer, and its step with clipping."""
+
+    optimizer: torch.optim.Optimizer
+    clip_and_step: Callable[[], Any]
+
+
 def described() -> str:
-    optimizer = "LoRAAdamW" if LoRAAdamW is not None else "torch.optim.AdamW(fused=True)"
+    optimizer = "LoRAAdamW(max_norm=...)" if LoRAAdamW is not None else "torch.optim.AdamW(fused=True)"
     loss = "linear_cross_entropy" if linear_cross_entropy is not None else "F.cross_entropy of the learned positions"
     return f"{optimizer}, {loss}"
 
 
-def optimizer_of(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def stepper_of(parameters: Iterable[nn.Parameter], lr: float, max_norm: float) -> Stepper:
+    """Return our optimizer, which clips by itself, or torch's and torch's clipping."""
     parameters = list(parameters)
     if LoRAAdamW is not None:
-        return LoRAAdamW(parameters, lr=lr)
-    return torch.optim.AdamW(parameters, lr=lr, fused=True)
+        optimizer = LoRAAdamW(parameters, lr=lr, max_norm=max_norm)
+        return Stepper(optimizer, optimizer.step)
+    return torch_stepper(parameters, lr, max_norm, fused=True)
+
+
+def torch_stepper(parameters: Iterable[nn.Parameter], lr: float, max_norm: float, **options: Any) -> Stepper:
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, **options)
+
+    def clip_and_step() -> None:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+
+    return Stepper(optimizer, clip_and_step)
 
 
 def loss_of(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:

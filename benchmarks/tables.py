@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).with_name("results.json")
 TERMINAL_WIDTH = 150
+REFERENCES = ("frozen", "PEFT", "AdamW(foreach)", "cross_entropy", "base")
 
 
 class Table(NamedTuple):
@@ -81,18 +82,26 @@ def _targets(lines: list[dict[str, Any]]) -> Iterable[Table]:
 
 
 def _timings(results: Any) -> Iterable[Table]:
-    """Of any results that hold the summary of a timing: seconds and ratios to the frozen base and to PEFT."""
-    for case in results if isinstance(results, list) else [results]:
-        if "seconds" not in case:
-            yield Table(_named(case), list(case), [list(case.values())])
-            continue
-        references = [one for one in ("frozen", "PEFT") if one in case["seconds"]]
+    """Of any results that hold summaries of timings, at any depth: seconds, and ratios to what is compared with."""
+    for title, case in _cases("", results):
+        references = [one for one in REFERENCES if one in case["seconds"]]
         rows = [
             [name, f"{1e3 * seconds['median']:.2f}"]
             + [spread(ratio) if (ratio := case["ratios"].get(f"{name} / {one}")) else "" for one in references]
             for name, seconds in case["seconds"].items()
         ]
-        yield Table(_named(case), ["contender", "CPU ms", *(f"/ {one}" for one in references)], rows)
+        yield Table(title, ["contender", "ms", *(f"/ {one}" for one in references)], rows)
+
+
+def _cases(title: str, results: Any) -> Iterable[tuple[str, dict[str, Any]]]:
+    if isinstance(results, list):
+        for case in results:
+            yield from _cases(title, case)
+    elif isinstance(results, dict) and "seconds" in results:
+        yield ", ".join(part for part in (title, _named(results)) if part), results
+    elif isinstance(results, dict):
+        for key, case in results.items():
+            yield from _cases(f"{key}", case)
 
 
 def _named(case: dict[str, Any]) -> str:

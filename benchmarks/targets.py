@@ -59,12 +59,12 @@ def _step(dropout: float, ratio: str) -> Callable[[Any], list[Any]]:
     return figures
 
 
-def _saved(dropout: float) -> Callable[[Any], list[Any]]:
+def _saved(dropout: float, *shapes: str) -> Callable[[Any], list[Any]]:
     def figures(counters: Any) -> list[Any]:
         return [
             case["saved_bytes"]["ours"] / case["saved_bytes"]["PEFT"]
             for case in counters
-            if case["dropout"] == dropout and case["dtype"] == "float32"
+            if case["dropout"] == dropout and case["dtype"] == "float32" and case["shape"] in shapes
         ]
 
     return figures
@@ -84,13 +84,17 @@ def _recompilations(compiled: Any) -> list[float]:
     return [max(ours["graphs"], ours["graphs_after_a_second_step"])]
 
 
+LLAMAS = ("Llama-3.2-1B", "SmolLM2-135M")
+OPTIMIZER_SETTINGS = ("after a backward", "gradients that stay")
 TARGETS = [
     Target("1", "step of a Qwen3-0.6B block / frozen", 1.06, "steps", _step(0.0, "ours / frozen")),
     Target("1", "the same, dropout 0.05", 1.12, "steps", _step(0.05, "ours / frozen")),
     Target("2", "whole quickstart step / PEFT", 0.85, "whole_step", lambda r: [r["ratios"]["ours / PEFT"]]),
     Target("2", "the same / PEFT at its best", 0.85, "whole_step", lambda r: [r["ratios"]["ours / PEFT, best"]]),
-    Target("3", "saved activations of a block / PEFT", 0.60, "counters", _saved(0.0)),
-    Target("3", "the same, dropout 0.05", 0.40, "counters", _saved(0.05)),
+    Target("3", "saved activations / PEFT, Llama-3.2-1B and SmolLM2", 0.60, "counters", _saved(0.0, *LLAMAS)),
+    Target("3", "the same, dropout 0.05", 0.40, "counters", _saved(0.05, *LLAMAS)),
+    Target("3", "the same of Qwen3-0.6B, which has norms of q and k", 0.60, "counters", _saved(0.0, "Qwen3-0.6B")),
+    Target("3", "the same, dropout 0.05", 0.40, "counters", _saved(0.05, "Qwen3-0.6B")),
     Target("4", "aten kernels, linears of a Llama-like block", 60, "aten_kernels", _kernels(True)),
     Target("4", "aten kernels, any other block", 75, "aten_kernels", _kernels(False)),
     Target("5", "MoE step / full", 0.75, "moe", _mixtures(lambda case: case["ratios"]["ours / full"])),
@@ -98,10 +102,16 @@ TARGETS = [
         *("5", "MoE saved activations / PEFT", 0.50, "moe"),
         _mixtures(lambda case: case["saved_bytes"]["ours"] / case["saved_bytes"]["PEFT"]),
     ),
-    Target("6", "memory of the loss / full logits, V=150k", 0.05, "loss", lambda r: [r["share_of_logits"]]),
+    Target(
+        "6",
+        "memory of the loss / full logits, V=150k",
+        0.05,
+        "loss",
+        lambda r: [case["of_full_logits"]["ours"] for case in r["memory"]],
+    ),
     Target(
         *("7", "LoRAAdamW / AdamW(foreach)", 0.15, "optimizer"),
-        lambda r: [r["ratios"]["LoRAAdamW / AdamW(foreach)"]],
+        lambda r: [r[setting]["ratios"]["LoRAAdamW / AdamW(foreach)"] for setting in OPTIMIZER_SETTINGS],
     ),
     Target("8", "injection / PEFT", 0.10, "injection", lambda cases: [c["ratios"]["ours / PEFT"] for c in cases]),
     Target("9", "decoding, merged / base", 1.0, "decode", lambda r: [r["ratios"]["ours, merged / frozen"]], True),

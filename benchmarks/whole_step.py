@@ -51,26 +51,25 @@ def batch_like_quickstart(vocab_size: int) -> Batch:
 
 @dataclass
 class Contender:
-    """A model with its loss and its optimizer; ``None`` for a base that nothing of trains."""
+    """A model with its loss and its optimizer; ``None`` for a base of which nothing trains."""
 
     model: nn.Module
     loss: Callable[[nn.Module, Batch], Tensor]
-    optimizer: torch.optim.Optimizer | None
+    stepper: ours.Stepper | None
     batch: Batch
 
     def step(self) -> float:
         """Run one step. Returns the loss."""
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
+        if self.stepper is not None:
+            self.stepper.optimizer.zero_grad()
         loss = self.loss(self.model, self.batch)
         loss.backward()
-        if self.optimizer is not None:
-            nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], MAX_NORM)
-            self.optimizer.step()
+        if self.stepper is not None:
+            self.stepper.clip_and_step()
         return float(loss.detach())
 
     def states(self) -> list[dict[str, Any]]:
-        return [] if self.optimizer is None else list(self.optimizer.state.values())
+        return [] if self.stepper is None else list(self.stepper.optimizer.state.values())
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -94,7 +93,7 @@ def hidden_loss(loss: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[nn.M
 
 def contenders(base: nn.Module, batch: Batch) -> dict[str, Callable[[], Contender]]:
     """Return what builds each contender on the tensors of ``base``; full fine-tuning, which changes it, has a copy."""
-    AdamW = torch.optim.AdamW
+    adamw = ours.torch_stepper
 
     def with_peft(**options: Any) -> nn.Module:
         targets = {"target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}
@@ -104,9 +103,9 @@ def contenders(base: nn.Module, batch: Batch) -> dict[str, Callable[[], Contende
                 sharing_copy(base), peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **targets), **options
             )
 
-    def contender(model: nn.Module, loss: Any, optimizer: Any, **options: Any) -> Contender:
+    def contender(model: nn.Module, loss: Any, stepper: Any, **options: Any) -> Contender:
         trained = [p for p in model.parameters() if p.requires_grad]
-        return Contender(model.train(), loss, optimizer(trained, lr=LR, **options) if trained else None, batch)
+        return Contender(model.train(), loss, stepper(trained, LR, MAX_NORM, **options) if trained else None, batch)
 
     def with_ours() -> nn.Module:
         return inject(sharing_copy(base), LoRAConfig(r=RANK, alpha=ALPHA, target_modules=TARGETS))
@@ -116,11 +115,11 @@ def contenders(base: nn.Module, batch: Batch) -> dict[str, Callable[[], Contende
     our_loss, learned_loss = hidden_loss(ours.loss_of), hidden_loss(ours.learned_positions_loss)
     return {
         "frozen": lambda: contender(sharing_copy(base).requires_grad_(False), our_loss, None),
-        "full": lambda: contender(copy.deepcopy(base), own_loss, AdamW, fused=True),
-        "PEFT": lambda: contender(with_peft(), own_loss, AdamW),
-        "PEFT, best": lambda: contender(with_peft(**best), own_loss, AdamW, fused=True),
-        "PEFT, best, learned positions": lambda: contender(with_peft(**best), learned_loss, AdamW, fused=True),
-        "ours": lambda: contender(with_ours(), our_loss, ours.optimizer_of),
+        "full": lambda: contender(copy.deepcopy(base), own_loss, adamw, fused=True),
+        "PEFT": lambda: contender(with_peft(), own_loss, adamw),
+        "PEFT, best": lambda: contender(with_peft(**best), own_loss, adamw, fused=True),
+        "PEFT, best, learned positions": lambda: contender(with_peft(**best), learned_loss, adamw, fused=True),
+        "ours": lambda: contender(with_ours(), our_loss, ours.stepper_of),
     }
 
 
