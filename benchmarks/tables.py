@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).with_name("results.json")
 TERMINAL_WIDTH = 150
+MIB = 2**20
 REFERENCES = ("frozen", "PEFT", "AdamW(foreach)", "cross_entropy", "base")
 
 
@@ -148,6 +149,18 @@ def _checkpoints(results: dict[str, Any]) -> Iterable[Table]:
     yield Table(title, ["file", "bytes", "of full with optimizer"], rows)
 
 
+def _moe(results: list[dict[str, Any]]) -> Iterable[Table]:
+    ratios = ("frozen / full", "PEFT / full", "ours / full", "ours / PEFT")
+    rows = [
+        [case["case"], case["implementation"], *(spread(case["ratios"][name]) for name in ratios)]
+        + [f"{case['saved_bytes'][name] / MIB:.1f}" for name in ("full", "PEFT", "ours")]
+        + [f"{case['saved_bytes']['ours'] / case['saved_bytes']['PEFT']:.3f}"]
+        for case in results
+    ]
+    saved = ["full MiB", "PEFT MiB", "ours MiB", "ours / PEFT saved"]
+    yield Table("Experts: a step, and bytes kept for backward", ["case", "experts", *ratios, *saved], rows)
+
+
 def _compiled(results: dict[str, Any]) -> Iterable[Table]:
     yield from _timings(results)
     rows = []
@@ -187,6 +200,7 @@ TABLES: dict[str, Callable[[Any], Iterable[Table]]] = {
     "compiled": _compiled,
     "scaling": _scaling,
     "gpu": _gpu,
+    "moe": _moe,
 }
 
 
