@@ -31,7 +31,7 @@ ITEMS = {
     "steps": 15,
     "whole_step": 9,
     "moe": 15,
-    "loss": 15,
+    "loss": 5,
     "optimizer": 21,
     "injection": 15,
     "decode": 15,
@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measured(item: str, rounds: int, quick: bool) -> dict[str, Any]:
     """Return an item's results with what they depend on; a module that is not there is a result too."""
-    torch.set_num_threads(1 if ITEMS.get(item, 1) else os.cpu_count() or 1)  # counts are the same on any number
+    torch.set_num_threads(1)
     start, cpu_start, load_before = time.time(), time.process_time(), environment.load()
     print(f"{item} ...", flush=True)
     try:
