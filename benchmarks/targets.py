@@ -36,6 +36,7 @@ def _line(target: Target, results: Results) -> dict[str, Any]:
     reason = f"{target.item} has not been run"
     try:
         found = results[target.item]
+        reason = f"{target.item} has no such figure"
         reason = found.get("not_measured", reason) if isinstance(found, dict) else reason
         worst = max((_quartiles(figure) for figure in target.figures(found)), key=lambda one: one["median"])
     except (KeyError, IndexError, TypeError, ValueError):
