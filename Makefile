@@ -8,17 +8,22 @@ QUICKSTART_ARGS ?=
 # OpenMP's threads sleep while they wait; spinning, which is their default, makes torch ten times slower on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
+BENCHMARKS_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCHMARKS_VENV ?= .venv-benchmarks
+BENCHMARKS_BIN := $(BENCHMARKS_VENV)/bin
+BENCHMARKS_INSTALLED := $(BENCHMARKS_VENV)/.installed
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: help venv quickstart test format lint types versions check clean
+.PHONY: help venv quickstart test format lint types versions check benchmarks clean
 
 help:
 	@echo "make quickstart  fine-tune SmolLM2-135M to write dictionary definitions, in about two minutes"
 	@echo "make test        run the tests"
 	@echo "make check       what every commit passes: format, lint, types, versions, tests"
 	@echo "make format      rewrite the code in the project's format"
+	@echo "make benchmarks  measure every figure beside PEFT and other peers, in about 25 minutes, and draw the plots"
 	@echo "make clean       remove caches and example outputs; the environment and the model stay"
 
 venv: $(INSTALLED)
@@ -52,6 +57,21 @@ versions:
 	@grep -q '^## \[$(VERSION)\]' CHANGELOG.md || { echo "CHANGELOG.md has no section [$(VERSION)]"; exit 1; }
 
 check: lint types versions test
+
+# peers of the benchmarks ask for other releases of torch and transformers: each is installed alone, or left out
+$(BENCHMARKS_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.txt
+	@echo "Setting up $(BENCHMARKS_VENV) (1.8 GB, two minutes)"
+	@test -x $(BENCHMARKS_BIN)/pip || $(PYTHON) -m venv $(BENCHMARKS_VENV)
+	@$(BENCHMARKS_BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,examples]"
+	@grep -v '^#' benchmarks/requirements.txt | while read -r peer; do \
+	  $(BENCHMARKS_BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --no-deps "$$peer" \
+	    || echo "$$peer cannot be installed here, and the results will say so"; \
+	done
+	@touch $@
+
+benchmarks: $(BENCHMARKS_INSTALLED)
+	@OMP_NUM_THREADS=1 $(BENCHMARKS_BIN)/python benchmarks/run.py $(BENCHMARKS_ARGS)
+	@$(BENCHMARKS_BIN)/python benchmarks/plot.py
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info examples/outputs

@@ -11,19 +11,10 @@ import peft
 import torch
 from blocks import ALPHA, RANK, TARGETS
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+from whole_step import model_config
 
 from lightning_lora import LoRAConfig, adapter_checkpoint, inject, named_adapter_parameters, save_peft
-
-SMOLLM2_135M = LlamaConfig(
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    vocab_size=49152,
-    tie_word_embeddings=True,
-)
 
 
 class ByteCount:
@@ -41,8 +32,9 @@ class ByteCount:
         pass
 
 
-def measure(config: LlamaConfig = SMOLLM2_135M) -> dict[str, Any]:
+def measure(rounds: int, quick: bool = False) -> dict[str, Any]:
     """Return sizes in bytes. "Lightning" files hold what ``Trainer.save_checkpoint`` writes, less loop counters."""
+    config = model_config(quick)
     base = LlamaForCausalLM(config)
     sizes = {"Lightning, full fine-tuning": torch_bytes(lightning_state(base))}
     sizes["Lightning, full fine-tuning, with optimizer"] = torch_bytes(
@@ -50,7 +42,7 @@ def measure(config: LlamaConfig = SMOLLM2_135M) -> dict[str, Any]:
     )
     sizes.update(_peft_sizes(LlamaForCausalLM(config)))
     sizes.update(_our_sizes(inject(base, LoRAConfig(r=RANK, alpha=ALPHA, target_modules=TARGETS))))
-    return {"model": "SmolLM2-135M shape, float32", "rank": RANK, "bytes": sizes}
+    return {"model": f"{'tiny' if quick else 'SmolLM2-135M'} shape, float32", "rank": RANK, "bytes": sizes}
 
 
 def lightning_state(model: nn.Module) -> dict[str, Any]:

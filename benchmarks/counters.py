@@ -3,30 +3,49 @@
 from typing import Any
 
 import torch
-from blocks import QWEN3_06B, Shape, Work, contenders
+from blocks import (
+    LLAMA_32_1B,
+    QWEN3_06B,
+    SMOLLM2_135M,
+    TINY,
+    TINY_LLAMA,
+    Adapter,
+    Shape,
+    Work,
+    contenders,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TOKENS = 512
+F32, BF16 = torch.float32, torch.bfloat16
+# all that is kept grows with the tokens, and kernels do not: the large shape needs no more of them
+CASES: list[tuple[Shape, int, torch.dtype]] = [
+    (QWEN3_06B, 512, F32),
+    (LLAMA_32_1B, 128, F32),
+    (SMOLLM2_135M, 512, F32),
+    (QWEN3_06B, 512, BF16),
+]
+TINY_CASES: list[tuple[Shape, int, torch.dtype]] = [(TINY, 16, F32), (TINY_LLAMA, 16, BF16)]
 # neither reads nor writes elements
 _NO_KERNEL = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view"}
 
 
-def measure(shape: Shape = QWEN3_06B) -> list[dict[str, Any]]:
-    cases = [(dtype, dropout) for dtype in (torch.float32, torch.bfloat16) for dropout in (0.0, 0.05)]
+def measure(rounds: int, quick: bool = False) -> list[dict[str, Any]]:
+    """Count once: figures repeat, so ``rounds`` has no say."""
     results = []
-    for dtype, dropout in cases:
-        works = contenders(shape, TOKENS, dropout, dtype)
-        results.append(
-            {
-                "shape": shape.name,
-                "tokens": TOKENS,
-                "dtype": str(dtype).removeprefix("torch."),
-                "dropout": dropout,
-                "saved_bytes": {name: saved_bytes(work) for name, work in works.items()},
-                "kernels": {name: kernels(work) for name, work in works.items()},
-            }
-        )
+    for shape, tokens, dtype in TINY_CASES if quick else CASES:
+        for dropout in (0.0, 0.05):
+            works = contenders(shape, tokens, Adapter(dropout=dropout), dtype)
+            results.append(
+                {
+                    "shape": shape.name,
+                    "tokens": tokens,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "dropout": dropout,
+                    "saved_bytes": {name: saved_bytes(work) for name, work in works.items()},
+                    "kernels": {name: kernels(work) for name, work in works.items()},
+                }
+            )
     return results
 
 
@@ -49,12 +68,14 @@ def saved_bytes(work: Work) -> int:
 def kernels(work: Work) -> int:
     """Return how many aten operators that touch elements run in forward and backward, gradient sums included."""
     work.clear()
-    with _KernelCount() as count:
+    with KernelCount() as count:
         work.step()
     return count.total
 
 
-class _KernelCount(TorchDispatchMode):
+class KernelCount(TorchDispatchMode):
+    """Count the operators inside the block that touch elements: neither views nor empty tensors."""
+
     total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

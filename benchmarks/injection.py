@@ -13,13 +13,14 @@ from lightning_lora import LoRAConfig, inject
 
 SIZE = 64
 NUM_FEW, NUM_MANY = 1_008, 18_432
+MANY_ROUNDS = 3  # of PEFT's quarter of a minute each
 
 
-def measure(rounds: int, rounds_many: int) -> list[dict[str, Any]]:
+def measure(rounds: int, quick: bool = False) -> list[dict[str, Any]]:
+    cases = [(14, rounds, 1)] if quick else [(NUM_FEW, rounds, 2), (NUM_MANY, min(rounds, MANY_ROUNDS), 0)]
     return [
-        {"linears": number, "size": SIZE, **summary(interleave(_contenders(number), number_of_rounds))}
-        for number, number_of_rounds in ((NUM_FEW, rounds), (NUM_MANY, rounds_many))
-        if number_of_rounds
+        {"linears": number, "size": SIZE, **summary(interleave(_contenders(number), number_of_rounds, warm_up=warm_up))}
+        for number, number_of_rounds, warm_up in cases
     ]
 
 

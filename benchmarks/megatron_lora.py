@@ -24,13 +24,13 @@ import timing
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from environment import environment
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_layouts import CONTENDERS, Shape, build, dense, part, whole_tensors
-from run import environment
-from tables import show_traffic
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from traffic_tables import show_traffic
 
 from lightning_lora.megatron.core import parallel_state
 from lightning_lora.strategies import megatron_cpu

@@ -1,86 +1,125 @@
-"""Measure lightning_lora beside PEFT, full fine-tuning and the frozen base: ``python benchmarks/run.py``.
+"""Measure lightning_lora beside PEFT, other peers, full fine-tuning and the frozen base: ``python benchmarks/run.py``.
 
 Prints tables and writes ``results.json``; README.md beside this file says how to read them.
 """
 
 import argparse
+import gc
+import importlib
+import inspect
 import json
 import os
-import platform
+import re
 import time
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import counters
-import injection
-import steps
+import environment
 import tables
-import timing
+import targets
 import torch
 
-import lightning_lora
-
 RESULTS = Path(__file__).with_name("results.json")
-ITEMS = ("counters", "checkpoints", "injection", "steps")
+QUICK_RESULTS = Path(__file__).with_name("quick.json")
+# module: rounds of its timing by default, as many as the time allows for; 0 where it counts
+ITEMS = {
+    "counters": 0,
+    "aten_kernels": 0,
+    "checkpoints": 0,
+    "memory": 0,
+    "steps": 15,
+    "whole_step": 9,
+    "moe": 15,
+    "loss": 5,
+    "optimizer": 21,
+    "injection": 15,
+    "decode": 15,
+    "compiled": 15,
+    "scaling": 7,
+    "gpu": 20,
+}
+QUICK_ROUNDS = 2
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=ITEMS, default=ITEMS, help="items to measure; others stay as they were"
-    )
-    parser.add_argument("--rounds", type=int, default=21, help="rounds of every timing (at least 15 for a result)")
-    parser.add_argument("--rounds-many", type=int, default=5, help="rounds of the injection into 18,432 layers")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
-    measures = {
-        "counters": counters.measure,
-        "checkpoints": checkpoints.measure,
-        "injection": lambda: injection.measure(args.rounds, args.rounds_many),
-        "steps": lambda: steps.measure(args.rounds),
-    }
-    for item in args.only:
-        start, load_before = time.time(), os.getloadavg()[0]
-        measured = measures[item]()
-        results[item] = {
-            "environment": environment(),
-            "load": [round(load_before, 2), round(os.getloadavg()[0], 2)],  # of one minute: before, after
-            "wall_s": round(time.time() - start, 1),
-            "results": measured,
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    record: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    for item in options.only:
+        asked = QUICK_ROUNDS if options.quick else options.rounds or ITEMS[item]
+        rounds = asked if ITEMS[item] else 0
+        record[item] = measured(item, rounds, options.quick)
+        of_full_size = {
+            name: record[name]["results"] for name in ITEMS if name in record and not is_quick(record[name])
         }
-        args.output.write_text(json.dumps(_rounded(results), indent=1) + "\n")
-        tables.show(item, measured)
-    print(f"\nwritten to {args.output.name}")
+        record["targets"] = targets.judge(of_full_size)
+        write(options.output, record)
+        tables.show(item, record[item]["results"])
+    tables.show("targets", record["targets"])
+    print(f"\nwritten to {options.output.name}")
 
 
-def environment() -> dict[str, Any]:
-    """Return what a figure depends on: versions, CPU, threads, protocol."""
-    packages = ("torch", "peft", "transformers", "lightning")
+def is_quick(entry: dict[str, Any]) -> bool:
+    return bool(entry.get("quick"))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=ITEMS, default=[*ITEMS], help="items; others stay as they were")
+    parser.add_argument("--rounds", type=int, help="rounds of every timing, instead of each item's own number")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all of it runs: no figure counts")
+    parser.add_argument("--output", type=Path, help=f"{RESULTS.name}, or {QUICK_RESULTS.name} with --quick")
+    options = parser.parse_args(arguments)
+    options.output = options.output or (QUICK_RESULTS if options.quick else RESULTS)
+    return options
+
+
+def measured(item: str, rounds: int, quick: bool) -> dict[str, Any]:
+    """Return an item's results with what they depend on; a module that is not there is a result too."""
+    torch.set_num_threads(1)
+    start, cpu_start, load_before = time.time(), time.process_time(), environment.load()
+    print(f"{item} ...", flush=True)
+    try:
+        module = importlib.import_module(item)
+    except ModuleNotFoundError as error:
+        if error.name != item:
+            raise
+        results: Any = {"not_measured": f"benchmarks/{item}.py is not there"}
+    else:
+        results = _undisturbed(module.measure, rounds, quick)
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "lightning_lora": lightning_lora.__version__,
-            **{name: version(name) for name in packages},
-        },
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "protocol": (
-            f"CPU time of one thread; contenders in random order inside each round, seed 0; {timing.WARM_UP_ROUNDS} "
-            "rounds of warm-up dropped; ratios within a round; median and quartiles; no garbage collection"
-        ),
+        "commit": environment.commit(),
+        "environment": environment.environment(),
+        "quick": quick,
+        "rounds": rounds,
+        "load": [load_before, environment.load()],  # of one minute: before, after
+        "uptime_s": environment.uptime_s(),
+        "wall_s": round(time.time() - start, 1),
+        "cpu_s": round(time.process_time() - cpu_start, 1),
+        "results": results,
     }
 
 
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def _undisturbed(measure: Callable[..., Any], rounds: int, quick: bool) -> Any:
+    """Measure, with what was imported out of the garbage collector's sight: it is a second's work to look through."""
+    if quick and "quick" not in inspect.signature(measure).parameters:
+        return {"not_measured": "it has no quick mode"}
+    gc.collect()
+    gc.freeze()
+    try:
+        return measure(rounds, quick) if quick else measure(rounds)
+    finally:
+        gc.unfreeze()
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON with a line per statistic, and all of it or nothing."""
+    text = json.dumps(_rounded(record), indent=1)
+    text = re.sub(r'\{\s+("median"[^{}]*?)\s+\}', lambda found: "{" + re.sub(r"\s+", " ", found[1]) + "}", text)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(text + "\n")
+    scratch.replace(path)
 
 
 def _rounded(value: Any) -> Any:

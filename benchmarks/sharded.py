@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from environment import environment
 from lightning.fabric import Fabric
 from peft import LoraConfig, get_peft_model
-from run import environment
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard

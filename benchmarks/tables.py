@@ -1,125 +1,208 @@
-"""Results as tables in the terminal."""
+"""Results as tables: in the terminal, or ``python benchmarks/tables.py --markdown`` from ``results.json``."""
 
-from typing import Any
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+RESULTS = Path(__file__).with_name("results.json")
+TERMINAL_WIDTH = 150
+MIB = 2**20
+REFERENCES = ("frozen", "PEFT", "AdamW(foreach)", "cross_entropy", "base")
 
-CONSOLE = Console(width=None if Console().is_terminal else 130)
+
+class Table(NamedTuple):
+    title: str
+    header: list[str]
+    rows: list[list[Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--markdown", action="store_true", help="for a README")
+    parser.add_argument("--only", nargs="+", help="items of the results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    record = json.loads(options.results.read_text())
+    for item in options.only or record:
+        results = record[item] if item == "targets" else record[item]["results"]
+        for table in of(item, results):
+            print(markdown(table) if options.markdown else "", end="\n" if options.markdown else "")
+            if not options.markdown:
+                printed(table)
 
 
 def show(item: str, results: Any) -> None:
     """Print one item's results."""
-    {"steps": _steps, "counters": _counters, "injection": _injection, "checkpoints": _checkpoints, "moe": _moe}[item](
-        results
-    )
+    for table in of(item, results):
+        printed(table)
+
+
+def of(item: str, results: Any) -> list[Table]:
+    """Return the tables of one item; one line with the reason where it was not measured."""
+    if isinstance(results, dict) and "not_measured" in results:
+        return [Table(item, ["not measured"], [[results["not_measured"]]])]
+    return list(TABLES.get(item, _timings)(results))
+
+
+def markdown(table: Table) -> str:
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
+    text = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"{table.title}\n\n{text}\n"
+
+
+def printed(table: Table) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=TERMINAL_WIDTH)
+    made = RichTable(title=table.title, title_justify="left")
+    for index, column in enumerate(table.header):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    for row in table.rows:
+        made.add_row(*map(str, row))
+    console.print(made)
 
 
 def spread(ratio: dict[str, float]) -> str:
-    """Return median and interquartile range."""
+    """Return median and interquartile range; a count alone."""
+    if ratio["q1"] == ratio["q3"]:
+        return f"{ratio['median']:.4g}"
     return f"{ratio['median']:.3f} [{ratio['q1']:.3f}-{ratio['q3']:.3f}]"
 
 
-def _steps(results: list[dict[str, Any]]) -> None:
-    ratios = ("full / frozen", "PEFT / frozen", "ours / frozen", "ours / PEFT", "ours / full")
-    rows = [
-        [r["shape"], r["tokens"], r["dropout"], f"{1e3 * r['seconds']['frozen']['median']:.1f}"]
-        + [spread(r["ratios"][name]) for name in ratios]
-        for r in results
-    ]
-    _print(
-        "Step of one block: forward + backward, CPU time, median [IQR]",
-        ["block", "T", "dropout", "frozen ms", *ratios],
-        rows,
-    )
+def _targets(lines: list[dict[str, Any]]) -> Iterable[Table]:
+    rows = []
+    for line in lines:
+        found = line["measured"]
+        measured = f"({line['reason']})" if found is None else spread(found)
+        rows.append([line["row"], line["what"], f"{line['target']:g}", measured, line["status"]])
+    yield Table("Targets: the worst case of each counts", ["row", "figure", "target", "measured", ""], rows)
 
 
-def _counters(results: list[dict[str, Any]]) -> None:
-    for key, title in (
-        ("saved_bytes", "Activation bytes kept for backward"),
-        ("kernels", "aten kernels, forward + backward"),
-    ):
-        names = list(max((r[key] for r in results), key=len))
+def _timings(results: Any) -> Iterable[Table]:
+    """Of any results that hold summaries of timings, at any depth: seconds, and ratios to what is compared with."""
+    for title, case in _cases("", results):
+        references = [one for one in REFERENCES if one in case["seconds"]]
         rows = [
-            [r["dtype"], r["dropout"]]
-            + [f"{r[key][name]:,}" if name in r[key] else "" for name in names]
-            + [f"{r[key]['ours'] / r[key]['PEFT']:.3f}"]
-            for r in results
+            [name, f"{1e3 * seconds['median']:.2f}"]
+            + [spread(ratio) if (ratio := case["ratios"].get(f"{name} / {one}")) else "" for one in references]
+            for name, seconds in case["seconds"].items()
         ]
-        _print(f"{title}, one {results[0]['shape']} block", ["base", "dropout", *names, "ours / PEFT"], rows)
+        yield Table(title, ["contender", "ms", *(f"/ {one}" for one in references)], rows)
 
 
-def _moe(results: list[dict[str, Any]]) -> None:
-    ratios = ("frozen / full", "PEFT / full", "ours / full", "ours / PEFT")
+def _cases(title: str, results: Any) -> Iterable[tuple[str, dict[str, Any]]]:
+    if isinstance(results, list):
+        for case in results:
+            yield from _cases(title, case)
+    elif isinstance(results, dict) and "seconds" in results:
+        yield ", ".join(part for part in (title, _named(results)) if part), results
+    elif isinstance(results, dict):
+        for key, case in results.items():
+            yield from _cases(f"{key}", case)
+
+
+def _named(case: dict[str, Any]) -> str:
+    """Return what a case is, from its plain entries."""
+    plain = (int, float, str)
+    return ", ".join(f"{key} {value}" for key, value in case.items() if isinstance(value, plain))
+
+
+def _counters(results: list[dict[str, Any]]) -> Iterable[Table]:
+    for key, title in (
+        ("saved_bytes", "Activation bytes kept for backward, one block"),
+        ("kernels", "aten kernels of a whole block, forward + backward"),
+    ):
+        names = list(dict.fromkeys(name for case in results for name in case[key]))
+        rows = [
+            [case["shape"], case["dtype"], case["dropout"]]
+            + [f"{case[key][name]:,}" if name in case[key] else "" for name in names]
+            + [f"{case[key]['ours'] / case[key]['PEFT']:.3f}"]
+            for case in results
+        ]
+        yield Table(title, ["block", "base", "dropout", *names, "ours / PEFT"], rows)
+
+
+def _aten_kernels(results: dict[str, dict[str, int]]) -> Iterable[Table]:
+    names = list(next(iter(results.values())))
+    rows = [[case, *(counts[name] for name in names)] for case, counts in results.items()]
+    yield Table("aten kernels, forward + backward", ["", *names], rows)
+
+
+def _memory(results: dict[str, Any]) -> Iterable[Table]:
+    ours = results["peak_bytes"]["ours"]["peak"]
     rows = [
-        [r["case"], r["implementation"], f"{1e3 * r['seconds']['full']['median']:.1f}"]
-        + [spread(r["ratios"][name]) for name in ratios]
-        + [f"{r['saved_bytes'][name] / 2**20:.1f}" for name in ("full", "PEFT", "ours")]
-        + [f"{r['saved_bytes']['ours'] / r['saved_bytes']['PEFT']:.3f}"]
-        for r in results
+        [name, f"{found['peak'] / 1e6:,.1f}", f"{found['before'] / 1e6:,.1f}", f"{ours / found['peak']:.3f}"]
+        for name, found in results["peak_bytes"].items()
     ]
-    saved = [f"{name} MiB" for name in ("full", "PEFT", "ours")]
-    _print(
-        "Experts: a step, CPU time, median [IQR], and bytes kept for backward",
-        ["case", "experts", "full ms", *ratios, *saved, "ours / PEFT"],
-        rows,
-    )
+    title = f"Live storage of a whole step, MB: {results['model']}, batch {results['batch']}"
+    yield Table(title, ["contender", "peak", "before the step", "ours / it"], rows)
 
 
-def _injection(results: list[dict[str, Any]]) -> None:
-    rows = [
-        [f"{r['linears']:,}", r["ratios"]["ours / PEFT"]["n"]]
-        + [f"{value['median']:.3f}" for value in r["seconds"].values()]
-        + [spread(r["ratios"]["ours / PEFT"]), spread(r["ratios"]["ours / PEFT, low_cpu_mem_usage"])]
-        for r in results
-    ]
-    seconds = [f"{name}, s" for name in results[0]["seconds"]]
-    _print("Injection, CPU time", ["linears", "rounds", *seconds, "ours / PEFT", "ours / PEFT low_cpu"], rows)
-
-
-def _checkpoints(results: dict[str, Any]) -> None:
+def _checkpoints(results: dict[str, Any]) -> Iterable[Table]:
     full = results["bytes"]["Lightning, full fine-tuning, with optimizer"]
     rows = [[name, f"{size:,}", f"{100 * size / full:.2f} %"] for name, size in results["bytes"].items()]
-    _print(f"Checkpoint of {results['model']}, r={results['rank']}", ["file", "bytes", "of full with optimizer"], rows)
+    title = f"Checkpoint of {results['model']}, r={results['rank']}"
+    yield Table(title, ["file", "bytes", "of full with optimizer"], rows)
 
 
-def _print(title: str, header: list[str], rows: list[list[Any]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(header):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*map(str, row))
-    CONSOLE.print(table)
+def _moe(results: list[dict[str, Any]]) -> Iterable[Table]:
+    ratios = ("frozen / full", "PEFT / full", "ours / full", "ours / PEFT")
+    rows = [
+        [case["case"], case["implementation"], *(spread(case["ratios"][name]) for name in ratios)]
+        + [f"{case['saved_bytes'][name] / MIB:.1f}" for name in ("full", "PEFT", "ours")]
+        + [f"{case['saved_bytes']['ours'] / case['saved_bytes']['PEFT']:.3f}"]
+        for case in results
+    ]
+    saved = ["full MiB", "PEFT MiB", "ours MiB", "ours / PEFT saved"]
+    yield Table("Experts: a step, and bytes kept for backward", ["case", "experts", *ratios, *saved], rows)
 
 
-def show_traffic(record: dict[str, Any]) -> None:
-    """Print what ``megatron_lora.py`` found, per layer."""
-    table = record["table"]
-    print(f"{table['shape']}, {table['ranks']} ranks, {table['dtype']}; counted on {record['device']}")
-    for case, rows in table["results"].items():
-        lines = [
-            [name, *(_kinds(row["collectives"][phase]) for phase in ("forward", "backward", "step"))]
-            + [f"{row['sent_bytes'][phase] / 1e6:.2f}" for phase in ("forward", "backward", "step")]
-            + [f"{row['extra_bytes'] / 1e6:.2f}", f"{row['extra_percent']:.2f} %"]
-            for name, row in rows.items()
+def _compiled(results: dict[str, Any]) -> Iterable[Table]:
+    yield from _timings(results)
+    columns = ("layers", "graphs", "graphs_after_a_second_step", "compile_cpu_s", "not_measured")
+    rows = []
+    for name, found in results["compiling"].items():
+        ratio = results["ratios"].get(f"{name}, compiled / {name}")
+        rows.append([name, *(found.get(column, "") for column in columns), spread(ratio) if ratio else ""])
+    yield Table("Compiling equal blocks", ["", *columns, "compiled / eager"], rows)
+
+
+def _scaling(results: list[dict[str, Any]]) -> Iterable[Table]:
+    for curve in dict.fromkeys(case["curve"] for case in results):
+        rows = [
+            [case["value"], f"{case['theoretical']:.3f}"]
+            + [spread(case["ratios"][f"{name} / frozen"]) for name in ("ours", "PEFT", "full", "frozen, fused")]
+            for case in results
+            if case["curve"] == curve
         ]
-        header = ["layout", "forward", "backward", "step", "forward MB", "backward MB", "step MB", "extra MB", "extra"]
-        _print(f"Collectives of one layer, and MB that a rank sends; {case}", header, lines)
-    if record["timings"] == "not measured":
-        print("seconds: not measured")
-        return
-    for case, found in record["timings"].items():
-        lines = [
-            [name, f"{1e3 * of['median']:.2f}", spread(found["ratios"][f"{name} / base"]) if name != "base" else ""]
-            for name, of in found["seconds"].items()
-        ]
-        _print(
-            f"A step of {record['timed_blocks']} blocks on {max(record['ranks'])} ranks; {case}",
-            ["layout", "ms", "/ base"],
-            lines,
+        yield Table(
+            f"Step / frozen base against {curve}", [curve, "theory", "ours", "PEFT", "full", "frozen, fused"], rows
         )
 
 
-def _kinds(counts: dict[str, int]) -> str:
-    short = {"all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS"}
-    return " ".join(f"{counts[kind]} {name}" for kind, name in short.items() if kind in counts)
+def _gpu(results: dict[str, Any]) -> Iterable[Table]:
+    for part in ("products", "blocks", "whole_step"):
+        yield from _timings(results[part])
+    longest = results["longest_sequence"]
+    yield Table(f"Longest sequence, {results['device']}", list(longest), [list(longest.values())])
+
+
+TABLES: dict[str, Callable[[Any], Iterable[Table]]] = {
+    "targets": _targets,
+    "counters": _counters,
+    "aten_kernels": _aten_kernels,
+    "memory": _memory,
+    "checkpoints": _checkpoints,
+    "compiled": _compiled,
+    "scaling": _scaling,
+    "gpu": _gpu,
+    "moe": _moe,
+}
+
+
+if __name__ == "__main__":
+    main()
