@@ -153,11 +153,12 @@ def _moe(results: list[dict[str, Any]]) -> Iterable[Table]:
     ratios = ("frozen / full", "PEFT / full", "ours / full", "ours / PEFT")
     rows = [
         [case["case"], case["implementation"], *(spread(case["ratios"][name]) for name in ratios)]
+        + [spread(case["with_optimizer"]["ratios"]["ours / full"])]
         + [f"{case['saved_bytes'][name] / MIB:.1f}" for name in ("full", "PEFT", "ours")]
         + [f"{case['saved_bytes']['ours'] / case['saved_bytes']['PEFT']:.3f}"]
         for case in results
     ]
-    saved = ["full MiB", "PEFT MiB", "ours MiB", "ours / PEFT saved"]
+    saved = ["ours / full, with optimizer", "full MiB", "PEFT MiB", "ours MiB", "ours / PEFT saved"]
     yield Table("Experts: a step, and bytes kept for backward", ["case", "experts", *ratios, *saved], rows)
 
 

@@ -76,8 +76,12 @@ def _kernels(llama_like: bool) -> Callable[[Any], list[Any]]:
     return lambda counts: [row["ours"] for one, row in counts.items() if (one == name) == llama_like]
 
 
-def _mixtures(figure: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
-    return lambda cases: [figure(case) for case in cases if case["case"].startswith("mixture")]
+def _mixtures(figure: Callable[[Any], Any], *names: str) -> Callable[[Any], list[Any]]:
+    def figures(cases: Any) -> list[Any]:
+        mixtures = [case for case in cases if case["case"].startswith("mixture")]
+        return [figure(case) for case in mixtures if not names or any(name in case["case"] for name in names)]
+
+    return figures
 
 
 def _recompilations(compiled: Any) -> list[float]:
@@ -98,7 +102,18 @@ TARGETS = [
     Target("3", "the same, dropout 0.05", 0.40, "counters", _saved(0.05, "Qwen3-0.6B")),
     Target("4", "aten kernels, linears of a Llama-like block", 60, "aten_kernels", _kernels(True)),
     Target("4", "aten kernels, any other block", 75, "aten_kernels", _kernels(False)),
-    Target("5", "MoE step / full", 0.75, "moe", _mixtures(lambda case: case["ratios"]["ours / full"])),
+    Target(
+        *("5", "MoE layer, forward and backward / full, experts of 256x96", 0.75, "moe"),
+        _mixtures(lambda case: case["ratios"]["ours / full"], "h=256"),
+    ),
+    Target(
+        *("5", "the same, experts of 512x384 and 1024x768", 0.75, "moe"),
+        _mixtures(lambda case: case["ratios"]["ours / full"], "h=512", "h=1024"),
+    ),
+    Target(
+        *("5", "MoE layer, step with optimizer / full, all sizes", 0.75, "moe"),
+        _mixtures(lambda case: case["with_optimizer"]["ratios"]["ours / full"]),
+    ),
     Target(
         *("5", "MoE saved activations / PEFT", 0.50, "moe"),
         _mixtures(lambda case: case["saved_bytes"]["ours"] / case["saved_bytes"]["PEFT"]),
