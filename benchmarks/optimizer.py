@@ -1,8 +1,8 @@
-"""Step time of AdamW over the adapters of a Qwen3-0.6B: torch's three ways and ``LoRAAdamW``, without and with clipping.
+"""Step time of AdamW over the adapters of a Qwen3-0.6B: torch's three ways and ``LoRAAdamW``, also with clipping.
 
-``python benchmarks/optimizer.py`` prints a table. Two settings: gradients as a backward has left them, which the
-optimizer frees after its step, as in training; and gradients that stay where they are, the kinder setting to ``foreach``
-and the for-loop, whose temporaries then find memory that is theirs already.
+``python benchmarks/optimizer.py`` prints a table. Two settings: gradients as a backward has just made them, and that
+are freed before the next one, as in training; and gradients that stay where they are, which is kinder to ``foreach``:
+its temporaries then find memory that the process holds already.
 """
 
 import argparse

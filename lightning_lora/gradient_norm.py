@@ -17,8 +17,10 @@ def total_norm(parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Te
     Args:
         parameters: those that have a gradient.
     """
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
-    powers = [_power_sum([p.grad for p in parameters if not is_sharded(p)], norm_type)]
+    has_ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)] if has_ranks else []
+    spread = set(map(id, sharded))
+    powers = [_power_sum([p.grad for p in parameters if id(p) not in spread], norm_type)]
     if sharded:
         group = shard_group(sharded)
         power = _power_sum([local_part(p.grad) for p in sharded], norm_type).to(collective_device(sharded[0], group))

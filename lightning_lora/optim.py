@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_lora.gradient_norm import total_norm
-from lightning_lora.optim_buckets import Bucket, Buckets
+from lightning_lora.optim_buckets import Buckets
 
 
 class LoRAAdamW(torch.optim.AdamW):
@@ -63,7 +63,7 @@ class LoRAAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
         self.max_norm = max_norm
         self.gradient_norm: Tensor | None = None
-        self._buckets: list[Buckets] = []
+        self._buckets = Buckets()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class LoRAAdamW(torch.optim.AdamW):
             group.update(fused=True, foreach=None, capturable=False, differentiable=False)
         self._step_supports_amp_scaling = False
         self.gradient_norm = None
-        self._buckets = []
+        self._buckets = Buckets()
 
     @override
     @torch.no_grad()
@@ -94,16 +94,12 @@ class LoRAAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        del self._buckets[len(self.param_groups) :]
-        work: list[tuple[dict[str, Any], Bucket, list[Tensor | None]]] = []
-        for index, group in enumerate(self.param_groups):
-            gradients = [parameter.grad for parameter in group["params"]]
-            if index == len(self._buckets):
-                self._buckets.append(Buckets())
-            work += [(group, *one) for one in self._buckets[index].of(group, gradients, self.state)]
+        gradients = [[parameter.grad for parameter in group["params"]] for group in self.param_groups]
+        buckets = self._buckets.of(self.param_groups, gradients, self.state)
         scale = None if self.max_norm is None else self._clip(self.max_norm)
-        for group, bucket, gradients in work:
-            bucket.step(gradients, group, scale)
+        for group, own_gradients, own_buckets in zip(self.param_groups, gradients, buckets, strict=True):
+            for bucket in own_buckets:
+                bucket.step(own_gradients, group, scale)
         return loss
 
     def _clip(self, max_norm: float) -> Tensor:

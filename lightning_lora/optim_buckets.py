@@ -1,7 +1,7 @@
 """What one call of the fused AdamW kernel steps: parameters of one group, dtype and device, with their state."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from itertools import compress
+from itertools import chain, compress
 from operator import attrgetter, is_
 from typing import Any
 
@@ -19,48 +19,63 @@ State = MutableMapping[Any, Entry]
 
 
 class Buckets:
-    """The buckets of one parameter group, kept from step to step as long as nothing has changed."""
+    """The buckets of all groups of an optimizer, kept from step to step as long as nothing has changed."""
 
     def __init__(self) -> None:
-        self._members: list[Tensor] = []
-        self._waiting: list[int] = []  # positions of parameters that never had a gradient
-        self._amsgrad = False
-        self._buckets: list[Bucket] = []
+        self._groups: list[tuple[list[Tensor], bool]] = []  # parameters, amsgrad
+        self._waiting: list[list[int]] = []  # by group: positions of parameters that never had a gradient
+        self._buckets: list[list[Bucket]] = []  # by group
+        self._values: list[Tensor] = []  # of all entries of the state
 
     def of(
-        self, group: Mapping[str, Any], gradients: Sequence[Tensor | None], state: State
-    ) -> list[tuple["Bucket", list[Tensor | None]]]:
-        """Return the group's buckets, each with its parameters' gradients. New parameters get their state."""
-        if not self._is_current(group, gradients, state):
-            self._build(group, gradients, state)
-        return [(bucket, [gradients[i] for i in bucket.positions]) for bucket in self._buckets]
+        self, groups: Sequence[Mapping[str, Any]], gradients: Sequence[Sequence[Tensor | None]], state: State
+    ) -> list[list["Bucket"]]:
+        """Return the buckets, group by group. New parameters get their state."""
+        if not self._are_current(groups, gradients, state):
+            self._groups, self._waiting, self._buckets = [], [], []
+            for group, own in zip(groups, gradients, strict=True):
+                self._add(group, own, state)
+            self._values = [value for entry in state.values() for value in entry.values()]
+        return self._buckets
 
-    def _is_current(self, group: Mapping[str, Any], gradients: Sequence[Tensor | None], state: State) -> bool:
-        members = group["params"]
-        return (
-            len(members) == len(self._members)
-            and all(map(is_, members, self._members))
-            and group["amsgrad"] == self._amsgrad
-            and all(gradients[i] is None for i in self._waiting)
-            and all(bucket.is_current(state) for bucket in self._buckets)
+    def _are_current(
+        self, groups: Sequence[Mapping[str, Any]], gradients: Sequence[Sequence[Tensor | None]], state: State
+    ) -> bool:
+        if len(groups) != len(self._groups):
+            return False
+        for group, (members, amsgrad) in zip(groups, self._groups, strict=True):
+            if group["amsgrad"] != amsgrad or not _same(group["params"], members):
+                return False
+        if any(own[i] is not None for own, waiting in zip(gradients, self._waiting, strict=True) for i in waiting):
+            return False
+        # by identity, without a look into any tensor: those would come from memory one by one
+        return _same(list(chain.from_iterable(map(dict.values, state.values()))), self._values) and all(
+            bucket.has_kept_dtype() for buckets in self._buckets for bucket in buckets
         )
 
-    def _build(self, group: Mapping[str, Any], gradients: Sequence[Tensor | None], state: State) -> None:
+    def _add(self, group: Mapping[str, Any], gradients: Sequence[Tensor | None], state: State) -> None:
         members, amsgrad = list(group["params"]), bool(group["amsgrad"])
+        waiting: list[int] = []
         positions: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        self._waiting = []
         for i, (parameter, gradient) in enumerate(zip(members, gradients, strict=True)):
             if gradient is None and not state.get(parameter):
-                self._waiting.append(i)
+                waiting.append(i)
             else:
                 positions.setdefault(_kind(parameter), []).append(i)
         for indices in positions.values():
             _start([members[i] for i in indices if not state.get(members[i])], state, amsgrad=amsgrad)
-        self._buckets = [
-            Bucket(indices, [members[i] for i in indices], [state[members[i]] for i in indices], amsgrad=amsgrad)
-            for indices in positions.values()
-        ]
-        self._members, self._amsgrad = members, amsgrad
+        self._groups.append((members, amsgrad))
+        self._waiting.append(waiting)
+        self._buckets.append(
+            [
+                Bucket(indices, [members[i] for i in indices], [state[members[i]] for i in indices], amsgrad=amsgrad)
+                for indices in positions.values()
+            ]
+        )
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _start(parameters: Sequence[Tensor], state: State, *, amsgrad: bool) -> None:
@@ -78,16 +93,16 @@ def _start(parameters: Sequence[Tensor], state: State, *, amsgrad: bool) -> None
 class Bucket:
     """Parameters that are stepped together.
 
-    Attributes:
+    Args:
         positions: where they are in their group.
+        entries: their state.
     """
 
     def __init__(
         self, positions: list[int], parameters: list[nn.Parameter], entries: list[Entry], *, amsgrad: bool
     ) -> None:
-        self.positions = positions
+        self._positions = positions
         self._parameters = parameters
-        self._entries = entries
         self._device, self._dtype = _kind(parameters[0])
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
         self._moments = {name: [entry[name] for entry in entries] for name in names}
@@ -98,23 +113,20 @@ class Bucket:
         for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
 
-    def is_current(self, state: State) -> bool:
-        """Whether the state's tensors are those that the bucket holds, and the parameters of the kind they were."""
-        entries = self._entries
-        return (
-            all(map(is_, map(state.get, self._parameters), entries))
-            and all(map(is_, [entry["step"] for entry in entries], self._steps))
-            and all(all(map(is_, [entry[name] for entry in entries], kept)) for name, kept in self._moments.items())
-            and set(map(_kind, self._parameters)) == {(self._device, self._dtype)}
-        )
+    def has_kept_dtype(self) -> bool:
+        """Whether the parameters are of the dtype that their state is of."""
+        return set(map(_dtype, self._parameters)) == {self._dtype}
 
     def step(self, gradients: Sequence[Tensor | None], settings: Mapping[str, Any], scale: Tensor | None) -> None:
         """Step those parameters that have a gradient, in place.
 
         Args:
+            gradients: of all parameters of the group.
             settings: the group's.
             scale: what the gradients are divided by first, in place too; one float32 number.
         """
+        if len(self._positions) < len(gradients):
+            gradients = [gradients[i] for i in self._positions]
         present = [gradient is not None for gradient in gradients]
         lists: list[list[Any]] = [self._parameters, list(gradients), *self._moments.values(), self._steps]
         if all(present):
