@@ -58,9 +58,8 @@ class LoRAAdamW(torch.optim.AdamW):
     ) -> None:
         if max_norm is not None and not max_norm > 0.0:
             raise ValueError(f"max_norm={max_norm} must be a positive number, or None to leave gradients as they are")
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=True)
-        # a GradScaler unscales for it, as for optimizers that leave it to Lightning to clip in between
-        self._step_supports_amp_scaling = False
+        # not with fused=True: groups say how to step to AdamW when it reads the file, and Lightning does not clip then
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
         self.max_norm = max_norm
         self.gradient_norm: Tensor | None = None
         self._buckets = Buckets()
@@ -73,8 +72,7 @@ class LoRAAdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         for group in self.param_groups:  # a file of another AdamW's names its own way of stepping
-            group.update(fused=True, foreach=None, capturable=False, differentiable=False)
-        self._step_supports_amp_scaling = False
+            group.update(fused=None, foreach=None, capturable=False, differentiable=False)
         self.gradient_norm = None
         self._buckets = Buckets()
 

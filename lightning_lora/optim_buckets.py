@@ -141,6 +141,8 @@ class Bucket:
             _step(tensors, steps, settings, scale)
         else:
             _step_irregular(tensors, steps, settings, scale)
+        # the kernel leaves it out: a backward through what was stepped since its forward would pass for right
+        torch.autograd.graph.increment_version(tensors[0])
 
 
 def _is_regular(tensor: Tensor) -> bool:
@@ -200,7 +202,6 @@ def _step_irregular(
     _step(columns, steps, settings, scale)
     for part, copy in copies:
         part.copy_(copy)
-    torch.autograd.graph.increment_version(tensors[0])  # of DTensors too, whose parts count for themselves
 
 
 def _part(tensor: Any, like: Any) -> Tensor:
