@@ -20,7 +20,7 @@ from lightning_lora import LoRAAdamW
 BLOCKS, RANK = 28, 8
 IN_OUT = ((1024, 2048), (1024, 1024), (1024, 1024), (2048, 1024), (1024, 3072), (1024, 3072), (3072, 1024))
 LR, MAX_NORM = 1e-4, 1.0
-OURS, FOREACH = "LoRAAdamW", "AdamW(foreach)"
+OURS, FLAT, FOREACH = "LoRAAdamW", "LoRAAdamW(flat)", "AdamW(foreach)"
 CLIPPED = " + clipping"
 
 
@@ -53,18 +53,19 @@ class Loss(torch.autograd.Function):
         return (None, *(source.clone() if i % 2 == 0 else source.clone().t() for i, source in enumerate(ctx.sources)))
 
 
-def _backward(parameters: list[nn.Parameter], sources: list[Tensor]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
-    Loss.apply(sources, *parameters).backward()
+def _backward(optimizer: torch.optim.Optimizer, sources: list[Tensor]) -> None:
+    optimizer.zero_grad()
+    Loss.apply(sources, *optimizer.param_groups[0]["params"]).backward()
 
 
-def _stay(parameters: list[nn.Parameter], sources: list[Tensor]) -> None:
-    if parameters[0].grad is None:
-        _backward(parameters, sources)
+def _stay(optimizer: torch.optim.Optimizer, sources: list[Tensor]) -> None:
+    if len(optimizer.state) == 0:
+        _backward(optimizer, sources)
+        optimizer.step()
+        _backward(optimizer, sources)
 
 
-def _works(fill: Callable[[list[nn.Parameter], list[Tensor]], None]) -> dict[str, Callable[[], float]]:
+def _works(fill: Callable[[torch.optim.Optimizer, list[Tensor]], None]) -> dict[str, Callable[[], float]]:
     generator = torch.Generator().manual_seed(0)
     sources = [torch.randn(RANK, rows * columns // RANK, generator=generator) for rows, columns in shapes()]
     makers: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
@@ -72,16 +73,18 @@ def _works(fill: Callable[[list[nn.Parameter], list[Tensor]], None]) -> dict[str
         FOREACH: (torch.optim.AdamW, {"foreach": True}),
         "AdamW(fused)": (torch.optim.AdamW, {"fused": True}),
         OURS: (LoRAAdamW, {}),
+        FLAT: (LoRAAdamW, {"flat": True}),
     }
     works = {}
     for name, (make, settings) in makers.items():
         for clips in (False, True):
             parameters = [nn.Parameter(torch.randn(shape, generator=generator) / 50) for shape in shapes()]
             own = {"max_norm": MAX_NORM} if clips and make is LoRAAdamW else {}
-            step: Callable[[], Any] = make(parameters, lr=LR, **settings, **own).step
+            optimizer = make(parameters, lr=LR, **settings, **own)
+            step: Callable[[], Any] = optimizer.step
             if clips and not own:
                 step = functools.partial(_clip_and_step, parameters, step)
-            fill_own = functools.partial(fill, parameters, sources)
+            fill_own = functools.partial(fill, optimizer, sources)
             works[name + CLIPPED * clips] = functools.partial(_seconds, fill_own, step)
     return works
 

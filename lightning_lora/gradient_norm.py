@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +11,35 @@ from lightning_lora.sharded import collective_device, is_sharded, local_part, sh
 
 
 def total_norm(parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
-    """Return the norm over all gradients, sharded and replicated, as one number that is the same on every rank.
-
-    With sharded ones one all-reduce of one number, over the ranks that they are spread over. Called on all ranks.
+    """Return the norm over the gradients of all parameters, sharded and replicated, as :func:`norm_over_ranks` does.
 
     Args:
         parameters: those that have a gradient.
     """
-    has_ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)] if has_ranks else []
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     spread = set(map(id, sharded))
-    powers = [_power_sum([p.grad for p in parameters if id(p) not in spread], norm_type)]
+    whole = [parameter.grad for parameter in parameters if id(parameter) not in spread]
+    return norm_over_ranks(whole, [local_part(p.grad) for p in sharded], sharded, norm_type)
+
+
+def norm_over_ranks(
+    whole: Sequence[Tensor | None], parts: Sequence[Tensor], sharded: Sequence[Any], norm_type: float = 2.0
+) -> Tensor:
+    """Return the norm over gradients in float32, one number that is the same on every rank.
+
+    With sharded ones one all-reduce of one number, over the ranks that they are spread over. Called on all ranks.
+
+    Args:
+        whole: what every rank holds.
+        parts: this rank's of what is spread, and no other's.
+        sharded: parameters that are spread as the parts are; none if there are no parts.
+    """
+    powers = [_power_sum(whole, norm_type)]
     if sharded:
         group = shard_group(sharded)
-        power = _power_sum([local_part(p.grad) for p in sharded], norm_type).to(collective_device(sharded[0], group))
-        kind = torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(power, kind, group=group)
+        power = _power_sum(parts, norm_type).to(collective_device(sharded[0], group))
+        operation = torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(power, operation, group=group)
         powers.append(power)
     powers = [power.to(powers[-1].device) for power in powers]
     if math.isinf(norm_type):
@@ -38,14 +52,18 @@ def _power_sum(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor:
     filled = [tensor for tensor in tensors if tensor is not None and tensor.numel() > 0]
     if not filled:
         return torch.zeros(())
-    if len({(tensor.dtype, tensor.device) for tensor in filled}) == 1:
-        norms = torch.stack(torch._foreach_norm(filled, norm_type, dtype=_wide(filled[0]))).float()
-    else:
-        device = filled[0].device
-        each = [torch.linalg.vector_norm(t, norm_type, dtype=_wide(t)).float().to(device) for t in filled]
-        norms = torch.stack(each)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in filled:
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    device = filled[0].device
+    norms = torch.cat(
+        [
+            torch.stack(torch._foreach_norm(alike, norm_type, dtype=_wide(alike[0]))).float().to(device)
+            for alike in by_kind.values()
+        ]
+    )
     return norms.max() if math.isinf(norm_type) else (norms**norm_type).sum()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.promote_types(tensor.dtype, torch.complex64 if tensor.is_complex() else torch.float32)

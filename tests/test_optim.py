@@ -31,9 +31,12 @@ SETTINGS = [
 ]
 
 
-def parameters(dtype: torch.dtype = torch.float32, shapes=SHAPES) -> list[nn.Parameter]:
+def parameters(dtype: torch.dtype = torch.float32, shapes=None) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes or SHAPES
+    ]
 
 
 def fill(params: list[nn.Parameter], step: int, absent=lambda step, i: False) -> None:
@@ -293,7 +296,7 @@ class TestFiles:
         assert twin.max_norm == 1.0
 
     def test_buffers_of_pieces_do_not_overlap(self) -> None:
-        pieces = zeros_together([torch.empty(shape) for shape in SHAPES])
+        _, pieces = zeros_together([torch.empty(shape) for shape in SHAPES])
         for i, piece in enumerate(pieces):
             assert piece.shape == SHAPES[i]
             assert piece.is_contiguous()
@@ -353,6 +356,158 @@ def test_a_step_is_two_kernels_for_any_number_of_tensors() -> None:
         assert kernels.names == ["add_", "_fused_adamw_"]
 
 
+def descend(optimizer, params: list[nn.Parameter], steps, reached=lambda step, i: True, set_to_none=None) -> None:
+    """Steps whose gradients come from a backward, as in training."""
+    for step in steps:
+        optimizer.zero_grad() if set_to_none is None else optimizer.zero_grad(set_to_none)
+        generator = torch.Generator().manual_seed(step)
+        factors = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in params]
+        loss = sum((p * p * f).sum() for i, (p, f) in enumerate(zip(params, factors, strict=True)) if reached(step, i))
+        loss.backward()
+        optimizer.step()
+
+
+class TestFlat:
+    """``flat=True``: parameters and gradients in one buffer each."""
+
+    @pytest.fixture(autouse=True)
+    def whole_vectors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sizes as of adapters: torch's kernel rounds what does not fill a vector otherwise than what does."""
+        monkeypatch.setattr(f"{__name__}.SHAPES", [(8, 32), (16, 8), (64,), (32, 1), (4, 4, 2), (33, 32)])
+
+    @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_steps_are_those_of_the_fused_adamw_to_the_bit(self, settings, dtype: torch.dtype) -> None:
+        ours, theirs = parameters(dtype), parameters(dtype)
+        one, other = LoRAAdamW(ours, flat=True, **settings), AdamW(theirs, fused=True, **settings)
+        descend(one, ours, range(5))
+        descend(other, theirs, range(5))
+        assert_equal(one, other, ours, theirs)
+        assert len({p.untyped_storage().data_ptr() for p in ours}) == 1
+        assert len({p.grad.untyped_storage().data_ptr() for p in ours}) == 1
+
+    def test_sizes_that_fill_no_vector_are_rounded_in_the_same_way_at_every_step(self) -> None:
+        def build(steps: range, **state) -> tuple[LoRAAdamW, list[nn.Parameter]]:
+            params = copy.deepcopy(state["params"]) if state else parameters(shapes=[(7,), (), (3, 5), (8, 33)])
+            optimizer = LoRAAdamW(params, lr=0.1, flat=True, max_norm=0.5)
+            if state:
+                optimizer.load_state_dict(state["state"])
+            descend(optimizer, params, steps)
+            return optimizer, params
+
+        optimizer, params = build(range(3))
+        saved = {"params": params, "state": copy.deepcopy(optimizer.state_dict())}
+        again, others = build(range(3, 6), **saved)
+        descend(optimizer, params, range(3, 6))
+        assert_equal(again, optimizer, others, params)
+
+    def test_the_kernel_sees_one_tensor_and_so_does_the_norm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        params, sizes = parameters(), []
+        optimizer = LoRAAdamW(params, flat=True, max_norm=1.0)
+        descend(optimizer, params, range(2))
+        for name in ("_fused_adamw_", "_foreach_norm"):
+            kernel = getattr(torch, name)
+            monkeypatch.setattr(torch, name, lambda one, *a, k=kernel, **kw: sizes.append(len(one)) or k(one, *a, **kw))
+        descend(optimizer, params, range(2, 5))
+        assert sizes == [1] * 6
+
+    def test_what_a_backward_does_not_reach_has_a_gradient_of_zero(self) -> None:
+        def reached(step: int, i: int) -> bool:
+            return i != 0 and not (step > 1 and (i + step) % 3 == 0)
+
+        ours, theirs = parameters(), parameters()
+        one, other = LoRAAdamW(ours, flat=True), AdamW(theirs, fused=True)
+        descend(one, ours, range(5), reached)
+        descend(other, theirs, range(5), reached, set_to_none=False)
+        assert_equal(one, other, ours, theirs)
+        assert ours[0].grad is None  # it never had one
+        one.zero_grad(set_to_none=True)
+        assert all(p.grad is None for p in ours)
+
+    def test_step_counts_that_differ_stay_so(self) -> None:
+        results = []
+        for make, settings in ((LoRAAdamW, {"flat": True}), (AdamW, {"fused": True})):
+            params = parameters()
+            optimizer = make(params, lr=0.1, **settings)
+            run(optimizer, params, range(2), absent=lambda step, i: i == 1 and step == 0)
+            descend(optimizer, params, range(2, 5), set_to_none=None if make is LoRAAdamW else False)
+            results.append((optimizer, params))
+        (one, ours), (other, theirs) = results
+        assert_equal(one, other, ours, theirs)
+        assert one.state[ours[1]]["step"] == 4
+
+    @pytest.mark.parametrize("again", ["data", "load", "state", "late"])
+    def test_what_was_replaced_is_stepped_and_becomes_flat_again(self, again: str) -> None:
+        results = []
+        for make, settings in ((LoRAAdamW, {"flat": True}), (AdamW, {"fused": True})):
+            params = parameters()
+            optimizer = make(params, **settings)
+            descend(optimizer, params, range(2), lambda step, i: again != "late" or i != 2)
+            if again == "data":
+                params[0].data = torch.ones(8, 32)
+            elif again == "load":
+                optimizer.load_state_dict(copy.deepcopy({**optimizer.state_dict()}))
+                optimizer.param_groups[0].update(fused=make is AdamW or None)
+            elif again == "state":
+                optimizer.state[params[1]]["exp_avg"] = torch.ones(16, 8)
+            descend(optimizer, params, range(2, 5))
+            results.append((optimizer, params))
+        (one, ours), (other, theirs) = results
+        assert_equal(one, other, ours, theirs)
+        for tensors in (ours, [p.grad for p in ours]):
+            assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+    def test_memory_that_others_look_at_stays_theirs(self) -> None:
+        params, base = parameters(), torch.zeros(4, 6)
+        params.append(nn.Parameter(base[:2]))  # a piece of what others hold
+        twin = nn.Parameter(params[1].data)
+        params[4].data = params[4].data.clone().share_memory_()
+        state = {"detached": params[0].detach(), "twin": twin, "base": base[:2], "shared": params[4].data}
+        optimizer = LoRAAdamW(params, flat=True)
+        descend(optimizer, params, range(3))
+        late = params[2].detach()
+        params.append(nn.Parameter(torch.ones(3)))
+        optimizer.add_param_group({"params": params[-1:]})
+        descend(optimizer, params, range(3, 5))
+        for alias, p in zip([*state.values(), late], [params[i] for i in (0, 1, 6, 4, 2)], strict=True):
+            assert torch.equal(alias, p)
+        assert params[4].is_shared()
+
+    def test_a_step_between_forward_and_backward_is_noticed(self) -> None:
+        params = parameters()
+        optimizer = LoRAAdamW(params, flat=True)
+        descend(optimizer, params, range(2))
+        loss = (params[0] ** 2).sum()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_gradients_add_up_over_backwards_and_are_clipped_together(self) -> None:
+        results = []
+        for make, settings in ((LoRAAdamW, {"flat": True, "max_norm": 0.5}), (AdamW, {"fused": True})):
+            params = parameters()
+            optimizer = make(params, eps=1e-3, **settings)
+            for _ in range(4):
+                optimizer.zero_grad()
+                for _ in range(2):
+                    sum(p.square().sum() for p in params).backward()
+                if make is AdamW:
+                    nn.utils.clip_grad_norm_(params, 0.5)
+                optimizer.step()
+            results.append(params)
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)  # the norm is rounded in another order
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=str)
+    def test_a_copy_goes_on_by_itself(self, duplicate) -> None:
+        params = parameters()
+        optimizer = LoRAAdamW(params, flat=True)
+        descend(optimizer, params, range(2))
+        twin, others = duplicate((optimizer, params))
+        descend(optimizer, params, range(2, 4))
+        descend(twin, others, range(2, 4))
+        assert_equal(twin, optimizer, others, params)
+
+
 def test_closures_and_hooks_run_as_with_any_optimizer() -> None:
     params, calls = parameters(), []
     optimizer = LoRAAdamW(params)
@@ -395,6 +550,10 @@ class Stepped(LanguageModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
 
+class Flat(Stepped):
+    make = staticmethod(lambda params, lr: LoRAAdamW(params, lr=lr, flat=True))
+
+
 class Fused(Stepped):
     make = staticmethod(lambda params, lr: AdamW(params, lr=lr, fused=True))
 
@@ -416,6 +575,18 @@ class TestTrainer:
                 assert same_adapters(ours, module)
             # from a file that names no way of stepping, torch's takes the for-loop: another order of operations
             torch.testing.assert_close(adapter_state_dict(module), adapter_state_dict(ours), rtol=1e-4, atol=1e-6)
+
+    def test_a_flat_run_is_the_same_and_resumes_to_the_bit(self, tmp_path: Path) -> None:
+        settings = {"gradient_clip_val": 0.01, "accumulate_grad_batches": 2}
+        flat, theirs = Flat(), Fused()
+        self.fit(tmp_path / "flat", flat, 2, **settings)
+        self.fit(tmp_path / "theirs", theirs, 2, **settings)
+        assert same_adapters(flat, theirs)
+        again = self.fit(tmp_path / "again", Flat(), 2, ckpt_path=tmp_path / "flat" / "epoch=0.ckpt", **settings)
+        assert same_adapters(flat, again)
+        sizes = [(tmp_path / name / "epoch=1.ckpt").stat().st_size for name in ("flat", "theirs")]
+        assert sizes[0] < sizes[1]
+        save_peft(flat.model, tmp_path / "peft")
 
     def test_lightning_clips_before_its_step(self, tmp_path: Path) -> None:
         ours = self.fit(tmp_path, Stepped(), 1, gradient_clip_val=0.01)

@@ -20,9 +20,11 @@ MAX_NORM = 0.05  # below the norm of every gradient of these runs
 class Ours(Recorded):
     """Clips in its optimizer."""
 
+    flat = True
+
     def configure_optimizers(self) -> Any:
         self.norms: list[float] = []
-        optimizer = LoRAAdamW(self.parameters(), lr=1e-2, eps=1e-4, max_norm=MAX_NORM)
+        optimizer = LoRAAdamW(self.parameters(), lr=1e-2, eps=1e-4, max_norm=MAX_NORM, flat=self.flat)
         optimizer.register_step_post_hook(lambda stepped, *_: self.norms.append(stepped.gradient_norm.item()))
         return optimizer
 
@@ -63,6 +65,7 @@ def main(directory: Path) -> None:
             **settings,
         )
         back = Ours()
+        back.flat = False
         single = directory / "single" / "epoch=0.ckpt"
         fit(directory / "back", back, build(), max_epochs=2, ckpt_path=single, **settings)
         found[name] = {
