@@ -1,8 +1,7 @@
 """Gradients of replicated tensors: one flat all-reduce per step, before anyone reads them; clipping over shards."""
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lightning_lora.sharded import collective_device, is_sharded, local_part, shard_group
+from lightning_lora.gradient_norm import total_norm
+from lightning_lora.sharded import collective_device, is_sharded, local_part
 
 
 class GradientReducer:
@@ -222,7 +222,7 @@ def clip_by_norm(
         RuntimeError: it is not finite and ``error_if_nonfinite``.
     """
     held = [parameter for parameter in parameters if parameter.grad is not None]
-    total = _total_norm(held, float(norm_type))
+    total = total_norm(held, float(norm_type))
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(f"the norm of the gradients is {total.item()} and cannot be clipped to {max_norm}")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -237,34 +237,6 @@ def clip_by_value(parameters: Iterable[nn.Parameter], clip_value: float) -> None
     for parameter in parameters:
         if parameter.grad is not None:
             local_part(parameter.grad).clamp_(-clip_value, clip_value)
-
-
-def _total_norm(parameters: Sequence[nn.Parameter], norm_type: float) -> Tensor:
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
-    powers = [_power_sum([p.grad for p in parameters if not is_sharded(p)], norm_type)]
-    if sharded:
-        group = shard_group(sharded)
-        power = _power_sum([local_part(p.grad) for p in sharded], norm_type).to(collective_device(sharded[0], group))
-        kind = torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(power, kind, group=group)
-        powers.append(power)
-    powers = [power.to(powers[-1].device) for power in powers]
-    if math.isinf(norm_type):
-        return torch.stack(powers).max()
-    return torch.stack(powers).sum() ** (1.0 / norm_type)
-
-
-def _power_sum(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor:
-    """Return ``sum |g|^p`` in float32 or wider, or the maximum for an infinite ``p``."""
-    filled = [tensor for tensor in tensors if tensor is not None and tensor.numel() > 0]
-    if not filled:
-        return torch.zeros(())
-    norms = torch.stack([torch.linalg.vector_norm(t, norm_type, dtype=_wide(t)).float() for t in filled])
-    return norms.max() if math.isinf(norm_type) else (norms**norm_type).sum()
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def watch_steps(optimizer: Optimizer, before_step: Callable[..., None]) -> None:
