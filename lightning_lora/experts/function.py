@@ -72,7 +72,7 @@ class _Experts(torch.autograd.Function):
         groups = Groups(order, places, ends, settings[-1])
         gate_up, down = _stacks(settings, flat)
         products = _products(groups)
-        e, u_in = products.forward(groups.spread(x), groups, gate_up)
+        e, u_in = products.forward(products.spread(x, groups), groups, gate_up)
         if gate_up.bias is not None:
             e.add_(gate_up.bias.index_select(0, groups.experts()))
         w = weights.reshape(-1, 1).index_select(0, order)
@@ -103,7 +103,7 @@ class _Experts(torch.autograd.Function):
         needs = ctx.needs_input_grad[6:]
         w = weights.reshape(-1, 1).index_select(0, order)
         h, back = ctx.settings[0].again(e)
-        dy = groups.spread(grad)
+        dy = products.spread(grad, groups)
         to_down = products.backward(dy, (h * w).to(h.dtype), u_out, groups, down, (True, *needs[6:8]))
         dh = to_down.rows
         grad_w = None
@@ -111,10 +111,12 @@ class _Experts(torch.autograd.Function):
             wide = torch.promote_types(w.dtype, torch.float32)
             by_row = (h * dh).sum(1, dtype=wide)
             if down.bias is not None:
-                by_row += (dy * down.bias.index_select(0, groups.experts())).sum(1, dtype=wide)
+                by_row += (groups.spread(grad) * down.bias.index_select(0, groups.experts())).sum(1, dtype=wide)
             grad_w = by_row[places].to(w.dtype)
         del h, dy
-        to_up = products.backward(back(dh.mul_(w)), groups.spread(x), u_in, groups, gate_up, (need_x, *needs[2:4]))
+        to_up = products.backward(
+            back(dh.mul_(w)), products.spread(x, groups), u_in, groups, gate_up, (need_x, *needs[2:4])
+        )
         grad_x = groups.collect(to_up.rows) if need_x else None
         found = None, None, to_up.lora_A, to_up.lora_B, None, None, to_down.lora_A, to_down.lora_B
         return grad_x, grad_w, None, None, None, None, *found

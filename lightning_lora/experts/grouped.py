@@ -24,6 +24,11 @@ def takes(rows: Tensor, *sizes: int) -> bool:
     )
 
 
+def spread(tokens: Tensor, groups: Groups) -> Tensor:
+    """Return what :func:`forward` and :func:`backward` take for each row's token."""
+    return groups.spread(tokens)
+
+
 def forward(rows: Tensor, groups: Groups, stack: Stack) -> tuple[Tensor, Tensor | None]:
     """Return ``y = x W_e^T + scaling * u B_e^T``, ``[S, out]``, and ``u = x A_e^T``, ``[S, r]`` with r rounded up."""
     dtype = rows.dtype

@@ -36,7 +36,11 @@ class Groups(NamedTuple):
 
     def spread(self, tokens: Tensor) -> Tensor:
         """Return each row's token: ``[T, n]`` as ``[S, n]``."""
-        return tokens.index_select(0, self.order // self.places.shape[1])
+        return tokens.index_select(0, self.tokens())
+
+    def tokens(self) -> Tensor:
+        """Return each row's place among the tokens, ``[S]``."""
+        return self.order // self.places.shape[1]
 
     def collect(self, rows: Tensor) -> Tensor:
         """Return each token's sum over its rows, the transpose of :meth:`spread`: ``[S, n]`` as ``[T, n]``."""

@@ -1,10 +1,10 @@
 """The products of all experts one expert at a time, in slices of shared buffers: CPU, and dtypes that no kernel groups.
 
-An expert's rows and weights stay in the cache while its products run, and r comes first in the products of rank r, as
-in :func:`lightning_lora.products.skinny`. Experts without rows cost nothing.
+An expert's rows and weights stay in the cache while its products run, tokens are gathered an expert at a time, and r
+comes first in the products of rank r, as in :func:`lightning_lora.products.skinny`. Experts without rows cost nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from typing import Any
 
@@ -15,15 +15,40 @@ from lightning_lora.experts.groups import Groups
 from lightning_lora.experts.stacks import Gradients, Stack
 
 
-def forward(rows: Tensor, groups: Groups, stack: Stack) -> tuple[Tensor, Tensor | None]:
+class Spread:
+    """Each row's token, ``[S, n]``, without all of them at once: those of one expert lie in a buffer until the next's.
+
+    Args:
+        tokens: ``[T, n]``
+    """
+
+    def __init__(self, tokens: Tensor, groups: Groups) -> None:
+        self.tokens = tokens
+        self.which = groups.tokens()  # [S]
+        self.shape = torch.Size((len(self.which), tokens.shape[1]))
+        self.dtype = tokens.dtype
+
+    def by_expert(self, counts: tuple[int, ...]) -> Iterator[Tensor]:
+        """Return the rows of each expert that has some."""
+        buffer = self.tokens.new_empty(max(counts, default=0), self.shape[1])
+        for which, count in zip(self.which.split(counts), counts, strict=True):
+            if count:
+                yield torch.index_select(self.tokens, 0, which, out=buffer[:count])
+
+
+def spread(tokens: Tensor, groups: Groups) -> Spread:
+    """Return what :func:`forward` and :func:`backward` take for each row's token."""
+    return Spread(tokens, groups)
+
+
+def forward(rows: Tensor | Spread, groups: Groups, stack: Stack) -> tuple[Tensor, Tensor | None]:
     """Return ``y = x W_e^T + scaling * u B_e^T``, ``[S, out]``, and ``u = x A_e^T``, kept as ``[r, S]``."""
     W, A, B, factor = stack.weight, stack.lora_A, stack.lora_B, stack.scaling
-    dtype = rows.dtype
-    y = rows.new_empty(rows.shape[0], W.shape[1])
-    u = None if A is None else rows.new_empty(A.shape[1], rows.shape[0])
-    for x, x_t, w_t, out, h, h_t, a, b_t in zip(
+    num_rows, dtype = rows.shape[0], rows.dtype
+    y = W.new_empty(num_rows, W.shape[1], dtype=dtype)
+    u = None if A is None else W.new_empty(A.shape[1], num_rows, dtype=dtype)
+    for x, w_t, out, h, h_t, a, b_t in zip(
         _rows(groups, rows),
-        _columns(groups, rows.t()),
         _weights(groups, W.mT, dtype),
         _rows(groups, y),
         _columns(groups, u),
@@ -34,28 +59,33 @@ def forward(rows: Tensor, groups: Groups, stack: Stack) -> tuple[Tensor, Tensor 
     ):
         torch.mm(x, w_t, out=out)
         if h is not None:
-            torch.mm(a, x_t, out=h)
+            torch.mm(a, x.t(), out=h)
             out.addmm_(h_t, b_t, alpha=factor)
     return y, u
 
 
 def backward(
-    grad: Tensor, rows: Tensor, u: Tensor | None, groups: Groups, stack: Stack, needs: tuple[bool, bool, bool]
+    grad: Tensor | Spread,
+    rows: Tensor | Spread,
+    u: Tensor | None,
+    groups: Groups,
+    stack: Stack,
+    needs: tuple[bool, bool, bool],
 ) -> Gradients:
     """Return the gradients of ``rows``, A and B, those that are in ``needs``, from the one of ``y``, ``[S, out]``."""
     need_x, need_A, need_B = needs
-    A, B, factor = stack.lora_A, stack.lora_B, stack.scaling
-    dtype = grad.dtype
-    v = grad.new_empty(A.shape[1], grad.shape[0]) if A is not None and (need_x or need_A) else None
-    dx = torch.empty_like(rows) if need_x else None
-    dA = _zeros(groups, grad, A.shape) if A is not None and need_A else None
-    dB = _zeros(groups, grad, B.mT.shape) if B is not None and need_B else None
-    for g, g_t, x, to_x, w, h, v_e, v_t, a, b_t, to_A, to_B in zip(
+    W, A, B, factor = stack.weight, stack.lora_A, stack.lora_B, stack.scaling
+    num_rows, dtype = grad.shape[0], grad.dtype
+    like = W.new_empty(0, dtype=dtype)
+    v = like.new_empty(A.shape[1], num_rows) if A is not None and (need_x or need_A) else None
+    dx = like.new_empty(rows.shape) if need_x else None
+    dA = _zeros(groups, like, A.shape) if A is not None and need_A else None
+    dB = _zeros(groups, like, B.mT.shape) if B is not None and need_B else None
+    for g, x, to_x, w, h, v_e, v_t, a, b_t, to_A, to_B in zip(
         _rows(groups, grad),
-        _columns(groups, grad.t()),
-        _rows(groups, rows),
+        _rows(groups, rows) if dA is not None else repeat(None),
         _rows(groups, dx),
-        _weights(groups, stack.weight, dtype),
+        _weights(groups, W, dtype),
         _columns(groups, u),
         _columns(groups, v),
         _rows(groups, None if v is None else v.t()),
@@ -66,7 +96,7 @@ def backward(
         strict=False,
     ):
         if v_e is not None:
-            torch.mm(b_t, g_t, out=v_e)
+            torch.mm(b_t, g.t(), out=v_e)
         if to_x is not None:
             torch.mm(g, w, out=to_x)
             if v_t is not None:
@@ -87,8 +117,10 @@ def _counts(groups: Groups) -> tuple[int, ...]:
     return groups.counts
 
 
-def _rows(groups: Groups, tensor: Tensor | None) -> Iterable[Any]:
+def _rows(groups: Groups, tensor: Tensor | Spread | None) -> Iterable[Any]:
     """Return the rows of each expert that has some."""
+    if isinstance(tensor, Spread):
+        return tensor.by_expert(_counts(groups))
     return repeat(None) if tensor is None else [part for part in tensor.split(_counts(groups)) if part.shape[0]]
 
 
