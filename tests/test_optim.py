@@ -510,7 +510,9 @@ class TestFlat:
             results.append(params)
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)  # the norm is rounded in another order
 
-    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=str)
+    @pytest.mark.parametrize(
+        "duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+    )
     def test_a_copy_goes_on_by_itself(self, duplicate) -> None:
         params = parameters()
         optimizer = LoRAAdamW(params, flat=True)
