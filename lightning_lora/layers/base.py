@@ -33,6 +33,7 @@ class Made(nn.Module):
     """Mixin of the classes that are made at run time, ``LoRA<Base>(mixin, Base)``, for modules that change in place."""
 
     lora_base_class: ClassVar[type[nn.Module]]
+    lora_base_forward: ClassVar[Any]  # the base class's when this one was made: somebody may patch it later
 
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -200,7 +201,8 @@ _MADE_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
 def lora_class(mixin: type[M], base: type[nn.Module]) -> type[M]:
     """Return the class ``LoRA<Base>(mixin, Base)``, the same object on every call."""
     if (mixin, base) not in _MADE_CLASSES:
-        namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_base_class": base}
+        namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
+        namespace |= {"lora_base_class": base, "lora_base_forward": base.forward}
         _MADE_CLASSES[mixin, base] = type(f"LoRA{base.__name__}", (mixin, base), namespace)
     made: type[M] = _MADE_CLASSES[mixin, base]
     return made

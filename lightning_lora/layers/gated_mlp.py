@@ -6,7 +6,7 @@ in the place of its own, and compared with the formula.
 
 import copy
 from collections.abc import Container, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,6 @@ class LoRAGatedMLP(Made):
     disabled or of another kind, when weights lie in shards, and when the module was changed since it was recognised.
     """
 
-    lora_recognized_forward: ClassVar[Any]  # of the base class, as it was
-
     lora_roles: Roles
     lora_recognized: dict[str, dict[str, Any]]  # attributes of the module and of the children beside the layers
 
@@ -69,7 +67,7 @@ class LoRAGatedMLP(Made):
             return True
         former, now = self.lora_recognized, _attributes(self, self.lora_roles)
         return (
-            self.lora_base_class.forward is type(self).lora_recognized_forward
+            self.lora_base_class.forward is type(self).lora_base_forward
             and now.keys() == former.keys()
             and all(are_same(attributes, former[name]) for name, attributes in now.items())
         )
@@ -130,8 +128,7 @@ def fuse_gated_mlp(module: nn.Module, known: dict[Any, Any]) -> None:
         known[key] = roles_of(module)
     if known[key] is not None:
         recognized = _attributes(module, layers)
-        module.__class__ = made = lora_class(LoRAGatedMLP, type(module))
-        made.lora_recognized_forward = made.lora_base_class.forward
+        module.__class__ = lora_class(LoRAGatedMLP, type(module))
         module.__dict__.update(lora_roles=known[key], lora_recognized=recognized)
 
 

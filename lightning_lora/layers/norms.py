@@ -3,7 +3,7 @@
 As gated MLPs, they are recognised by what they compute: to the bit, on small numbers, in two dtypes.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ class LoRARMSNorm(Made):
     is wanted, and when the module was changed since it was recognised.
     """
 
-    lora_recognized_forward: ClassVar[Any]  # of the base class, as it was
-
     weight: Tensor  # [features]
     lora_eps: float
     lora_is_offset: bool
@@ -47,7 +45,7 @@ class LoRARMSNorm(Made):
         if weight.requires_grad or is_dtensor(weight) or weight.is_meta or autocast_dtype(x) is not None:
             return False
         is_as_recognized = are_same(own_attributes(self), self.lora_recognized)
-        if not is_as_recognized or self.lora_base_class.forward is not type(self).lora_recognized_forward:
+        if not is_as_recognized or self.lora_base_class.forward is not type(self).lora_base_forward:
             return False
         return weight.dtype == x.dtype and not self._has_zeros(weight)
 
@@ -92,8 +90,7 @@ def fuse_norms(parent: nn.Module, known: dict[Any, Any]) -> None:
         if known[key] is not None:
             eps, is_offset = known[key]
             recognized = own_attributes(norm)
-            norm.__class__ = made = lora_class(LoRARMSNorm, type(norm))
-            made.lora_recognized_forward = made.lora_base_class.forward
+            norm.__class__ = lora_class(LoRARMSNorm, type(norm))
             norm.__dict__.update(lora_eps=eps, lora_is_offset=is_offset, lora_recognized=recognized)
             norm.__dict__.update(lora_has_zeros=None, lora_seen=())
 
