@@ -24,19 +24,23 @@ OURS, FLAT, FOREACH = "LoRAAdamW", "LoRAAdamW(flat)", "AdamW(foreach)"
 CLIPPED = " + clipping"
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """Return seconds a step, and ratios round by round, in both settings; 392 tensors of 5.05M elements."""
+def measure(rounds: int, quick: bool = False) -> dict[str, Any]:
+    """Return seconds a step, and ratios round by round, in both settings; 392 tensors of 5.05M elements.
+
+    With ``quick``, of one block instead of 28.
+    """
+    sizes = shapes(1 if quick else BLOCKS)
     return {
-        "tensors": len(shapes()),
-        "elements": sum(a * b for a, b in shapes()),
-        "after a backward": summary(interleave(_works(_backward), rounds)),
-        "gradients that stay": summary(interleave(_works(_stay), rounds)),
+        "tensors": len(sizes),
+        "elements": sum(a * b for a, b in sizes),
+        "after a backward": summary(interleave(_works(_backward, sizes), rounds)),
+        "gradients that stay": summary(interleave(_works(_stay, sizes), rounds)),
     }
 
 
-def shapes() -> list[tuple[int, int]]:
+def shapes(num_blocks: int) -> list[tuple[int, int]]:
     """Return the shapes of A ``[r, in]`` and B ``[out, r]``, in turns, of all seven linears of all blocks."""
-    pairs = [((RANK, in_features), (out_features, RANK)) for _ in range(BLOCKS) for in_features, out_features in IN_OUT]
+    pairs = [((RANK, inputs), (outputs, RANK)) for _ in range(num_blocks) for inputs, outputs in IN_OUT]
     return [shape for pair in pairs for shape in pair]
 
 
@@ -65,9 +69,11 @@ def _stay(optimizer: torch.optim.Optimizer, sources: list[Tensor]) -> None:
         _backward(optimizer, sources)
 
 
-def _works(fill: Callable[[torch.optim.Optimizer, list[Tensor]], None]) -> dict[str, Callable[[], float]]:
+def _works(
+    fill: Callable[[torch.optim.Optimizer, list[Tensor]], None], sizes: list[tuple[int, int]]
+) -> dict[str, Callable[[], float]]:
     generator = torch.Generator().manual_seed(0)
-    sources = [torch.randn(RANK, rows * columns // RANK, generator=generator) for rows, columns in shapes()]
+    sources = [torch.randn(RANK, rows * columns // RANK, generator=generator) for rows, columns in sizes]
     makers: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
         "AdamW(for-loop)": (torch.optim.AdamW, {"foreach": False}),
         FOREACH: (torch.optim.AdamW, {"foreach": True}),
@@ -78,7 +84,7 @@ def _works(fill: Callable[[torch.optim.Optimizer, list[Tensor]], None]) -> dict[
     works = {}
     for name, (make, settings) in makers.items():
         for clips in (False, True):
-            parameters = [nn.Parameter(torch.randn(shape, generator=generator) / 50) for shape in shapes()]
+            parameters = [nn.Parameter(torch.randn(shape, generator=generator) / 50) for shape in sizes]
             own = {"max_norm": MAX_NORM} if clips and make is LoRAAdamW else {}
             optimizer = make(parameters, lr=LR, **settings, **own)
             step: Callable[[], Any] = optimizer.step

@@ -50,10 +50,13 @@ def main(arguments: list[str] | None = None) -> None:
         asked = QUICK_ROUNDS if options.quick else options.rounds or ITEMS[item]
         rounds = asked if ITEMS[item] else 0
         record[item] = measured(item, rounds, options.quick)
-        of_full_size = {
-            name: record[name]["results"] for name in ITEMS if name in record and not is_quick(record[name])
-        }
-        record["targets"] = targets.judge(of_full_size)
+        record["targets"] = targets.judge(
+            {
+                name: {"not_measured": "tiny sizes are not judged"} if is_quick(entry) else entry["results"]
+                for name, entry in record.items()
+                if name in ITEMS
+            }
+        )
         write(options.output, record)
         tables.show(item, record[item]["results"])
     tables.show("targets", record["targets"])

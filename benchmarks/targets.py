@@ -84,13 +84,17 @@ def _mixtures(figure: Callable[[Any], Any], *names: str) -> Callable[[Any], list
     return figures
 
 
+def _optimizer(name: str, clipped: str = "") -> Callable[[Any], list[Any]]:
+    ratio = f"{name}{clipped} / AdamW(foreach){clipped}"
+    return lambda found: [found[setting]["ratios"][ratio] for setting in ("after a backward", "gradients that stay")]
+
+
 def _recompilations(compiled: Any) -> list[float]:
     ours = compiled["compiling"]["ours"]
     return [max(ours["graphs"], ours["graphs_after_a_second_step"])]
 
 
 LLAMAS = ("Llama-3.2-1B", "SmolLM2-135M")
-OPTIMIZER_SETTINGS = ("after a backward", "gradients that stay")
 TARGETS = [
     Target("1", "step of a Qwen3-0.6B block / frozen", 1.06, "steps", _step(0.0, "ours / frozen")),
     Target("1", "the same, dropout 0.05", 1.12, "steps", _step(0.05, "ours / frozen")),
@@ -125,10 +129,9 @@ TARGETS = [
         "loss",
         lambda r: [case["of_full_logits"]["ours"] for case in r["memory"]],
     ),
-    Target(
-        *("7", "LoRAAdamW / AdamW(foreach)", 0.15, "optimizer"),
-        lambda r: [r[setting]["ratios"]["LoRAAdamW / AdamW(foreach)"] for setting in OPTIMIZER_SETTINGS],
-    ),
+    Target("7", "LoRAAdamW(flat=True) / AdamW(foreach)", 0.15, "optimizer", _optimizer("LoRAAdamW(flat)")),
+    Target("7", "the same, both with clipping", 0.15, "optimizer", _optimizer("LoRAAdamW(flat)", " + clipping")),
+    Target("7", "LoRAAdamW() / AdamW(foreach)", 0.15, "optimizer", _optimizer("LoRAAdamW")),
     Target("8", "injection / PEFT", 0.10, "injection", lambda cases: [c["ratios"]["ours / PEFT"] for c in cases]),
     Target("9", "decoding, merged / base", 1.0, "decode", lambda r: [r["ratios"]["ours, merged / frozen"]], True),
     Target("10", "compiled / eager", 1.0, "compiled", lambda r: [r["ratios"]["ours, compiled / ours"]]),

@@ -586,10 +586,7 @@ class TestTrainer:
         assert same_adapters(ours, theirs)
         for module, source in ((Stepped(), "theirs"), (Stepped(), "ours"), (Fused(), "ours")):
             self.fit(tmp_path / "resumed", module, 2, ckpt_path=tmp_path / source / "epoch=0.ckpt")
-            if type(module) is Stepped:
-                assert same_adapters(ours, module)
-            # from a file that names no way of stepping, torch's takes the for-loop: another order of operations
-            torch.testing.assert_close(adapter_state_dict(module), adapter_state_dict(ours), rtol=1e-4, atol=1e-6)
+            assert same_adapters(ours, module)  # so that AdamW steps as it was made to: our file names no way
 
     def test_a_flat_run_is_the_same_and_resumes_to_the_bit(self, tmp_path: Path) -> None:
         settings = {"gradient_clip_val": 0.01, "accumulate_grad_batches": 2}

@@ -128,11 +128,18 @@ def match_by_name(
     position = {name: index for index, name in enumerate(order)}
     groups = []
     for group_names, group, own in zip(own_names, state["param_groups"], optimizer.param_groups, strict=True):
-        groups.append({**group, "params": [position[name] for name in group_names]})
+        groups.append({**group, **_way_of_stepping(group, own), "params": [position[name] for name in group_names]})
         if "param_names" in own:
             groups[-1]["param_names"] = own["param_names"]
     entries = {position[name]: state["state"][ids[name]] for name in order if ids[name] in state["state"]}
     return {**state, "state": entries, "param_groups": groups}
+
+
+def _way_of_stepping(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kernels that the optimizer was made to use, where the file names none: LoRAAdamW's does not."""
+    names = ("foreach", "fused")
+    is_open = all(name in saved and saved[name] is None for name in names)
+    return {name: own[name] for name in names if name in own} if is_open else {}
 
 
 def gathered_state(state: dict[str, Any], optimizer: Optimizer, *, is_zero: bool) -> dict[str, Any]:
