@@ -92,7 +92,11 @@ class FlatParameters:
 
     def holds_gradients(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these, one for each parameter, are the pieces of the buffer for gradients."""
-        return all(map(is_, gradients, self._gradient_pieces)) and self._has_its_pieces()
+        return self.are_pieces(gradients) and self._has_its_pieces()
+
+    def are_pieces(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Tell the same of gradients that were gathered, without a look at where they lie."""
+        return all(map(is_, gradients, self._gradient_pieces))
 
     def _has_its_pieces(self) -> bool:
         return list(map(Tensor.data_ptr, self._gradient_pieces)) == self._gradient_addresses
