@@ -18,13 +18,14 @@ def zeros_together(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
     The pieces have version counters of their own. Behind each may lie zeros, see :func:`padded`.
     """
-    sizes = _padded_sizes(tensors)
     like = tensors[0] if tensors else torch.empty(0)
-    flat = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
-    pieces = [
-        piece[: tensor.numel()].view(tensor.shape) for piece, tensor in zip(flat.split(sizes), tensors, strict=True)
-    ]
-    return flat, [piece.data for piece in pieces]
+    flat = torch.zeros(sum(_padded_sizes(tensors)), dtype=like.dtype, device=like.device)
+    return flat, _pieces(flat, tensors)
+
+
+def _pieces(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    parts = zip(padded(flat, tensors), tensors, strict=True)
+    return [part[: tensor.numel()].view(tensor.shape).data for part, tensor in parts]
 
 
 def packed(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -71,6 +72,7 @@ class FlatParameters:
             parameter.data = piece
         self.padded_values, self.padded_gradients = padded(self.values, pieces), padded(self.gradients, pieces)
         self._addresses = list(map(Tensor.data_ptr, parameters))
+        self._gradient_addresses = list(map(Tensor.data_ptr, self._gradient_pieces))
 
     def is_private(self) -> bool:
         """Whether none but the parameters looks at the memory that they lie in."""
@@ -90,10 +92,23 @@ class FlatParameters:
 
     def holds_gradients(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these, one for each parameter, are the pieces of the buffer for gradients."""
+        return self.are_pieces(gradients) and self._has_its_pieces()
+
+    def are_pieces(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Tell the same of gradients that were gathered, without a look at where they lie."""
         return all(map(is_, gradients, self._gradient_pieces))
+
+    def _has_its_pieces(self) -> bool:
+        return list(map(Tensor.data_ptr, self._gradient_pieces)) == self._gradient_addresses
+
+    def _renew_pieces(self) -> None:
+        """Make pieces anew where one was given other memory, as by ``p.grad.data = ...`` or ``module.to(device)``."""
+        if not self._has_its_pieces():
+            self._gradient_pieces = _pieces(self.gradients, self._parameters)
 
     def gather(self, gradients: Sequence[Tensor | None]) -> None:
         """Copy gradients into the buffer where they are not in it, and zeros for those that are ``None``."""
+        self._renew_pieces()
         pieces = [(piece, g) for piece, g in zip(self._gradient_pieces, gradients, strict=True) if g is not piece]
         there = [(piece, gradient) for piece, gradient in pieces if gradient is not None]
         absent = [piece for piece, gradient in pieces if gradient is None]
@@ -109,11 +124,13 @@ class FlatParameters:
                 gradient.copy_(piece)
 
     def zero_gradients(self) -> None:
-        """Make every parameter's gradient a piece of the buffer, all zero: one fill."""
+        """Make the gradient of every parameter that trains a piece of the buffer, all zero: one fill."""
         self.gradients.zero_()
-        if not self.holds_gradients([parameter.grad for parameter in self._parameters]):
+        gradients = [parameter.grad for parameter in self._parameters if parameter.requires_grad]
+        if len(gradients) < len(self._parameters) or not self.holds_gradients(gradients):
+            self._renew_pieces()
             for parameter, piece in zip(self._parameters, self._gradient_pieces, strict=True):
-                parameter.grad = piece
+                parameter.grad = piece if parameter.requires_grad else None
 
 
 def may_move(parameter: Any, private: set[int]) -> bool:

@@ -28,7 +28,11 @@ _CHANGES = {
     "lm_head_multiplier": 1.0,
     "output_multiplier": 1.0,
     "output_logit_soft_cap": 0.0,
+    "logits_soft_cap": 0.0,
+    "logits_mup_width_multiplier": 1.0,
 }
+# whose own loss does not shift labels, or whose head gets what other layers made of the body's output
+_OTHERS = {"cpmant", "electra", "flaubert", "modernbert-decoder", "trocr", "xlm"}
 
 
 def _not_compiled(function: Function) -> Function:
@@ -46,6 +50,8 @@ def linear_cross_entropy(
     num_items: float | Tensor | None = None,
 ) -> Tensor:
     """Return the mean loss of predicting each next token: transformers' ``model(..., labels=labels).loss``.
+
+    What a model with ``output_router_logits`` adds for its router is not in it.
 
     Only labelled positions go through the output head. One call serves all strategies:
 
@@ -109,13 +115,39 @@ def _head(model: Any) -> tuple[Any, float | None]:
             "AutoModelForCausalLM gives"
         )
     config = model.config.get_text_config()
-    changes = [name for name, none in _CHANGES.items() if getattr(config, name, None) not in (None, none)]
-    if changes or config.is_encoder_decoder:
-        what = f"{changes[0]}={getattr(config, changes[0])!r}" if changes else "an encoder and a decoder"
+    what = _difference(model, head, config)
+    if what is not None:
         raise ValueError(
             f"{type(model).__name__} has {what}, which this loss does not know: use model(..., labels=labels).loss"
         )
     return head, getattr(config, "final_logit_softcapping", None)
+
+
+def _difference(model: Any, head: Any, config: Any) -> str | None:
+    """Return what makes a model's logits or its own loss another than those of its head, if anything does."""
+    for name, none in _CHANGES.items():
+        if getattr(config, name, None) not in (None, none):
+            return f"{name}={getattr(config, name)!r}"
+    unpadded = getattr(config, "unpadded_vocab_size", None)
+    if unpadded is not None and unpadded < config.vocab_size:
+        return f"unpadded_vocab_size={unpadded}"
+    if config.is_encoder_decoder:
+        return "an encoder and a decoder"
+    if getattr(type(config), "is_encoder_decoder", False):
+        return "the decoder of an encoder, whose labels are not shifted"
+    if config.model_type in _OTHERS:
+        return f"model_type={config.model_type!r}"
+    if any(child is head for child in model._modules.values()):
+        return None
+    holder = next((one for one in model.modules() if any(child is head for child in one._modules.values())), model)
+    if callable(getattr(holder, "get_output_embeddings", None)):  # the language model inside a larger one
+        return None
+    others = [
+        name
+        for name, child in holder.named_children()
+        if child is not head and next(child.parameters(), None) is not None
+    ]
+    return f"{', '.join(others)} before its head" if others else None
 
 
 def _divisor(num_items: float | Tensor | None, targets: Tensor, total: Tensor) -> float | Tensor:

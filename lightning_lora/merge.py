@@ -1,7 +1,7 @@
 """Merge adapters into the base weights and take them out again; switch adapters off for a while."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -157,9 +157,11 @@ def _originals_in_place(root: nn.Module) -> Iterator[None]:
 
 
 def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
-    holders: Counter[int] = Counter()
+    holders: defaultdict[int, list[Tensor]] = defaultdict(list)
     for module in model.modules():
-        holders.update(_storage(p) for p in module._parameters.values() if p is not None and p.numel() > 0)
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.numel() > 0:
+                holders[_storage(parameter)].append(parameter)
     for name, layer in layers.items():
         if not layer.lora_active:
             raise ValueError(f"cannot merge {name!r} inside disabled(model): leave the block first")
@@ -174,7 +176,7 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
 
 
 def _check_writable(
-    model: nn.Module, name: str, layer: LoRALayer, weight: Tensor | None, holders: Counter[int]
+    model: nn.Module, name: str, layer: LoRALayer, weight: Tensor | None, holders: Mapping[int, list[Tensor]]
 ) -> None:
     """Raise ``ValueError`` for a base tensor that a merge cannot write, or that belongs to another layer too."""
     if weight is None:
@@ -183,13 +185,13 @@ def _check_writable(
         raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load the base first")
     if not weight.is_floating_point():
         raise ValueError(f"cannot merge {name!r}: its weight is quantised ({weight.dtype})")
-    if holders[_storage(weight)] <= 1:
+    if sum(_overlap(weight, other) for other in holders[_storage(weight)]) <= 1:
         return
     twins = {
         other: module
         for other, module in model.named_modules()
         for p in module._parameters.values()
-        if p is not None and module is not layer and p.numel() > 0 and _storage(p) == _storage(weight)
+        if p is not None and module is not layer and p.numel() > 0 and _overlap(p, weight)
     }
     if isinstance(layer, TokenRows) and all(isinstance(m, TokenRows) for m in twins.values()):
         return  # they share the rows as well
@@ -200,5 +202,20 @@ def _check_writable(
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return what two tied tensors share: the address of their storage, or their identity where they have none."""
+    """Return the address of a tensor's storage, or its identity where it has none."""
     return local_part(tensor).untyped_storage().data_ptr() or id(tensor)
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are tied: pieces of one buffer, as a flat optimizer makes them, are not."""
+    if one is other or _storage(one) != _storage(other):
+        return one is other
+    (start, end), (first, last) = _span(one), _span(other)
+    return start < last and first < end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory begins and where it ends."""
+    part = local_part(tensor)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    return part.data_ptr(), part.data_ptr() + reach * part.element_size()

@@ -35,8 +35,9 @@ class LoRAAdamW(torch.optim.AdamW):
         flat: make the parameters pieces of one buffer too, at the first step, and their gradients pieces of another:
             the kernel then sees one tensor, and so does the norm. ``zero_grad()`` zeros that buffer instead of dropping
             the gradients, so a parameter that a backward does not reach has a gradient of zero, and its moments and
-            weight decay go on, as after torch's ``zero_grad(set_to_none=False)``. Parameters that never had a gradient
-            are left where they are, and so are those whose memory others look at: shared, tied, views, DTensors.
+            weight decay go on, as after torch's ``zero_grad(set_to_none=False)``; one that was frozen since stays as it
+            is. Parameters that never had a gradient are left where they are, and so are those whose memory others look
+            at: shared, tied, views, DTensors. ``torch.save`` of a few of them writes the whole buffer: clone them.
 
     Attributes:
         gradient_norm: with ``max_norm``, the norm of the last step's gradients before they were clipped.

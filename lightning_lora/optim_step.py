@@ -89,7 +89,7 @@ class Bucket:
             settings: the group's.
             scale: what the gradients are divided by first, in place too; one float32 number.
         """
-        is_full = self.flat is not None and self.flat.holds_gradients(gradients)
+        is_full = self.flat is not None and self.flat.are_pieces(gradients)
         present = [] if is_full else [gradient is not None for gradient in gradients]
         if not is_full and not any(present):
             return

@@ -360,6 +360,22 @@ def test_experts_that_are_not_dispatched_are_left_alone() -> None:
     assert type(held(Handwritten)).__bases__[0] is LoRAParameters
 
 
+def test_a_gate_that_draws_numbers_in_training_is_left_alone() -> None:
+    class Dropping(Experts):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.dropout = nn.Dropout(0.5)
+
+        def _apply_gate(self, e: Tensor) -> Tensor:
+            return self.dropout(silu_gate(e))
+
+    model = Holder(use_experts_implementation(Dropping)).eval()
+    before = torch.get_rng_state()
+    inject(model, LoRAConfig(r=RANK, target_modules=[], target_parameters=PARAMETERS))
+    assert type(model.experts).__bases__[0] is LoRAParameters  # in backward it would drop others
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_another_formula_is_left_alone() -> None:
     class Doubled(Experts):
         def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -391,3 +392,45 @@ def test_only_adapters_get_gradients() -> None:
     adapters = {name for name, _ in named_adapter_parameters(model)}
     assert {name for name, p in model.named_parameters() if p.grad is not None} == adapters
     ours(copy.deepcopy(model), ids, labels)  # nothing that cannot be copied stays behind
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": models.VOCAB}
+SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Bert": ("BertLMHeadModel", {"is_decoder": True}, "transform before its head"),
+    "Roberta": ("RobertaForCausalLM", {"is_decoder": True}, "dense, layer_norm before its head"),
+    "ModernBertDecoder": ("ModernBertDecoderForCausalLM", {}, "model_type='modernbert-decoder'"),
+    "Electra": ("ElectraForCausalLM", {"is_decoder": True}, "model_type='electra'"),
+    "Bart": ("BartForCausalLM", {"is_decoder": True}, "the decoder of an encoder, whose labels are not shifted"),
+    "RecurrentGemma": ("RecurrentGemmaForCausalLM", {}, "logits_soft_cap=30.0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_whose_own_loss_is_another_is_refused(name: str) -> None:
+    model_class, settings, reason = REFUSED[name]
+    config = getattr(transformers, f"{name}Config")(**SMALL, **settings)
+    model = getattr(transformers, model_class)(config).requires_grad_(False)
+    ids = models.token_ids(2, 8)
+    with pytest.raises(ValueError, match=f"{model_class} has {reason}, which this loss does not know"):
+        linear_cross_entropy(model, torch.randn(2, 8, config.hidden_size), ids)
+
+
+def test_the_head_of_a_language_model_inside_another_is_taken() -> None:
+    model, ids, labels = with_labels(models.llama(), BODY)
+    outer = Outer(model)
+    torch.testing.assert_close(
+        linear_cross_entropy(outer, model.model(ids).last_hidden_state, labels), model(ids, labels=labels).loss
+    )
+
+
+class Outer(nn.Module):
+    """A model of several inputs, one of which goes to a language model."""
+
+    def __init__(self, language_model: Any) -> None:
+        super().__init__()
+        self.vision, self.language_model, self.config = nn.Linear(3, 4), language_model, language_model.config
+
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.language_model.get_output_embeddings()
+        return head

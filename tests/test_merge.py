@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import (
+    LoRAAdamW,
     LoRAConfig,
     adapter_checkpoint,
     adapter_state_dict,
@@ -103,6 +104,28 @@ def test_remove_on_a_merged_model_names_the_way_out() -> None:
     model = merge(adapted())
     with pytest.raises(ValueError, match=r"merge\(model, remove=True\)"):
         remove(model)
+
+
+def test_weights_that_a_flat_optimizer_put_in_one_buffer_are_not_tied() -> None:
+    model = inject(models.gpt2(), LoRAConfig(r=4, bias="all", lora_bias=True))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = LoRAAdamW(trained, lr=0.1, flat=True)
+    ids = models.token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    attention = model.transformer.h[0].attn
+    biases = attention.c_attn.bias, attention.c_proj.bias
+    assert len({bias.untyped_storage().data_ptr() for bias in biases}) == 1
+    expected = logits(model)
+    torch.testing.assert_close(logits(merge(model)), expected, rtol=1e-4, atol=1e-5)  # float32, merged or not
+
+
+def test_overlapping_weights_are_tied() -> None:
+    model = inject(models.llama(), LoRAConfig(r=4, target_modules=["k_proj"]))
+    attention, rows = model.model.layers[0].self_attn, torch.randn(24, 32)
+    attention.k_proj.weight.data, attention.v_proj.weight.data = rows[:16], rows[8:]
+    with pytest.raises(ValueError, match=r"tied to model\.layers\.0\.self_attn\.v_proj, which would change too"):
+        merge(model)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])

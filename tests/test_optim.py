@@ -457,6 +457,39 @@ class TestFlat:
         for tensors in (ours, [p.grad for p in ours]):
             assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
 
+    @pytest.mark.parametrize("how", ["data", "module"])
+    def test_gradients_that_got_other_memory_are_stepped_and_zeroed(self, how: str) -> None:
+        results = []
+        for make, settings in ((LoRAAdamW, {"flat": True}), (AdamW, {"fused": True})):
+            module = nn.ParameterList(parameters())
+            optimizer = make(module.parameters(), lr=0.1, **settings)
+            for step in range(5):
+                optimizer.zero_grad()
+                sum(p.square().sum() for p in module).backward()
+                if how == "data":
+                    for p in module:
+                        p.grad.data = -0.5 * p.grad.data
+                optimizer.step()
+                if how == "module" and step == 2:  # as by module.cpu() and back
+                    module._apply(lambda tensor: tensor.clone())
+            results.append((optimizer, list(module)))
+        (one, ours), (other, theirs) = results
+        assert_equal(one, other, ours, theirs)
+
+    def test_what_is_frozen_between_steps_stays_as_it_is(self) -> None:
+        results = []
+        for make, settings in ((LoRAAdamW, {"flat": True}), (AdamW, {"fused": True})):
+            params = parameters()
+            optimizer = make(params, lr=0.1, **settings)
+            for trains in (True, False, True):
+                params[0].requires_grad_(trains)
+                before = params[0].clone()
+                descend(optimizer, params, range(2))
+                assert torch.equal(params[0], before) is not trains
+            results.append((optimizer, params))
+        (one, ours), (other, theirs) = results
+        assert_equal(one, other, ours, theirs)
+
     def test_memory_that_others_look_at_stays_theirs(self) -> None:
         params, base = parameters(), torch.zeros(4, 6)
         params.append(nn.Parameter(base[:2]))  # a piece of what others hold

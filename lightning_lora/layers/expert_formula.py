@@ -70,7 +70,8 @@ def gate_of(module: LoRAParameters, names: Names, known: dict[Any, Any]) -> str 
     children = tuple((name, facts(child)) for name, child in module._modules.items())
     key = (facts(small), children, tuple(small._parameters), implementation)
     if key not in known:
-        known[key] = _found(small, names)
+        with torch.random.fork_rng(devices=[]):
+            known[key] = _found(small, names)
     found: str | None = known[key]
     return found
 
@@ -91,6 +92,7 @@ def _small(module: LoRAParameters, names: Names) -> Any:
     own = {name: value for name, value in module.__dict__.items() if not name.startswith("lora_")}
     small.__dict__.update(own, _parameters={}, _modules={name: copy.copy(c) for name, c in module._modules.items()})
     small.__dict__.pop("adapter_names", None)
+    small.train()  # what draws random numbers then, backward would not make again
     dtype = torch.float32 if implementation_of(module) == GROUPED else torch.float64
     generator = torch.Generator().manual_seed(0)
     closing = module._parameters[names.closing]
