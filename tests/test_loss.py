@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lora import LoRAConfig, chunked_loss, inject, linear_cross_entropy, named_adapter_parameters
+from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapter_parameters, tiles
 from lightning_lora.chunked_loss import losses_of_linear
 from tests import models, zoo
 from tests.live_bytes import watched
@@ -26,7 +26,7 @@ EXACT = {"rtol": 0.0, "atol": 0.0}
 @pytest.fixture
 def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 rows and 70 columns, neither of which divides the logits."""
-    monkeypatch.setattr(chunked_loss, "_tile", lambda *_: TILE)
+    monkeypatch.setattr(tiles, "_tile", lambda *_: TILE)
 
 
 class Problem:
@@ -103,7 +103,7 @@ class TestAgainstDenseMath:
 
     def test_a_flat_softmax_keeps_its_gradient_in_float16(self, monkeypatch: pytest.MonkeyPatch) -> None:
         size = 277_310  # its probabilities are 60.5 of the least float16
-        monkeypatch.setattr(chunked_loss, "_tile", lambda *_: (8, size))
+        monkeypatch.setattr(tiles, "_tile", lambda *_: (8, size))
         x, weight = torch.zeros(1, 4, dtype=torch.float16, requires_grad=True), torch.randn(size, 4).half() + 1
         losses_of_linear(x, weight, None, torch.tensor([3])).sum().backward()
         expected = weight.double().mean(0) - weight[3].double()
@@ -238,14 +238,14 @@ class TestMemory:
     ) -> None:
         rows, width, size = 2048, 1024, 151_936
         x = SimpleNamespace(shape=(rows, width), element_size=lambda: dtype.itemsize, device=torch.device(device_type))
-        num_rows, num_columns = chunked_loss._tile(x, size, softcap)
+        num_rows, num_columns = tiles._tile(x, size, softcap)
         copies = (dtype.itemsize if dtype.itemsize < 4 else 0) + 4 * (2 if softcap else 1)
         sums = num_rows * width * (4 + 4 + dtype.itemsize)  # over the vocabulary, of a tile, and in the dtype of x
         kept = rows * width * dtype.itemsize
         assert num_rows * num_columns * copies + sums + kept < 0.05 * rows * size * dtype.itemsize
 
     def test_few_logits_are_one_tile(self) -> None:
-        assert chunked_loss._tile(torch.empty(20, 4), 32_768, None) == (24, 32_768)
+        assert tiles._tile(torch.empty(20, 4), 32_768, None) == (24, 32_768)
 
     def test_kept_for_backward_are_the_gradient_and_a_number_per_row(self) -> None:
         problem, kept = Problem(torch.float32), []

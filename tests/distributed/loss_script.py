@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, chunked_loss, linear_cross_entropy
+from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, linear_cross_entropy, tiles
 from lightning_lora.sharded import is_sharded, logical, spread_like, write
 from tests import models
 from tests.distributed.counting import counted_collectives
@@ -193,7 +193,7 @@ def averaged(directory: Path, single: dict[Any, Any]) -> dict[str, Any]:
 
 def main(directory: Path) -> None:
     """Split each model over all ranks, and over pairs of them that get the same data."""
-    chunked_loss._tile = lambda *_: TILE
+    tiles._tile = lambda *_: TILE
     num_ranks = int(os.environ["WORLD_SIZE"])
     single = torch.load(directory / "single.pt", weights_only=True)
     found: dict[str, Any] = {}
