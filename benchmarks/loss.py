@@ -1,4 +1,4 @@
-"""The loss of a causal language model with a frozen head, vocabulary 151,936: logits that exist at once, and CPU time.
+"""The loss of a causal language model with a frozen head: bytes that exist at once, and CPU time.
 
     python benchmarks/loss.py
 
@@ -12,7 +12,7 @@ import json
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,51 +23,68 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_lora import linear_cross_entropy
 
-VOCABULARY, TOKENS, HIDDEN_SIZE = 151_936, 2048, 256
+
+class Shape(NamedTuple):
+    tokens: int
+    vocabulary: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    def described(self) -> dict[str, Any]:
+        return self._asdict() | {"dtype": str(self.dtype).removeprefix("torch.")}
 
 
-def measure(rounds: int, hidden_size: int = HIDDEN_SIZE) -> dict[str, Any]:
-    """Return bytes of logits by dtype and contender, and seconds of forward and backward in float32."""
-    sizes = {"vocabulary": VOCABULARY, "tokens": TOKENS, "hidden_size": hidden_size}
+LARGE = Shape(2048, 151_936, 1024, torch.float32)  # Qwen3-0.6B's head
+TIMED = (LARGE, Shape(200, 49_152, 576, torch.float32), Shape(512, 49_152, 256, torch.bfloat16))
+QUICK = Shape(64, 1000, 16, torch.float32)
+
+
+def measure(rounds: int, quick: bool = False) -> dict[str, Any]:
+    """Return the most bytes that exist at once, by dtype, and seconds of forward and backward, by shape.
+
+    Args:
+        quick: of tiny sizes, to see that it runs; the figures mean nothing.
+    """
+    counted, timed = (QUICK, (QUICK,)) if quick else (LARGE, TIMED)
     return {
-        **sizes,
-        "memory": [_memory(dtype) for dtype in (torch.float32, torch.bfloat16)],
-        "time": _time(rounds, hidden_size),
+        "memory": [_memory(counted._replace(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)],
+        "time": [_time(shape, rounds) for shape in timed],
     }
 
 
-def _memory(dtype: torch.dtype) -> dict[str, Any]:
-    full = TOKENS * VOCABULARY * dtype.itemsize
-    peaks = {name: peak_bytes(work, VOCABULARY) for name, work in contenders(dtype, hidden_size=16).items()}
+def _memory(shape: Shape) -> dict[str, Any]:
+    full = shape.tokens * shape.vocabulary * shape.dtype.itemsize
+    peaks = {name: peak_bytes(work) for name, work in contenders(shape).items()}
     return {
-        "dtype": str(dtype).removeprefix("torch."),
+        **shape.described(),
         "full_logits_bytes": full,
         "peak_bytes": peaks,
         "of_full_logits": {name: peak / full for name, peak in peaks.items()},
     }
 
 
-def _time(rounds: int, hidden_size: int) -> dict[str, Any]:
-    works = contenders(torch.float32, hidden_size)
-    return summary(interleave({name: functools.partial(cpu_seconds, work) for name, work in works.items()}, rounds))
+def _time(shape: Shape, rounds: int) -> dict[str, Any]:
+    works = {name: functools.partial(cpu_seconds, work) for name, work in contenders(shape).items()}
+    return {**shape.described(), **summary(interleave(works, rounds))}
 
 
-def contenders(dtype: torch.dtype, hidden_size: int) -> dict[str, Callable[[], None]]:
+def contenders(shape: Shape) -> dict[str, Callable[[], None]]:
     """Return one step, forward and backward to the hidden states, of each."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
+    tokens, vocabulary, hidden_size, dtype = shape
     generator = torch.Generator().manual_seed(0)
-    head = nn.Linear(hidden_size, VOCABULARY, bias=False).to(dtype).requires_grad_(False)
+    head = nn.Linear(hidden_size, vocabulary, bias=False).to(dtype).requires_grad_(False)
     head.weight.normal_(std=0.02, generator=generator)
-    hidden = torch.randn(1, TOKENS + 1, hidden_size, generator=generator).to(dtype).requires_grad_()
-    labels = torch.randint(VOCABULARY, (1, TOKENS + 1), generator=generator)
+    hidden = torch.randn(1, tokens + 1, hidden_size, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (1, tokens + 1), generator=generator)
     config = SimpleNamespace(is_encoder_decoder=False)
     config.get_text_config = lambda: config
     model = SimpleNamespace(get_output_embeddings=lambda: head, config=config)
     losses: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: linear_cross_entropy(model, hidden, labels),
         "cross_entropy": lambda: F.cross_entropy(head(hidden[0, :-1]), labels[0, 1:]),
-        "transformers": lambda: ForCausalLMLoss(head(hidden), labels, VOCABULARY),
+        "transformers": lambda: ForCausalLMLoss(head(hidden), labels, vocabulary),
     }
 
     def step(loss: Callable[[], Tensor]) -> None:
@@ -77,27 +94,27 @@ def contenders(dtype: torch.dtype, hidden_size: int) -> dict[str, Callable[[], N
     return {name: functools.partial(step, loss) for name, loss in losses.items()}
 
 
-def peak_bytes(work: Callable[[], object], size: int) -> int:
-    """Return the most bytes that exist at once of tensors with ``size`` columns, each storage counted once."""
-    with _Live(size) as live:
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Return the most bytes that exist at once of all that ``work`` makes, each storage counted once."""
+    with _Live() as live:
         work()
     return live.peak
 
 
 class _Live(TorchDispatchMode):
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.size, self.peak = size, 0
+        self.peak = 0
         self.bytes: dict[int, int] = {}  # of storages, by address of their C++ object
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
         results = func(*args, **(kwargs or {}))
-        for tensor in [] if func.is_view else tree_leaves(results):  # a view of the weight has as many columns
-            if isinstance(tensor, Tensor) and tensor.ndim >= 2 and tensor.shape[-1] == self.size:
+        for tensor in tree_leaves(results):  # a view, and what was changed in place, are in a storage that was given
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.bytes:
-                    self.bytes[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.bytes.pop, storage._cdata)
+                self.bytes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.bytes.pop, storage._cdata, None)
                 self.peak = max(self.peak, sum(self.bytes.values()))
         return results
 
@@ -105,12 +122,10 @@ class _Live(TorchDispatchMode):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="rounds of the timing")
-    parser.add_argument(
-        "--hidden-size", type=int, default=HIDDEN_SIZE, help="of the timing; memory does not depend on it"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps(measure(options.rounds, options.hidden_size), indent=1))
+    print(json.dumps(measure(options.rounds, options.quick), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,19 @@
-"""Cross-entropy of what a frozen linear layer gives, a chunk of rows at a time.
+"""Cross-entropy of what a frozen linear layer gives, without whole logits.
 
-    x_chunk [n, h] --- W^T, b ---> z [n, V] --- float32, a few rows at a time ---> q [n, V] --- W ---> q W [n, h]
-                                     the same buffer, for every chunk
-
-The gradient of x is formed beside the loss, while the logits are there; they are not made again, and with a frozen W
-nothing else is needed of them. Kept is ``u = dloss/dx / sigmoid d`` (see ``parallel_loss.py``), as large as x.
+The gradient of x is formed beside the loss, while a tile of logits is there (see ``tiles.py``): they are not made again,
+and with a frozen W nothing else is needed. Kept is ``u = dloss/dx / sigmoid d`` (see ``parallel_loss.py``), of x's size.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lora.functional import autocast_dtype
-from lightning_lora.parallel_loss import agree, loss_and_weight, place, refuse_create_graph, set_apart
+from lightning_lora.parallel_loss import agree, loss_and_weight, place, refuse_create_graph
+from lightning_lora.tiles import Head, over_tiles
 
-# of the rows, so that all buffers together stay below a twentieth of the logits; of fewer rows, what products are fast
-# with, and memory does not matter yet
-_PARTS, _MIN_ROWS, _MIN_NUMEL = 26, 64, 6 * 2**20
-_CACHE_BYTES = 2 * 2**20  # of a CPU core
-_NARROWEST = {torch.float16: 2.0**10}  # a probability of one in 150,000 is there, but hardly
+_PARTS = 26  # what is subtracted at once of the rows
 
 
 def losses_of_linear(
@@ -89,59 +82,14 @@ def _run(
     u = torch.empty_like(x) if wants_gradient else None
     with torch.autocast(x.device.type, enabled=False):
         column, here = place(targets, weight.shape[0], group)
-        mine, own, slope = _over_chunks(x, weight, bias, column, here, softcap, u)
-        others, own = (mine, own) if group is None else agree(mine, own, group)
+        found = over_tiles(x, Head(weight, bias, softcap), column, here, u)
+        mine = found.highest + found.total.log()
+        others, own = (mine, found.own) if group is None else agree(mine, found.own, group)
         losses, share = loss_and_weight(others, own)
         if u is not None:
             of_this_rank = (mine - others.clamp_min(torch.finfo(mine.dtype).min)).exp()  # -inf - -inf would be nan
-            _subtract_targets(u, weight, column, of_this_rank, slope * here)
+            _subtract_targets(u, weight, column, of_this_rank, found.slope)
     return losses, share, u
-
-
-def _over_chunks(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    column: Tensor,
-    here: Tensor,
-    softcap: float | None,
-    product: Tensor | None,
-) -> Tensor:
-    """Return what :func:`_apart` does of all rows, ``[3, T]``, and write ``q W`` to ``product`` ``[T, h]``, if any."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    chunk, block = _sizes(x, weight.shape[0], softcap)
-    logits = x.new_empty(min(chunk, x.shape[0]), weight.shape[0])
-    scratch = None if wide == x.dtype else logits.new_empty(block, weight.shape[0], dtype=wide)
-    factor = _NARROWEST.get(x.dtype, 1.0)
-    found = x.new_empty(3, x.shape[0], dtype=wide)
-    for start in range(0, x.shape[0], chunk):
-        rows = x[start : start + chunk]
-        z = logits[: rows.shape[0]]
-        torch.mm(rows, weight.t(), out=z) if bias is None else torch.addmm(bias, rows, weight.t(), out=z)
-        for first in range(0, z.shape[0], block):
-            narrow = z[first : first + block]
-            part = narrow if scratch is None else scratch[: narrow.shape[0]].copy_(narrow)
-            some = slice(start + first, start + first + narrow.shape[0])
-            for into, values in zip(found, _apart(part, column[some], here[some], softcap, factor), strict=True):
-                into[some] = values
-            if product is not None and scratch is not None:
-                narrow.copy_(part)
-        if product is not None:
-            product[start : start + chunk].addmm_(z, weight, beta=0, alpha=1 / factor)
-    return found
-
-
-def _apart(
-    z: Tensor, column: Tensor, here: Tensor, softcap: float | None, factor: float
-) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Return :func:`set_apart` of capped logits, and the cap's slope at the target; ``z`` is left times the slope."""
-    if not softcap:
-        return *set_apart(z, column, here, factor), 1.0
-    slope = torch.addcmul(z.new_ones(()), z.div_(softcap).tanh_(), z, value=-1)
-    at_target = slope.gather(1, column[:, None])[:, 0]
-    others, own = set_apart(z.mul_(softcap), column, here, factor)
-    z.mul_(slope)
-    return others, own, at_target
 
 
 def _subtract_targets(u: Tensor, weight: Tensor, column: Tensor, of_this_rank: Tensor, at_target: Tensor) -> None:
@@ -150,17 +98,3 @@ def _subtract_targets(u: Tensor, weight: Tensor, column: Tensor, of_this_rank: T
     pieces = (tensor.split(rows) for tensor in (u, column, of_this_rank[:, None], at_target[:, None]))
     for part, which, share, slope in zip(*pieces, strict=True):
         part.copy_((part * share).addcmul_(weight[which], slope, value=-1))
-
-
-def _sizes(x: Tensor, size: int, softcap: float | None) -> tuple[int, int]:
-    """Return how many rows make a chunk of logits, and how many of those are in float32 at once."""
-    num_rows, width = x.shape[0], x.element_size()
-    most = max(num_rows // _PARTS, _MIN_ROWS, _MIN_NUMEL // size) // 8 * 8  # tensor cores take rows by eight
-    chunk = 8 * math.ceil(num_rows / max(math.ceil(num_rows / most), 1) / 8) or 8  # of about equal sizes
-    if x.device.type == "cpu":
-        block = min(_CACHE_BYTES // (size * max(width, 4)), chunk // 16)
-    elif width < 4 or softcap:
-        block = chunk // (16 if softcap else 8)
-    else:
-        block = chunk  # in place, and few kernels
-    return chunk, max(block, 1)

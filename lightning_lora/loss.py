@@ -1,6 +1,6 @@
 """The loss of a causal language model from its last hidden states, without whole logits.
 
-Logits are the largest tensors of a step: tokens x vocabulary. With a frozen head they are made a chunk at a time and
+Logits are the largest tensors of a step: tokens x vocabulary. With a frozen head they are made a tile at a time and
 dropped, and over tensor-parallel ranks each makes its own part.
 """
 
@@ -55,9 +55,9 @@ def linear_cross_entropy(
 
     Only labelled positions go through the output head. One call serves all strategies:
 
-    - A frozen ``nn.Linear``, whole, split by ``megatron_lora`` or sharded by FSDP2: logits are made a chunk of rows at
-      a time, and with them the gradient of ``hidden``, which is all that is kept. Of 2,000 rows or more less than a
-      twentieth of the logits exists at once.
+    - A frozen ``nn.Linear``, whole, split by ``megatron_lora`` or sharded by FSDP2: logits are made a tile of rows
+      and columns at a time, and with them the gradient of ``hidden``, which is all that is kept. Of 2,000 rows and
+      32,000 tokens or more less than a twentieth of the logits exists at once.
     - Any other head (adapted, trained, of another class, with hooks of the user's): its module is called once, and all
       its logits exist.
 

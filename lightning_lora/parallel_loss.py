@@ -22,23 +22,22 @@ def place(targets: Tensor, size: int, group: Any) -> tuple[Tensor, Tensor]:
     return column.clamp(0, size - 1), here
 
 
-def set_apart(z: Tensor, column: Tensor, here: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Turn logits ``z`` ``[n, V]`` in place into ``factor * q``, the softmax without the target, 0 there.
+def set_apart(z: Tensor, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits ``z`` ``[n, V]`` in place into ``exp(z - highest)`` of all but the target, which becomes 0.
 
     Args:
         column: ``[n]``, the target's.
         here: ``[n]``, whether it is in ``z`` at all.
 
     Returns:
-        ``log sum exp`` of the others and the target's logit, 0 where it is not here: ``[n]`` each.
+        The highest of the others, or the least number if all are -inf; the sum of what ``z`` has become; and the
+        target's logit, 0 where it is not here: ``[n]`` each.
     """
-    limits = torch.finfo(z.dtype)
     own = z.gather(1, column[:, None])
     z.scatter_(1, column[:, None], own.masked_fill(here[:, None], -torch.inf))
-    highest = z.amax(1, keepdim=True).clamp_min_(limits.min)  # where all others are -inf
-    total = z.sub_(highest).exp_().sum(1, keepdim=True)
-    z.mul_(factor / total.clamp_min(limits.tiny))
-    return (highest + total.log())[:, 0], own[:, 0].masked_fill(~here, 0.0)
+    highest = z.amax(1, keepdim=True).clamp_min_(torch.finfo(z.dtype).min)  # -inf - -inf would be nan
+    total = z.sub_(highest).exp_().sum(1)
+    return highest[:, 0], total, own[:, 0].masked_fill(~here, 0.0)
 
 
 def agree(others: Tensor, own: Tensor, group: Any) -> tuple[Tensor, Tensor]:
@@ -83,7 +82,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Any) -> Tensor:
         column, here = place(targets, logits.shape[1], group)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        others, own = agree(*set_apart(logits.to(wide, copy=True), column, here), group)
+        highest, total, own = set_apart(logits.to(wide, copy=True), column, here)
+        others, own = agree(highest + total.log(), own, group)
         losses, weight = loss_and_weight(others, own)
         ctx.save_for_backward(logits, others, weight, column, here)
         return losses

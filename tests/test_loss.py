@@ -1,7 +1,9 @@
 """``linear_cross_entropy`` on one process: against dense float64 math, and against transformers' own loss."""
 
 import copy
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,20 +12,22 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lora import LoRAConfig, chunked_loss, inject, linear_cross_entropy, named_adapter_parameters
+from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapter_parameters, tiles
 from lightning_lora.chunked_loss import losses_of_linear
 from tests import models, zoo
 from tests.live_bytes import watched
 
 ROWS, WIDTH, VOCAB = 19, 16, 300
+TILE = (8, 70)
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
 
 @pytest.fixture
-def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 8 rows and blocks of 3, neither of which divides the rows."""
-    monkeypatch.setattr(chunked_loss, "_sizes", lambda *_: (8, 3))
+def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 8 rows and 70 columns, neither of which divides the logits."""
+    monkeypatch.setattr(tiles, "_tile", lambda *_: TILE)
 
 
 class Problem:
@@ -58,7 +62,7 @@ class Problem:
 HEADS = {"plain": {}, "bias": {"bias": True}, "softcap": {"softcap": 2.0}, "both": {"bias": True, "softcap": 2.0}}
 
 
-@pytest.mark.usefixtures("many_chunks")
+@pytest.mark.usefixtures("many_tiles")
 class TestAgainstDenseMath:
     @pytest.mark.parametrize("rows", [1, 8, ROWS])
     @pytest.mark.parametrize("head", HEADS)
@@ -98,8 +102,9 @@ class TestAgainstDenseMath:
         assert error.max() < 0.25
         assert losses.min() < 1e-6
 
-    def test_a_flat_softmax_keeps_its_gradient_in_float16(self) -> None:
+    def test_a_flat_softmax_keeps_its_gradient_in_float16(self, monkeypatch: pytest.MonkeyPatch) -> None:
         size = 277_310  # its probabilities are 60.5 of the least float16
+        monkeypatch.setattr(tiles, "_tile", lambda *_: (8, size))
         x, weight = torch.zeros(1, 4, dtype=torch.float16, requires_grad=True), torch.randn(size, 4).half() + 1
         losses_of_linear(x, weight, None, torch.tensor([3])).sum().backward()
         expected = weight.double().mean(0) - weight[3].double()
@@ -122,13 +127,38 @@ class TestAgainstDenseMath:
         only = losses_of_linear(problem.x[:1], problem.weight[:1], None, problem.targets[:1] * 0)
         assert only.item() == 0.0
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("columns", [slice(0, 70), slice(100, 230)])
+    def test_tiles_of_minus_infinity_alone_have_no_part(self, columns: slice, dtype: torch.dtype) -> None:
+        problem = Problem(dtype, bias=True)
+        problem.bias[columns] = -torch.inf  # as of tokens that only fill up the vocabulary
+        problem.targets[problem.bias[problem.targets] == -torch.inf] = 299
+        losses = problem.ours()
+        losses.backward(problem.grad)
+        expected = problem.dense(torch.float64)
+        tolerance = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.1}  # 2^-9 of logits of about 10
+        torch.testing.assert_close((losses.detach(), problem.x.grad), expected, check_dtype=False, **tolerance)
+
+    @pytest.mark.parametrize("grow", [True, False])
+    def test_logits_of_any_size_in_any_order_lose_nothing(self, grow: bool) -> None:
+        problem = Problem(torch.float32, bias=True)
+        problem.bias.copy_(
+            torch.linspace(*((-400.0, 400.0) if grow else (400.0, -400.0)), VOCAB)
+        )  # exp of the difference is beyond float32
+        losses = problem.ours()
+        losses.backward(problem.grad)
+        expected = problem.dense(torch.float64)
+        # logits of 400 have 3e-5
+        torch.testing.assert_close(losses.detach(), expected[0].float(), rtol=1e-6, atol=1e-4)
+        torch.testing.assert_close(problem.x.grad, expected[1].float(), rtol=1e-4, atol=1e-4)
+
     def test_no_rows_have_no_losses_and_a_gradient_of_their_shape(self) -> None:
         problem = Problem(torch.float32, 0)
         problem.ours().sum().backward()
         assert problem.x.grad.shape == (0, WIDTH)
 
 
-@pytest.mark.usefixtures("many_chunks")
+@pytest.mark.usefixtures("many_tiles")
 class TestAutograd:
     def test_a_graph_can_be_gone_through_twice(self) -> None:
         problem = Problem(torch.float32)
@@ -147,9 +177,9 @@ class TestAutograd:
     def test_without_gradients_no_product_with_the_weight_is_made(self, mode: Callable[[], Any]) -> None:
         problem = Problem(torch.float32)
         expected = problem.ours()
-        with mode(), watched(WIDTH) as found:
+        with mode(), FlopCounterMode(display=False) as counted:
             losses = problem.ours()
-        assert found.rows == 0
+        assert counted.get_total_flops() == 2 * ROWS * WIDTH * VOCAB
         torch.testing.assert_close(losses, expected.detach(), **EXACT)
         assert not losses.requires_grad
 
@@ -194,13 +224,29 @@ class TestMemory:
     def test_less_than_a_twentieth_of_the_logits_exists_at_once(
         self, dtype: torch.dtype, softcap: float | None, rows: int
     ) -> None:
-        size = 8192  # of more columns the same share
+        size = 32_768  # of more columns a lesser share
         x, weight = torch.randn(rows, 8).to(dtype).requires_grad_(), torch.randn(size, 8).to(dtype)
         targets = torch.randint(size, (rows,))
-        with pytest.MonkeyPatch.context() as patch, watched(size) as found:
-            patch.setattr(chunked_loss, "_MIN_NUMEL", chunked_loss._MIN_NUMEL * size // 151_936)
+        with watched() as found:  # all that is made, logits or not
             losses_of_linear(x, weight, None, targets, softcap=softcap).mean().backward()
         assert 0 < found.peak < 0.05 * rows * size * x.element_size()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+    @pytest.mark.parametrize("softcap", [None, 30.0])
+    def test_tiles_and_sums_of_a_large_head_are_less_than_a_twentieth(
+        self, dtype: torch.dtype, device_type: str, softcap: float | None
+    ) -> None:
+        rows, width, size = 2048, 1024, 151_936
+        x = SimpleNamespace(shape=(rows, width), element_size=lambda: dtype.itemsize, device=torch.device(device_type))
+        num_rows, num_columns = tiles._tile(x, size, softcap)
+        copies = (dtype.itemsize if dtype.itemsize < 4 else 0) + 4 * (2 if softcap else 1)
+        sums = num_rows * width * (4 + 4 + dtype.itemsize)  # over the vocabulary, of a tile, and in the dtype of x
+        kept = rows * width * dtype.itemsize
+        assert num_rows * num_columns * copies + sums + kept < 0.05 * rows * size * dtype.itemsize
+
+    def test_few_logits_are_one_tile(self) -> None:
+        assert tiles._tile(torch.empty(20, 4), 32_768, None) == (24, 32_768)
 
     def test_kept_for_backward_are_the_gradient_and_a_number_per_row(self) -> None:
         problem, kept = Problem(torch.float32), []
@@ -241,7 +287,7 @@ def biased() -> nn.Module:
 
 
 BODY = {"target_modules": ["q_proj", "down_proj"]}
-MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any] | None, bool]] = {  # and whether chunks are made
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any] | None, bool]] = {  # and whether tiles are made
     "untied": (models.llama, BODY, True),
     "tied": (lambda: models.llama(tied=True), BODY, True),
     "bias": (biased, BODY, True),
@@ -255,19 +301,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any] | None, bool]] =
 }
 
 
-@pytest.mark.usefixtures("many_chunks")
+@pytest.mark.usefixtures("many_tiles")
 class TestAgainstTransformers:
     @pytest.mark.parametrize("name", MODELS)
     def test_loss_and_every_gradient_are_transformers_own(self, name: str) -> None:
         make, lora, chunked = MODELS[name]
         model, ids, labels = with_labels(make(), lora)
-        with watched(models.VOCAB) as found:
-            loss = ours(model, ids, labels)
+        hidden = model.model(ids).last_hidden_state
+        with watched() as found:
+            loss = linear_cross_entropy(model, hidden, labels)
         expected = model(ids, labels=labels).loss
         torch.testing.assert_close(loss, expected)
         # other order of sums
         torch.testing.assert_close(gradients(model, loss), gradients(model, expected), rtol=1e-4, atol=1e-6)
-        assert (found.rows == 8) == chunked
+        assert found.largest == (math.prod(TILE) if chunked else 14 * models.VOCAB)
 
     def test_all_labels_are_learned(self) -> None:
         model, ids, _ = with_labels(models.llama(), BODY)

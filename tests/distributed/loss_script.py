@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, chunked_loss, linear_cross_entropy
-from lightning_lora.sharded import is_sharded, spread_like
+from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, linear_cross_entropy, tiles
+from lightning_lora.sharded import is_sharded, logical, spread_like, write
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ddp_script import BATCH, rank_loader
@@ -54,7 +55,7 @@ def padded() -> nn.Module:
 HEADLESS = {"target_modules": ["q_proj", "down_proj"]}
 HEAD = {"target_modules": ["q_proj", "down_proj", "lm_head"]}
 TABLE = {"target_modules": ["q_proj", "embed_tokens"]}
-CHUNK = 2  # rows of logits that are there at once; not what the sizes of these models would choose
+TILE = (2, 40)  # of the logits that are there at once; not what the sizes of these models would choose
 SAME_DATA = {"train_dataloaders": rank_loader(0, 1)}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (four_heads, {}),
@@ -106,6 +107,14 @@ class Predicting(LanguageModule):
         self.found["traffic"] = dict(traffic)
         return loss
 
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Let no factor be zero, of which the other's gradient would be too: the same values however they lie."""
+        for name, parameter in self.named_parameters():
+            if "lora_" in name:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                write(parameter, 0.1 * torch.randn(logical(parameter).shape, generator=generator))
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if self.found:
             return None
@@ -139,7 +148,7 @@ class Averaged(Predicting):
     def __init__(self, case: str, num_items: float | None = None) -> None:
         super().__init__(case)
         self.num_items = num_items
-        self.found = {"labels": [], "traffic": [], "rows": [], "losses": []}
+        self.found = {"labels": [], "traffic": [], "largest": [], "losses": []}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         labels = unequal_labels(batch)
@@ -147,10 +156,10 @@ class Averaged(Predicting):
         self.found["labels"].append(int(num_labels))  # reduce() changes it in place
         num_items = self.num_items or self.trainer.strategy.reduce(num_labels, reduce_op="mean")
         hidden = self.model.model(batch).last_hidden_state
-        with counted_collectives() as traffic, watched(self.model.lm_head.weight.shape[0]) as found:
+        with counted_collectives() as traffic, watched(self.model.lm_head.weight.shape[1]) as found:
             loss = linear_cross_entropy(self.model, hidden, labels, num_items=num_items)
         self.found["traffic"].append(dict(traffic))
-        self.found["rows"].append(found.rows)
+        self.found["largest"].append(found.largest)
         self.found["losses"].append(loss.detach().clone())
         self._counting = counted_collectives()
         self._backward = self._counting.__enter__()
@@ -184,7 +193,7 @@ def averaged(directory: Path, single: dict[Any, Any]) -> dict[str, Any]:
 
 def main(directory: Path) -> None:
     """Split each model over all ranks, and over pairs of them that get the same data."""
-    chunked_loss._sizes = lambda *_: (CHUNK, 1)
+    tiles._tile = lambda *_: TILE
     num_ranks = int(os.environ["WORLD_SIZE"])
     single = torch.load(directory / "single.pt", weights_only=True)
     found: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """``linear_cross_entropy`` on 2 and 4 gloo ranks, and on one process, against transformers' own loss."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests import models, zoo
 from tests.distributed.ddp_script import BATCH
 from tests.distributed.fsdp_script import fit
 from tests.distributed.launch import launch
-from tests.distributed.loss_script import AVERAGED, CASES, CHUNK, HEADLESS, Predicting, labels_of, unequal_labels
+from tests.distributed.loss_script import AVERAGED, CASES, HEADLESS, TILE, Predicting, labels_of, unequal_labels
 from tests.runs import ROWS
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
@@ -66,7 +67,7 @@ def test_loss_and_all_gradients_are_those_of_one_process(run: dict[str, Any], ca
     for found in splits(run, case):
         torch.testing.assert_close(found["loss"], run["single"][case].found["loss"], **tolerance)
         torch.testing.assert_close(found["gradients"], found["expected"], **tolerance)
-        assert found["gradients"]
+        assert all(gradient.any() for gradient in found["gradients"].values()) == (case != "nothing learned")
     assert len(splits(run, case)) == (4 if "dropout" in case else 8)
 
 
@@ -113,7 +114,7 @@ def test_gradients_over_unequal_ranks_are_those_of_the_whole_batch(
 
 
 @pytest.mark.parametrize("num_batches", [1, 2])
-def test_a_sharded_head_is_gathered_once_for_all_chunks(run: dict[str, Any], num_batches: int) -> None:
+def test_a_sharded_head_is_gathered_once_for_all_tiles(run: dict[str, Any], num_batches: int) -> None:
     for rank in run["ranks"]:
         found = rank["averaged"][f"fsdp_lora, {num_batches}"]
         for traffic in found["traffic"]:
@@ -122,11 +123,11 @@ def test_a_sharded_head_is_gathered_once_for_all_chunks(run: dict[str, Any], num
         assert len(found["backward"]["all_gather"]) == 1  # the first block's
 
 
-def test_no_strategy_has_more_than_a_chunk_of_logits(run: dict[str, Any]) -> None:
+def test_no_strategy_has_more_than_a_tile_of_logits(run: dict[str, Any]) -> None:
     for strategy in AVERAGED:
         found = [rank["averaged"][f"{strategy}, 2"] for rank in run["ranks"]]
-        assert max(max(one["rows"]) for one in found) == CHUNK
-        assert max(max(one["labels"]) for one in found) > 2 * CHUNK
+        assert max(max(one["largest"]) for one in found) == math.prod(TILE)
+        assert max(max(one["labels"]) for one in found) > 2 * TILE[0]
 
 
 @pytest.mark.parametrize("case", CASES)
