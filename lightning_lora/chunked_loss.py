@@ -1,8 +1,8 @@
 """Cross-entropy of what a frozen linear layer gives, without whole logits.
 
 The gradient of x is formed beside the loss, while a tile of logits is there (see ``tiles.py``): they are not made
-again, and with a frozen W nothing else is needed. Kept is ``u = dloss/dx / sigmoid d`` (see ``parallel_loss.py``), of
-the size of x.
+again, and with a frozen W nothing else is needed. Kept is ``u = dloss/dx / sigmoid d`` (see ``parallel_loss.py``), as
+large as x.
 """
 
 from typing import Any

@@ -68,7 +68,7 @@ def linear_cross_entropy(
     Args:
         model: a transformers causal language model.
         hidden: ``[batch, tokens, hidden_size]``, the last hidden states of its body.
-        labels: ``[batch, tokens]``, aligned with the input: position t is predicted from t - 1.
+        labels: ``[batch, tokens]``, aligned with the input and not shifted: position t is predicted from t - 1.
         ignore_index: the label of what is not learned. Where that is all, the loss and its gradients are zero.
         num_items: what the sum of the losses is divided by, instead of the number of labels here. Lightning averages
             gradients over data-parallel ranks and accumulated batches; with the mean number of labels in all of them
@@ -78,6 +78,7 @@ def linear_cross_entropy(
         A scalar in float32, or float64 where ``hidden`` is; of the labels of this rank.
 
     Raises:
+        TypeError: ``hidden`` is no tensor.
         ValueError: shapes do not match, a label is outside the vocabulary, ``num_items`` is no number of labels, or the
             model's logits are not what its head gives.
 
@@ -92,6 +93,8 @@ def linear_cross_entropy(
         return linear_cross_entropy(self.model, hidden, labels, num_items=num_items)
     """
     head, softcap = _head(model)
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden is a {type(hidden).__name__} and must be a tensor: pass its .last_hidden_state")
     if hidden.shape[:-1] != labels.shape or labels.ndim != 2:
         raise ValueError(
             f"hidden {list(hidden.shape)} and labels {list(labels.shape)} must be [batch, tokens, hidden_size] and "
@@ -112,7 +115,7 @@ def _head(model: Any) -> tuple[Any, float | None]:
     if head is None:
         raise ValueError(
             f"{type(model).__name__} has no output head: pass a transformers causal language model, such as "
-            "AutoModelForCausalLM gives"
+            "AutoModelForCausalLM gives, and not the LightningModule around it"
         )
     config = model.config.get_text_config()
     what = _difference(model, head, config)

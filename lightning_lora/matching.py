@@ -169,10 +169,9 @@ def select_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, list[st
     for entry in wanted:
         if entry not in hit:
             names = [clean_name(name) for name, _ in model.named_parameters()]
-            raise ValueError(
-                f"target_parameters entry {entry!r} matches no parameter of {type(model).__name__}"
-                f"{nearest_names([entry], names)}"
-            )
+            is_module = any(name == entry or name.endswith(f".{entry}") for name, _ in model.named_modules())
+            hint = ": it is a module, for target_modules" if is_module else nearest_names([entry], names)
+            raise ValueError(f"target_parameters entry {entry!r} matches no parameter of {type(model).__name__}{hint}")
     return found
 
 

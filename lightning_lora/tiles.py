@@ -55,7 +55,7 @@ def over_tiles(x: Tensor, head: Head, column: Tensor, here: Tensor, product: Ten
     logits = x.new_empty(num_rows, num_columns)
     buffers = [logits] if wide == x.dtype else [logits, logits.new_empty(logits.shape, dtype=wide)]
     found = Found(*x.new_zeros(4, x.shape[0], dtype=wide))
-    found.highest.fill_(torch.finfo(wide).min)  # not -inf, of which the difference to itself is nan
+    found.highest.fill_(-torch.inf)  # a tile's is finite: the difference is never nan
     for start in range(0, x.shape[0], num_rows):
         rows = slice(start, start + num_rows)
         part = x[rows]
