@@ -410,6 +410,7 @@ def test_an_attention_of_other_widths_is_refused_with_the_reason() -> None:
     ("build", "settings", "message"),
     [
         (family("mixtral"), {"target_parameters": ["experts.gate_proj"]}, "'experts.gate_proj' matches no parameter"),
+        (models.llama, {"target_parameters": ["q_proj"]}, "it is a module, for target_modules"),
         (models.llama, {"target_parameters": ["norm.weight"]}, "can be matrices and 3-D stacks"),
         (models.llama, {"trainable_token_indices": [100]}, "100 is outside the table of 100 rows"),
         (models.llama, {"trainable_token_indices": {"embed": [1]}}, "names 0 embeddings or output heads"),

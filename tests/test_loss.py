@@ -444,6 +444,15 @@ def test_only_adapters_get_gradients() -> None:
     ours(copy.deepcopy(model), ids, labels)  # nothing that cannot be copied stays behind
 
 
+def test_the_output_of_a_model_in_the_place_of_its_hidden_states_is_refused_with_the_remedy() -> None:
+    model, ids = models.llama(), models.token_ids(2, 8, seed=1)
+    with pytest.raises(TypeError, match=r"a BaseModelOutputWithPast and must be a tensor: pass its .last_hidden_state"):
+        linear_cross_entropy(model, model.model(ids), ids)
+    with pytest.raises(ValueError, match="and not the LightningModule around it"):
+        linear_cross_entropy(torch.nn.ModuleDict({"model": model}), model.model(ids).last_hidden_state, ids)
+
+
+
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": models.VOCAB}
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
