@@ -449,7 +449,7 @@ def test_the_output_of_a_model_in_the_place_of_its_hidden_states_is_refused_with
     with pytest.raises(TypeError, match=r"a BaseModelOutputWithPast and must be a tensor: pass its .last_hidden_state"):
         linear_cross_entropy(model, model.model(ids), ids)
     with pytest.raises(ValueError, match="and not the LightningModule around it"):
-        linear_cross_entropy(torch.nn.ModuleDict({"model": model}), model.model(ids).last_hidden_state, ids)
+        linear_cross_entropy(nn.ModuleDict({"model": model}), model.model(ids).last_hidden_state, ids)
 
 
 
