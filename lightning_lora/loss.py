@@ -56,8 +56,8 @@ def linear_cross_entropy(
     Only labelled positions go through the output head. One call serves all strategies:
 
     - A frozen ``nn.Linear``, whole, split by ``megatron_lora`` or sharded by FSDP2: logits are made a tile of rows
-      and columns at a time, and with them the gradient of ``hidden``, which is all that is kept. Of 2,000 rows and
-      32,000 tokens or more less than a twentieth of the logits exists at once.
+      and columns at a time, and with them the gradient of ``hidden``, which is all that is kept. Of 2,000 rows and a
+      vocabulary of 32,000 or more less than a twentieth of the logits exists at once.
     - Any other head (adapted, trained, of another class, with hooks of the user's): its module is called once, and all
       its logits exist.
 
