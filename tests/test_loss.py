@@ -452,7 +452,6 @@ def test_the_output_of_a_model_in_the_place_of_its_hidden_states_is_refused_with
         linear_cross_entropy(nn.ModuleDict({"model": model}), model.model(ids).last_hidden_state, ids)
 
 
-
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": models.VOCAB}
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
