@@ -22,6 +22,7 @@ IN_OUT = ((1024, 2048), (1024, 1024), (1024, 1024), (2048, 1024), (1024, 3072), 
 LR, MAX_NORM = 1e-4, 1.0
 OURS, FLAT, FOREACH = "LoRAAdamW", "LoRAAdamW(flat)", "AdamW(foreach)"
 CLIPPED = " + clipping"
+KERNEL = "the kernel alone, on one buffer"  # what no step can be faster than
 
 
 def measure(rounds: int, quick: bool = False) -> dict[str, Any]:
@@ -92,7 +93,23 @@ def _works(
                 step = functools.partial(_clip_and_step, parameters, step)
             fill_own = functools.partial(fill, optimizer, sources)
             works[name + CLIPPED * clips] = functools.partial(_seconds, fill_own, step)
+    works[KERNEL] = functools.partial(_seconds, fill_own, _kernel(sum(a * b for a, b in sizes), generator))
     return works
+
+
+def _kernel(size: int, generator: torch.Generator) -> Callable[[], object]:
+    parameter, gradient, average, square = ([torch.randn(size, generator=generator)] for _ in range(4))
+    square[0].abs_()
+    settings = {"lr": LR, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
+    return functools.partial(
+        torch._fused_adamw_,
+        *(parameter, gradient, average, square, [], [torch.tensor(3.0)]),
+        **settings,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None,
+        found_inf=None,
+    )
 
 
 def _clip_and_step(parameters: list[nn.Parameter], step: Callable[[], Any]) -> None:
