@@ -20,6 +20,7 @@ from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
 
 
+@torch.no_grad()
 def initialize(layers: Mapping[str, LoRALayer], config: LoRAConfig) -> None:
     """Fill every pair in place, so that the adapted model starts as its base: the values of PEFT.
 
@@ -42,7 +43,6 @@ def initialize(layers: Mapping[str, LoRALayer], config: LoRAConfig) -> None:
             layer.start_magnitude()
 
 
-@torch.no_grad()
 def _initialize_pair(layer: LoRALayer, pair: Pair, name: str, config: LoRAConfig) -> None:
     like_peft = config.init_rng == "peft"
     generator = None if like_peft else torch.Generator(device="cpu").manual_seed(_seed(name, config.init_seed))
@@ -62,7 +62,9 @@ def _initialize_pair(layer: LoRALayer, pair: Pair, name: str, config: LoRAConfig
         values = (_kaiming(pair.A, fan_in, generator), None)
     for parameter, value in zip((pair.A, pair.B), values, strict=True):
         if value is not None:
-            parameter.copy_(_as_peft_rounds(value, layer) if like_peft else value)
+            value = _as_peft_rounds(value, layer) if like_peft else value
+            if value is not parameter:
+                parameter.copy_(value)
 
 
 def _seed(name: str, init_seed: int | None) -> int:
@@ -78,10 +80,12 @@ def _normal(shape: Sequence[int], std: float, generator: torch.Generator | None)
 
 
 def _kaiming(A: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:
-    """Return float32 values on CPU for A. Not by ``nn.init``, which ``empty_init`` turns off."""
+    """Return float32 values on CPU for A, in A itself if it is. Not by ``nn.init``, which ``empty_init`` turns off."""
     # the bound of kaiming_uniform_(a=sqrt(5)), in its order of operations, for equal bits
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
-    return torch.empty(A.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+    is_one = A.dtype == torch.float32 and A.device.type == "cpu" and A.is_contiguous()
+    values = A if is_one else torch.empty(A.shape, dtype=torch.float32, device="cpu")
+    return values.uniform_(-bound, bound, generator=generator)
 
 
 def _orthogonal(pair: Pair, name: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

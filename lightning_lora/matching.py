@@ -319,9 +319,11 @@ def _check_fused(config: LoRAConfig, known: Iterable[str], model: nn.Module) -> 
 def _check_indices(config: LoRAConfig, names: Iterable[str]) -> None:
     """Raise ``ValueError`` for an index in ``layers_to_transform`` that no target lies in."""
     wanted = config.layers_to_transform
+    if wanted is None:
+        return
     hit = (layer_index(name, config.layers_pattern) for name in names if _hits(config.target_modules, name))
     there = sorted({index for index in hit if index is not None})
-    for index in [wanted] if isinstance(wanted, int) else wanted or []:
+    for index in [wanted] if isinstance(wanted, int) else wanted:
         if index not in there:
             lists = f" in layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
             raise ValueError(
