@@ -122,7 +122,7 @@ def draw_checkpoints(axis: Axes, checkpoints: Results) -> None:
     axis.set_xscale("log")
     axis.set_xlim(min(values) / 5, 8 * max(values))
     axis.invert_yaxis()
-    axis.set_title(f"Checkpoint, {checkpoints['model'].split(',')[0]}, r={checkpoints['rank']} (log)")
+    axis.set_title(f"Checkpoint, {checkpoints['model'].split(',')[0]}\n(r={checkpoints['rank']}, logarithmic)")
 
 
 def draw_scaling(results: Results, path: Path) -> None:
