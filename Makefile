@@ -23,7 +23,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make check       what every commit passes: format, lint, types, versions, tests"
 	@echo "make format      rewrite the code in the project's format"
-	@echo "make benchmarks  measure every figure beside PEFT and other peers, in about 25 minutes, and draw the plots"
+	@echo "make benchmarks  measure every figure beside PEFT and other peers, in half an hour, and draw the plots"
 	@echo "make clean       remove caches and example outputs; the environment and the model stay"
 
 venv: $(INSTALLED)
