@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blocks
 import ours
 import peft
 import tables
@@ -90,28 +91,11 @@ class Model(nn.Module):
         return self.inner(inputs_embeds=x, use_cache=False).last_hidden_state
 
 
-@dataclass
-class Work:
-    """A contender with what it computes on: a :class:`blocks.Work` of another block."""
-
-    block: nn.Module
-    x: Tensor  # [1, T, hidden_size]
-    grad: Tensor  # [1, T, hidden_size]
+class Work(blocks.Work):
+    """A contender with what it computes on; there are no positions."""
 
     def forward(self) -> Tensor:
         return self.block(self.x)
-
-    def step(self) -> Tensor:
-        """Run forward and backward; gradients are dropped first. Returns the output."""
-        self.clear()
-        output = self.forward()
-        output.backward(self.grad)
-        return output
-
-    def clear(self) -> None:
-        self.x.grad = None
-        for parameter in self.block.parameters():
-            parameter.grad = None
 
 
 def contenders(case: Case) -> dict[str, Work]:
@@ -125,7 +109,7 @@ def contenders(case: Case) -> dict[str, Work]:
         warnings.simplefilter("ignore")  # PEFT on a bare block, which has no config
         theirs = _with_peft(_sharing_copy(base))
         theirs.save_pretrained(directory)
-        blocks = {
+        models = {
             "frozen": _sharing_copy(base).requires_grad_(False),
             "full": _sharing_copy(base).requires_grad_(True),
             "PEFT": theirs.base_model.model,
@@ -133,7 +117,7 @@ def contenders(case: Case) -> dict[str, Work]:
         }
     x = torch.randn(1, TOKENS, case.hidden_size)
     grad = torch.randn_like(x)
-    works = {name: Work(block.train(), x.clone().requires_grad_(), grad) for name, block in blocks.items()}
+    works = {name: Work(block.train(), x.clone().requires_grad_(), grad, ()) for name, block in models.items()}
     torch.testing.assert_close(works["ours"].forward(), works["PEFT"].forward(), rtol=1e-4, atol=1e-4)
     return works
 
