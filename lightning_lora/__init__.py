@@ -7,10 +7,10 @@ from lightning_lora.combine import combine
 from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import convert
 from lightning_lora.inject import inject, named_adapter_parameters, remove
-from lightning_lora.loss import linear_cross_entropy
+from lightning_lora.loss.cross_entropy import linear_cross_entropy
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.merge import disabled, merge, merged, unmerge
-from lightning_lora.optim import LoRAAdamW
+from lightning_lora.optim.adamw import LoRAAdamW
 from lightning_lora.peft_export import save_peft
 from lightning_lora.peft_import import load_peft
 from lightning_lora.readers import check_portable

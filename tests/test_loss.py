@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapter_parameters, tiles
-from lightning_lora.chunked_loss import losses_of_linear
+from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapter_parameters
+from lightning_lora.loss import tiles
+from lightning_lora.loss.chunked import losses_of_linear
 from tests import models, zoo
 from tests.live_bytes import watched
 

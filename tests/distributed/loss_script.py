@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, linear_cross_entropy, tiles
+from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, linear_cross_entropy
+from lightning_lora.loss import tiles
 from lightning_lora.sharded import is_sharded, logical, spread_like, write
 from tests import models
 from tests.distributed.counting import counted_collectives

@@ -9,8 +9,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_lora.gradient_norm import norm_over_ranks
-from lightning_lora.optim_buckets import Buckets
-from lightning_lora.optim_step import Bucket
+from lightning_lora.optim.buckets import Buckets
+from lightning_lora.optim.step import Bucket
 from lightning_lora.sharded import local_part
 
 

@@ -1,7 +1,7 @@
 """Cross-entropy of what a frozen linear layer gives, without whole logits.
 
 The gradient of x is formed beside the loss, while a tile of logits is there (see ``tiles.py``): they are not made
-again, and with a frozen W nothing else is needed. Kept is ``u = dloss/dx / sigmoid d`` (see ``parallel_loss.py``), as
+again, and with a frozen W nothing else is needed. Kept is ``u = dloss/dx / sigmoid d`` (see ``parallel.py``), as
 large as x.
 """
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora.functional import autocast_dtype
-from lightning_lora.parallel_loss import agree, loss_and_weight, place, refuse_create_graph
-from lightning_lora.tiles import Head, over_tiles
+from lightning_lora.loss.parallel import agree, loss_and_weight, place, refuse_create_graph
+from lightning_lora.loss.tiles import Head, over_tiles
 
 _PARTS = 26  # what is subtracted at once of the rows
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_lora.chunked_loss import losses_of_linear
 from lightning_lora.layers.parallel import ColumnParallelLinear, parts_of_output
-from lightning_lora.parallel_loss import losses_of_parts
+from lightning_lora.loss.chunked import losses_of_linear
+from lightning_lora.loss.parallel import losses_of_parts
 from lightning_lora.root import is_megatron
 from lightning_lora.sharded import is_dtensor
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.parallel_loss import place, set_apart
+from lightning_lora.loss.parallel import place, set_apart
 from lightning_lora.products import scaled_mm
 
 _TILE_BYTES = 4 * 2**20  # of all that a tile needs: what is done to it happens in a CPU's cache
