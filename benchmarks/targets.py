@@ -84,9 +84,9 @@ def _mixtures(figure: Callable[[Any], Any], *names: str) -> Callable[[Any], list
     return figures
 
 
-def _optimizer(name: str, clipped: str = "") -> Callable[[Any], list[Any]]:
+def _optimizer(name: str, clipped: str = "", *, threads: str = "") -> Callable[[Any], list[Any]]:
     ratio = f"{name}{clipped} / AdamW(foreach){clipped}"
-    return lambda found: [found[setting]["ratios"][ratio] for setting in ("after a backward", "gradients that stay")]
+    return lambda found: [found[f"after a backward{threads}"]["ratios"][ratio]]
 
 
 def _recompilations(compiled: Any) -> list[float]:
@@ -134,6 +134,7 @@ TARGETS = [
         lambda r: [case["of_full_logits"]["ours"] for case in r["memory"]],
     ),
     Target("7", "LoRAAdamW(flat=True) / AdamW(foreach)", 0.15, "optimizer", _optimizer("LoRAAdamW(flat)")),
+    Target(*("7", "the same, two threads", 0.15, "optimizer"), _optimizer("LoRAAdamW(flat)", threads=", two threads")),
     Target("7", "the same, both with clipping", 0.15, "optimizer", _optimizer("LoRAAdamW(flat)", " + clipping")),
     Target("7", "LoRAAdamW() / AdamW(foreach)", 0.15, "optimizer", _optimizer("LoRAAdamW")),
     Target("8", "injection / PEFT", 0.10, "injection", lambda cases: [c["ratios"]["ours / PEFT"] for c in cases]),

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import mmap
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lora import LoRAAdamW, LoRACallback, LoRAConfig, adapter_state_dict, inject, save_peft
 from lightning_lora.optim.flat import zeros_together
+from lightning_lora.optim.huge_pages import zeros
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer
 
@@ -295,6 +298,13 @@ class TestFiles:
         assert_equal(twin, optimizer, others, params)
         assert twin.max_norm == 1.0
 
+    def test_a_pickle_holds_every_moment_once(self) -> None:
+        params = parameters(shapes=[(64, 64)] * 10)
+        optimizer = LoRAAdamW(params)
+        run(optimizer, params, range(1))
+        pickled = len(pickle.dumps(optimizer))
+        assert pickled < 1.2 * 3 * 4 * sum(p.numel() for p in params)  # pickle, unlike torch.save, writes whole buffers
+
     def test_buffers_of_pieces_do_not_overlap(self) -> None:
         _, pieces = zeros_together([torch.empty(shape) for shape in SHAPES])
         for i, piece in enumerate(pieces):
@@ -554,6 +564,77 @@ class TestFlat:
         descend(optimizer, params, range(2, 4))
         descend(twin, others, range(2, 4))
         assert_equal(twin, optimizer, others, params)
+
+
+class TestHugePages:
+    """Buffers of 4 MiB and more: 1.5M float32 numbers in three tensors."""
+
+    SHAPES = ((700, 1_008), (1_000, 400), (399_984,))
+
+    @pytest.fixture(params=["given", "refused", "not there"])
+    def pages(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        advice = getattr(mmap, "MADV_HUGEPAGE", None)
+        if advice is None and request.param != "not there":
+            pytest.skip("only Linux has madvise(MADV_HUGEPAGE)")
+        if request.param == "refused":
+            monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)  # EINVAL, as from a kernel built without them
+        if request.param == "not there" and advice is not None:
+            monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+
+    @pytest.mark.usefixtures("pages")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_they_hold_zeros_and_nothing_else(self, dtype: torch.dtype) -> None:
+        size = 2**22 + 5
+        buffer = zeros(size, torch.empty(0, dtype=dtype))
+        assert buffer.dtype is dtype
+        assert buffer.shape == (size,)
+        assert not buffer.any()
+        assert buffer.untyped_storage().nbytes() == size * dtype.itemsize
+
+    @pytest.mark.usefixtures("pages")
+    @pytest.mark.parametrize("flat", [False, True], ids=["lists", "flat"])
+    def test_steps_copies_and_files_are_as_in_other_memory(self, flat: bool) -> None:
+        ours, theirs = parameters(shapes=self.SHAPES), parameters(shapes=self.SHAPES)
+        one, other = LoRAAdamW(ours, flat=flat), AdamW(theirs, fused=True)
+        run(one, ours)
+        run(other, theirs)
+        assert_equal(one, other, ours, theirs)
+        ours, one = copy.deepcopy((ours, one))
+        file = io.BytesIO()
+        torch.save(one.state_dict(), file)
+        assert file.tell() < 1.01 * 2 * 4 * sum(p.numel() for p in ours)
+        file.seek(0)
+        one.load_state_dict(torch.load(file))
+        run(one, ours, steps=range(5, 7))
+        run(other, theirs, steps=range(5, 7))
+        assert_equal(one, other, ours, theirs)
+
+    @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux has madvise(MADV_HUGEPAGE)")
+    def test_they_are_asked_for_where_a_huge_page_begins(self) -> None:
+        buffer = zeros(2**21, torch.empty(0))
+        assert buffer.data_ptr() % 2**21 == 0
+        place = next(
+            block
+            for block in re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text())
+            if int(block.split("-")[0], 16) <= buffer.data_ptr() < int(re.split("[- ]", block)[1], 16)
+        )
+        assert " hg" in place.split("VmFlags:")[1]  # the kernel's word for advised memory
+
+    @pytest.mark.parametrize("size", [10, 2**20 - 1])
+    def test_small_buffers_come_from_the_allocator(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mmap, "mmap", None)
+        assert zeros(size, torch.empty(0)).shape == (size,)
+
+    def test_the_memory_goes_with_the_last_tensor(self) -> None:
+        def mapped() -> int:
+            return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+
+        before = mapped()
+        piece = zeros(2**24, torch.empty(0))[5:9]
+        assert mapped() >= before + 2**26
+        assert not piece.any()
+        del piece
+        assert mapped() < before + 2**26
 
 
 def test_closures_and_hooks_run_as_with_any_optimizer() -> None:

@@ -1,6 +1,6 @@
 """The parameters of an optimizer, sorted into what one call of its kernel can step."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -73,7 +73,7 @@ class Buckets:
         if any(own[i] is not None for own, waiting in zip(gradients, self._waiting, strict=True) for i in waiting):
             return False
         # by identity, without a look into any tensor: those would come from memory one by one
-        values = list(chain.from_iterable(map(dict.values, state.values())))
+        values = chain.from_iterable(map(dict.values, state.values()))
         return _same(values, self._values) and all(bucket.has_kept_parameters() for bucket in chain(*self._buckets))
 
     def _add(
@@ -99,8 +99,11 @@ class Buckets:
         self._buckets.append(buckets)
 
 
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))
+_END = (object(),)  # makes the longer of two differ
+
+
+def _same(some: Iterable[Any], others: Iterable[Any]) -> bool:
+    return all(map(is_, chain(some, _END), chain(others, _END)))
 
 
 def _start(parameters: Sequence[Tensor], state: State, *, amsgrad: bool) -> None:

@@ -51,15 +51,16 @@ class Bucket:
         self._padded_moments = [padded(one, parameters) for one in self._flat_moments]
         self._is_regular = all(is_regular(moment) for moments in self._moments for moment in moments)
         self._clock, self._steps = counted_together([entry["step"] for entry in entries], self._device)
+        self._tick = torch.ones_like(self._clock)
         self._in_step: bool | None = None  # whether all counts are the same, once somebody asks
         for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
 
     def has_kept_parameters(self) -> bool:
-        """Whether the parameters are of the dtype that their state is of, or even where they were put."""
-        return set(map(_dtype, self.parameters)) == {self._dtype} and (
-            self.flat is None or self.flat.holds_parameters()
-        )
+        """Whether parameters are of the dtype that their state is of, and flat ones where they were put."""
+        if self.flat is not None:
+            return self.flat.holds_parameters()
+        return set(map(_dtype, self.parameters)) == {self._dtype}
 
     def of_group(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return the bucket's gradients of the group's."""
@@ -94,7 +95,7 @@ class Bucket:
         if not is_full and not any(present):
             return
         if is_full or all(present):
-            self._clock.add_(1.0)
+            self._clock.add_(self._tick)
             parameters = self.parameters
         else:
             self._clock.add_(torch.tensor(present, dtype=torch.float32).to(self._device))
