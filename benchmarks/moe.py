@@ -77,6 +77,7 @@ CASES = [
     )
     for implementation in ("grouped_mm", "eager")
 ]
+CASES.insert(6, Case("mixture, E=8 h=2048 i=768", 8, 2048, 768, "grouped_mm"))  # experts of Qwen3-30B-A3B's size
 
 
 class Model(nn.Module):

@@ -119,6 +119,10 @@ TARGETS = [
         _mixtures(lambda case: case["ratios"]["ours / full"], "h=1024"),
     ),
     Target(
+        *("5", "the same, experts of 2048x768, as Qwen3-30B-A3B's", 0.75, "moe"),
+        _mixtures(lambda case: case["ratios"]["ours / full"], "h=2048"),
+    ),
+    Target(
         *("5", "MoE layer, step with optimizer / full, all sizes", 0.75, "moe"),
         _mixtures(lambda case: case["with_optimizer"]["ratios"]["ours / full"]),
     ),

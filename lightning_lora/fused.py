@@ -32,11 +32,24 @@ from lightning_lora.functional import (
 
 
 class Activation(NamedTuple):
-    """An elementwise function and its backward, ``(gradient, input) -> gradient``, in one kernel and differentiable."""
+    """An elementwise function and its backward, ``(gradient, input, **options) -> gradient``, in one kernel."""
 
     forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-    differentiable_backward: Callable[[Tensor, Tensor], Tensor] | None = None  # where that is another
+    kernel: Any  # of backward; it may write where it is told to
+    options: dict[str, Any] = {}  # noqa: RUF012  # read only
+    differentiable_backward: Callable[[Tensor, Tensor], Tensor] | None = None  # where the kernel has none
+
+    def backward(self, grad: Tensor, e: Tensor) -> Tensor:
+        """Return the gradient of the input."""
+        found: Tensor = self.kernel.default(grad, e, **self.options)
+        return found
+
+    def backward_into(self, out: Tensor, grad: Tensor, e: Tensor) -> Tensor:
+        """Write the gradient of the input to ``out``, which may be ``grad``."""
+        if torch.compiler.is_compiling():
+            return out.copy_(self.backward(grad, e))
+        found: Tensor = self.kernel.grad_input(grad, e, **self.options, grad_input=out)
+        return found
 
     def grad(self, grad: Tensor, e: Tensor) -> Tensor:
         """Return the gradient of the input, with a graph where gradients are on."""
@@ -49,14 +62,14 @@ def _silu_backward(grad: Tensor, e: Tensor) -> Tensor:
     return grad * sigmoid * (1 + e * (1 - sigmoid))
 
 
+_aten = torch.ops.aten
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, torch.ops.aten.silu_backward.default, _silu_backward),
+    "silu": Activation(F.silu, _aten.silu_backward, differentiable_backward=_silu_backward),
     "gelu_tanh": Activation(
-        lambda e: F.gelu(e, approximate="tanh"),
-        lambda grad, e: torch.ops.aten.gelu_backward.default(grad, e, approximate="tanh"),
+        lambda e: F.gelu(e, approximate="tanh"), _aten.gelu_backward, options={"approximate": "tanh"}
     ),
-    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward.default),
-    "relu": Activation(F.relu, lambda grad, e: torch.ops.aten.threshold_backward.default(grad, e, 0)),
+    "gelu": Activation(F.gelu, _aten.gelu_backward),
+    "relu": Activation(F.relu, _aten.threshold_backward, options={"threshold": 0}),
 }
 
 
@@ -136,7 +149,7 @@ class _GatedMLP(torch.autograd.Function):
         assert grad_h is not None
         # all three are buffers of our own
         grad_g = opened * grad_h if again else opened.mul_(grad_h)
-        grad_e = act.grad(grad_h * g if again else grad_h.mul_(g), e)
+        grad_e = act.grad(grad_h * g, e) if again else act.backward_into(grad_h, grad_h.mul_(g), e)
         need_x = ctx.needs_input_grad[0]
         grad_x, found = backward_of_linears(rows, [grad_e, grad_g], opening, h_in, entering, needs, need_x=need_x)
         return None if grad_x is None else grad_x.view(x.shape), *(None,) * 5, *found, *found_closing

@@ -104,18 +104,18 @@ class _Experts(torch.autograd.Function):
         w = weights.reshape(-1, 1).index_select(0, order)
         h, back = ctx.settings[0].again(e)
         dy = products.spread(grad, groups)
-        to_down = products.backward(dy, (h * w).to(h.dtype), u_out, groups, down, (True, *needs[6:8]))
+        to_down = products.backward(dy, h, u_out, groups, down, (True, *needs[6:8]), w)
         dh = to_down.rows
         grad_w = None
         if need_w:
             wide = torch.promote_types(w.dtype, torch.float32)
-            by_row = (h * dh).sum(1, dtype=wide)
+            by_row = h.mul_(dh).sum(1, dtype=wide)
             if down.bias is not None:
                 by_row += (groups.spread(grad) * down.bias.index_select(0, groups.experts())).sum(1, dtype=wide)
             grad_w = by_row[places].to(w.dtype)
         del h, dy
         to_up = products.backward(
-            back(dh.mul_(w)), products.spread(x, groups), u_in, groups, gate_up, (need_x, *needs[2:4])
+            back(dh.mul_(w)), products.spread(x, groups), u_in, groups, gate_up, (need_x, *needs[2:4]), None
         )
         grad_x = groups.collect(to_up.rows) if need_x else None
         found = None, None, to_up.lora_A, to_up.lora_B, None, None, to_down.lora_A, to_down.lora_B

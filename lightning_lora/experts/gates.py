@@ -19,7 +19,7 @@ class Gate(Protocol):
         """Return ``G(e)``, in a buffer that nobody else has seen."""
 
     def again(self, e: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return ``G(e)`` and what takes the gradient of it, which it may overwrite, to the one of ``e``."""
+        """Return ``G(e)``, as above, and what takes the gradient of it, which it may overwrite, to the one of ``e``."""
 
 
 class KnownGate(NamedTuple):
@@ -44,7 +44,7 @@ class KnownGate(NamedTuple):
             grad_e = torch.empty_like(e)
             grad_a, grad_b = grad_e.chunk(2, dim=1)
             torch.mul(grad, opened, out=grad_b)
-            grad_a.copy_(activation.backward(grad.mul_(b), a))
+            activation.backward_into(grad_a, grad.mul_(b), a)
             return grad_e
 
         return opened * b, backward
@@ -65,4 +65,4 @@ class OwnGate(NamedTuple):
         with torch.enable_grad():
             leaf = e.detach().requires_grad_()
             h = self.function(leaf)
-        return h.detach(), lambda grad: torch.autograd.grad(h, leaf, grad)[0]
+        return h.detach().clone(), lambda grad: torch.autograd.grad(h, leaf, grad)[0]

@@ -41,9 +41,15 @@ def forward(rows: Tensor, groups: Groups, stack: Stack) -> tuple[Tensor, Tensor 
 
 
 def backward(
-    grad: Tensor, rows: Tensor, u: Tensor | None, groups: Groups, stack: Stack, needs: tuple[bool, bool, bool]
+    grad: Tensor,
+    rows: Tensor,
+    u: Tensor | None,
+    groups: Groups,
+    stack: Stack,
+    needs: tuple[bool, bool, bool],
+    factors: Tensor | None,
 ) -> Gradients:
-    """Return the gradients of ``rows``, A and B, those that are in ``needs``, from the one of ``y``, ``[S, out]``."""
+    """Return what :func:`lightning_lora.experts.loop.backward` does."""
     need_x, need_A, need_B = needs
     dx = dA = dB = None
     if need_x:
@@ -57,6 +63,7 @@ def backward(
         if dx is not None:
             dx.add_(_product(v, A, groups), alpha=stack.scaling)
         if need_A:
+            v = v if factors is None else v.mul_(factors)
             dA = _product(v.t(), rows, groups)[:, :r].to(stack.lora_A.dtype).mul_(stack.scaling)
     if need_B:
         assert u is not None

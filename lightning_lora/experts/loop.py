@@ -4,8 +4,8 @@ An expert's rows and weights stay in the cache while its products run, tokens ar
 comes first in the products of rank r, as in :func:`lightning_lora.products.skinny`. Experts without rows cost nothing.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import repeat
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress, repeat
 from typing import Any
 
 import torch
@@ -71,8 +71,14 @@ def backward(
     groups: Groups,
     stack: Stack,
     needs: tuple[bool, bool, bool],
+    factors: Tensor | None,
 ) -> Gradients:
-    """Return the gradients of ``rows``, A and B, those that are in ``needs``, from the one of ``y``, ``[S, out]``."""
+    """Return the gradients of what was multiplied, of A and B, those that are in ``needs``.
+
+    Args:
+        grad: of ``y``, ``[S, out]``.
+        rows: ``[S, in]``; ``factors`` ``[S, 1]``, if any, times these were multiplied.
+    """
     need_x, need_A, need_B = needs
     W, A, B, factor = stack.weight, stack.lora_A, stack.lora_B, stack.scaling
     num_rows, dtype = grad.shape[0], grad.dtype
@@ -81,7 +87,7 @@ def backward(
     dx = like.new_empty(rows.shape) if need_x else None
     dA = _zeros(groups, like, A.shape) if A is not None and need_A else None
     dB = _zeros(groups, like, B.mT.shape) if B is not None and need_B else None
-    for g, x, to_x, w, h, v_e, v_t, a, b_t, to_A, to_B in zip(
+    for g, x, to_x, w, h, v_e, v_t, factor_e, a, b_t, to_A, to_B in zip(
         _rows(groups, grad),
         _rows(groups, rows) if dA is not None else repeat(None),
         _rows(groups, dx),
@@ -89,6 +95,7 @@ def backward(
         _columns(groups, u),
         _columns(groups, v),
         _rows(groups, None if v is None else v.t()),
+        _columns(groups, None if factors is None else factors.t()),
         _matrices(groups, None if A is None else A.to(dtype)),
         _matrices(groups, None if B is None else B.to(dtype).mT),
         _matrices(groups, dA),
@@ -102,6 +109,8 @@ def backward(
             if v_t is not None:
                 to_x.addmm_(v_t, a, alpha=factor)
         if to_A is not None:
+            if factor_e is not None:
+                v_e.mul_(factor_e)
             to_A.addmm_(v_e, x, beta=0, alpha=factor)
         if to_B is not None:
             to_B.addmm_(h, g, beta=0, alpha=factor)
@@ -121,19 +130,23 @@ def _rows(groups: Groups, tensor: Tensor | Spread | None) -> Iterable[Any]:
     """Return the rows of each expert that has some."""
     if isinstance(tensor, Spread):
         return tensor.by_expert(_counts(groups))
-    return repeat(None) if tensor is None else [part for part in tensor.split(_counts(groups)) if part.shape[0]]
+    return repeat(None) if tensor is None else _with_rows(groups, tensor.split(_counts(groups)))
 
 
 def _columns(groups: Groups, tensor: Tensor | None) -> Iterable[Any]:
     """Return the columns of each expert that has some."""
-    return repeat(None) if tensor is None else [part for part in tensor.split(_counts(groups), 1) if part.shape[1]]
+    return repeat(None) if tensor is None else _with_rows(groups, tensor.split(_counts(groups), 1))
 
 
 def _matrices(groups: Groups, stacked: Tensor | None) -> Iterable[Any]:
     """Return the matrix of each expert that has rows."""
-    if stacked is None:
-        return repeat(None)
-    return [part for part, count in zip(stacked.unbind(), _counts(groups), strict=True) if count]
+    return repeat(None) if stacked is None else _with_rows(groups, stacked.unbind())
+
+
+def _with_rows(groups: Groups, parts: Sequence[Tensor]) -> Iterable[Tensor]:
+    """Return those that belong to experts that have rows."""
+    counts = _counts(groups)
+    return parts if all(counts) else compress(parts, counts)
 
 
 def _weights(groups: Groups, stacked: Tensor, dtype: torch.dtype) -> Iterable[Any]:
