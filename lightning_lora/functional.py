@@ -10,7 +10,6 @@ Base and adapter are one autograd function. It serves one layer, or several that
 one product, their gradients to x are accumulated in one buffer, and one dropout mask serves them.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -201,8 +200,21 @@ def run(function: Any, *inputs: Any) -> tuple[Tensor, ...]:
     wanted = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
     # torch.jit.trace compares a run with gradients to one without
     whole = wanted or torch.jit.is_tracing()
-    outputs: tuple[Tensor, ...] = function.apply(*inputs) if whole else function.forward(*inputs)
+    outputs: tuple[Tensor, ...] = apply(function, *inputs) if whole else function.forward(*inputs)
     return outputs
+
+
+def apply(function: Any, *inputs: Any) -> Any:
+    """Return ``function.apply(*inputs)`` for an autograd function whose inputs are given by place.
+
+    In eager mode without what ``apply`` does beside: it binds the inputs to the signature of ``forward``, which takes
+    longer than a small product, and looks for what is left over of a transform of ``torch.func``, here in the first
+    input alone: the others are parameters and what was made of them.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    first = torch._C._functorch.unwrap_if_dead(inputs[0])
+    return super(torch.autograd.Function, function).apply(first, *inputs[1:])
 
 
 def settings(term: Term) -> tuple[Tensor | None, tuple[Any, ...]]:
@@ -221,11 +233,13 @@ def in_fours(flat: Sequence[Any]) -> list[Any]:
     return [Factors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
 
 
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default
+
+
 def like(x: Tensor, y: Tensor) -> Tensor:
     """Return ``y`` ``[T, out]`` in the leading shape of ``x``."""
     # not a view to autograd: the caller may change the output in place, as nn.ReLU(inplace=True) does
-    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
-    return shaped
+    return y if x.ndim == 2 else _unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -264,12 +278,6 @@ class _LoRALinears(torch.autograd.Function):
             need_x=ctx.needs_input_grad[0],
         )
         return None if grad_x is None else grad_x.view(ctx.x_shape), None, None, *found
-
-
-# apply() binds its inputs to the signature of forward on every call; reading it from the code
-# each time would take a third of a small layer's forward
-ANY_INPUTS = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
-_LoRALinears.forward.__signature__ = ANY_INPUTS  # type: ignore[attr-defined]
 
 
 def forward_of_linears(rows: Tensor, layers: Sequence[Any], term: Term) -> tuple[list[Tensor], Tensor]:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.functional import (
-    ANY_INPUTS,
     Factors,
     Term,
     apply_linears,
@@ -153,6 +152,3 @@ class _GatedMLP(torch.autograd.Function):
         need_x = ctx.needs_input_grad[0]
         grad_x, found = backward_of_linears(rows, [grad_e, grad_g], opening, h_in, entering, needs, need_x=need_x)
         return None if grad_x is None else grad_x.view(x.shape), *(None,) * 5, *found, *found_closing
-
-
-_GatedMLP.forward.__signature__ = ANY_INPUTS  # type: ignore[attr-defined]  # see functional.py

@@ -3,11 +3,12 @@
 The adapted layers behind a norm keep its output anyway, as their input: kept once, it serves both.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_lora.functional import apply
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, is_offset: bool = False) -> Tensor:
@@ -21,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, is_offset: bool = False) 
         weight: ``[features]``, without zeros (or minus ones, with ``is_offset``): backward divides by it.
         is_offset: whether it is Gemma's form.
     """
-    y: Tensor = _RMSNorm.apply(x, weight, eps, is_offset)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+    y: Tensor = apply(_RMSNorm, x, weight, eps, is_offset)[0]
     return y
 
 
@@ -62,11 +63,6 @@ class _RMSNorm(torch.autograd.Function):
             through_rstd = normalized * (grad_rstd * rstd.square() / -y.shape[-1])
             grad_x = through_rstd if grad_x is None else grad_x + through_rstd
         return None if grad_x is None else grad_x.to(ctx.dtype), None, None, None
-
-
-_RMSNorm.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # see functional._LoRALinear
-    [inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)]
-)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_lora.experts import grouped, loop, traced
 from lightning_lora.experts.gates import Gate
 from lightning_lora.experts.groups import Groups
 from lightning_lora.experts.stacks import Stack
-from lightning_lora.functional import ANY_INPUTS, lora_linear, run
+from lightning_lora.functional import lora_linear, run
 
 Product = Callable[[Tensor, Groups, Stack], Tensor]
 
@@ -120,9 +120,6 @@ class _Experts(torch.autograd.Function):
         grad_x = groups.collect(to_up.rows) if need_x else None
         found = None, None, to_up.lora_A, to_up.lora_B, None, None, to_down.lora_A, to_down.lora_B
         return grad_x, grad_w, None, None, None, None, *found
-
-
-_Experts.forward.__signature__ = ANY_INPUTS  # type: ignore[attr-defined]  # see functional.py
 
 
 def formula(

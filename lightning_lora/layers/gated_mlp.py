@@ -19,7 +19,7 @@ from lightning_lora.layers.base import Made, lora_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from lightning_lora.layers.siblings import can_fuse, enter, factors, go_together, leave, term
-from lightning_lora.layers.structure import are_same, facts, keeps_books, own_attributes
+from lightning_lora.layers.structure import Snapshot, facts, keeps_books
 
 # from where activations are linear to where limits that some models put on them are passed
 SCALES = (0.03, 1.0, 30.0, 1e4)
@@ -34,6 +34,33 @@ class Roles(NamedTuple):
     activation: str
 
 
+class Recognized(NamedTuple):
+    """A module as it was, and its children but for some layers, with their classes."""
+
+    own: Snapshot
+    children: dict[str, tuple[type, Snapshot]]
+
+    @classmethod
+    def of(cls, module: nn.Module, layers: Container[str]) -> "Recognized":
+        others = _others(module, layers)
+        return cls(Snapshot.of(module), {name: (type(child), Snapshot.of(child)) for name, child in others})
+
+    def is_of(self, module: nn.Module, layers: Container[str]) -> bool:
+        """Whether a module has the attributes that it had, and so each child."""
+        others = _others(module, layers)
+        if len(others) != len(self.children) or not self.own.is_of(module):
+            return False
+        for name, child in others:
+            cls, snapshot = self.children.get(name, (None, self.own))
+            if type(child) is not cls or not snapshot.is_of(child):
+                return False
+        return True
+
+
+def _others(module: nn.Module, layers: Container[str]) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module._modules.items() if child is not None and name not in layers]
+
+
 class LoRAGatedMLP(Made):
     """Mixin of a gated MLP with three adapted layers.
 
@@ -42,7 +69,7 @@ class LoRAGatedMLP(Made):
     """
 
     lora_roles: Roles
-    lora_recognized: dict[str, dict[str, Any]]  # attributes of the module and of the children beside the layers
+    lora_recognized: Recognized
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,11 +92,8 @@ class LoRAGatedMLP(Made):
     def _is_as_recognized(self) -> bool:
         if torch.compiler.is_compiling():  # guards on every attribute would compile equal blocks one by one
             return True
-        former, now = self.lora_recognized, _attributes(self, self.lora_roles)
-        return (
-            self.lora_base_class.forward is type(self).lora_base_forward
-            and now.keys() == former.keys()
-            and all(are_same(attributes, former[name]) for name, attributes in now.items())
+        return self.lora_base_class.forward is type(self).lora_base_forward and self.lora_recognized.is_of(
+            self, self.lora_roles[:3]
         )
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -88,15 +112,6 @@ class LoRAGatedMLP(Made):
     def _layers(self) -> tuple[Any, Any, Any]:
         children, roles = self._modules, self.lora_roles
         return children.get(roles.gate), children.get(roles.up), children.get(roles.down)
-
-
-def _attributes(module: nn.Module, layers: Container[str]) -> dict[str, dict[str, Any]]:
-    """Return the attributes of a module, and of its children but for some layers with their classes."""
-    found = {"": own_attributes(module)}
-    for name, child in module._modules.items():
-        if child is not None and name not in layers:
-            found[name] = {"__class__": type(child), **own_attributes(child)}
-    return found
 
 
 def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
@@ -127,9 +142,9 @@ def fuse_gated_mlp(module: nn.Module, known: dict[Any, Any]) -> None:
     if key not in known:
         known[key] = roles_of(module)
     if known[key] is not None:
-        recognized = _attributes(module, layers)
         module.__class__ = lora_class(LoRAGatedMLP, type(module))
-        module.__dict__.update(lora_roles=known[key], lora_recognized=recognized)
+        module.__dict__.update(lora_roles=known[key], lora_recognized=None)
+        module.__dict__.update(lora_recognized=Recognized.of(module, layers))
 
 
 def release_gated_mlp(module: LoRAGatedMLP) -> None:
@@ -211,14 +226,13 @@ def _small(module: nn.Module, layers: dict[str, LoRALinear], down: str) -> nn.Mo
 @torch.no_grad()
 def _computes(small: Any, roles: Roles) -> bool:
     """Whether a module computes the formula, in training and evaluation, and changes nothing of its own."""
-    former = _attributes(small, roles)
+    former = Recognized.of(small, roles[:3])
     for training in (True, False):
         for one in (small, *small._modules.values()):
             one.training = training
         if not _gives(small, roles):
             return False
-    now = _attributes(small, roles)
-    return all(are_same(attributes, former[name]) for name, attributes in now.items())
+    return former.is_of(small, roles[:3])
 
 
 def _gives(small: Any, roles: Roles) -> bool:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.functional import autocast_dtype
 from lightning_lora.layers.base import LoRALayer, Made, lora_class
-from lightning_lora.layers.structure import are_same, facts, keeps_books, own_attributes
+from lightning_lora.layers.structure import Snapshot, facts, keeps_books
 from lightning_lora.rms_norm import rms_norm
 from lightning_lora.sharded import is_dtensor
 
@@ -28,7 +28,7 @@ class LoRARMSNorm(Made):
     weight: Tensor  # [features]
     lora_eps: float
     lora_is_offset: bool
-    lora_recognized: dict[str, Any]  # the module's attributes
+    lora_recognized: Snapshot
     lora_has_zeros: bool | None  # unknown until the weight is seen
     lora_seen: tuple[Any, ...]  # the weight that this was found out about, and how often it had been changed
 
@@ -44,8 +44,7 @@ class LoRARMSNorm(Made):
         weight = self.weight
         if weight.requires_grad or is_dtensor(weight) or weight.is_meta or autocast_dtype(x) is not None:
             return False
-        is_as_recognized = are_same(own_attributes(self), self.lora_recognized)
-        if not is_as_recognized or self.lora_base_class.forward is not type(self).lora_base_forward:
+        if not self.lora_recognized.is_of(self) or self.lora_base_class.forward is not type(self).lora_base_forward:
             return False
         return weight.dtype == x.dtype and not self._has_zeros(weight)
 
@@ -60,9 +59,7 @@ class LoRARMSNorm(Made):
     def _is_seen(self, weight: Tensor) -> bool:
         if not isinstance(weight, nn.Parameter):  # a view of this one forward: of a unit of weights that are gathered
             return True
-        return all(
-            now is former or now == former for now, former in zip(_identity(weight), self.lora_seen, strict=True)
-        )
+        return _identity(weight) == self.lora_seen
 
     @override
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -89,10 +86,10 @@ def fuse_norms(parent: nn.Module, known: dict[Any, Any]) -> None:
             known[key] = form_of(norm)
         if known[key] is not None:
             eps, is_offset = known[key]
-            recognized = own_attributes(norm)
             norm.__class__ = lora_class(LoRARMSNorm, type(norm))
-            norm.__dict__.update(lora_eps=eps, lora_is_offset=is_offset, lora_recognized=recognized)
+            norm.__dict__.update(lora_eps=eps, lora_is_offset=is_offset, lora_recognized=None)
             norm.__dict__.update(lora_has_zeros=None, lora_seen=())
+            norm.__dict__.update(lora_recognized=Snapshot.of(norm))
 
 
 def _may_be_norm(module: nn.Module) -> bool:
@@ -126,7 +123,7 @@ def _computes(norm: nn.Module, eps: float, is_offset: bool) -> bool:
     small: Any = object.__new__(type(norm))
     small.__dict__.update(norm.__dict__)
     gives = all(_gives(small, eps, is_offset, training=training) for training in (True, False))
-    return gives and are_same(own_attributes(small), own_attributes(norm))
+    return gives and Snapshot.of(norm).is_of(small)
 
 
 def _gives(small: Any, eps: float, is_offset: bool, *, training: bool) -> bool:

@@ -49,12 +49,28 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if not name.startswith(_NOT_OWN)}
 
 
-def are_same(attributes: dict[str, Any], former: dict[str, Any]) -> bool:
-    """Whether no attribute of a module was changed, added or taken away: numbers and words by value."""
-    return attributes.keys() == former.keys() and all(
-        value is former[name] or (isinstance(value, _PRIMITIVES) and value == former[name])
-        for name, value in attributes.items()
-    )
+class Snapshot(NamedTuple):
+    """A module's own attributes as they were."""
+
+    attributes: dict[str, Any]
+    size: int  # of the module's dictionary, in which other attributes lie too
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Snapshot":
+        return cls(own_attributes(module), len(module.__dict__))
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether no own attribute of a module was changed, added or taken away: numbers and words by value."""
+        now = module.__dict__
+        if len(now) != self.size:  # an attribute came or went, whosever it is
+            now = own_attributes(module)
+            if now.keys() != self.attributes.keys():
+                return False
+        for name, former in self.attributes.items():
+            value = now.get(name, _MISSING)
+            if value is not former and not (isinstance(value, _PRIMITIVES) and value == former):
+                return False
+        return True
 
 
 def keeps_books(module: nn.Module) -> bool:
@@ -65,6 +81,7 @@ def keeps_books(module: nn.Module) -> bool:
 
 
 _PRIMITIVES = (bool, int, float, str, type(None))
+_MISSING = object()
 _NOT_OWN = ("_", "training", "lora_")
 
 
