@@ -171,7 +171,7 @@ def test_every_target_reads_what_its_item_writes(quick: Path) -> None:
     found["steps"] = [case | {"shape": "Qwen3-0.6B", "tokens": 512} for case in found["steps"]]
     shapes = {"tiny": "Qwen3-0.6B", "tiny Llama": "SmolLM2-135M"}
     found["counters"] = [case | {"shape": shapes[case["shape"]], "dtype": "float32"} for case in found["counters"]]
-    found["moe"] = [case | {"case": f"mixture, h={size}"} for case in found["moe"] for size in (256, 512, 1024)]
+    found["moe"] = [case | {"case": f"mixture, h={size}"} for case in found["moe"] for size in (256, 512, 1024, 2048)]
     unread = {one["item"] for one in targets.judge(found) if one["status"] == "not measured"}
     assert unread == {"compiled"}
 
