@@ -81,7 +81,7 @@ class LoRAGatedMLP(Made):
         gate, up, down = self._layers()
         return (
             isinstance(x, Tensor)
-            and all(can_fuse(layer, x) for layer in (gate, up, down))  # first: merged ones are to cost nothing
+            and (can_fuse(gate, x) and can_fuse(up, x) and can_fuse(down, x))  # first: merged ones are to cost nothing
             and self._is_as_recognized()
             and not _has_any_global_hook()
             and not any(is_watched(child) for child in self._modules.values())

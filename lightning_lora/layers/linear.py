@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.functional import lora_linear
 from lightning_lora.layers.base import LoRALayer
+
+_FORWARD = nn.Linear.forward  # as torch has it: somebody may patch it later
 
 
 class LoRALinear(LoRALayer):
@@ -26,6 +29,10 @@ class LoRALinear(LoRALayer):
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_active:
+            if self.lora_base_class.forward is _FORWARD and not (args or kwargs):
+                return F.linear(
+                    x, self.weight, self.bias
+                )  # one call less: merged ones are to cost what their base costs
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]  # the base's
         if self.lora_base_class.forward is nn.Linear.forward:
             y = None if self.lora_siblings is None else self.lora_siblings.output(self, x)
