@@ -123,8 +123,12 @@ TARGETS = [
         _mixtures(lambda case: case["ratios"]["ours / full"], "h=2048"),
     ),
     Target(
-        *("5", "MoE layer, step with optimizer / full, all sizes", 0.75, "moe"),
-        _mixtures(lambda case: case["with_optimizer"]["ratios"]["ours / full"]),
+        *("5", "MoE layer, step with optimizer / full, experts of 256x96", 0.75, "moe"),
+        _mixtures(lambda case: case["with_optimizer"]["ratios"]["ours / full"], "h=256"),
+    ),
+    Target(
+        *("5", "the same, experts of 512x384 and larger", 0.75, "moe"),
+        _mixtures(lambda case: case["with_optimizer"]["ratios"]["ours / full"], "h=512", "h=1024", "h=2048"),
     ),
     Target(
         *("5", "MoE saved activations / PEFT", 0.50, "moe"),
