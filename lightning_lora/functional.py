@@ -204,17 +204,19 @@ def run(function: Any, *inputs: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
+_unwrap_if_dead: Any = torch._C._functorch.unwrap_if_dead
+
+
 def apply(function: Any, *inputs: Any) -> Any:
     """Return ``function.apply(*inputs)`` for an autograd function whose inputs are given by place.
 
-    In eager mode without what ``apply`` does beside: it binds the inputs to the signature of ``forward``, which takes
-    longer than a small product, and looks for what is left over of a transform of ``torch.func``, here in the first
-    input alone: the others are parameters and what was made of them.
+    In eager mode ``apply`` binds the inputs to the signature of ``forward``, which takes longer than a small product:
+    here all else that it does is done without it.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
-    first = torch._C._functorch.unwrap_if_dead(inputs[0])
-    return super(torch.autograd.Function, function).apply(first, *inputs[1:])
+    live = [_unwrap_if_dead(one) if isinstance(one, Tensor) else one for one in inputs]  # of ended transforms
+    return super(torch.autograd.Function, function).apply(*live)
 
 
 def settings(term: Term) -> tuple[Tensor | None, tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRAConfig, inject
+from lightning_lora import LoRAConfig, inject, merge
 from lightning_lora.dropout_mask import dropped
 from lightning_lora.functional import lora_linear, merged_weight
 
@@ -260,6 +260,30 @@ def test_functional_call_and_func_grad_equal_autograd() -> None:
     model(x).square().sum().backward()
     assert got.keys() == {"0.lora_A", "0.lora_B"}
     assert all(torch.equal(got[name], p.grad) for name, p in adapter.items())
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_a_layer_takes_its_input_by_the_name_that_its_base_gives_it(is_merged: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 7)), torch.randn(3, 6)
+    inject(model, LoRAConfig(r=2))
+    if is_merged:
+        merge(model)
+    assert torch.equal(model[0](input=x), model[0](x))
+
+
+def test_what_is_left_over_of_a_transform_gets_gradients() -> None:
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept["twice"] = tensor * 2
+        return tensor.sum()
+
+    x, W, B = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 6), (7, 6), (7, 2)))
+    A = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    torch.func.vjp(keep, A)
+    lora_linear(x, W, None, kept["twice"], B, scaling=0.5).sum().backward()
+    expected = torch.autograd.grad((x @ W.t() + 0.5 * x @ (2 * A).t() @ B.t()).sum(), A)[0]
+    torch.testing.assert_close(A.grad, expected)
 
 
 def test_other_values_given_to_functional_call_are_used() -> None:

@@ -163,6 +163,33 @@ NORM_CHANGES = {
 }
 
 
+class ScalableNorm(nn.Module):
+    """Computes the formula until somebody gives it a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps, self._note = nn.Parameter(torch.rand(32) + 0.5), EPS, "of somebody's"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalized.to(hidden_states.dtype) * getattr(self, "scale", 1.0)
+
+
+def test_a_norm_that_gains_an_attribute_where_it_loses_another_does_what_it_then_says() -> None:
+    model = nn.Sequential(ScalableNorm(), nn.Linear(32, 4))
+    x = torch.randn(3, 32, requires_grad=True)
+    expected = model[0](x)
+    inject(model, LoRAConfig(r=2))
+    norm = model[0]
+    assert isinstance(norm, LoRARMSNorm)
+    assert torch.equal(norm(x), expected)
+    assert torch.equal(norm(hidden_states=x), expected)
+    del norm._note
+    norm.scale = 3.0
+    assert torch.equal(norm(x), expected * 3.0)
+
+
 @pytest.mark.parametrize("change", NORM_CHANGES.values(), ids=NORM_CHANGES)
 def test_a_norm_that_is_changed_later_does_what_it_then_says(change) -> None:
     norm, x = adapted().model.norm, torch.randn(2, 3, 32, requires_grad=True)

@@ -56,20 +56,20 @@ class DoRALinear(DoRA, LoRALinear):
     """``nn.Linear``, or a subclass whose own ``forward`` is kept."""
 
     @override
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_active:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(input, *args, **kwargs)
         seed = self.dropout_seed()
         if seed is None:
-            return rescaled(super().forward(x, *args, **kwargs), self.row_ratio(), self.bias)
-        y: Tensor = super(LoRALinear, self).forward(x, *args, **kwargs)
-        x = keep_entries(x, seed, self.lora_dropout)
-        term = lora_linear(x, None, None, *self.factors(), scaling=self.lora_scaling)
-        product = F.linear(x, self.as_matrix(self.base_weight)) + term
+            return rescaled(super().forward(input, *args, **kwargs), self.row_ratio(), self.bias)
+        y: Tensor = super(LoRALinear, self).forward(input, *args, **kwargs)
+        input = keep_entries(input, seed, self.lora_dropout)
+        term = lora_linear(input, None, None, *self.factors(), scaling=self.lora_scaling)
+        product = F.linear(input, self.as_matrix(self.base_weight)) + term
         return torch.addcmul(y + term, product, self.row_ratio() - 1).to(y.dtype)
 
 
-class DoRAConv1D(DoRALinear, LoRAConv1D):
+class DoRAConv1D(DoRALinear, LoRAConv1D):  # type: ignore[misc]  # its bases call their input by two names
     """transformers' ``Conv1D`` (GPT-2)."""
 
 

@@ -3,14 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.functional import lora_linear
 from lightning_lora.layers.base import LoRALayer
-
-_FORWARD = nn.Linear.forward  # as torch has it: somebody may patch it later
 
 
 class LoRALinear(LoRALayer):
@@ -27,18 +24,14 @@ class LoRALinear(LoRALayer):
         return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
     @override
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_active:
-            if self.lora_base_class.forward is _FORWARD and not (args or kwargs):
-                return F.linear(
-                    x, self.weight, self.bias
-                )  # one call less: merged ones are to cost what their base costs
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]  # the base's
+            return self.lora_base_class.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
         if self.lora_base_class.forward is nn.Linear.forward:
-            y = None if self.lora_siblings is None else self.lora_siblings.output(self, x)
-            return self._lora_linear(x, self.weight, self.bias) if y is None else y
-        y = super().forward(x, *args, **kwargs)
-        return y + self._lora_linear(x, None, None).to(y.dtype)  # type: ignore[no-any-return]
+            y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
+            return self._lora_linear(input, self.weight, self.bias) if y is None else y
+        y = super().forward(input, *args, **kwargs)
+        return y + self._lora_linear(input, None, None).to(y.dtype)  # type: ignore[no-any-return]
 
     @override
     @torch.no_grad()
@@ -97,7 +90,7 @@ class LoRAConv1D(LoRALinear):
         return int(in_features), int(out_features)
 
     @override
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]  # Conv1D's own name
         if not self.lora_active:
             return super(LoRALinear, self).forward(x)  # type: ignore[no-any-return]
         return self._lora_linear(x, self.weight.t(), self.bias)
@@ -139,5 +132,5 @@ class LoRAReadLinear(LoRALinear):
         return None
 
     @override
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super(LoRALinear, self).forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super(LoRALinear, self).forward(input, *args, **kwargs)  # type: ignore[no-any-return]

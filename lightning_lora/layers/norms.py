@@ -33,10 +33,10 @@ class LoRARMSNorm(Made):
     lora_seen: tuple[Any, ...]  # the weight that this was found out about, and how often it had been changed
 
     @override
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not self._is_fused(x):
-            return super().forward(x, *args, **kwargs)
-        return rms_norm(x, self.weight, self.lora_eps, is_offset=self.lora_is_offset)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not self._is_fused(args[0]):
+            return self.lora_base_class.forward(self, *args, **kwargs)
+        return rms_norm(args[0], self.weight, self.lora_eps, is_offset=self.lora_is_offset)
 
     def _is_fused(self, x: Tensor) -> bool:
         if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():

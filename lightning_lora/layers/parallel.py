@@ -99,13 +99,13 @@ class LoRAParallelLinear(LoRALinear):
     """A split linear layer with its adapter: ``leave(W_i x_i + scaling * B_i A_i x_i)``."""
 
     @override
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self
         if not self.lora_active:
-            return super(LoRALinear, self).forward(x)  # type: ignore[no-any-return]  # the base's
-        y: Tensor | None = None if self.lora_siblings is None else self.lora_siblings.output(self, x)
+            return super(LoRALinear, self).forward(input)  # type: ignore[no-any-return]  # the base's
+        y: Tensor | None = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
         if y is None:
-            y = base.leave(self._lora_linear(base.enter(x), self.weight, base.local_bias()))
+            y = base.leave(self._lora_linear(base.enter(input), self.weight, base.local_bias()))
         return y
 
     @override

@@ -53,21 +53,21 @@ class Snapshot(NamedTuple):
     """A module's own attributes as they were."""
 
     attributes: dict[str, Any]
-    size: int  # of the module's dictionary, in which other attributes lie too
+    names: frozenset[str]  # of these and of all others
 
     @classmethod
     def of(cls, module: nn.Module) -> "Snapshot":
-        return cls(own_attributes(module), len(module.__dict__))
+        return cls(own_attributes(module), frozenset(module.__dict__))
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether no own attribute of a module was changed, added or taken away: numbers and words by value."""
         now = module.__dict__
-        if len(now) != self.size:  # an attribute came or went, whosever it is
+        if now.keys() != self.names:  # an attribute came or went, whosever it is
             now = own_attributes(module)
             if now.keys() != self.attributes.keys():
                 return False
         for name, former in self.attributes.items():
-            value = now.get(name, _MISSING)
+            value = now[name]
             if value is not former and not (isinstance(value, _PRIMITIVES) and value == former):
                 return False
         return True
@@ -81,7 +81,6 @@ def keeps_books(module: nn.Module) -> bool:
 
 
 _PRIMITIVES = (bool, int, float, str, type(None))
-_MISSING = object()
 _NOT_OWN = ("_", "training", "lora_")
 
 

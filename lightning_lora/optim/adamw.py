@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_lora.gradient_norm import norm_over_ranks
@@ -38,8 +37,8 @@ class LoRAAdamW(torch.optim.AdamW):
             the gradients, so a parameter that a backward does not reach has a gradient of zero, and its moments and
             weight decay go on, as after torch's ``zero_grad(set_to_none=False)``; one that was frozen since stays as it
             is. Parameters that never had a gradient are left where they are, and so are those whose memory others look
-            at: shared, tied, views, DTensors. ``torch.save`` of a few of them writes the whole buffer, and ``pickle``
-            does so for every one: clone them.
+            at: shared, tied, views, DTensors. ``torch.save`` of a few of them writes the whole buffer: clone them.
+            ``pickle`` does so for every one, and for every moment, with or without ``flat``: ``torch.save`` does not.
 
     Attributes:
         gradient_norm: with ``max_norm``, the norm of the last step's gradients before they were clipped.
@@ -77,10 +76,7 @@ class LoRAAdamW(torch.optim.AdamW):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        # pickle writes the whole memory of every view
-        own = {parameter: tree_map_only(Tensor, Tensor.clone, entry) for parameter, entry in self.state.items()}
-        return {**state, "state": own, "max_norm": self.max_norm, "flat": self.flat}
+        return {**super().__getstate__(), "max_norm": self.max_norm, "flat": self.flat}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:

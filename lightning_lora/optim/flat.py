@@ -73,6 +73,8 @@ class FlatParameters:
             parameter.data = piece
         self.padded_values, self.padded_gradients = padded(self.values, pieces), padded(self.gradients, pieces)
         self._addresses = list(map(Tensor.data_ptr, parameters))
+        # that can have other strides with the shape that they have
+        self._with_equal_sides = [p for p in parameters if len(set(p.shape)) < p.ndim]
         self._gradient_addresses = list(map(Tensor.data_ptr, self._gradient_pieces))
 
     def is_private(self) -> bool:
@@ -88,8 +90,8 @@ class FlatParameters:
 
     def holds_parameters(self) -> bool:
         """Whether nobody gave a parameter other memory, or strides."""
-        parameters = self._parameters
-        return list(map(Tensor.data_ptr, parameters)) == self._addresses and all(map(Tensor.is_contiguous, parameters))
+        are_there = list(map(Tensor.data_ptr, self._parameters)) == self._addresses
+        return are_there and all(map(Tensor.is_contiguous, self._with_equal_sides))
 
     def holds_gradients(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these, one for each parameter, are the pieces of the buffer for gradients."""
@@ -142,11 +144,11 @@ def may_move(parameter: Any, private: set[int]) -> bool:
     """
     if type(parameter) is not nn.Parameter or not parameter.is_contiguous() or parameter.numel() == 0:
         return False
+    if parameter.device.type == "cpu" and parameter.is_shared():  # with other processes
+        return False
     storage = local_part(parameter).untyped_storage()
     if storage.data_ptr() in private:
         return True
-    if parameter.device.type == "cpu" and parameter.is_shared():  # with other processes
-        return False
     is_all = storage.nbytes() == parameter.numel() * parameter.element_size()
     return is_all and _num_users(storage) == _num_users_of_one_tensor()
 

@@ -1,28 +1,30 @@
 """Large buffers on CPU in huge pages: a pass over them is not held up by looking up where each 4 KiB lie."""
 
+import ctypes
 import mmap
-from contextlib import suppress
+import sys
 
 import torch
 from torch import Tensor
 
-_HUGE_PAGE_BYTES = 2 * 2**20
-_MIN_BYTES = 2 * _HUGE_PAGE_BYTES
+_MIN_BYTES = 4 * 2**20  # two huge pages
+_MADV_HUGEPAGE = 14  # of Linux, which alone has them
 
 
 def zeros(size: int, like: Tensor) -> Tensor:
     """Return zeros ``[size]``, of the dtype and on the device of ``like``; large ones on CPU in huge pages.
 
-    They are asked for with ``madvise``, which Linux alone has, and are given where the system allows it.
+    The allocator's memory, of which the system is told with ``madvise`` before it is touched; it may not follow.
     """
-    if like.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE") and size * like.element_size() >= _MIN_BYTES:
-        return _in_huge_pages(size, like.dtype)
-    return torch.zeros(size, dtype=like.dtype, device=like.device)
+    buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+    if sys.platform == "linux" and type(buffer) is Tensor and buffer.device.type == "cpu":
+        _advise(buffer.data_ptr(), size * buffer.element_size())
+    return buffer.zero_()
 
 
-def _in_huge_pages(size: int, dtype: torch.dtype) -> Tensor:
-    memory = mmap.mmap(-1, size * dtype.itemsize + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them leaves the pages small
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE_BYTES
-    return torch.frombuffer(memory, dtype=dtype, count=size, offset=start)  # a new mapping is zero
+def _advise(address: int, num_bytes: int) -> None:
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + num_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if num_bytes >= _MIN_BYTES:
+        # an error changes nothing: a system without huge pages leaves them small
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE)

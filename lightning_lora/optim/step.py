@@ -58,9 +58,9 @@ class Bucket:
 
     def has_kept_parameters(self) -> bool:
         """Whether parameters are of the dtype that their state is of, and flat ones where they were put."""
-        if self.flat is not None:
-            return self.flat.holds_parameters()
-        return set(map(_dtype, self.parameters)) == {self._dtype}
+        return set(map(_dtype, self.parameters)) == {self._dtype} and (
+            self.flat is None or self.flat.holds_parameters()
+        )
 
     def of_group(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return the bucket's gradients of the group's."""
