@@ -2,9 +2,7 @@
 
 import copy
 import io
-import mmap
 import pickle
-import re
 import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -20,7 +18,6 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lora import LoRAAdamW, LoRACallback, LoRAConfig, adapter_state_dict, inject, save_peft
-from lightning_lora.optim import huge_pages
 from lightning_lora.optim.flat import zeros_together
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer
@@ -595,73 +592,6 @@ class TestFlat:
         descend(optimizer, params, range(2, 4))
         descend(twin, others, range(2, 4))
         assert_equal(twin, optimizer, others, params)
-
-
-class TestHugePages:
-    """Buffers of 4 MiB and more: 1.5M float32 numbers in three tensors."""
-
-    SHAPES = ((700, 1_008), (1_000, 400), (399_984,))
-
-    @pytest.fixture(params=["asked for", "refused", "elsewhere"])
-    def pages(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        if request.param == "refused":
-            monkeypatch.setattr(huge_pages, "_MADV_HUGEPAGE", -1)  # EINVAL, as from a kernel built without them
-        if request.param == "elsewhere":
-            monkeypatch.setattr(sys, "platform", "darwin")
-
-    @pytest.mark.usefixtures("pages")
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_they_hold_zeros_and_nothing_else(self, dtype: torch.dtype) -> None:
-        size = 2**22 + 5
-        buffer = huge_pages.zeros(size, torch.empty(0, dtype=dtype))
-        assert buffer.dtype is dtype
-        assert buffer.shape == (size,)
-        assert not buffer.any()
-        assert buffer.untyped_storage().nbytes() == size * dtype.itemsize
-
-    @pytest.mark.usefixtures("pages")
-    @pytest.mark.parametrize("flat", [False, True], ids=["lists", "flat"])
-    def test_steps_copies_and_files_are_as_in_other_memory(self, flat: bool) -> None:
-        ours, theirs = parameters(shapes=self.SHAPES), parameters(shapes=self.SHAPES)
-        one, other = LoRAAdamW(ours, flat=flat), AdamW(theirs, fused=True)
-        run(one, ours)
-        run(other, theirs)
-        assert_equal(one, other, ours, theirs)
-        ours, one = copy.deepcopy((ours, one))
-        file = io.BytesIO()
-        torch.save(one.state_dict(), file)
-        assert file.tell() < 1.01 * 2 * 4 * sum(p.numel() for p in ours)
-        file.seek(0)
-        one.load_state_dict(torch.load(file))
-        run(one, ours, steps=range(5, 7))
-        run(other, theirs, steps=range(5, 7))
-        assert_equal(one, other, ours, theirs)
-
-    @pytest.mark.skipif(
-        not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no transparent huge pages"
-    )
-    def test_the_system_is_told_of_all_whole_pages(self) -> None:
-        size = 2**22 + 7
-        buffer = huge_pages.zeros(size, torch.empty(0))
-        first, last, advised = buffer.data_ptr(), buffer.data_ptr() + 4 * size, 0
-        for place in re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text()):
-            found = re.match(r"([0-9a-f]+)-([0-9a-f]+) .*VmFlags:.* hg", place, re.DOTALL)
-            if found:  # the kernel's word for advised memory
-                advised += max(0, min(int(found[2], 16), last) - max(int(found[1], 16), first))
-        assert last - first - 2 * mmap.PAGESIZE < advised <= last - first
-
-    @pytest.mark.parametrize("size", [10, 2**20 - 1])
-    def test_small_buffers_are_left_alone(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("ctypes.CDLL", None)
-        assert not huge_pages.zeros(size, torch.empty(0)).any()
-
-    def test_their_memory_can_be_resized_as_any_other(self) -> None:
-        params = parameters(shapes=self.SHAPES)
-        optimizer = LoRAAdamW(params)
-        run(optimizer, params, range(1))
-        storage = optimizer.state[params[0]]["exp_avg"].untyped_storage()
-        storage.resize_(0)
-        assert storage.nbytes() == 0
 
 
 def test_closures_and_hooks_run_as_with_any_optimizer() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.optim.huge_pages import zeros
 from lightning_lora.sharded import local_part
 
 # pieces begin where a cache line does, and where vector instructions may load
@@ -20,7 +19,7 @@ def zeros_together(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     The pieces have version counters of their own. Behind each may lie zeros, see :func:`padded`.
     """
     like = tensors[0] if tensors else torch.empty(0)
-    flat = zeros(sum(_padded_sizes(tensors)), like)
+    flat = torch.zeros(sum(_padded_sizes(tensors)), dtype=like.dtype, device=like.device)
     return flat, _pieces(flat, tensors)
 
 

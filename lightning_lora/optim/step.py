@@ -100,14 +100,15 @@ class Bucket:
         else:
             self._clock.add_(torch.tensor(present, dtype=torch.float32).to(self._device))
             self._in_step, parameters = None, list(compress(self.parameters, present))
+        # the kernel leaves it out: a backward through what was stepped since its forward would pass for right. Before
+        # it, as what was looked at until here is in the cache, and afterwards is not
+        torch.autograd.graph.increment_version(parameters)
         if self.flat is None:
             self._step_list(parameters, list(compress(gradients, present)), present, settings, scale)
         else:
             self._step_flat(present, settings, scale)
             if scale is not None and not is_full:
                 self.flat.give_back(gradients)
-        # the kernel leaves it out: a backward through what was stepped since its forward would pass for right
-        torch.autograd.graph.increment_version(parameters)
 
     def _step_flat(self, present: list[bool], settings: Mapping[str, Any], scale: Tensor | None) -> None:
         assert self.flat is not None
