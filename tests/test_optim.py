@@ -534,6 +534,17 @@ class TestFlat:
         assert params[0].is_shared()
         assert all(map(torch.equal, params, others))
 
+    def test_a_square_parameter_that_is_transposed_in_its_place_is_stepped_in_its_new_order(self) -> None:
+        ours, theirs = (parameters(torch.float64, shapes=[(16, 16), (8, 32)]) for _ in range(2))
+        one, other = LoRAAdamW(ours, lr=0.1, flat=True), AdamW(theirs, lr=0.1, foreach=False)
+        for optimizer, params in ((one, ours), (other, theirs)):
+            descend(optimizer, params, range(2))
+            params[0].data = params[0].data.t()  # the same address and shape
+            fill(params, 2)
+            optimizer.step()
+        for mine, others in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, others, rtol=1e-12, atol=1e-12)
+
     def test_bits_that_are_read_as_another_dtype_are_refused(self) -> None:
         params = parameters(torch.bfloat16)
         optimizer = LoRAAdamW(params, flat=True)

@@ -51,8 +51,8 @@ class Recognized(NamedTuple):
         if len(others) != len(self.children) or not self.own.is_of(module):
             return False
         for name, child in others:
-            cls, snapshot = self.children.get(name, (None, self.own))
-            if type(child) is not cls or not snapshot.is_of(child):
+            former = self.children.get(name)
+            if former is None or type(child) is not former[0] or not former[1].is_of(child):
                 return False
         return True
 

@@ -72,8 +72,6 @@ class FlatParameters:
             parameter.data = piece
         self.padded_values, self.padded_gradients = padded(self.values, pieces), padded(self.gradients, pieces)
         self._addresses = list(map(Tensor.data_ptr, parameters))
-        # that can have other strides with the shape that they have
-        self._with_equal_sides = [p for p in parameters if len(set(p.shape)) < p.ndim]
         self._gradient_addresses = list(map(Tensor.data_ptr, self._gradient_pieces))
 
     def is_private(self) -> bool:
@@ -89,8 +87,8 @@ class FlatParameters:
 
     def holds_parameters(self) -> bool:
         """Whether nobody gave a parameter other memory, or strides."""
-        are_there = list(map(Tensor.data_ptr, self._parameters)) == self._addresses
-        return are_there and all(map(Tensor.is_contiguous, self._with_equal_sides))
+        parameters = self._parameters
+        return list(map(Tensor.data_ptr, parameters)) == self._addresses and all(map(Tensor.is_contiguous, parameters))
 
     def holds_gradients(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these, one for each parameter, are the pieces of the buffer for gradients."""
