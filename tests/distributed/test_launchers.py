@@ -23,7 +23,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def finished(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, output[-4000:]
     return output
 
