@@ -331,6 +331,19 @@ def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
         module.load_state_dict(others, strict=False)
 
 
+def complete_state(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return ``module``'s state dict with a checkpoint's tensors in it, for a strict ``load_state_dict``.
+
+    Names are the module's own, such as ``model._orig_mod.`` where a compiled model is, and a tied tensor has its value
+    under all of its names. What the checkpoint lacks is as it is in the module.
+    """
+    state = module.state_dict(keep_vars=True)
+    own = {clean_name(name): name for name in state}
+    values = {id(state[own[name]]): value for name, value in tensors.items() if name in own}
+    others = {name: value for name, value in tensors.items() if name not in own}
+    return {**{name: values.get(id(value), value) for name, value in state.items()}, **others}
+
+
 def _check_layers(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> None:
     """Compare adapted layers, their ranks and scales, and what trains whole."""
     theirs = {name: tuple(value) for name, value in adapter["layers"].items()}

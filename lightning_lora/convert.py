@@ -1,6 +1,8 @@
 """``convert``: an adapter checkpoint as a PEFT directory."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from lightning_lora.checkpoint import read_checkpoint, section_of
 from lightning_lora.peft_export import write_described
@@ -23,12 +25,28 @@ def convert(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str
             f"{checkpoint} holds {len(adapters)} adapters, at {[a['root'] for a in adapters]}; expected one. Load them "
             "into their models and call save_peft on each"
         )
-    adapter = adapters[0]
+    write_adapter(content, adapters[0], directory, checkpoint, portable=portable)
+
+
+def write_adapter(
+    checkpoint: Mapping[str, Any],
+    adapter: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    source: Any,
+    *,
+    portable: bool = False,
+) -> None:
+    """Write one adapter of a checkpoint's content as a PEFT directory.
+
+    Args:
+        adapter: its entry in the checkpoint's section.
+        source: where the content is from, for messages.
+    """
     description = adapter.get("peft")
     if description is None or "refused" in description:
         why = (description or {}).get("refused", "it was written before checkpoints held what a conversion needs")
-        raise ValueError(f"{checkpoint} cannot be converted: {why}. Load it into its model and call save_peft or merge")
+        raise ValueError(f"{source} cannot be converted: {why}. Load it into its model and call save_peft or merge")
     prefix = f"{adapter['root']}." if adapter["root"] else ""
-    state = content[adapter["state_key"]]
+    state = checkpoint[adapter["state_key"]]
     named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     write_described(description, named, directory, portable=portable)

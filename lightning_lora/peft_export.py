@@ -78,18 +78,22 @@ def save_peft(
     if not spread or torch.distributed.get_rank() == 0:
         try:
             write_described(description, named, directory, portable=portable)
-            tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-            if callable(save := getattr(tokenizer, "save_pretrained", None)):
-                save(Path(directory))
+            write_tokenizer(getattr(model, "tokenizer", None) if tokenizer is None else tokenizer, directory)
         except Exception as error:
             if not spread:
                 raise
             failure = error
     if spread:
-        _fail_together(failure)
+        fail_together(failure)
 
 
-def _fail_together(failure: Exception | None) -> None:
+def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
+    """Save a tokenizer beside an adapter, if it is one."""
+    if callable(save := getattr(tokenizer, "save_pretrained", None)):
+        save(Path(directory))
+
+
+def fail_together(failure: Exception | None) -> None:
     """Raise on every rank what rank 0 raised: the others would wait for it. Called on all ranks."""
     outcome: list[Any] = [None if failure is None else (isinstance(failure, ValueError), str(failure))]
     torch.distributed.broadcast_object_list(outcome, 0)

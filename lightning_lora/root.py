@@ -46,7 +46,7 @@ def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modul
     if len(found) > 1:
         names = ", ".join(f"{name} ({type(child).__name__})" for name, child in found.items())
         raise ValueError(f'{type(module).__name__} holds several pretrained models: {names}. Choose with module="name"')
-    return next(iter(found.items())) if found else ("", module)
+    return next(iter((clean_name(n), child) for n, child in found.items())) if found else ("", module)
 
 
 def clean_name(name: str) -> str:

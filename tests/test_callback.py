@@ -403,6 +403,32 @@ class TestCompany:
         assert resumed.losses == straight.losses[4:]
         assert same_adapters(resumed, straight)
 
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+    @pytest.mark.parametrize(
+        "averaging", [lambda: EMAWeightAveraging(decay=0.5), lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
+    )
+    def test_averages_of_a_compiled_tied_model_beside_a_teacher_resume_and_hold_no_base(
+        self, tmp_path: Path, averaging
+    ) -> None:
+        class Compiled(LanguageModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = torch.compile(models.llama(tied=True), backend="eager")
+                self.teacher = nn.Linear(3, 3).requires_grad_(False)
+
+        straight, resumed = Compiled(), Compiled()
+        callback = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        trainer(tmp_path, LoRACallback(r=4), averaging(), callback, max_epochs=3).fit(straight, loader())
+        saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+        averages = [state["average_model_state"] for state in saved["callbacks"].values() if "n_averaged" in state]
+        for state in (saved["state_dict"], saved.get("current_model_state", {}), *averages):
+            assert all("lora_" in name and "_orig_mod" not in name for name in state)
+        trainer(tmp_path, LoRACallback(r=4), averaging(), max_epochs=3).fit(
+            resumed, loader(), ckpt_path=tmp_path / "epoch=1.ckpt"
+        )
+        assert resumed.losses == straight.losses[8:]
+        assert same_adapters(resumed, straight)
+
     @pytest.mark.parametrize("ours_first", [True, False])
     def test_base_finetuning_unfreezes_beside_adapters_and_its_weights_are_kept(
         self, tmp_path: Path, ours_first: bool

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -26,6 +27,7 @@ from lightning_lora import (
     adapter_state_dict,
     inject,
     load_adapter_state_dict,
+    load_peft,
     merge,
     save_peft,
 )
@@ -424,9 +426,45 @@ class TestPeftBeside:
         module = Logged()
         trainer(tmp_path, LoRACallback(r=4, save_peft=True), callback, max_epochs=3).fit(module, loader())
         assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch=2-peft", "epoch=2.ckpt"]
-        from lightning_lora import load_peft
-
         assert same_adapters(load_peft(models.llama(), tmp_path / "epoch=2-peft"), module)
+
+    @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"], "bias": "all"}])
+    @pytest.mark.parametrize("averaging", ["ema", "swa", "own"])
+    def test_a_directory_holds_what_its_file_holds_and_not_the_live_values(
+        self, tmp_path: Path, averaging: str, options: dict[str, Any]
+    ) -> None:
+        class Halving(LanguageModule):
+            def on_save_checkpoint(self, checkpoint):
+                state = checkpoint["state_dict"]
+                state |= {name: value / 2 for name, value in state.items() if name.endswith("lora_B")}
+
+        module = Halving() if averaging == "own" else LanguageModule()
+        callbacks = {
+            "ema": [EMAWeightAveraging(decay=0.9)],
+            "swa": [StochasticWeightAveraging(1e-2, swa_epoch_start=1)],
+            "own": [],
+        }[averaging]
+        every_epoch = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        lora = LoRACallback(r=4, save_peft=True, **options)
+        run = trainer(tmp_path, lora, *callbacks, every_epoch, max_epochs=2)
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "end.ckpt")
+        ids = models.token_ids()
+        for name in ("epoch=0", "epoch=1", "end"):
+            saved = LanguageModule.load_from_checkpoint(tmp_path / f"{name}.ckpt").model
+            read = peft.PeftModel.from_pretrained(models.llama(), tmp_path / f"{name}-peft")
+            torch.testing.assert_close(read(input_ids=ids).logits, saved(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+            assert same_adapters(load_peft(models.llama(), tmp_path / f"{name}-peft"), saved)
+
+    def test_a_tokenizer_of_the_model_goes_with_it(self, tmp_path: Path) -> None:
+        class Tokenizer:
+            def save_pretrained(self, directory):
+                (directory / "tokenizer.json").write_text("{}")
+
+        module = LanguageModule()
+        module.model.tokenizer = Tokenizer()
+        fitted(tmp_path, module, save_peft=True)
+        assert (tmp_path / "last-peft" / "tokenizer.json").is_file()
 
 
 class TestPlainTorch:

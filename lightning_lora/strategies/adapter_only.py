@@ -26,6 +26,7 @@ from typing_extensions import override
 from lightning_lora.checkpoint import (
     SECTION,
     check_tensors,
+    complete_state,
     copy_tensors,
     describe,
     fitting_tensors,
@@ -35,9 +36,10 @@ from lightning_lora.checkpoint import (
     section_of,
     trained_tensors,
 )
+from lightning_lora.convert import write_adapter
 from lightning_lora.fingerprint import hashes_outside_roots
 from lightning_lora.inject import injected_roots, named_adapter_parameters
-from lightning_lora.peft_export import save_peft
+from lightning_lora.peft_export import fail_together, write_tokenizer
 from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from lightning_lora.root import clean_name
 from lightning_lora.sharded import is_sharded, on_rank_zero
@@ -107,15 +109,16 @@ class AdapterOnly(Strategy):
             section["random_states"] = self._gather({**random_state.collect(), "loaders": loaders})
         # averaging callbacks may have put a full state in its place, the user's hook may have added to it
         names = self._trained_state().keys()
-        base = {clean_name(name) for name, _ in module.named_parameters()} - names
-        state = {name: value for name, value in checkpoint[STATE_KEY].items() if clean_name(name) not in base}
-        lost = [name for name in trained_tensors(module) if name not in state]
+        base = {clean_name(name) for name in module.state_dict()} - names
+        for holder, key in _model_states(checkpoint):
+            named = {clean_name(name): value for name, value in holder[key].items()}
+            holder[key] = {name: value for name, value in named.items() if name not in base}
+        lost = [name for name in trained_tensors(module) if name not in checkpoint[STATE_KEY]]
         if lost:
             raise ValueError(
                 f"on_save_checkpoint took {len(lost)} trained tensors out of checkpoint['state_dict'], {lost[0]!r} "
                 "among them, and the file could not be resumed: keep them under their names"
             )
-        checkpoint[STATE_KEY] = state
         checkpoint[SECTION] = section
         if self.is_global_zero and not self._checked_readable:
             _check_readable(checkpoint)
@@ -123,13 +126,27 @@ class AdapterOnly(Strategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.peft_roots and "://" in str(filepath):
             raise ValueError(f"save_peft=True writes directories on local disks only; the checkpoint is at {filepath}")
-        if self.peft_roots and (self.is_global_zero or self.shards) and not Path(filepath).name.startswith("."):
-            roots = injected_roots(module)
-            wanted = (
-                roots if None in self.peft_roots else {path: roots[path] for path in roots if path in self.peft_roots}
-            )
-            for path, root in wanted.items():
-                save_peft(root, peft_directory(filepath, path if len(roots) > 1 else ""))
+        if self.peft_roots and not Path(filepath).name.startswith("."):
+            self._write_peft_directories(checkpoint, filepath)
+
+    def _write_peft_directories(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        """Write what the file holds, which need not be what the model holds. Called on all ranks; rank 0 writes."""
+        failure: Exception | None = None
+        if self.is_global_zero:
+            roots = injected_roots(self._adapted_module())
+            try:
+                for adapter in checkpoint[SECTION]["adapters"]:
+                    path = adapter["root"]
+                    if None in self.peft_roots or path in self.peft_roots:
+                        directory = peft_directory(filepath, path if len(roots) > 1 else "")
+                        write_adapter(checkpoint, adapter, directory, filepath)
+                        write_tokenizer(getattr(roots[path], "tokenizer", None), directory)
+            except Exception as error:
+                failure = error
+        if self._num_ranks() > 1:
+            fail_together(failure)
+        elif failure is not None:
+            raise failure
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -179,12 +196,15 @@ class AdapterOnly(Strategy):
         module = self._adapted_module()
         check_tensors(checkpoint[STATE_KEY], module, self._loaded_from)
         copy_tensors(checkpoint[STATE_KEY], module)
+        trained = checkpoint[STATE_KEY].keys()
+        for holder, key in _model_states(checkpoint):  # averaging callbacks load them next, strictly
+            holder[key] = complete_state(holder[key], module)
         if module.trainer.state.fn == TrainerFn.FITTING:
             # base parameters are in the file because they trained: BaseFinetuning freezes them again at setup
             adapters = {id(parameter) for _, parameter in named_adapter_parameters(module)}
             inside = {id(p) for root in injected_roots(module).values() for p in root.parameters()} - adapters
             for name, parameter in module.named_parameters():
-                if clean_name(name) in checkpoint[STATE_KEY] and id(parameter) in inside:
+                if clean_name(name) in trained and id(parameter) in inside:
                     parameter.requires_grad_(True)
 
     @override
@@ -278,6 +298,18 @@ class AdapterOnly(Strategy):
         gathered: list[Any] = [None] * self._num_ranks()
         torch.distributed.all_gather_object(gathered, value)
         return gathered
+
+
+def _model_states(checkpoint: Any) -> list[tuple[dict[str, Any], str]]:
+    """Return where a checkpoint has states of the whole model: its own, and those of Lightning's averaging callbacks.
+
+    Returns:
+        Pairs of a dictionary and the key of a state in it.
+    """
+    callbacks = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    places = [(checkpoint, STATE_KEY), (checkpoint, "current_model_state")]
+    places += [(state, "average_model_state") for state in callbacks]
+    return [(holder, key) for holder, key in places if isinstance(holder.get(key), Mapping)]
 
 
 def adopt(strategy: Strategy) -> AdapterOnly:
