@@ -1,11 +1,12 @@
 """``LoRACallback``: one line in ``Trainer(callbacks=[...])`` that makes a run a LoRA run."""
 
+import dataclasses
 import functools
 import io
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,11 +19,22 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint import config_of, copy_tensors, fitting_tensors, one_adapter, read_checkpoint
-from lightning_lora.config import LoRAConfig, answers_peft_names
+from lightning_lora.checkpoint import (
+    check_structure,
+    check_tensors,
+    config_of,
+    copy_tensors,
+    fitting_tensors,
+    one_adapter,
+    read_checkpoint,
+    structure,
+    trained_tensors,
+)
+from lightning_lora.config import LoRAConfig
 from lightning_lora.inject import (
     has_trained,
     inject,
+    inject_anew,
     injection_of,
     is_merged,
     named_adapter_parameters,
@@ -54,12 +66,14 @@ class LoRACallback(Callback):
             ``None`` finds the one transformers model there, or else takes the whole module. What lies outside is left
             as it is: it trains, and is saved, if it requires grad.
         init_from: start from the weights and config of an adapter checkpoint or PEFT directory; optimizer, step and
-            epoch start anew. Other settings than the defaults are then checked against the file.
+            epoch start anew. Settings that are given beside it replace the file's, such as ``dropout``, and are an
+            error where the file's tensors do not fit them, such as another ``r``. A ``config`` gives all settings.
         save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with
             it.
         strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step.
 
-    Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`.
+    Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`. LightningCLI writes all of them into its YAML
+    and gives all of them back, so that from there a field at its default counts as not given.
 
     Raises:
         ValueError, TypeError: a setting is wrong (at once), or does not fit the model, strategy or other callbacks (at
@@ -72,68 +86,26 @@ class LoRACallback(Callback):
         trainer.fit(module, datamodule, ckpt_path="last")
     """
 
-    @answers_peft_names
     def __init__(
         self,
         config: LoRAConfig | None = None,
         *,
-        r: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        target_modules: str | list[str] = "all-linear",
-        exclude_modules: str | list[str] | None = None,
-        modules_to_save: list[str] | None = None,
-        bias: Literal["none", "all", "lora_only"] = "none",
-        rank_pattern: dict[str, int] | None = None,
-        alpha_pattern: dict[str, float] | None = None,
-        use_rslora: bool = False,
-        use_dora: bool = False,
-        lora_bias: bool = False,
-        layers_to_transform: int | list[int] | None = None,
-        layers_pattern: str | list[str] | None = None,
-        target_parameters: list[str] | None = None,
-        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
-        fused_pairs: bool = False,
-        init: str = "kaiming",
-        init_rng: Literal["name", "peft"] = "name",
-        init_seed: int | None = None,
-        adapter_dtype: str = "float32",
         module: str | None = None,
         init_from: str | None = None,
         save_peft: bool = False,
         strict_idle: bool = False,
+        **fields: Any,
     ) -> None:
-        fields = LoRAConfig(
-            r=r,
-            alpha=alpha,
-            dropout=dropout,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            modules_to_save=modules_to_save,
-            bias=bias,
-            rank_pattern=rank_pattern,
-            alpha_pattern=alpha_pattern,
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-            lora_bias=lora_bias,
-            layers_to_transform=layers_to_transform,
-            layers_pattern=layers_pattern,
-            target_parameters=target_parameters,
-            trainable_token_indices=trainable_token_indices,
-            fused_pairs=fused_pairs,
-            init=init,
-            init_rng=init_rng,
-            init_seed=init_seed,
-            adapter_dtype=adapter_dtype,
-        )
         if config is not None and not isinstance(config, LoRAConfig):
             if isinstance(config, int):
                 raise TypeError(f"config={config!r} must be a LoRAConfig; the rank is r={config!r}")
             remedy = "; write LoRAConfig.from_peft(config)" if hasattr(config, "peft_type") else ""
             raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{remedy}")
-        if config is not None and fields != LoRAConfig():
+        own, given = LoRAConfig(**fields), _given(fields)
+        if config is not None and given:
             raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
-        self.config = config or fields
+        self.config = config or own
+        self._given = {n: value for n, value in self.config.to_dict().items() if config is not None or n in given}
         self.module = module
         self.init_from = None if init_from is None else str(init_from)
         self.save_peft = save_peft
@@ -155,10 +127,10 @@ class LoRACallback(Callback):
         if is_overridden("configure_model", pl_module):
             # built later, and perhaps by another callback: whoever calls it gets the adapted model
             pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
-                configure_then_adapt, pl_module.configure_model, pl_module, self.config, self.module, self.init_from
+                configure_then_adapt, pl_module.configure_model, pl_module, self._given, self.module, self.init_from
             )
         else:
-            adapt_module(pl_module, self.config, self.module, self.init_from)
+            adapt_module(pl_module, self._given, self.module, self.init_from)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -307,13 +279,26 @@ class LoRACallback(Callback):
                 )
 
 
-def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, init_from: str | None) -> None:
-    """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is."""
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given. LightningCLI gives every field: there, one at its default does not count."""
+    defaults = {field.name: field.default for field in dataclasses.fields(LoRAConfig)}
+    spelled_out = settings.keys() == defaults.keys()
+    return {name: value for name, value in settings.items() if not spelled_out or value != defaults[name]}
+
+
+def adapt_module(pl_module: nn.Module, given: dict[str, Any], path: str | None, init_from: str | None) -> None:
+    """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is.
+
+    Args:
+        given: settings that replace the defaults, or those of the file; what the file holds must fit them.
+    """
     root_path, root = find_root(pl_module, path)
+    if init_from is None:
+        inject(root, LoRAConfig(**given))
+        return
     injection = injection_of(root)
-    if injection is not None and (init_from is None or injection.source == init_from):
-        if init_from is None or config != LoRAConfig():
-            inject(root, config)  # an error where it was adapted otherwise
+    if injection is not None and injection.source == init_from:
+        inject(root, dataclasses.replace(injection.config, **given))  # an error where it was adapted otherwise
         return
     if injection is not None:
         if has_trained(root):
@@ -322,26 +307,28 @@ def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, ini
                 "remove(model) first, or leave init_from out to go on with them"
             )
         remove(root)
-    if init_from is None:
-        inject(root, config)
-    elif Path(init_from).is_dir():
-        load_peft(root, init_from)
+    if Path(init_from).is_dir():
+        _adapt_from_directory(root, given, init_from)
     else:
-        _adapt_from_checkpoint(root, root_path, config, init_from)
-    _injection(root).source = init_from
+        _adapt_from_checkpoint(root, root_path, given, init_from)
+    injection = _injection(root)
+    injection.source = init_from
+    own = LoRAConfig().to_dict()
+    changed = [f"{name}={value!r}" for name, value in injection.config.to_dict().items() if value != own[name]]
+    rank_zero_info(f"LoRA starts from {init_from}: {', '.join(changed) or 'all settings at their defaults'}")
 
 
 def configure_then_adapt(
     configure_model: Callable[[], None],
     pl_module: nn.Module,
-    config: LoRAConfig,
+    given: dict[str, Any],
     path: str | None,
     init_from: str | None,
 ) -> None:
     """Stand in for ``configure_model``: build, then adapt."""
     configure_model()
     source = None if init_from is None else _read_base_first(pl_module, path)
-    adapt_module(pl_module, config, path, init_from)
+    adapt_module(pl_module, given, path, init_from)
     if source is not None:
         _injection(find_root(pl_module, path)[1]).base_weights = source
 
@@ -414,12 +401,32 @@ def _injection(root: nn.Module) -> Any:
     return injection
 
 
-def _adapt_from_checkpoint(root: nn.Module, root_path: str, config: LoRAConfig, path: str) -> None:
-    """Adapt ``root`` with the file's config (or the user's, where given) and copy the weights that lie inside it."""
+def _adapt_from_checkpoint(root: nn.Module, root_path: str, given: dict[str, Any], path: str) -> None:
+    """Adapt ``root`` with the file's config, and what is given besides, and copy the weights that lie inside it."""
     checkpoint = one_adapter(read_checkpoint(path), root_path, path)
-    inject(root, config_of(checkpoint, path) if config == LoRAConfig() else config)
+    inject(root, dataclasses.replace(config_of(checkpoint, path), **given))
     try:
         tensors = fitting_tensors(checkpoint, root, path)
+    except ValueError:
+        remove(root)
+        raise
+    copy_tensors(tensors, root)
+
+
+def _adapt_from_directory(root: nn.Module, given: dict[str, Any], path: str) -> None:
+    """Adapt ``root`` as a PEFT directory says, then again with what is given besides, which the tensors must fit."""
+    load_peft(root, path)
+    config = _injection(root).config
+    wanted = dataclasses.replace(config, **given)
+    if wanted == config:
+        return
+    described = structure(root)
+    tensors = {name: tensor.clone() for name, tensor in trained_tensors(root).items()}
+    remove(root)
+    inject_anew(root, wanted, check_ranks=False)
+    try:
+        check_structure(described, root, path)
+        check_tensors(tensors, root, path)
     except ValueError:
         remove(root)
         raise

@@ -124,14 +124,21 @@ def describe(module: nn.Module, state_key: str) -> dict[str, Any]:
                 "state_key": state_key,
                 "root": path,
                 "config": _injection(root).config.to_dict(),
-                "layers": {name: (pair.r, pair.scaling) for name, pair in named_pairs(root).items()},
-                "token_rows": named_token_rows(root),
-                "trained_whole": list(named_trained_whole(root)),
+                **structure(root),
                 "base": fingerprint(root),
                 "peft": _for_peft(root),
             }
         )
     return {"format_version": FORMAT_VERSION, "adapters": adapters}
+
+
+def structure(root: nn.Module) -> dict[str, Any]:
+    """Return what two models must share for the same tensors to mean the same: pairs, rows, and what trains whole."""
+    return {
+        "layers": {name: (pair.r, pair.scaling) for name, pair in named_pairs(root).items()},
+        "token_rows": named_token_rows(root),
+        "trained_whole": list(named_trained_whole(root)),
+    }
 
 
 def _for_peft(root: nn.Module) -> dict[str, Any]:
@@ -260,7 +267,7 @@ def fitting_tensors(
         raise ValueError(f"{source} has no adapters under {state_key!r}; it has them under {sorted(keys)}")
     by_path = _by_path(section, roots, state_key, source)
     for path, adapter in by_path.items():
-        _check_layers(adapter, roots[path], source)
+        check_structure(adapter, roots[path], source)
     rename = _renaming(by_path)
     if roots.keys() == {""}:  # the adapted model itself: what trained around it has no place here
         file_root = by_path[""]["root"]
@@ -344,8 +351,12 @@ def complete_state(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, A
     return {**{name: values.get(id(value), value) for name, value in state.items()}, **others}
 
 
-def _check_layers(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> None:
-    """Compare adapted layers, their ranks and scales, and what trains whole."""
+def check_structure(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> None:
+    """Compare a file's :func:`structure` with that of ``root``.
+
+    Raises:
+        ValueError: a layer, rank, scale, row or what trains whole differs. The message says where.
+    """
     theirs = {name: tuple(value) for name, value in adapter["layers"].items()}
     ours = {name: (pair.r, pair.scaling) for name, pair in named_pairs(root).items()}
     _check_same_names("adapted layers", theirs, ours, source)

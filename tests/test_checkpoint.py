@@ -197,6 +197,55 @@ class TestWarmStart:
         assert run.global_step == 4
         assert twin.losses[0] < module.losses[0]
 
+    @pytest.fixture
+    def source(self, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+        _, module = fitted(tmp_path, rank_pattern={"v_proj": 2})
+        save_peft(module.model, tmp_path / "peft")
+        return str(tmp_path / request.param)
+
+    @pytest.mark.parametrize("source", ["last.ckpt", "peft"], indirect=True)
+    def test_settings_that_fit_the_file_replace_its_own(self, tmp_path: Path, source: str) -> None:
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        callback = LoRACallback(init_from=source, r=4, dropout=0.25, target_modules=targets, adapter_dtype="float64")
+        module = LanguageModule()
+        for _ in range(2):  # a second fit finds the model as it should be
+            trainer(tmp_path, callback, max_epochs=0).fit(module, loader())
+        config = module.model.lora_injection.config
+        assert (config.r, config.dropout, config.target_modules) == (4, 0.25, targets)
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+        for name, value in adapter_state_dict(module).items():
+            assert torch.equal(value, saved[f"model.{name}"].double())
+
+    @pytest.mark.parametrize("source", ["last.ckpt", "peft"], indirect=True)
+    def test_settings_that_do_not_fit_the_file_are_refused_and_the_model_is_left_alone(
+        self, tmp_path: Path, source: str
+    ) -> None:
+        module = LanguageModule()
+        before = {name: (p.requires_grad, p.detach().clone()) for name, p in module.named_parameters()}
+        for given, message in (
+            ({"r": 8}, "has r=4 at .* the model has r=8"),  # the default, and given
+            ({"alpha": 3}, "scales .* by 2, the model by 0.75"),
+            ({"use_rslora": True}, "scales .* by"),
+            ({"target_modules": ["q_proj", "v_proj"]}, "differ in their adapted layers"),
+            ({"bias": "lora_only", "modules_to_save": ["lm_head"]}, "differ in their tensors that train whole"),
+            ({"trainable_token_indices": [3]}, "trains rows none of embeddings"),
+            ({"use_dora": True}, "lora_magnitude' and .* missing in the file"),
+            ({"lora_bias": True}, "lora_bias' and .* missing in the file"),
+            ({"init": "pissa"}, "lora_A0.* missing in the file"),
+        ):
+            for callback in (
+                LoRACallback(init_from=source, **given),
+                LoRACallback(LoRAConfig(**{"r": 4, "rank_pattern": {"v_proj": 2}, **given}), init_from=source),
+            ):
+                with pytest.raises(ValueError, match=message):
+                    trainer(tmp_path, callback, max_epochs=0).fit(module, loader())
+                after = dict(module.named_parameters())
+                assert after.keys() == before.keys()
+                assert all(
+                    after[name].requires_grad == flag and torch.equal(after[name], value)
+                    for name, (flag, value) in before.items()
+                )
+
     def test_does_not_start_over_at_the_second_fit(self, tmp_path: Path) -> None:
         fitted(tmp_path)
         twin = LanguageModule()

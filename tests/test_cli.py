@@ -65,3 +65,27 @@ def test_arguments_of_the_command_line_configure_it_too(tmp_path: Path, monkeypa
     ]
     cli = command(tmp_path, monkeypatch, arguments)
     assert cli.model.model.lora_injection.config.r == 3
+
+
+def test_settings_of_the_file_count_where_yaml_spells_the_defaults_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "input.yaml").write_text(CONFIG + f"  default_root_dir: {tmp_path}\n")
+    first = command(tmp_path, monkeypatch, ["fit", "--config", "input.yaml"])
+    first.trainer.save_checkpoint(tmp_path / "first.ckpt")
+    content = yaml.safe_load((tmp_path / "input.yaml").read_text())
+    content["trainer"]["callbacks"][0]["init_args"] = {"init_from": "first.ckpt", "dropout": 0.5}
+    (tmp_path / "warm.yaml").write_text(yaml.safe_dump(content))
+    cli = command(tmp_path, monkeypatch, ["fit", "--config=warm.yaml", "--trainer.default_root_dir=warm"])
+    assert "r: 8\n" in (tmp_path / "warm" / "config.yaml").read_text()
+    saved = ["fit", "--config=warm/config.yaml", "--trainer.default_root_dir=again"]
+    with caplog.at_level("INFO"):
+        again = command(tmp_path, monkeypatch, saved)
+    wanted = LoRAConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2}, dropout=0.5)
+    assert cli.model.model.lora_injection.config == again.model.model.lora_injection.config == wanted
+    assert any(
+        "LoRA starts from first.ckpt: r=4, dropout=0.5, target_modules=['q_proj', 'v_proj']" in record.message
+        for record in caplog.records
+    )
+    with pytest.raises(ValueError, match="the model has r=16"):
+        command(tmp_path, monkeypatch, [*saved, "--trainer.callbacks.r=16"])
