@@ -335,7 +335,8 @@ def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
     for name in tensors.keys() - others.keys():
         write(targets[name], tensors[name])
     if others:
-        module.load_state_dict(others, strict=False)
+        own = {clean_name(name): name for name in module.state_dict()}
+        module.load_state_dict({own[name]: value for name, value in others.items()}, strict=False)
 
 
 def complete_state(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,8 @@ wrapper looks for adapters first and is Lightning's own where there are none.
 """
 
 import functools
+import importlib
+from contextvars import ContextVar
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +19,7 @@ from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
-from lightning_lora.checkpoint import SECTION, fitting_tensors, section_of
+from lightning_lora.checkpoint import SECTION, check_tensors, complete_state, fitting_tensors, section_of
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricMegatronLoRAStrategy
@@ -25,6 +27,9 @@ from lightning_lora.inject import inject, injected_roots
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
 from lightning_lora.strategies.megatron import MegatronLoRAStrategy
+
+_INSTANTIATOR = f"{__name__}.instantiate"
+_file_instantiator: ContextVar[str | None] = ContextVar("_file_instantiator", default=None)
 
 
 def install() -> None:
@@ -44,6 +49,7 @@ def install() -> None:
             setattr(Fabric, name, _adopting(method))
     if not hasattr(saving._load_state, "knows_adapters"):
         saving._load_state = _adapting(saving._load_state)
+        saving._ALLOWED_INSTANTIATORS.add(_INSTANTIATOR)
 
 
 def _adopting(method: Any) -> Any:
@@ -94,23 +100,50 @@ def _adapting(load_state: Any) -> Any:
     def adapting(cls: type, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if SECTION not in checkpoint or not issubclass(cls, pl.LightningModule):
             return load_state(cls, checkpoint, *args, **kwargs)
-        # on_load_checkpoint is the one moment between building the module and loading its state
-        adapted = type(cls.__name__, (_Adapting, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-        module = load_state(adapted, dict(checkpoint), *args, **kwargs)
-        module.__class__ = cls
+        own = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_instantiator")
+        if own is None or own in saving._ALLOWED_INSTANTIATORS:  # any other is for Lightning to refuse
+            kwargs["_instantiator"] = _INSTANTIATOR
+        token = _file_instantiator.set(own)
+        try:
+            module = load_state(cls, dict(checkpoint), *args, **kwargs)
+        finally:
+            _file_instantiator.reset(token)
+        if not injected_roots(module):
+            raise ValueError(f"the checkpoint holds adapters, and {cls.__name__} was built without loading them")
         return module
 
     adapting.knows_adapters = True  # type: ignore[attr-defined]
     return adapting
 
 
-class _Adapting(pl.LightningModule):
-    """Mixin for a LightningModule that is being built from an adapter checkpoint."""
+def instantiate(cls: type, arguments: dict[str, Any]) -> Any:
+    """Build a module as its file says, and let it take the file's adapters before it is given the file's state.
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        source = "the checkpoint"
-        for adapter in section_of(checkpoint, source)["adapters"]:
-            inject(self.get_submodule(adapter["root"]), LoRAConfig.from_dict(adapter["config"]))
-        tensors = fitting_tensors(checkpoint, self, source)
-        checkpoint["state_dict"] = {**self.state_dict(), **tensors}
-        super().on_load_checkpoint(checkpoint)
+    Lightning builds what ``load_from_checkpoint`` returns by the function that ``_instantiator`` names: LightningCLI's,
+    or none. This one stands in for both.
+    """
+    path = _file_instantiator.get()
+    if path is None:
+        module = cls(**arguments)
+    else:
+        package, _, name = path.rpartition(".")
+        module = getattr(importlib.import_module(package), name)(cls, arguments)
+    if isinstance(module, pl.LightningModule):
+        # on_load_checkpoint is the one moment between building the module and loading its state
+        module.on_load_checkpoint = functools.partial(_adapt, module, vars(module).get("on_load_checkpoint"))  # type: ignore[method-assign]
+    return module
+
+
+def _adapt(module: pl.LightningModule, own_hook: Any, checkpoint: dict[str, Any]) -> None:
+    """Stand in for a new module's ``on_load_checkpoint``: adapt it, call the user's own, and complete the state."""
+    del module.on_load_checkpoint
+    if own_hook is not None:  # of the instance, not of its class
+        module.on_load_checkpoint = own_hook  # type: ignore[method-assign]
+    source = "the checkpoint"
+    for adapter in section_of(checkpoint, source)["adapters"]:
+        inject(module.get_submodule(adapter["root"]), LoRAConfig.from_dict(adapter["config"]))
+    # names and shapes are checked after the user's hook, which may put back what its twin changed
+    checkpoint["state_dict"] = fitting_tensors(checkpoint, module, source, check_names=False)
+    module.on_load_checkpoint(checkpoint)
+    check_tensors(checkpoint["state_dict"], module, source)
+    checkpoint["state_dict"] = complete_state(checkpoint["state_dict"], module)

@@ -285,6 +285,93 @@ class TestLoadFromCheckpoint:
         with pytest.raises(ValueError, match="'lm_head.weight' holds other values"):
             Other.load_from_checkpoint(tmp_path / "last.ckpt", strict=False)
 
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+    def test_gives_a_compiled_model_as_the_run_left_it(self, tmp_path: Path) -> None:
+        class Counting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, self.count = nn.Linear(4, 4), 0
+
+            def forward(self, x):
+                return self.layer(x)
+
+            def get_extra_state(self):
+                return {"count": self.count}
+
+            def set_extra_state(self, state):
+                self.count = state["count"]
+
+        class Compiled(LanguageModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = torch.compile(models.llama(layers=1), backend="eager")
+                self.model.model.layers[0] = torch.compile(self.model.model.layers[0], backend="eager")
+                self.counting = torch.compile(Counting(), backend="eager")
+
+            def on_train_batch_end(self, *_):
+                self.counting.count += 1
+
+        _, module = fitted(tmp_path, Compiled())
+        loaded = [
+            Compiled.load_from_checkpoint(tmp_path / "last.ckpt", strict=strict) for strict in (None, True, False)
+        ]
+        resumed = Compiled()
+        run = trainer(tmp_path, LoRACallback(r=4), limit_val_batches=0)
+        run.validate(resumed, loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+        for twin in (*loaded, resumed):
+            assert same_adapters(module, twin)
+            assert twin.counting.count == 4
+        ids = models.token_ids()
+        assert torch.equal(loaded[0].model(input_ids=ids).logits, module.model(input_ids=ids).logits)
+
+    @pytest.mark.parametrize("strict", [None, False])
+    def test_a_load_that_brings_no_adapter_is_an_error(self, tmp_path: Path, strict: bool | None) -> None:
+        class Dropping(LanguageModule):
+            def on_load_checkpoint(self, checkpoint):
+                checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if "lora" not in n}
+
+        fitted(tmp_path)
+        with pytest.raises(ValueError, match="'model.model.layers.0.self_attn.q_proj.lora_A'.* missing in the file"):
+            Dropping.load_from_checkpoint(tmp_path / "last.ckpt", strict=strict)
+
+    def test_the_modules_own_hooks_see_the_adapted_model_and_what_its_twin_wrote(self, tmp_path: Path) -> None:
+        class Prefixed(LanguageModule):
+            def on_save_checkpoint(self, checkpoint):
+                checkpoint["vocabulary"] = 100
+
+            def on_load_checkpoint(self, checkpoint):
+                self.seen = (
+                    checkpoint["vocabulary"],
+                    set(checkpoint["state_dict"]),
+                    self.model.lora_injection.config.r,
+                )
+
+        _, module = fitted(tmp_path, Prefixed())
+        loaded = Prefixed.load_from_checkpoint(tmp_path / "last.ckpt")
+        resumed = Prefixed()
+        trainer(tmp_path, LoRACallback(r=4), max_epochs=1).fit(resumed, loader(), ckpt_path=tmp_path / "last.ckpt")
+        assert loaded.seen == resumed.seen == (100, {f"model.{name}" for name in adapter_state_dict(module)}, 4)
+        assert "on_load_checkpoint" not in vars(loaded)
+
+    def test_no_subclass_of_the_users_class_is_made(self, tmp_path: Path) -> None:
+        made: list[type] = []
+
+        class Registered(LanguageModule):
+            def __init_subclass__(cls, *, key: str) -> None:
+                made.append(cls)
+
+        _, module = fitted(tmp_path, Registered())
+        assert same_adapters(Registered.load_from_checkpoint(tmp_path / "last.ckpt"), module)
+        assert made == []
+
+    def test_a_file_that_names_code_to_run_is_refused(self, tmp_path: Path) -> None:
+        fitted(tmp_path)
+        content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        content["hyper_parameters"] = {"_instantiator": "os.system"}
+        torch.save(content, tmp_path / "bad.ckpt")
+        with pytest.raises(ValueError, match="'os.system' from the checkpoint is not in the allowlist"):
+            LanguageModule.load_from_checkpoint(tmp_path / "bad.ckpt")
+
     def test_ordinary_checkpoints_load_as_ever(self, tmp_path: Path) -> None:
         module = LanguageModule()
         run = trainer(tmp_path, max_epochs=0)

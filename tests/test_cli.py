@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRAConfig
-from tests.runs import LanguageModule, loader
+from tests import models
+from tests.runs import LanguageModule, loader, same_adapters
 
 CONFIG = """
 trainer:
@@ -26,6 +28,21 @@ trainer:
         rank_pattern: {q_proj: 2}
         dropout: 0.1
 """
+
+
+class Base(pl.LightningModule):
+    """What a command line names subclasses of."""
+
+
+class Chosen(Base, LanguageModule):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.model = models.llama(layers=layers)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return loader()
 
 
 def command(directory: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> LightningCLI:
@@ -89,3 +106,21 @@ def test_settings_of_the_file_count_where_yaml_spells_the_defaults_out(
     )
     with pytest.raises(ValueError, match="the model has r=16"):
         command(tmp_path, monkeypatch, [*saved, "--trainer.callbacks.r=16"])
+
+
+def test_a_file_of_a_subclass_that_the_command_line_named_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [
+        "fit", f"--model={__name__}.Chosen", "--model.layers=1",
+        "--trainer.accelerator=cpu", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+        "--trainer.callbacks+=lightning_lora.LoRACallback", "--trainer.callbacks.r=3",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["cli"])
+    cli = LightningCLI(Base, Data, subclass_mode_model=True, seed_everything_default=0, args=arguments)
+    cli.trainer.save_checkpoint(tmp_path / "cli.ckpt")
+    for cls in (Base, Chosen):
+        loaded = cls.load_from_checkpoint(tmp_path / "cli.ckpt")
+        assert type(loaded) is Chosen
+        assert same_adapters(loaded, cli.model)
