@@ -35,6 +35,7 @@ from lightning_lora.inject import (
     has_trained,
     inject,
     inject_anew,
+    injected_roots,
     injection_of,
     is_merged,
     named_adapter_parameters,
@@ -156,14 +157,6 @@ class LoRACallback(Callback):
         _let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
-        values = {
-            "lora/" + key: str(value) if isinstance(value, (list, dict)) else value
-            for key, value in _injection(root).config.to_dict().items()
-        }
-        for logger in trainer.loggers:
-            # TensorBoard keeps the last call alone: the user's own go with ours
-            numbers = {f"lora/{key}": value for key, value in counts(pl_module, root).items()}
-            logger.log_hyperparams({**dict(pl_module.hparams_initial), **values, **numbers})
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -384,6 +377,22 @@ def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:
         "frozen_parameters": total - trainable,
         "total_parameters": total,
     }
+
+
+def hyperparameters(pl_module: nn.Module) -> dict[str, Any]:
+    """Return what loggers are told of the adapted models: settings and sizes, the same at a resume as in the first run.
+
+    Keys are ``"lora/r"``, or ``"lora/<name of the model>/r"`` where several models are adapted.
+    """
+    roots, values = injected_roots(pl_module), {}
+    for path, root in roots.items():
+        prefix = f"lora/{path}/" if len(roots) > 1 else "lora/"
+        for key, value in _injection(root).config.to_dict().items():
+            values[prefix + key] = str(value) if isinstance(value, (list, dict)) else value
+        count = counts(pl_module, root)
+        # what else trains, and what is frozen, may change during a run
+        values |= {prefix + key: count[key] for key in ("adapter_parameters", "whole_parameters", "total_parameters")}
+    return values
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:

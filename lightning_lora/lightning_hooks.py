@@ -1,14 +1,15 @@
 """The places where Lightning itself has to know about adapters and offers no hook.
 
 Importing the package registers ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and wraps Fabric's
-``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in time, and the function
-behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most. Each
-wrapper looks for adapters first and is Lightning's own where there are none.
+``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in time, the function
+behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most, and the
+one that logs hyperparameters. Each wrapper looks for adapters first and is Lightning's own where there are none.
 """
 
 import functools
 import importlib
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,13 +18,16 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.fabric.wrappers import _unwrap_objects
 from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer import trainer
 from torch import nn
 
+from lightning_lora.callback import hyperparameters
 from lightning_lora.checkpoint import SECTION, check_tensors, complete_state, fitting_tensors, section_of
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricMegatronLoRAStrategy
 from lightning_lora.inject import inject, injected_roots
+from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
 from lightning_lora.strategies.megatron import MegatronLoRAStrategy
@@ -50,6 +54,8 @@ def install() -> None:
     if not hasattr(saving._load_state, "knows_adapters"):
         saving._load_state = _adapting(saving._load_state)
         saving._ALLOWED_INSTANTIATORS.add(_INSTANTIATOR)
+    if not hasattr(trainer._log_hyperparams, "knows_adapters"):
+        trainer._log_hyperparams = _logging_adapters(trainer._log_hyperparams)
 
 
 def _adopting(method: Any) -> Any:
@@ -91,6 +97,44 @@ def _check_top_level(state: Any) -> None:
 
 def _has_adapters(value: Any) -> bool:
     return bool(injected_roots(value) if isinstance(value, nn.Module) else adapted_modules(value))
+
+
+def _logging_adapters(log_hyperparams: Any) -> Any:
+    """Return Lightning's ``_log_hyperparams(trainer)`` that tells of the adapters in the same call of each logger.
+
+    Some loggers keep one call alone, or refuse a key's second value.
+    """
+
+    @functools.wraps(log_hyperparams)
+    def logging(run: Any) -> None:
+        if not isinstance(run.strategy, AdapterOnly):
+            log_hyperparams(run)
+            return
+        ours = hyperparameters(run.lightning_module)
+        loggers = [_Adding(logger, ours) for logger in run.loggers]
+        log_hyperparams(
+            SimpleNamespace(lightning_module=run.lightning_module, datamodule=run.datamodule, loggers=loggers)
+        )
+
+    logging.knows_adapters = True  # type: ignore[attr-defined]
+    return logging
+
+
+class _Adding:
+    """Stands before a logger, and adds to the hyperparameters that Lightning found, if it found any."""
+
+    def __init__(self, logger: Any, ours: dict[str, Any]) -> None:
+        self.logger, self.values = logger, ours
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self.values = {**params, **self.values}
+
+    def log_graph(self, module: pl.LightningModule) -> None:
+        self.logger.log_hyperparams(self.values)
+        self.logger.log_graph(module)
+
+    def save(self) -> None:
+        self.logger.save()
 
 
 def _adapting(load_state: Any) -> Any:

@@ -4,6 +4,7 @@ import copy
 import importlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import peft
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
@@ -289,6 +291,106 @@ def test_start_line_and_loggers_say_what_trains(tmp_path: Path, caplog: pytest.L
     assert f"{total - adapters:,}" in line
     assert logger.experiment.hparams["lora/r"] == 4
     assert logger.experiment.hparams["lora/adapter_parameters"] == adapters
+
+
+class Recorder(Logger):
+    """Keeps every call, and refuses another value for a key, as MLflow does."""
+
+    name, version, save_dir = "recorder", 0, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        for call in self.calls:
+            assert all(call[key] == value for key, value in params.items() if key in call), "changed"
+        self.calls.append(dict(params))
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
+
+
+class Settings(LanguageModule):
+    def __init__(self, width: int, secret: str, logger: bool) -> None:
+        super().__init__()
+        self.save_hyperparameters("width", "secret", logger=logger)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+class Rows(pl.LightningDataModule):
+    def __init__(self, rows: int, logger: bool) -> None:
+        super().__init__()
+        self.save_hyperparameters("rows", logger=logger)
+
+    def train_dataloader(self):
+        return loader(rows=self.hparams.rows)
+
+
+@pytest.mark.parametrize("module_logs", [True, False])
+@pytest.mark.parametrize("data_logs", [True, False])
+def test_each_logger_is_told_once_what_lightning_tells_it_and_of_the_adapters(
+    tmp_path: Path, module_logs: bool, data_logs: bool
+) -> None:
+    def told(name: str, *callbacks: LoRACallback, **settings: Any) -> list[dict[str, Any]]:
+        loggers = [Recorder(), pl.loggers.CSVLogger(tmp_path / name)]
+        run = trainer(tmp_path, *callbacks, logger=loggers, max_steps=1, log_every_n_steps=1, **settings)
+        run.fit(Settings(4, "sesame", module_logs), Rows(8, data_logs))
+        written = "".join(path.read_text() for path in (tmp_path / name).rglob("hparams.yaml"))
+        assert ("sesame" in written) == (module_logs and settings.get("enable_autolog_hparams", True))
+        return loggers[0].calls
+
+    lightning = told("lightning")
+    (call,) = told("ours", LoRACallback(r=4))
+    assert {k: v for k, v in call.items() if not k.startswith("lora/")} == (lightning[0] if lightning else {})
+    assert (call["lora/r"], call["lora/target_modules"]) == (4, "all-linear")
+    assert told("off", LoRACallback(r=4), enable_autolog_hparams=False) == []
+
+
+def test_a_resumed_run_tells_loggers_nothing_else(tmp_path: Path) -> None:
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.model.model.embed_tokens)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.model.model.embed_tokens, optimizer)
+
+    class Filtered(LanguageModule):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    logger = Recorder()
+    run = trainer(tmp_path, LoRACallback(r=4), Unfreeze(), logger=logger, max_epochs=2, log_every_n_steps=1)
+    run.fit(Filtered(), loader())
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    again = trainer(tmp_path, LoRACallback(r=4), Unfreeze(), logger=logger, max_epochs=3, log_every_n_steps=1)
+    again.fit(Filtered(), loader(), ckpt_path=tmp_path / "two.ckpt")
+    assert logger.calls[0] == logger.calls[1]
+    assert len(logger.calls) == 2
+
+
+def test_two_adapted_models_are_logged_under_their_names(tmp_path: Path) -> None:
+    class Two(LanguageModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = models.llama(layers=1)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.other(input_ids=batch, labels=batch).loss
+
+    logger = Recorder()
+    both = (LoRACallback(r=4, module="model"), LoRACallback(r=2, module="other"))
+    trainer(tmp_path, *both, logger=logger, max_steps=1, log_every_n_steps=1).fit(Two(), loader())
+    (call,) = logger.calls
+    assert (call["lora/model/r"], call["lora/other/r"]) == (4, 2)
+    sizes = [sum(p.numel() for _, p in named_adapter_parameters(inject(models.llama(layers=n), LoRAConfig(r=r))))
+             for n, r in ((2, 4), (1, 2))]  # fmt: skip
+    assert [call["lora/model/adapter_parameters"], call["lora/other/adapter_parameters"]] == sizes
 
 
 @pytest.mark.parametrize("strict", [False, True])
