@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import trainer
 from torch import nn
 
+from lightning_lora import lightning_cli
 from lightning_lora.callback import hyperparameters
 from lightning_lora.checkpoint import SECTION, check_tensors, complete_state, fitting_tensors, section_of
 from lightning_lora.config import LoRAConfig
@@ -56,6 +57,7 @@ def install() -> None:
         saving._ALLOWED_INSTANTIATORS.add(_INSTANTIATOR)
     if not hasattr(trainer._log_hyperparams, "knows_adapters"):
         trainer._log_hyperparams = _logging_adapters(trainer._log_hyperparams)
+    lightning_cli.install()
 
 
 def _adopting(method: Any) -> Any:

@@ -1,5 +1,6 @@
 """LightningCLI: the callback from YAML, and back."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRACallback, LoRAConfig, named_adapter_parameters
 from tests import models
-from tests.runs import LanguageModule, loader, same_adapters
+from tests.runs import LanguageModule, loader, same_adapters, trainer
 
 CONFIG = """
 trainer:
@@ -124,3 +125,95 @@ def test_a_file_of_a_subclass_that_the_command_line_named_loads(
         loaded = cls.load_from_checkpoint(tmp_path / "cli.ckpt")
         assert type(loaded) is Chosen
         assert same_adapters(loaded, cli.model)
+
+
+class Plain(Base):
+    """Configures no optimizer."""
+
+    training_step = LanguageModule.training_step
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+        self.build()
+
+    def build(self) -> None:
+        self.model = models.llama()
+
+
+class PlainLazy(Plain):
+    def build(self) -> None:
+        self.model = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = models.llama()
+
+
+ARGUMENTS = [
+    "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false", "--trainer.max_epochs=2",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+    "--trainer.callbacks+=lightning_lora.LoRACallback", "--trainer.callbacks.r=4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Plain", "PlainLazy", "Chosen"])  # the last has its own configure_optimizers
+def test_an_optimizer_and_scheduler_of_the_command_line_train_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cli"])
+
+    def run(*more: str) -> LightningCLI:
+        arguments = [f"--model={__name__}.{name}", *ARGUMENTS, f"--trainer.default_root_dir={tmp_path}", *more]
+        arguments += ["--model.layers=2"] if name == "Chosen" else []
+        optimizer = ["--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=StepLR"]
+        schedule = ["--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
+        return LightningCLI(
+            Base, Data, subclass_mode_model=True, seed_everything_default=0, args=["fit", *arguments, *optimizer, *schedule],
+            save_config_kwargs={"overwrite": True},
+        )  # fmt: skip
+
+    with pytest.warns(match="will be overridden by") if name == "Chosen" else contextlib.nullcontext():
+        cli = run()
+    written = LanguageModule()  # whose configure_optimizers says the same
+    trainer(tmp_path, LoRACallback(r=4), max_epochs=2).fit(written, loader())
+    assert cli.model.losses == written.losses
+    assert same_adapters(cli.model, written)
+    (optimizer,) = cli.trainer.optimizers
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for _, parameter in named_adapter_parameters(cli.model)}
+    (path,) = tmp_path.rglob("*.ckpt")
+    with pytest.warns(match="will be overridden by") if name == "Chosen" else contextlib.nullcontext():
+        resumed = run("--trainer.max_epochs=3", f"--ckpt_path={path}")
+    trainer(tmp_path, LoRACallback(r=4), max_epochs=3).fit(written, loader(), ckpt_path=path)
+    assert resumed.model.losses == written.losses[8:]
+
+
+def test_an_optimizer_with_state_from_the_start_and_a_plateau_are_built_for_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Validated(Plain):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.model(input_ids=batch, labels=batch).loss)
+
+        def train_dataloader(self):
+            return loader()
+
+        val_dataloader = train_dataloader
+
+    monkeypatch.setattr(sys, "argv", ["cli"])
+    more = ["--optimizer=Adagrad", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
+    cli = LightningCLI(
+        Validated, seed_everything_default=0, args=["fit", *ARGUMENTS, f"--trainer.default_root_dir={tmp_path}", *more]
+    )
+    assert cli.model.losses[-1] < cli.model.losses[0]
+    assert cli.trainer.lr_scheduler_configs[0].monitor == "val_loss"
+
+
+def test_without_adapters_the_command_line_is_lightnings_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["cli"])
+    arguments = ["fit", *ARGUMENTS[:-2], f"--trainer.default_root_dir={tmp_path}", "--optimizer=SGD"]
+    cli = LightningCLI(Plain, Data, seed_everything_default=0, args=arguments)
+    (optimizer,) = cli.trainer.optimizers
+    assert cli.model.configure_optimizers() is optimizer
+    assert len(optimizer.param_groups[0]["params"]) == len(list(cli.model.parameters()))

@@ -1,0 +1,65 @@
+"""``LightningCLI --optimizer=...``: built when the model has its adapters.
+
+LightningCLI builds the optimizer that its arguments describe from ``model.parameters()`` before the Trainer runs, when
+no adapters are there, and a model of ``configure_model`` has no parameters at all.
+"""
+
+import contextlib
+import copy
+import functools
+import warnings
+from types import MethodType
+from typing import Any
+
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_lora.callback import LoRACallback
+
+
+def install() -> None:
+    """Wrap the method that builds the optimizer; a second call does nothing."""
+    if not hasattr(LightningCLI._add_configure_optimizers_method_to_model, "knows_adapters"):
+        LightningCLI._add_configure_optimizers_method_to_model = _building_late(  # type: ignore[method-assign]
+            LightningCLI._add_configure_optimizers_method_to_model
+        )
+
+
+def _building_late(add: Any) -> Any:
+    """Return the method, which gives the model a ``configure_optimizers``, with one that builds when it is called."""
+
+    @functools.wraps(add)
+    def adding(cli: Any, subcommand: str | None) -> None:
+        if not any(isinstance(callback, LoRACallback) for callback in _callbacks(cli)):
+            add(cli, subcommand)
+            return
+        with contextlib.suppress(Exception):  # what is wrong without adapters, or will be said when it is built again
+            add(cli, subcommand)
+            if "configure_optimizers" not in vars(cli.model):
+                return  # the arguments describe no optimizer
+
+        @functools.wraps(cli.configure_optimizers)  # by which Lightning sees that the method is overridden
+        def configure_optimizers(module: Any) -> Any:
+            late = module.configure_optimizers
+            del module.configure_optimizers
+            twin = copy.copy(cli)
+            twin.model = module
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", ".*will be overridden by")  # said once before
+                    add(twin, subcommand)
+                return module.configure_optimizers()
+            finally:
+                module.configure_optimizers = late
+
+        cli.model.configure_optimizers = MethodType(configure_optimizers, cli.model)
+
+    adding.knows_adapters = True  # type: ignore[attr-defined]
+    return adding
+
+
+def _callbacks(cli: Any) -> list[Any]:
+    """Return the callbacks that a command line will give its Trainer."""
+    given = cli._get(cli.config_init, "trainer", default={}).get("callbacks")
+    own = [cli._get(cli.config_init, key) for key in cli._parser(cli.subcommand).callback_keys]
+    sources = (given, cli.trainer_defaults.get("callbacks"), own)
+    return [callback for one in sources for callback in (one if isinstance(one, list) else [one])]
