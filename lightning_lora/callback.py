@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint import config_of, copy_tensors, fitting_tensors, one_adapter, read_checkpoint
 from lightning_lora.config import LoRAConfig, answers_peft_names
+from lightning_lora.frozen import look_for_moved
 from lightning_lora.inject import (
     has_trained,
     inject,
@@ -179,8 +180,7 @@ class LoRACallback(Callback):
         for holder in (pl_module, getattr(trainer, "datamodule", None)):
             if holder is not None:
                 _check_hyperparameters(holder)
-        assert isinstance(trainer.strategy, AdapterOnly)
-        trainer.strategy.watch_frozen()
+        look_for_moved(pl_module)
         _let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))

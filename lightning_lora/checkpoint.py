@@ -79,7 +79,7 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
     LightningModule holds; outside, all persistent ones. Tensors that are spread over ranks come as they are.
 
     Args:
-        also: identities (``id``) of further parameters to hold, such as those of an optimizer.
+        also: identities (``id``) of further parameters and buffers to hold, such as those of an optimizer.
     """
     roots = injected_roots(module)
     reshard(module)
@@ -103,10 +103,12 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
             keeps_buffers = True
         elif not any(is_inside(clean, path) for path in pretrained):
             keeps_buffers |= not own and not isinstance(owner, FrozenStatistics)
-        if keeps_buffers or any(is_inside(clean, path) for path in whole):
-            for local, buffer in owner._buffers.items():
-                if buffer is not None and local not in owner._non_persistent_buffers_set:
-                    state[_join(clean, local)] = buffer.detach()
+        keeps_buffers |= any(is_inside(clean, path) for path in whole)
+        for local, buffer in owner._buffers.items():
+            if buffer is None or local in owner._non_persistent_buffers_set:
+                continue
+            if keeps_buffers or id(buffer) in wanted:
+                state[_join(clean, local)] = buffer.detach()
     return _without_second_names(state)
 
 

@@ -146,6 +146,46 @@ def test_stock_fsdp_is_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "a.ckpt").exists()
 
 
+class Distilled(nn.Module):
+    """An adapted student and, outside it, a frozen teacher that follows."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.student = inject(models.llama(), LoRAConfig(r=2))
+        self.teacher = models.llama().requires_grad_(False)
+        torch.manual_seed(seed)
+        self.fixed = nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, **batch: Any) -> Any:
+        return self.student(**batch)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_a_teacher_that_moves_a_little_is_in_the_file(tmp_path: Path, strategy: str) -> None:
+    def start(seed: int = 0) -> tuple[Fabric, Any, Any, Any]:
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy)
+        fabric.launch()
+        module = Distilled(seed)
+        model, optimizer = fabric.setup(module, torch.optim.AdamW([p for p in module.parameters() if p.requires_grad]))
+        return fabric, module, model, optimizer
+
+    fabric, module, model, optimizer = start()
+    train(fabric, model, optimizer)
+    module.teacher.lm_head.weight.data.mul_(1 + 1e-6)
+    fabric.save(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer})
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["model"]
+    assert [name for name in saved if not name.startswith("student.")] == ["teacher.lm_head.weight"]
+    twin_fabric, twin, twin_model, twin_optimizer = start()
+    twin_fabric.load(tmp_path / "a.ckpt", {"model": twin_model, "optimizer": twin_optimizer})
+    twin_fabric.save(tmp_path / "b.ckpt", {"model": twin_model, "optimizer": twin_optimizer})
+    for there in (twin.teacher.lm_head.weight, torch.load(tmp_path / "b.ckpt")["model"]["teacher.lm_head.weight"]):
+        assert torch.equal(there, module.teacher.lm_head.weight)
+    other_fabric, _, other_model, other_optimizer = start(seed=1)
+    with pytest.raises(ValueError, match="'fixed.weight' was frozen and never changed"):
+        other_fabric.load(tmp_path / "a.ckpt", {"model": other_model, "optimizer": other_optimizer})
+    other_fabric.load(tmp_path / "a.ckpt", {"model": other_model})  # of its weights alone
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
 def test_precisions_keep_adapters_wide(precision: str) -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)

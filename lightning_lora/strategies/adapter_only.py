@@ -35,7 +35,14 @@ from lightning_lora.checkpoint import (
     section_of,
     trained_tensors,
 )
-from lightning_lora.fingerprint import hashes_outside_roots
+from lightning_lora.frozen import (
+    count_as_moved,
+    describe_left_out,
+    look_for_moved,
+    moved_tensors,
+    other_left_out,
+    refusal_of_left_out,
+)
 from lightning_lora.inject import injected_roots, named_adapter_parameters
 from lightning_lora.peft_export import save_peft
 from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
@@ -66,7 +73,6 @@ class AdapterOnly(Strategy):
 
     shards: bool = False
     peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
-    _frozen_outside: dict[str, int] | None = None
     _checked_readable: bool = False
     _loaded: dict[str, Any] | None = None
     _loaded_from: Any = None
@@ -79,27 +85,22 @@ class AdapterOnly(Strategy):
 
         What is spread over ranks is gathered to rank 0.
         """
+        look_for_moved(self._adapted_module())
         return {name: on_rank_zero(value, is_zero=self.is_global_zero) for name, value in self._trained_state().items()}
 
     def _trained_state(self) -> dict[str, Any]:
         module = self._adapted_module()
         # toggle_optimizer freezes for a while what another optimizer has moved
         held = {id(p) for optimizer in self.optimizers for p, state in optimizer.state.items() if state}
-        # a target network follows without requiring grad, and is lost if it is not seen
-        now = hashes_outside_roots(module) if self._frozen_outside is not None else {}
-        changed = {name for name, value in now.items() if value != (self._frozen_outside or {}).get(name)}
-        held |= {id(parameter) for name, parameter in module.named_parameters() if clean_name(name) in changed}
-        return {**trained_tensors(module, also=held), **other_state(module)}
-
-    def watch_frozen(self) -> None:
-        """Remember the frozen parameters outside the adapted models, to save those that change all the same."""
-        self._frozen_outside = hashes_outside_roots(self._adapted_module())
+        return {**trained_tensors(module, also=held | moved_tensors(module)), **other_state(module)}
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write one file on rank 0. Called on all ranks; gathers a few kilobytes of random states."""
         module = self._adapted_module()
-        section = describe(module, STATE_KEY) if self.is_global_zero or self.shards else {}
+        section = {}
+        if self.is_global_zero or self.shards:
+            section = {**describe(module, STATE_KEY), "left_out": {STATE_KEY: describe_left_out(module)}}
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
             combined = module.trainer.fit_loop._combined_loader
@@ -160,6 +161,7 @@ class AdapterOnly(Strategy):
                 f"LoRACallback(init_from={str(checkpoint_path)!r})"
             )
         if fitting:
+            self._check_left_out(checkpoint, checkpoint_path)
             _let_finished_loaders_start_anew(checkpoint["loops"]["fit_loop"])
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
         checkpoint[STATE_KEY] = tensors
@@ -174,11 +176,25 @@ class AdapterOnly(Strategy):
             self._random_states = None
         return checkpoint
 
+    def _check_left_out(self, checkpoint: dict[str, Any], source: Any) -> None:
+        """Raise ``ValueError`` on all ranks where rank 0 built what the file leaves out with other values."""
+        recorded = section_of(checkpoint, source).get("left_out", {}).get(STATE_KEY)
+        if recorded is None:  # of a version that did not say
+            return
+        name = None
+        if self.is_global_zero or self.shards:
+            module = self._adapted_module()
+            name = other_left_out(recorded, module, renaming(checkpoint, module, source, STATE_KEY))
+        name = self.broadcast(name)
+        if name is not None:
+            raise ValueError(refusal_of_left_out(name, source))
+
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self._adapted_module()
         check_tensors(checkpoint[STATE_KEY], module, self._loaded_from)
         copy_tensors(checkpoint[STATE_KEY], module)
+        count_as_moved(module, checkpoint[STATE_KEY])
         if module.trainer.state.fn == TrainerFn.FITTING:
             # base parameters are in the file because they trained: BaseFinetuning freezes them again at setup
             adapters = {id(parameter) for _, parameter in named_adapter_parameters(module)}
