@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint import config_of, copy_tensors, fitting_tensors, one_adapter, read_checkpoint
 from lightning_lora.config import LoRAConfig, answers_peft_names
+from lightning_lora.finite import OnNonfinite
 from lightning_lora.frozen import look_for_moved
 from lightning_lora.inject import (
     has_trained,
@@ -59,6 +60,9 @@ class LoRACallback(Callback):
         save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with
             it.
         strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step.
+        on_nonfinite: what to do about adapters that hold NaN or infinity, where files are written and read. ``None``
+            warns where a checkpoint is written, so that no save ends a run, and refuses to read one. "error" ends a run
+            that diverged at its next save, and the former file stays.
 
     Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`.
 
@@ -103,6 +107,7 @@ class LoRACallback(Callback):
         init_from: str | None = None,
         save_peft: bool = False,
         strict_idle: bool = False,
+        on_nonfinite: Literal["error", "warn"] | None = None,
     ) -> None:
         fields = LoRAConfig(
             r=r,
@@ -139,6 +144,9 @@ class LoRACallback(Callback):
         self.init_from = None if init_from is None else str(init_from)
         self.save_peft = save_peft
         self.strict_idle = strict_idle
+        if on_nonfinite not in (None, "error", "warn"):
+            raise ValueError(f"on_nonfinite={on_nonfinite!r} is not known; expected 'error', 'warn' or None")
+        self.on_nonfinite = on_nonfinite
         self._random_state: dict[str, Any] | None = None
         self._checked: set[int] = set()
 
@@ -152,14 +160,21 @@ class LoRACallback(Callback):
         self._check_company(trainer, pl_module)
         strategy, own = adopt(trainer.strategy), frozenset((self.module,))
         strategy.peft_roots = strategy.peft_roots | own if self.save_peft else strategy.peft_roots - own
+        strategy.on_nonfinite = self.on_nonfinite
         self._checked = set()
         if is_overridden("configure_model", pl_module):
             # built later, and perhaps by another callback: whoever calls it gets the adapted model
             pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
-                configure_then_adapt, pl_module.configure_model, pl_module, self.config, self.module, self.init_from
+                configure_then_adapt,
+                pl_module.configure_model,
+                pl_module,
+                self.config,
+                self.module,
+                self.init_from,
+                self.on_nonfinite or "error",
             )
         else:
-            adapt_module(pl_module, self.config, self.module, self.init_from)
+            adapt_module(pl_module, self.config, self.module, self.init_from, self.on_nonfinite or "error")
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -307,7 +322,9 @@ class LoRACallback(Callback):
                 )
 
 
-def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, init_from: str | None) -> None:
+def adapt_module(
+    pl_module: nn.Module, config: LoRAConfig, path: str | None, init_from: str | None, on_nonfinite: OnNonfinite
+) -> None:
     """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is."""
     root_path, root = find_root(pl_module, path)
     injection = injection_of(root)
@@ -325,9 +342,9 @@ def adapt_module(pl_module: nn.Module, config: LoRAConfig, path: str | None, ini
     if init_from is None:
         inject(root, config)
     elif Path(init_from).is_dir():
-        load_peft(root, init_from)
+        load_peft(root, init_from, on_nonfinite=on_nonfinite)
     else:
-        _adapt_from_checkpoint(root, root_path, config, init_from)
+        _adapt_from_checkpoint(root, root_path, config, init_from, on_nonfinite)
     _injection(root).source = init_from
 
 
@@ -337,11 +354,12 @@ def configure_then_adapt(
     config: LoRAConfig,
     path: str | None,
     init_from: str | None,
+    on_nonfinite: OnNonfinite,
 ) -> None:
     """Stand in for ``configure_model``: build, then adapt."""
     configure_model()
     source = None if init_from is None else _read_base_first(pl_module, path)
-    adapt_module(pl_module, config, path, init_from)
+    adapt_module(pl_module, config, path, init_from, on_nonfinite)
     if source is not None:
         _injection(find_root(pl_module, path)[1]).base_weights = source
 
@@ -414,12 +432,14 @@ def _injection(root: nn.Module) -> Any:
     return injection
 
 
-def _adapt_from_checkpoint(root: nn.Module, root_path: str, config: LoRAConfig, path: str) -> None:
+def _adapt_from_checkpoint(
+    root: nn.Module, root_path: str, config: LoRAConfig, path: str, on_nonfinite: OnNonfinite
+) -> None:
     """Adapt ``root`` with the file's config (or the user's, where given) and copy the weights that lie inside it."""
     checkpoint = one_adapter(read_checkpoint(path), root_path, path)
     inject(root, config_of(checkpoint, path) if config == LoRAConfig() else config)
     try:
-        tensors = fitting_tensors(checkpoint, root, path)
+        tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=on_nonfinite)
     except ValueError:
         remove(root)
         raise

@@ -3,18 +3,27 @@
 import os
 
 from lightning_lora.checkpoint import read_checkpoint, section_of
+from lightning_lora.finite import OnNonfinite
 from lightning_lora.peft_export import write_described
 
 
-def convert(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str], *, portable: bool = False) -> None:
+def convert(
+    checkpoint: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    portable: bool = False,
+    on_nonfinite: OnNonfinite = "error",
+) -> None:
     """Turn an adapter checkpoint into a PEFT directory, with neither the base nor the model's code at hand.
 
     Args:
         checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``.
         portable: as in :func:`save_peft`.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
-        ValueError: the file is damaged, holds no adapter or several, or what PEFT's format cannot express.
+        ValueError: the file is damaged, holds no adapter or several, what PEFT's format cannot express, or NaN or
+            infinity.
     """
     content = read_checkpoint(checkpoint)
     adapters = section_of(content, checkpoint)["adapters"]
@@ -31,4 +40,4 @@ def convert(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str
     prefix = f"{adapter['root']}." if adapter["root"] else ""
     state = content[adapter["state_key"]]
     named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    write_described(description, named, directory, portable=portable)
+    write_described(description, named, directory, portable=portable, on_nonfinite=on_nonfinite)

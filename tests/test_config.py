@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_lora import LoRACallback, LoRAConfig
 
-CALLBACK_ONLY = {"config", "module", "init_from", "save_peft", "strict_idle"}
+CALLBACK_ONLY = {"config", "module", "init_from", "save_peft", "strict_idle", "on_nonfinite"}
 
 BAD_VALUES = [
     ({"r": 0}, ValueError, "r=0 must be at least 1"),

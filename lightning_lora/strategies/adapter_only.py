@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint import (
     SECTION,
+    adapters_in,
     check_tensors,
     copy_tensors,
     describe,
@@ -35,6 +36,7 @@ from lightning_lora.checkpoint import (
     section_of,
     trained_tensors,
 )
+from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.frozen import (
     count_as_moved,
     describe_left_out,
@@ -73,6 +75,7 @@ class AdapterOnly(Strategy):
 
     shards: bool = False
     peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
+    on_nonfinite: OnNonfinite | None = None
     _checked_readable: bool = False
     _loaded: dict[str, Any] | None = None
     _loaded_from: Any = None
@@ -116,6 +119,7 @@ class AdapterOnly(Strategy):
                 f"on_save_checkpoint took {len(lost)} trained tensors out of checkpoint['state_dict'], {lost[0]!r} "
                 "among them, and the file could not be resumed: keep them under their names"
             )
+        self._check_finite(state, filepath)
         checkpoint[STATE_KEY] = state
         checkpoint[SECTION] = section
         if self.is_global_zero and not self._checked_readable:
@@ -130,7 +134,25 @@ class AdapterOnly(Strategy):
                 roots if None in self.peft_roots else {path: roots[path] for path in roots if path in self.peft_roots}
             )
             for path, root in wanted.items():
-                save_peft(root, peft_directory(filepath, path if len(roots) > 1 else ""))
+                directory = peft_directory(filepath, path if len(roots) > 1 else "")
+                save_peft(root, directory, on_nonfinite=self._on_nonfinite_save())
+
+    def _on_nonfinite_save(self) -> OnNonfinite:
+        """Return what a save does about NaN: it must neither end a run unasked, nor hide the error that ends one."""
+        return "warn" if self._adapted_module().trainer.interrupted else self.on_nonfinite or "warn"
+
+    def _check_finite(self, state: Mapping[str, Any], filepath: Any) -> None:
+        """Warn of adapters that hold NaN or infinity, or raise ``ValueError`` on all ranks. Called on all ranks."""
+        adapters, on_nonfinite = adapters_in(state, self._adapted_module()), self._on_nonfinite_save()
+        failure = None
+        try:
+            check_finite(adapters, filepath, on_nonfinite)
+        except ValueError as error:
+            failure = str(error)
+        if on_nonfinite == "error":
+            failure = self.broadcast(failure)  # rank 0 alone holds whole tensors
+        if failure is not None:
+            raise ValueError(failure)
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -152,7 +174,9 @@ class AdapterOnly(Strategy):
         load = functools.partial(self.checkpoint_io.load_checkpoint, weights_only=True)
         checkpoint = read_checkpoint(checkpoint_path, load)
         # names and shapes are checked after the user's on_load_checkpoint, which may put back what its twin changed
-        tensors = fitting_tensors(checkpoint, module, checkpoint_path, check_names=False)
+        tensors = fitting_tensors(
+            checkpoint, module, checkpoint_path, check_names=False, on_nonfinite=self.on_nonfinite or "error"
+        )
         fitting = module.trainer.state.fn == TrainerFn.FITTING
         if fitting and ("optimizer_states" not in checkpoint or "loops" not in checkpoint):
             raise ValueError(

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint import (
     SECTION,
+    adapters_in,
     copy_tensors,
     describe,
     fitting_tensors,
@@ -21,6 +22,7 @@ from lightning_lora.checkpoint import (
     section_of,
     trained_tensors,
 )
+from lightning_lora.finite import check_finite
 from lightning_lora.frozen import (
     count_as_moved,
     describe_left_out,
@@ -83,6 +85,8 @@ class FabricAdapterOnly(Strategy):
                 }
                 for key, module in modules.items()
             }
+            for key, module in modules.items():
+                check_finite(adapters_in(whole[key], module), path, "warn")
             states = {key: self.get_optimizer_state(value) for key, value in optimizers.items()}
             state = {**state, **whole, **states, SECTION: section}
         super().save_checkpoint(path, state, storage_options, filter)
