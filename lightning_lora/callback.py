@@ -40,6 +40,7 @@ from lightning_lora.root import clean_name, find_root, is_megatron
 from lightning_lora.sharded import class_name, logical
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
+from lightning_lora.strategies.progress import begin_after_last_batch
 
 _REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 
@@ -223,6 +224,12 @@ class LoRACallback(Callback):
         elif strategy.has_random_state():
             self._random_state = random_state.collect()
         strategy.forget_random_state()
+        begin_after_last_batch(trainer)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        assert isinstance(trainer.strategy, AdapterOnly)
+        trainer.strategy.note_end()
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -60,6 +60,7 @@ from lightning_lora.strategies.optimizers import (
     prepare_optimizers,
     spread_state,
 )
+from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
 from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
 S = TypeVar("S")
@@ -79,6 +80,9 @@ class AdapterOnly(Strategy):
     _checked_readable: bool = False
     _loaded: dict[str, Any] | None = None
     _loaded_from: Any = None
+    _position: dict[str, Any] | None = None  # random states at the last batch
+    _loader_states: list[dict[str, Any]] | None = None
+    _is_over: bool = False
     _random_states: list[dict[str, Any]] | None = None
     _loaders_to_restore: list[list[torch.Tensor]] | None = None
 
@@ -88,6 +92,8 @@ class AdapterOnly(Strategy):
 
         What is spread over ranks is gathered to rank 0.
         """
+        if not self._is_over:  # what comes next, the state of stateful dataloaders among it, may draw numbers
+            self._position = self._collect_position()
         look_for_moved(self._adapted_module())
         return {name: on_rank_zero(value, is_zero=self.is_global_zero) for name, value in self._trained_state().items()}
 
@@ -106,9 +112,10 @@ class AdapterOnly(Strategy):
             section = {**describe(module, STATE_KEY), "left_out": {STATE_KEY: describe_left_out(module)}}
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
-            combined = module.trainer.fit_loop._combined_loader
-            loaders = random_state.collect_loaders([] if combined is None else combined.flattened)
-            section["random_states"] = self._gather({**random_state.collect(), "loaders": loaders})
+            position = self._position or self._collect_position()
+            section["random_states"] = self._gather(position)
+            if self._is_over and self._loader_states:
+                checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._loader_states
         # averaging callbacks may have put a full state in its place, the user's hook may have added to it
         names = self._trained_state().keys()
         base = {clean_name(name) for name, _ in module.named_parameters()} - names
@@ -186,7 +193,7 @@ class AdapterOnly(Strategy):
             )
         if fitting:
             self._check_left_out(checkpoint, checkpoint_path)
-            _let_finished_loaders_start_anew(checkpoint["loops"]["fit_loop"])
+            correct_progress(checkpoint["loops"]["fit_loop"], module.trainer.accumulate_grad_batches)
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
         checkpoint[STATE_KEY] = tensors
         self._loaded, self._loaded_from = checkpoint, checkpoint_path
@@ -244,6 +251,7 @@ class AdapterOnly(Strategy):
         ]
         states = [spread_state(state, one) for state, one in zip(states, self.optimizers, strict=True)]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        begin_after_finished_epoch(module.trainer)  # the loops are restored just before the optimizers
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -304,6 +312,19 @@ class AdapterOnly(Strategy):
     def forget_random_state(self) -> None:
         """Restore random states no more: the resumed run is under way."""
         self._random_states = self._loaders_to_restore = self._loaded = None
+        self._position, self._loader_states, self._is_over = None, None, False
+
+    def note_end(self) -> None:
+        """Keep where the run ends for files that are written later: its dataloaders will have lost their position."""
+        combined = self._adapted_module().trainer.fit_loop._combined_loader
+        self._position = self._collect_position()
+        self._loader_states = None if combined is None else combined._state_dicts()
+        self._is_over = True
+
+    def _collect_position(self) -> dict[str, Any]:
+        combined = self._adapted_module().trainer.fit_loop._combined_loader
+        loaders = [] if combined is None else combined.flattened
+        return {**random_state.collect(), "loaders": random_state.collect_loaders(loaders)}
 
     def _adapted_module(self) -> "pl.LightningModule":
         assert self.lightning_module is not None
@@ -400,15 +421,6 @@ def _check_readable(checkpoint: dict[str, Any]) -> None:
             "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values, or "
             f"allow their class with torch.serialization.add_safe_globals. {error}"
         ) from error
-
-
-def _let_finished_loaders_start_anew(fit_loop: dict[str, Any]) -> None:
-    """Drop the position of stateful dataloaders from a file of an epoch's end.
-
-    Loaded, they would go on behind their last batch, or shuffle by a state that an uninterrupted run has left behind.
-    """
-    if fit_loop["epoch_loop.batch_progress"].get("is_last_batch"):
-        fit_loop["state_dict"].pop("combined_loader", None)
 
 
 def unsupported(name: str) -> str:
