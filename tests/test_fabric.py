@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_checkpoint, adapter_state_dict, inject
 from tests import models
+from tests.distributed.resume_script import Loop, epochs_of_loop
 from tests.runs import LanguageModule, fitted, loader, same_adapters, trainer
 
 
@@ -45,6 +46,25 @@ def test_save_is_adapter_only_and_load_resumes_exactly(tmp_path: Path) -> None:
     assert train(twin_fabric, twin, twin_optimizer) == straight
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert set(saved["model"]) == set(adapter_state_dict(model))
+
+
+def test_a_resume_draws_on_where_the_loop_was_saved(tmp_path: Path) -> None:
+    epochs = epochs_of_loop(tmp_path, "auto", 1)
+    assert epochs["resumed"] == epochs["straight"]
+    saved = torch.load(tmp_path / "auto.ckpt", weights_only=True)["lightning_lora"]
+    assert len(saved["random_states"]) == 1
+
+
+def test_weights_alone_leave_the_random_generators_alone(tmp_path: Path) -> None:
+    loop = Loop("auto", 1, 7)
+    loop.fabric.save(tmp_path / "a.ckpt", loop.state)
+    loop.fabric.save(tmp_path / "weights.ckpt", {"model": loop.model})
+    before = torch.rand(1), torch.get_rng_state()
+    loop.fabric.load(tmp_path / "a.ckpt", {"model": loop.model})
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert "random_states" not in torch.load(tmp_path / "weights.ckpt", weights_only=True)["lightning_lora"]
+    loop.fabric.load(tmp_path / "a.ckpt", loop.state)
+    assert torch.equal(torch.rand(1), before[0])
 
 
 def test_filter_still_applies(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -113,7 +112,7 @@ class AdapterOnly(Strategy):
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
             position = self._position or self._collect_position()
-            section["random_states"] = self._gather(position)
+            section["random_states"] = random_state.gather(position, self._num_ranks())
             if self._is_over and self._loader_states:
                 checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._loader_states
         # averaging callbacks may have put a full state in its place, the user's hook may have added to it
@@ -197,14 +196,8 @@ class AdapterOnly(Strategy):
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
         checkpoint[STATE_KEY] = tensors
         self._loaded, self._loaded_from = checkpoint, checkpoint_path
-        self._random_states = checkpoint[SECTION].get("random_states") if fitting else None
-        if self._random_states is not None and len(self._random_states) != self._num_ranks():
-            rank_zero_info(
-                f"{checkpoint_path} was written by {len(self._random_states)} processes, this run has "
-                f"{self._num_ranks()}: random states are not restored, so shuffling and dropout differ from an "
-                "uninterrupted run"
-            )
-            self._random_states = None
+        states = checkpoint[SECTION].get("random_states") if fitting else None
+        self._random_states = random_state.fitting_states(states, self._num_ranks(), checkpoint_path)
         return checkpoint
 
     def _check_left_out(self, checkpoint: dict[str, Any], source: Any) -> None:
@@ -332,13 +325,6 @@ class AdapterOnly(Strategy):
 
     def _num_ranks(self) -> int:
         return int(getattr(self, "world_size", 1))
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self._num_ranks() == 1:
-            return [value]
-        gathered: list[Any] = [None] * self._num_ranks()
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
 
 
 def adopt(strategy: Strategy) -> AdapterOnly:

@@ -33,6 +33,7 @@ from lightning_lora.frozen import (
 )
 from lightning_lora.inject import injected_roots
 from lightning_lora.sharded import on_rank_zero
+from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import adopted_class, check_whole, is_deepspeed, unsupported
 from lightning_lora.strategies.atomic_io import make_atomic
 from lightning_lora.strategies.optimizers import (
@@ -67,10 +68,14 @@ class FabricAdapterOnly(Strategy):
         storage_options: Any | None = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        """Write one file on rank 0, in which adapted modules are their trained tensors. Called on all ranks."""
+        """Write one file on rank 0, in which adapted modules are their trained tensors. Called on all ranks.
+
+        Beside an optimizer, the file keeps the random states of all ranks, which :meth:`load_checkpoint` restores.
+        """
         path = self.broadcast(path)
         modules = adapted_modules(state)
         if modules:
+            random = random_state.collect()  # before anything can draw
             for module in modules.values():
                 look_for_moved(module)
             section = merge_sections([describe(module, key) for key, module in modules.items()])
@@ -78,6 +83,8 @@ class FabricAdapterOnly(Strategy):
             optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
             names = _parameter_names(state)
             section["optimizers"] = {key: parameter_names(value, names) for key, value in optimizers.items()}
+            if optimizers:
+                section["random_states"] = random_state.gather(random, self._num_ranks())
             whole = {
                 key: {
                     name: on_rank_zero(tensor, is_zero=self.is_global_zero)
@@ -101,7 +108,12 @@ class FabricAdapterOnly(Strategy):
     def load_checkpoint(
         self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a file of Fabric, of the Trainer or of plain torch; check all of it, then copy. Called on all ranks."""
+        """Read a file of Fabric, of the Trainer or of plain torch; check all of it, then copy. Called on all ranks.
+
+        A state with an optimizer in it asks for a resume: last of all, each rank's random generators (of torch, CUDA,
+        numpy and ``random``) are put where they were at the save. Whatever draws between the load and the loop moves
+        them; to go on with others, seed after the load.
+        """
         path = self.broadcast(path)
         if isinstance(state, nn.Module) and injected_roots(state):
             load_adapter_state_dict(state, self._read(path))
@@ -135,8 +147,15 @@ class FabricAdapterOnly(Strategy):
                     state[key].load_state_dict(checkpoint[key])
                 else:
                     state[key] = checkpoint[key]
+        states = section.get("random_states") if optimizer_states else None
+        states = random_state.fitting_states(states, self._num_ranks(), path)
+        if states is not None:
+            random_state.restore(states[int(getattr(self, "global_rank", 0))])
         used = {SECTION, *others, *optimizer_states, *sources.values()}
         return {key: value for key, value in checkpoint.items() if key not in used}
+
+    def _num_ranks(self) -> int:
+        return int(getattr(self, "world_size", 1))
 
     def _read(self, path: Any) -> dict[str, Any]:
         torch.cuda.empty_cache()

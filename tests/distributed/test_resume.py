@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import launch
-from tests.distributed.resume_script import MOVES, Follower, fit_follower
+from tests.distributed.resume_script import MOVES, Follower, Loop, fit_follower
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,24 @@ def test_a_teacher_that_moved_by_a_millionth_is_in_every_later_file(
         torch.testing.assert_close(rank[strategy]["resumed"], expected, rtol=0, atol=0)
     last = run["directory"] / f"{strategy}2" / "last.ckpt"
     torch.testing.assert_close(fit_follower(tmp_path, "auto", 1, 3, last), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp_lora"])
+def test_a_loop_with_dropout_goes_on_bit_for_bit(run: dict[str, Any], strategy: str) -> None:
+    losses = [rank["loops"][strategy] for rank in run["ranks"]]
+    for rank in losses:
+        assert rank["resumed"] == rank["straight"]
+    assert losses[0]["straight"] != losses[1]["straight"]
+
+
+def test_a_file_of_two_processes_says_that_one_draws_anew(
+    run: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Loop("auto", 1, 5)
+    before = torch.get_rng_state()
+    loop.fabric.load(run["directory"] / "ddp.ckpt", loop.state)
+    assert "written by 2 processes, this run has 1: random states are not restored" in caplog.text
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_bit_of_one_ranks_part_changes_the_hash_on_all_ranks(run: dict[str, Any]) -> None:
