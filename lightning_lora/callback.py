@@ -6,7 +6,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -31,6 +31,8 @@ from lightning_lora.checkpoint import (
     trained_tensors,
 )
 from lightning_lora.config import LoRAConfig
+from lightning_lora.finite import OnNonfinite
+from lightning_lora.frozen import look_for_moved
 from lightning_lora.inject import (
     has_trained,
     inject,
@@ -51,6 +53,7 @@ from lightning_lora.root import clean_name, find_root, is_megatron
 from lightning_lora.sharded import class_name, logical
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
+from lightning_lora.strategies.progress import begin_after_last_batch
 
 _REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 
@@ -72,6 +75,9 @@ class LoRACallback(Callback):
         save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with
             it.
         strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step.
+        on_nonfinite: what to do about adapters that hold NaN or infinity, where files are written and read. ``None``
+            warns where a checkpoint is written, so that no save ends a run, and refuses to read one. "error" ends a run
+            that diverged at its next save, and the former file stays.
 
     Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`. LightningCLI writes all of them into its YAML
     and gives all of them back, so that from there a field at its default counts as not given.
@@ -95,6 +101,7 @@ class LoRACallback(Callback):
         init_from: str | None = None,
         save_peft: bool = False,
         strict_idle: bool = False,
+        on_nonfinite: Literal["error", "warn"] | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and not isinstance(config, LoRAConfig):
@@ -111,6 +118,9 @@ class LoRACallback(Callback):
         self.init_from = None if init_from is None else str(init_from)
         self.save_peft = save_peft
         self.strict_idle = strict_idle
+        if on_nonfinite not in (None, "error", "warn"):
+            raise ValueError(f"on_nonfinite={on_nonfinite!r} is not known; expected 'error', 'warn' or None")
+        self.on_nonfinite = on_nonfinite
         self._random_state: dict[str, Any] | None = None
         self._checked: set[int] = set()
 
@@ -124,14 +134,21 @@ class LoRACallback(Callback):
         self._check_company(trainer, pl_module)
         strategy, own = adopt(trainer.strategy), frozenset((self.module,))
         strategy.peft_roots = strategy.peft_roots | own if self.save_peft else strategy.peft_roots - own
+        strategy.on_nonfinite = self.on_nonfinite
         self._checked = set()
         if is_overridden("configure_model", pl_module):
             # built later, and perhaps by another callback: whoever calls it gets the adapted model
             pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
-                configure_then_adapt, pl_module.configure_model, pl_module, self._given, self.module, self.init_from
+                configure_then_adapt,
+                pl_module.configure_model,
+                pl_module,
+                self._given,
+                self.module,
+                self.init_from,
+                self.on_nonfinite or "error",
             )
         else:
-            adapt_module(pl_module, self._given, self.module, self.init_from)
+            adapt_module(pl_module, self._given, self.module, self.init_from, self.on_nonfinite or "error")
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -152,8 +169,7 @@ class LoRACallback(Callback):
         for holder in (pl_module, getattr(trainer, "datamodule", None)):
             if holder is not None:
                 _check_hyperparameters(holder)
-        assert isinstance(trainer.strategy, AdapterOnly)
-        trainer.strategy.watch_frozen()
+        look_for_moved(pl_module)
         _let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
@@ -173,6 +189,12 @@ class LoRACallback(Callback):
         elif strategy.has_random_state():
             self._random_state = random_state.collect()
         strategy.forget_random_state()
+        begin_after_last_batch(trainer)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        assert isinstance(trainer.strategy, AdapterOnly)
+        trainer.strategy.note_end()
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -279,7 +301,9 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not spelled_out or value != defaults[name]}
 
 
-def adapt_module(pl_module: nn.Module, given: dict[str, Any], path: str | None, init_from: str | None) -> None:
+def adapt_module(
+    pl_module: nn.Module, given: dict[str, Any], path: str | None, init_from: str | None, on_nonfinite: OnNonfinite
+) -> None:
     """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is.
 
     Args:
@@ -301,9 +325,9 @@ def adapt_module(pl_module: nn.Module, given: dict[str, Any], path: str | None, 
             )
         remove(root)
     if Path(init_from).is_dir():
-        _adapt_from_directory(root, given, init_from)
+        _adapt_from_directory(root, given, init_from, on_nonfinite)
     else:
-        _adapt_from_checkpoint(root, root_path, given, init_from)
+        _adapt_from_checkpoint(root, root_path, given, init_from, on_nonfinite)
     injection = _injection(root)
     injection.source = init_from
     own = LoRAConfig().to_dict()
@@ -317,11 +341,12 @@ def configure_then_adapt(
     given: dict[str, Any],
     path: str | None,
     init_from: str | None,
+    on_nonfinite: OnNonfinite,
 ) -> None:
     """Stand in for ``configure_model``: build, then adapt."""
     configure_model()
     source = None if init_from is None else _read_base_first(pl_module, path)
-    adapt_module(pl_module, given, path, init_from)
+    adapt_module(pl_module, given, path, init_from, on_nonfinite)
     if source is not None:
         _injection(find_root(pl_module, path)[1]).base_weights = source
 
@@ -410,21 +435,23 @@ def _injection(root: nn.Module) -> Any:
     return injection
 
 
-def _adapt_from_checkpoint(root: nn.Module, root_path: str, given: dict[str, Any], path: str) -> None:
+def _adapt_from_checkpoint(
+    root: nn.Module, root_path: str, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite
+) -> None:
     """Adapt ``root`` with the file's config, and what is given besides, and copy the weights that lie inside it."""
     checkpoint = one_adapter(read_checkpoint(path), root_path, path)
     inject(root, dataclasses.replace(config_of(checkpoint, path), **given))
     try:
-        tensors = fitting_tensors(checkpoint, root, path)
+        tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=on_nonfinite)
     except ValueError:
         remove(root)
         raise
     copy_tensors(tensors, root)
 
 
-def _adapt_from_directory(root: nn.Module, given: dict[str, Any], path: str) -> None:
+def _adapt_from_directory(root: nn.Module, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite) -> None:
     """Adapt ``root`` as a PEFT directory says, then again with what is given besides, which the tensors must fit."""
-    load_peft(root, path)
+    load_peft(root, path, on_nonfinite=on_nonfinite)
     config = _injection(root).config
     wanted = dataclasses.replace(config, **given)
     if wanted == config:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import fingerprint, first_difference
+from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.inject import (
     check_not_disabled,
     injected_roots,
     injection_of,
     is_merged,
+    named_adapter_parameters,
     named_pairs,
     named_token_rows,
     named_trained_whole,
@@ -44,32 +46,48 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in trained_tensors(require_root(model)).items()}
 
 
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any], *, on_nonfinite: OnNonfinite = "error") -> None:
     """Copy adapters into ``model``, whose layers must be exactly those of ``state``.
 
     Args:
         state: what :func:`adapter_state_dict` returned, or a whole checkpoint of Trainer, Fabric or
             :func:`adapter_checkpoint`. A checkpoint also says its scale and base, and those are compared too.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
-        ValueError: a name is missing or left over, a shape, scale or the base differs. Nothing is copied then.
+        ValueError: a name is missing or left over, a shape, scale or the base differs, or an adapter holds NaN or
+            infinity. Nothing is copied then.
     """
     root = require_root(model)
     if SECTION in state:
-        tensors = fitting_tensors(state, root, "the checkpoint")
+        tensors = fitting_tensors(state, root, "the checkpoint", on_nonfinite=on_nonfinite)
     else:
         tensors = dict(state)
         check_tensors(tensors, root, "the state")
+        check_finite(adapters_in(tensors, root), "the state", on_nonfinite)
     copy_tensors(tensors, root)
 
 
 def adapter_checkpoint(model: nn.Module) -> dict[str, Any]:
     """Return the adapters with their config and the fingerprint of their base, ready for ``torch.save``.
 
-    Trainer (``LoRACallback(init_from=...)``), Fabric and :func:`load_adapter_state_dict` read the file.
+    Trainer (``LoRACallback(init_from=...)``), Fabric and :func:`load_adapter_state_dict` read the file. An adapter that
+    holds NaN or infinity gets a warning, since a save must not end a run; reading it is an error.
     """
     root = require_root(model)
-    return {"state_dict": adapter_state_dict(root), SECTION: describe(root, "state_dict")}
+    state = adapter_state_dict(root)
+    check_finite(adapters_in(state, root), "the checkpoint", "warn")
+    return {"state_dict": state, SECTION: describe(root, "state_dict")}
+
+
+def adapters_in(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return the adapters of ``module``, and the heads and biases that train with them, from tensors by name."""
+    names = [
+        _join(path, name)
+        for path, root in injected_roots(module).items()
+        for name in (*(name for name, _ in named_adapter_parameters(root)), *named_trained_whole(root))
+    ]
+    return {name: tensors[name] for name in names if name in tensors}
 
 
 def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDict[str, Tensor]":
@@ -79,7 +97,7 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
     LightningModule holds; outside, all persistent ones. Tensors that are spread over ranks come as they are.
 
     Args:
-        also: identities (``id``) of further parameters to hold, such as those of an optimizer.
+        also: identities (``id``) of further parameters and buffers to hold, such as those of an optimizer.
     """
     roots = injected_roots(module)
     reshard(module)
@@ -103,10 +121,12 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
             keeps_buffers = True
         elif not any(is_inside(clean, path) for path in pretrained):
             keeps_buffers |= not own and not isinstance(owner, FrozenStatistics)
-        if keeps_buffers or any(is_inside(clean, path) for path in whole):
-            for local, buffer in owner._buffers.items():
-                if buffer is not None and local not in owner._non_persistent_buffers_set:
-                    state[_join(clean, local)] = buffer.detach()
+        keeps_buffers |= any(is_inside(clean, path) for path in whole)
+        for local, buffer in owner._buffers.items():
+            if buffer is None or local in owner._non_persistent_buffers_set:
+                continue
+            if keeps_buffers or id(buffer) in wanted:
+                state[_join(clean, local)] = buffer.detach()
     return _without_second_names(state)
 
 
@@ -236,18 +256,21 @@ def fitting_tensors(
     state_key: str | None = None,
     *,
     check_names: bool = True,
+    on_nonfinite: OnNonfinite = "error",
 ) -> dict[str, Tensor]:
     """Return the checkpoint's tensors under their names in ``module``, after checking that they fit.
 
-    Compared are, in this order: layers, ranks and scales; names; shapes; the base. Where the adapted model sits
-    (``model.`` in a LightningModule, the top in Fabric) may differ between file and module.
+    Compared are, in this order: layers, ranks and scales; names; shapes; the base. Adapters must be finite. Where the
+    adapted model sits (``model.`` in a LightningModule, the top in Fabric) may differ between file and module.
 
     Args:
         state_key: take the tensors under this key of the checkpoint; ``None`` takes the only ones that there are.
         check_names: ``False`` leaves names and shapes to a later :func:`check_tensors`.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
-        ValueError: something differs. The message says what the file has, what the model has, and what to do.
+        ValueError: something differs, or an adapter holds NaN or infinity. The message says what the file has, what the
+            model has, and what to do.
     """
     section = section_of(checkpoint, source)
     roots = injected_roots(module)
@@ -283,6 +306,7 @@ def fitting_tensors(
                 f"{source} was trained on another base model{f' ({origin})' if origin else ''}: {difference}. "
                 "Load the base that the adapter was trained on"
             )
+    check_finite(adapters_in(renamed, module), source, on_nonfinite)
     return renamed
 
 

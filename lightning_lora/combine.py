@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.peft_format import CONFIG_NAME, read_tensors, write_directory
 from lightning_lora.portable import Factors, folded, read_factors, write_factors
 
@@ -25,7 +26,12 @@ _Path = str | os.PathLike[str]
 
 
 def combine(
-    directories: Sequence[_Path], weights: Sequence[float] | None, output: _Path, *, r: int | None = None
+    directories: Sequence[_Path],
+    weights: Sequence[float] | None,
+    output: _Path,
+    *,
+    r: int | None = None,
+    on_nonfinite: OnNonfinite = "error",
 ) -> None:
     """Write the adapter ``sum_i weights[i] * scaling_i * B_i A_i`` of several PEFT directories into ``output``.
 
@@ -36,14 +42,15 @@ def combine(
     Args:
         weights: one per directory, of any sign; None for 1 each.
         r: the rank of the result, at most the largest sum of ranks.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
         FileNotFoundError: a directory, its config or its tensors are missing.
         ValueError: no directories, weights that do not fit, adapters that are more than LoRA's factors, of different
-            base models or with layers of different shapes, or r above what is there.
+            base models, with layers of different shapes, or with NaN or infinity, or r above what is there.
     """
     factor_of = _checked_weights(directories, weights)
-    adapters = {Path(directory): _read(Path(directory)) for directory in directories}
+    adapters = {Path(directory): _read(Path(directory), on_nonfinite) for directory in directories}
     configs = {path: config for path, (config, _, _) in adapters.items()}
     _check_shared(configs)
     metadata = _shared_metadata({path: metadata for path, (_, _, metadata) in adapters.items()})
@@ -60,7 +67,7 @@ def combine(
             raise ValueError(f"r={r}: expected 1 to {largest}, the largest sum of the adapters' ranks; or None, exact")
         summed = {layer: _truncated(layer, factors, r) for layer, factors in summed.items()}
     config, tensors = write_factors(_config(list(configs.values()), summed), summed, r or largest)
-    write_directory(output, config, tensors, metadata)
+    write_directory(output, config, tensors, metadata, on_nonfinite=on_nonfinite)
 
 
 def _checked_weights(directories: Sequence[_Path], weights: Sequence[float] | None) -> list[float]:
@@ -187,7 +194,7 @@ def _selection(config: Mapping[str, Any]) -> list[Any]:
     return [sorted(value, key=str) if isinstance(value, list) else value for value in values]
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Factors], dict[str, Any]]:
+def _read(directory: Path, on_nonfinite: OnNonfinite) -> tuple[dict[str, Any], dict[str, Factors], dict[str, Any]]:
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not an adapter directory: it has no {CONFIG_NAME}")
@@ -198,6 +205,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Factors], dict[str
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: expected a JSON object, found {type(config).__name__}")
     tensors, metadata = read_tensors(directory)
+    check_finite(tensors, directory, on_nonfinite)
     named = {_ADAPTER_NAME.sub(r"\1", key): value for key, value in tensors.items()}
     try:
         return config, read_factors(config, named), metadata

@@ -5,18 +5,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_lora.checkpoint import read_checkpoint, section_of
+from lightning_lora.finite import OnNonfinite
 from lightning_lora.peft_export import write_described
 
 
-def convert(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str], *, portable: bool = False) -> None:
+def convert(
+    checkpoint: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    portable: bool = False,
+    on_nonfinite: OnNonfinite = "error",
+) -> None:
     """Turn an adapter checkpoint into a PEFT directory, with neither the base nor the model's code at hand.
 
     Args:
         checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``.
         portable: as in :func:`save_peft`.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
-        ValueError: the file is damaged, holds no adapter or several, or what PEFT's format cannot express.
+        ValueError: the file is damaged, holds no adapter or several, what PEFT's format cannot express, or NaN or
+            infinity.
     """
     content = read_checkpoint(checkpoint)
     adapters = section_of(content, checkpoint)["adapters"]
@@ -25,7 +34,7 @@ def convert(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str
             f"{checkpoint} holds {len(adapters)} adapters, at {[a['root'] for a in adapters]}; expected one. Load them "
             "into their models and call save_peft on each"
         )
-    write_adapter(content, adapters[0], directory, checkpoint, portable=portable)
+    write_adapter(content, adapters[0], directory, checkpoint, portable=portable, on_nonfinite=on_nonfinite)
 
 
 def write_adapter(
@@ -35,6 +44,7 @@ def write_adapter(
     source: Any,
     *,
     portable: bool = False,
+    on_nonfinite: OnNonfinite = "error",
 ) -> None:
     """Write one adapter of a checkpoint's content as a PEFT directory.
 
@@ -49,4 +59,4 @@ def write_adapter(
     prefix = f"{adapter['root']}." if adapter["root"] else ""
     state = checkpoint[adapter["state_key"]]
     named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    write_described(description, named, directory, portable=portable)
+    write_described(description, named, directory, portable=portable, on_nonfinite=on_nonfinite)

@@ -1,12 +1,14 @@
 """A fingerprint of the frozen base, by which an adapter knows the model that it was trained on."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_lora.inject import injected_roots, named_lora_layers, named_trained_whole
+from lightning_lora.inject import named_lora_layers, named_trained_whole
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.root import clean_name, name_or_path
 from lightning_lora.sharded import boxes, collective_device, is_sharded, local_part, logical, reshard, shard_group
@@ -14,6 +16,7 @@ from lightning_lora.sharded import boxes, collective_device, is_sharded, local_p
 NUM_SAMPLES = 64
 _MULTIPLIER = 0x1E3779B97F4A7C15
 _MASK = 2**62 - 1
+_CHUNK = 2**18
 
 
 def fingerprint(root: nn.Module) -> dict[str, Any]:
@@ -38,7 +41,7 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
     resizable = [name for name in held if id(parameters.get(name)) in tables]
     sums = [_hash(tensor, like) for tensor, like in held.values()]
     sums += [_hash(*held[name], last_row=True) for name in resizable]
-    hashes = _summed(sums, [held[name][1] for name in [*held, *resizable]])
+    hashes = summed(sums, [held[name][1] for name in [*held, *resizable]])
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, (tensor, _) in held.items()}
     return {
         "source": name_or_path(root),
@@ -85,6 +88,12 @@ def renamed(recorded: dict[str, Any], rename: Callable[[str], str | None]) -> di
 
 def first_other_value(own: dict[str, Any], recorded: dict[str, Any]) -> str | None:
     """Return which tensor of two fingerprints is the first of other values, in words; those of one alone are passed."""
+    name = first_other_name(own, recorded)
+    return None if name is None else f"the base tensor {name!r} holds other values"
+
+
+def first_other_name(own: dict[str, Any], recorded: dict[str, Any]) -> str | None:
+    """Return the name of the first tensor of other values in two fingerprints."""
     own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
     rows = zip(recorded["names"], recorded["hashes"].tolist(), recorded["dtypes"], strict=True)
     for name, value, dtype in rows:
@@ -92,7 +101,7 @@ def first_other_value(own: dict[str, Any], recorded: dict[str, Any]) -> str | No
             continue
         own_value, own_dtype = own_hashes[name]
         if own_value != value and (dtype == own_dtype or "float16" not in (dtype, own_dtype)):
-            return f"the base tensor {name!r} holds other values"
+            return str(name)
     return None
 
 
@@ -113,21 +122,29 @@ def _resized(own: dict[str, list[Any]], recorded: dict[str, list[Any]]) -> str |
     return None
 
 
-def hashes_outside_roots(module: nn.Module) -> dict[str, int]:
-    """Return the hash of every frozen parameter of ``module`` that lies outside its adapted models, by clean name."""
-    inside = {id(p) for root in injected_roots(module).values() for p in root.parameters()}
-    reshard(module)
-    held = {
-        clean_name(name): parameter.detach()
-        for name, parameter in module.named_parameters()
-        if id(parameter) not in inside
-        and not parameter.requires_grad
-        and parameter.is_floating_point()
-        and parameter.device.type != "meta"
-        and parameter.numel() > 0
+def exact_hashes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return an integer per tensor that changes with any of its bits, by name.
+
+    All bytes are read, and none is copied but of tensors that are not contiguous. Good for comparing a tensor with
+    itself at another time, in one layout: a sharded one is hashed part by part and the integers are summed over its
+    ranks (call on all ranks then).
+    """
+    hashes = summed([_exact_hash(tensor) for tensor in tensors.values()], list(tensors.values()))
+    return dict(zip(tensors, hashes.tolist(), strict=True))
+
+
+def sampled(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the fingerprint of tensors by name, as ``{"names", "hashes", "dtypes"}``; only floats have one.
+
+    Of sharded ones each rank hashes its own part, and the integers are summed: call on all ranks then.
+    """
+    held = {n: t for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and t.numel() > 0}
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in held.values()]
+    return {
+        "names": list(held),
+        "hashes": summed(local_hashes(held.values()), list(held.values())),
+        "dtypes": dtypes,
     }
-    hashes = _summed(local_hashes(held.values()), list(held.values()))
-    return dict(zip(held, hashes.tolist(), strict=True))
 
 
 def local_hashes(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -186,6 +203,39 @@ def _hash(tensor: Tensor, like: Tensor, *, last_row: bool = False) -> Tensor:
     return ((mixed & _MASK) >> 20).sum().cpu()
 
 
+def _exact_hash(tensor: Tensor) -> Tensor:
+    """Return a scalar int64 on CPU: this rank's words of eight bytes, each times a number of its place, summed.
+
+    The upper halves are summed once more, shifted down: a changed sign is the highest bit of a word, which two products
+    could lose together. Bytes that make no whole word are words of their own.
+    """
+    part = local_part(tensor.detach())
+    if is_traceable_wrapper_subclass(part):  # a quantised weight: its codes and its scales
+        inner = [_exact_hash(getattr(part, name)) for name in part.__tensor_flatten__()[0]]
+        return _exact_hash(torch.stack(inner))
+    flat = part.contiguous().flatten()
+    size = flat.element_size()
+    num_whole = flat.numel() * size // 8 * 8 // size if flat.storage_offset() * size % 8 == 0 else 0
+    factors = _factors(flat.device)
+    words = flat[:num_whole].view(torch.int64) if num_whole else factors[:0]
+    total = torch.full((), flat.numel(), dtype=torch.int64, device=flat.device)
+    for chunk in (*words.split(_CHUNK), *flat[num_whole:].view(torch.uint8).split(_CHUNK)):
+        for numbers in (chunk.long(), chunk.long() >> 32):
+            own = factors[: len(numbers)]
+            # on CPU in one pass over the memory; other devices have no dot product of integers
+            total = total * _MULTIPLIER + (numbers.dot(own) if numbers.is_cpu else (numbers * own).sum())
+    rank = torch.distributed.get_rank() if is_sharded(tensor) else 0
+    # addends of other ranks: each is multiplied by numbers of its own
+    return (total * factors[rank] + (total >> 32) * factors[-1 - rank]).cpu()
+
+
+@functools.cache
+def _factors(device: torch.device) -> Tensor:
+    """Return odd random integers, the same in every process."""
+    drawn = torch.randint(-(2**62), 2**62, (_CHUNK,), generator=torch.Generator().manual_seed(0))
+    return (2 * drawn + 1).to(device)
+
+
 def _inside(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return which flat positions of the whole tensor lie in this rank's part, and where they are in it."""
     mine = torch.zeros_like(positions, dtype=torch.bool)
@@ -201,7 +251,7 @@ def _inside(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return mine, place[mine]
 
 
-def _summed(sums: Sequence[Tensor], likes: Sequence[Tensor]) -> Tensor:
+def summed(sums: Sequence[Tensor], likes: Sequence[Tensor]) -> Tensor:
     """Return the hashes as ``[n]`` int64 on CPU, those of sharded tensors summed over their ranks in one all-reduce."""
     if not sums:
         return torch.empty(0, dtype=torch.int64)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.finite import first_nonfinite
 from lightning_lora.inject import (
     is_merged,
     named_lora_layers,
@@ -168,7 +169,7 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
         for weight in layer.base_tensors().values():
             _check_writable(model, name, layer, weight, holders)
         with gathered(layer):
-            if not all(torch.isfinite(parameter).all() for _, parameter in layer.named_adapter_tensors()):
+            if first_nonfinite(dict(layer.named_adapter_tensors())) is not None:
                 raise ValueError(f"cannot merge {name!r}: its adapter holds NaN or infinity (a diverged run?)")
             obstacle = layer.merge_obstacle()
         if obstacle is not None:

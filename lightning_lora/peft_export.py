@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.fingerprint import fingerprint, renamed
+from lightning_lora.finite import OnNonfinite
 from lightning_lora.inject import (
     check_not_disabled,
     injection_of,
@@ -48,7 +49,12 @@ _EXPERT_PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def save_peft(
-    model: nn.Module, directory: str | os.PathLike[str], *, portable: bool = False, tokenizer: Any = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    portable: bool = False,
+    tokenizer: Any = None,
+    on_nonfinite: OnNonfinite = "error",
 ) -> None:
     """Write the adapter as a directory that PEFT reads. Never writes base weights, never asks the network.
 
@@ -63,9 +69,11 @@ def save_peft(
             zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``.
         tokenizer: saved beside the adapter with its ``save_pretrained``; ``None`` takes ``model.tokenizer`` if there is
             one.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
-        ValueError: the adapter has what the format, or with ``portable`` those readers, cannot express.
+        ValueError: the adapter has what the format, or with ``portable`` those readers, cannot express, or holds NaN or
+            infinity. Nothing is written then.
     """
     root = require_root(model)
     check_not_disabled(root)
@@ -77,7 +85,7 @@ def save_peft(
     failure: Exception | None = None
     if not spread or torch.distributed.get_rank() == 0:
         try:
-            write_described(description, named, directory, portable=portable)
+            write_described(description, named, directory, portable=portable, on_nonfinite=on_nonfinite)
             write_tokenizer(getattr(model, "tokenizer", None) if tokenizer is None else tokenizer, directory)
         except Exception as error:
             if not spread:
@@ -173,6 +181,7 @@ def write_described(
     directory: str | os.PathLike[str],
     *,
     portable: bool,
+    on_nonfinite: OnNonfinite,
 ) -> None:
     """Write a directory from what :func:`describe_for_peft` returned and the model's tensors by name.
 
@@ -194,7 +203,7 @@ def write_described(
     config = description["config"]
     if portable:
         config, tensors = make_portable(config, tensors, _parameters_by_layer(description["entries"]))
-    write_directory(directory, config, tensors, description["metadata"])
+    write_directory(directory, config, tensors, description["metadata"], on_nonfinite=on_nonfinite)
 
 
 def _parameters_by_layer(entries: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str, str]:

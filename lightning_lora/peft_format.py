@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_lora.config import PEFT_UNSUPPORTED
 from lightning_lora.files import write_atomically
+from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.root import clean_name
 
 CONFIG_NAME = "adapter_config.json"
@@ -140,8 +141,15 @@ def write_directory(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, Any] | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "error",
 ) -> None:
-    """Write both files; each is there in full or not at all."""
+    """Write both files; each is there in full or not at all.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinity, unless ``on_nonfinite`` is "warn". Nothing is written then.
+    """
+    check_finite(tensors, directory, on_nonfinite)
     directory = Path(directory)
     strings = {"format": "pt"}
     if metadata:

@@ -14,6 +14,7 @@ from lightning_lora.checkpoint import copy_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.diffusers_format import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.fingerprint import fingerprint, first_difference, first_other_value, renamed
+from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.inject import inject_anew, injection_of, remove
 from lightning_lora.layers import LoRALayer, mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
@@ -32,6 +33,7 @@ def load_peft(
     *,
     check_base: bool = True,
     component: str | None = None,
+    on_nonfinite: OnNonfinite = "error",
 ) -> nn.Module:
     """Adapt ``model`` as a PEFT directory describes, in place, and load its tensors. Returns the same object.
 
@@ -42,21 +44,25 @@ def load_peft(
         component: which model's adapter to take from a directory of diffusers (``pytorch_lora_weights.safetensors``),
             such as ``"unet"`` or ``"text_encoder"``; not needed where it holds one.
         check_base: compare the model with the fingerprint of the base that :func:`save_peft` left in the file.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
         FileNotFoundError: the directory, its config or its tensors are missing.
-        ValueError: the adapter is of another kind, does not fit the model, or its files are damaged.
+        ValueError: the adapter is of another kind, does not fit the model, or holds NaN or infinity, or its files are
+            damaged.
     """
     directory = Path(directory)
     if is_megatron(model):
-        return _load_megatron(model, directory, check_base=check_base)
+        return _load_megatron(model, directory, check_base=check_base, on_nonfinite=on_nonfinite)
     if (directory / DIFFUSERS_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
         values, loaded = read_diffusers(directory, component)
         peft_config = checked_config(values, directory / DIFFUSERS_NAME)
-        adapter = sorted_tensors(loaded, {}, directory)
+        metadata: dict[str, Any] = {}
     else:
         peft_config = read_config(directory)
-        adapter = sorted_tensors(*read_tensors(directory), directory)
+        loaded, metadata = read_tensors(directory)
+    adapter = sorted_tensors(loaded, metadata, directory)
+    check_finite(loaded, directory, on_nonfinite)
     modules = {clean_name(name): module for name, module in model.named_modules()}
     _set_copies_apart(adapter, peft_config, modules)
     _check_ties(model, adapter, peft_config, modules, directory)
@@ -95,9 +101,9 @@ def _refuse_base(model: nn.Module, directory: Path, recorded: Mapping[str, Any],
     )
 
 
-def _load_megatron(model: nn.Module, directory: Path, *, check_base: bool) -> nn.Module:
+def _load_megatron(model: nn.Module, directory: Path, *, check_base: bool, on_nonfinite: OnNonfinite) -> nn.Module:
     """Read a directory that names Hugging Face's layers into a Megatron-core model, by way of a skeleton of those."""
-    view = load_peft(skeleton(model), directory, check_base=False)
+    view = load_peft(skeleton(model), directory, check_base=False, on_nonfinite=on_nonfinite)
     injection = injection_of(view)
     assert injection is not None
     recorded = read_tensors(directory)[1].get("base") if check_base else None

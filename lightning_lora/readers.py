@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
+from torch import Tensor
 
+from lightning_lora.finite import first_nonfinite
 from lightning_lora.matching import pattern_value
-from lightning_lora.peft_format import CONFIG_NAME, LEGACY_WEIGHTS_NAME, PREFIX, WEIGHTS_NAME
+from lightning_lora.peft_format import CONFIG_NAME, PREFIX, read_tensors
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank (vLLM: vllm/config/lora.py)
 
@@ -54,13 +54,19 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """What a directory holds; ``others`` are the names of the tensors that are no plain factors, by kind."""
+    """What a directory holds.
+
+    Attributes:
+        others: the names of the tensors that are no plain factors, by kind.
+        nonfinite: the first tensor that holds NaN or infinity.
+    """
 
     config: Mapping[str, Any]
     r: int
     alpha: float
     layers: Sequence[_Layer]
     others: Mapping[str, Sequence[str]]
+    nonfinite: str | None
 
     def scaling(self, layer: _Layer) -> float:
         return layer.alpha / (math.sqrt(layer.rank) if self.config.get("use_rslora") else layer.rank)
@@ -70,7 +76,6 @@ def check_portable(directory: str | os.PathLike[str], reader: str, *, max_lora_r
     """Return a sentence for each thing in a PEFT directory that ``reader`` would reject or misread.
 
     An empty list means that the reader serves the adapter as PEFT means it, on a base model whose layers it can adapt.
-    Reads the config and the names and shapes of the tensors, not their values.
 
     Args:
         reader: "vllm", "sglang" or "llama.cpp".
@@ -90,7 +95,12 @@ def check_portable(directory: str | os.PathLike[str], reader: str, *, max_lora_r
 
 
 def _of_all(adapter: _Adapter, reader: str) -> Iterator[str]:
-    """Yield what none of the readers does: other layers than LoRA's, a changed base, convolutions."""
+    """Yield what none of the readers does: NaN, other layers than LoRA's, a changed base, convolutions."""
+    if adapter.nonfinite is not None:
+        yield (
+            f"{adapter.nonfinite!r} holds NaN or infinity: {reader} serves it in silence, and every answer is wrong. "
+            "Has the run diverged? Go back to an earlier checkpoint."
+        )
     for field in _VARIANTS:
         # llama.cpp waits for the invocation tokens of aLoRA; the others adapt every token
         if adapter.config.get(field) and (field, reader) != ("alora_invocation_tokens", "llama.cpp"):
@@ -316,31 +326,18 @@ def _read(directory: Path) -> _Adapter:
         raise ValueError(f"{path} has r={r}, which is no rank")
     factors: dict[str, dict[str, tuple[int, ...]]] = {}
     others: dict[str, list[str]] = {}
-    for key, shape in _shapes(directory).items():
+    tensors, _ = read_tensors(directory)
+    for key, value in sorted(tensors.items()):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{directory} is damaged or holds more than tensors: {key!r} is {type(value).__name__}")
         name = key.removeprefix(PREFIX)
         match = _FACTOR.fullmatch(name)
         if match is not None:
-            factors.setdefault(match["layer"], {})[match["factor"]] = shape
+            factors.setdefault(match["layer"], {})[match["factor"]] = tuple(value.shape)
         if match is None or match["adapter"]:
             others.setdefault(_kind(name, config) if match is None else "renamed", []).append(name)
     layers = [layer for name, pair in factors.items() for layer in _layers(name, pair, config, r, alpha, path)]
-    return _Adapter(config, r, alpha, layers, others)
-
-
-def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Return the tensors' shapes by name, from the header alone where the format has one."""
-    path, legacy = directory / WEIGHTS_NAME, directory / LEGACY_WEIGHTS_NAME
-    try:
-        if path.is_file():
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-        if legacy.is_file():
-            tensors = torch.load(legacy, map_location="meta", weights_only=True)
-            return {name: tuple(tensors[name].shape) for name in sorted(tensors)}
-    except Exception as error:
-        there = path if path.is_file() else legacy
-        raise ValueError(f"{there} is damaged or holds more than tensors: {error}") from error
-    raise FileNotFoundError(f"{directory} has neither {WEIGHTS_NAME} nor {LEGACY_WEIGHTS_NAME}")
+    return _Adapter(config, r, alpha, layers, others, first_nonfinite(tensors))
 
 
 def _kind(name: str, config: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ class ClassifierModule(pl.LightningModule):
         super().__init__()
         self.backbone = models.encoder()
         self.task = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        self.teacher = nn.Linear(3, 3).requires_grad_(False)
+        self.teacher = models._seeded(lambda: nn.Linear(3, 3)).requires_grad_(False)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self.task(self.backbone(batch)), batch[:, 0] % 2)

@@ -274,8 +274,13 @@ def test_damaged_factors_are_refused_when_truncating(tmp_path: Path) -> None:
     config, tensors = read(small(tmp_path / "a"))
     tensors["base_model.model.x.lora_A.weight"][0, 0] = float("nan")
     write(tmp_path / "b", config, tensors)
-    with pytest.raises(ValueError, match="not finite"):
-        combine([tmp_path / "b"], None, tmp_path / "out", r=1)
+    with pytest.raises(ValueError, match=r"x.lora_A.weight' holds NaN or infinity"):
+        combine([tmp_path / "b"], None, tmp_path / "out")
+    with (
+        pytest.warns(UserWarning, match="holds NaN or infinity"),
+        pytest.raises(ValueError, match="not finite"),
+    ):
+        combine([tmp_path / "b"], None, tmp_path / "out", r=1, on_nonfinite="warn")
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_checkpoint, adapter_state_dict, inject
 from tests import models
+from tests.distributed.resume_script import Loop, epochs_of_loop
 from tests.runs import LanguageModule, fitted, loader, same_adapters, trainer
 
 
@@ -45,6 +46,25 @@ def test_save_is_adapter_only_and_load_resumes_exactly(tmp_path: Path) -> None:
     assert train(twin_fabric, twin, twin_optimizer) == straight
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert set(saved["model"]) == set(adapter_state_dict(model))
+
+
+def test_a_resume_draws_on_where_the_loop_was_saved(tmp_path: Path) -> None:
+    epochs = epochs_of_loop(tmp_path, "auto", 1)
+    assert epochs["resumed"] == epochs["straight"]
+    saved = torch.load(tmp_path / "auto.ckpt", weights_only=True)["lightning_lora"]
+    assert len(saved["random_states"]) == 1
+
+
+def test_weights_alone_leave_the_random_generators_alone(tmp_path: Path) -> None:
+    loop = Loop("auto", 1, 7)
+    loop.fabric.save(tmp_path / "a.ckpt", loop.state)
+    loop.fabric.save(tmp_path / "weights.ckpt", {"model": loop.model})
+    before = torch.rand(1), torch.get_rng_state()
+    loop.fabric.load(tmp_path / "a.ckpt", {"model": loop.model})
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert "random_states" not in torch.load(tmp_path / "weights.ckpt", weights_only=True)["lightning_lora"]
+    loop.fabric.load(tmp_path / "a.ckpt", loop.state)
+    assert torch.equal(torch.rand(1), before[0])
 
 
 def test_filter_still_applies(tmp_path: Path) -> None:
@@ -144,6 +164,46 @@ def test_stock_fsdp_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="FSDPStrategy is not supported"):
         fabric.save(tmp_path / "a.ckpt", {"model": model})
     assert not (tmp_path / "a.ckpt").exists()
+
+
+class Distilled(nn.Module):
+    """An adapted student and, outside it, a frozen teacher that follows."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.student = inject(models.llama(), LoRAConfig(r=2))
+        self.teacher = models.llama().requires_grad_(False)
+        torch.manual_seed(seed)
+        self.fixed = nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, **batch: Any) -> Any:
+        return self.student(**batch)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_a_teacher_that_moves_a_little_is_in_the_file(tmp_path: Path, strategy: str) -> None:
+    def start(seed: int = 0) -> tuple[Fabric, Any, Any, Any]:
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy)
+        fabric.launch()
+        module = Distilled(seed)
+        model, optimizer = fabric.setup(module, torch.optim.AdamW([p for p in module.parameters() if p.requires_grad]))
+        return fabric, module, model, optimizer
+
+    fabric, module, model, optimizer = start()
+    train(fabric, model, optimizer)
+    module.teacher.lm_head.weight.data.mul_(1 + 1e-6)
+    fabric.save(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer})
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["model"]
+    assert [name for name in saved if not name.startswith("student.")] == ["teacher.lm_head.weight"]
+    twin_fabric, twin, twin_model, twin_optimizer = start()
+    twin_fabric.load(tmp_path / "a.ckpt", {"model": twin_model, "optimizer": twin_optimizer})
+    twin_fabric.save(tmp_path / "b.ckpt", {"model": twin_model, "optimizer": twin_optimizer})
+    for there in (twin.teacher.lm_head.weight, torch.load(tmp_path / "b.ckpt")["model"]["teacher.lm_head.weight"]):
+        assert torch.equal(there, module.teacher.lm_head.weight)
+    other_fabric, _, other_model, other_optimizer = start(seed=1)
+    with pytest.raises(ValueError, match="'fixed.weight' was frozen and never changed"):
+        other_fabric.load(tmp_path / "a.ckpt", {"model": other_model, "optimizer": other_optimizer})
+    other_fabric.load(tmp_path / "a.ckpt", {"model": other_model})  # of its weights alone
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])

@@ -18,13 +18,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint import (
     SECTION,
+    adapters_in,
     check_tensors,
     complete_state,
     copy_tensors,
@@ -37,7 +37,15 @@ from lightning_lora.checkpoint import (
     trained_tensors,
 )
 from lightning_lora.convert import write_adapter
-from lightning_lora.fingerprint import hashes_outside_roots
+from lightning_lora.finite import OnNonfinite, check_finite
+from lightning_lora.frozen import (
+    count_as_moved,
+    describe_left_out,
+    look_for_moved,
+    moved_tensors,
+    other_left_out,
+    refusal_of_left_out,
+)
 from lightning_lora.inject import injected_roots, named_adapter_parameters
 from lightning_lora.peft_export import fail_together, write_tokenizer
 from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
@@ -53,6 +61,7 @@ from lightning_lora.strategies.optimizers import (
     prepare_optimizers,
     spread_state,
 )
+from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
 from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
 S = TypeVar("S")
@@ -68,10 +77,13 @@ class AdapterOnly(Strategy):
 
     shards: bool = False
     peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
-    _frozen_outside: dict[str, int] | None = None
+    on_nonfinite: OnNonfinite | None = None
     _checked_readable: bool = False
     _loaded: dict[str, Any] | None = None
     _loaded_from: Any = None
+    _position: dict[str, Any] | None = None  # random states at the last batch
+    _loader_states: list[dict[str, Any]] | None = None
+    _is_over: bool = False
     _random_states: list[dict[str, Any]] | None = None
     _loaders_to_restore: list[list[torch.Tensor]] | None = None
 
@@ -81,32 +93,30 @@ class AdapterOnly(Strategy):
 
         What is spread over ranks is gathered to rank 0.
         """
+        if not self._is_over:  # what comes next, the state of stateful dataloaders among it, may draw numbers
+            self._position = self._collect_position()
+        look_for_moved(self._adapted_module())
         return {name: on_rank_zero(value, is_zero=self.is_global_zero) for name, value in self._trained_state().items()}
 
     def _trained_state(self) -> dict[str, Any]:
         module = self._adapted_module()
         # toggle_optimizer freezes for a while what another optimizer has moved
         held = {id(p) for optimizer in self.optimizers for p, state in optimizer.state.items() if state}
-        # a target network follows without requiring grad, and is lost if it is not seen
-        now = hashes_outside_roots(module) if self._frozen_outside is not None else {}
-        changed = {name for name, value in now.items() if value != (self._frozen_outside or {}).get(name)}
-        held |= {id(parameter) for name, parameter in module.named_parameters() if clean_name(name) in changed}
-        return {**trained_tensors(module, also=held), **other_state(module)}
-
-    def watch_frozen(self) -> None:
-        """Remember the frozen parameters outside the adapted models, to save those that change all the same."""
-        self._frozen_outside = hashes_outside_roots(self._adapted_module())
+        return {**trained_tensors(module, also=held | moved_tensors(module)), **other_state(module)}
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write one file on rank 0. Called on all ranks; gathers a few kilobytes of random states."""
         module = self._adapted_module()
-        section = describe(module, STATE_KEY) if self.is_global_zero or self.shards else {}
+        section = {}
+        if self.is_global_zero or self.shards:
+            section = {**describe(module, STATE_KEY), "left_out": {STATE_KEY: describe_left_out(module)}}
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
-            combined = module.trainer.fit_loop._combined_loader
-            loaders = random_state.collect_loaders([] if combined is None else combined.flattened)
-            section["random_states"] = self._gather({**random_state.collect(), "loaders": loaders})
+            position = self._position or self._collect_position()
+            section["random_states"] = random_state.gather(position, self._num_ranks())
+            if self._is_over and self._loader_states:
+                checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._loader_states
         # averaging callbacks may have put a full state in its place, the user's hook may have added to it
         names = self._trained_state().keys()
         base = {clean_name(name) for name in module.state_dict()} - names
@@ -119,6 +129,7 @@ class AdapterOnly(Strategy):
                 f"on_save_checkpoint took {len(lost)} trained tensors out of checkpoint['state_dict'], {lost[0]!r} "
                 "among them, and the file could not be resumed: keep them under their names"
             )
+        self._check_finite(checkpoint[STATE_KEY], filepath)
         checkpoint[SECTION] = section
         if self.is_global_zero and not self._checked_readable:
             _check_readable(checkpoint)
@@ -139,7 +150,7 @@ class AdapterOnly(Strategy):
                     path = adapter["root"]
                     if None in self.peft_roots or path in self.peft_roots:
                         directory = peft_directory(filepath, path if len(roots) > 1 else "")
-                        write_adapter(checkpoint, adapter, directory, filepath)
+                        write_adapter(checkpoint, adapter, directory, filepath, on_nonfinite=self._on_nonfinite_save())
                         write_tokenizer(getattr(roots[path], "tokenizer", None), directory)
             except Exception as error:
                 failure = error
@@ -147,6 +158,23 @@ class AdapterOnly(Strategy):
             fail_together(failure)
         elif failure is not None:
             raise failure
+
+    def _on_nonfinite_save(self) -> OnNonfinite:
+        """Return what a save does about NaN: it must neither end a run unasked, nor hide the error that ends one."""
+        return "warn" if self._adapted_module().trainer.interrupted else self.on_nonfinite or "warn"
+
+    def _check_finite(self, state: Mapping[str, Any], filepath: Any) -> None:
+        """Warn of adapters that hold NaN or infinity, or raise ``ValueError`` on all ranks. Called on all ranks."""
+        adapters, on_nonfinite = adapters_in(state, self._adapted_module()), self._on_nonfinite_save()
+        failure = None
+        try:
+            check_finite(adapters, filepath, on_nonfinite)
+        except ValueError as error:
+            failure = str(error)
+        if on_nonfinite == "error":
+            failure = self.broadcast(failure)  # rank 0 alone holds whole tensors
+        if failure is not None:
+            raise ValueError(failure)
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -168,7 +196,9 @@ class AdapterOnly(Strategy):
         load = functools.partial(self.checkpoint_io.load_checkpoint, weights_only=True)
         checkpoint = read_checkpoint(checkpoint_path, load)
         # names and shapes are checked after the user's on_load_checkpoint, which may put back what its twin changed
-        tensors = fitting_tensors(checkpoint, module, checkpoint_path, check_names=False)
+        tensors = fitting_tensors(
+            checkpoint, module, checkpoint_path, check_names=False, on_nonfinite=self.on_nonfinite or "error"
+        )
         fitting = module.trainer.state.fn == TrainerFn.FITTING
         if fitting and ("optimizer_states" not in checkpoint or "loops" not in checkpoint):
             raise ValueError(
@@ -177,25 +207,34 @@ class AdapterOnly(Strategy):
                 f"LoRACallback(init_from={str(checkpoint_path)!r})"
             )
         if fitting:
-            _let_finished_loaders_start_anew(checkpoint["loops"]["fit_loop"])
+            self._check_left_out(checkpoint, checkpoint_path)
+            correct_progress(checkpoint["loops"]["fit_loop"], module.trainer.accumulate_grad_batches)
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
         checkpoint[STATE_KEY] = tensors
         self._loaded, self._loaded_from = checkpoint, checkpoint_path
-        self._random_states = checkpoint[SECTION].get("random_states") if fitting else None
-        if self._random_states is not None and len(self._random_states) != self._num_ranks():
-            rank_zero_info(
-                f"{checkpoint_path} was written by {len(self._random_states)} processes, this run has "
-                f"{self._num_ranks()}: random states are not restored, so shuffling and dropout differ from an "
-                "uninterrupted run"
-            )
-            self._random_states = None
+        states = checkpoint[SECTION].get("random_states") if fitting else None
+        self._random_states = random_state.fitting_states(states, self._num_ranks(), checkpoint_path)
         return checkpoint
+
+    def _check_left_out(self, checkpoint: dict[str, Any], source: Any) -> None:
+        """Raise ``ValueError`` on all ranks where rank 0 built what the file leaves out with other values."""
+        recorded = section_of(checkpoint, source).get("left_out", {}).get(STATE_KEY)
+        if recorded is None:  # of a version that did not say
+            return
+        name = None
+        if self.is_global_zero or self.shards:
+            module = self._adapted_module()
+            name = other_left_out(recorded, module, renaming(checkpoint, module, source, STATE_KEY))
+        name = self.broadcast(name)
+        if name is not None:
+            raise ValueError(refusal_of_left_out(name, source))
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self._adapted_module()
         check_tensors(checkpoint[STATE_KEY], module, self._loaded_from)
         copy_tensors(checkpoint[STATE_KEY], module)
+        count_as_moved(module, checkpoint[STATE_KEY])
         trained = checkpoint[STATE_KEY].keys()
         for holder, key in _model_states(checkpoint):  # averaging callbacks load them next, strictly
             holder[key] = complete_state(holder[key], module)
@@ -224,6 +263,7 @@ class AdapterOnly(Strategy):
         ]
         states = [spread_state(state, one) for state, one in zip(states, self.optimizers, strict=True)]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        begin_after_finished_epoch(module.trainer)  # the loops are restored just before the optimizers
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -284,6 +324,19 @@ class AdapterOnly(Strategy):
     def forget_random_state(self) -> None:
         """Restore random states no more: the resumed run is under way."""
         self._random_states = self._loaders_to_restore = self._loaded = None
+        self._position, self._loader_states, self._is_over = None, None, False
+
+    def note_end(self) -> None:
+        """Keep where the run ends for files that are written later: its dataloaders will have lost their position."""
+        combined = self._adapted_module().trainer.fit_loop._combined_loader
+        self._position = self._collect_position()
+        self._loader_states = None if combined is None else combined._state_dicts()
+        self._is_over = True
+
+    def _collect_position(self) -> dict[str, Any]:
+        combined = self._adapted_module().trainer.fit_loop._combined_loader
+        loaders = [] if combined is None else combined.flattened
+        return {**random_state.collect(), "loaders": random_state.collect_loaders(loaders)}
 
     def _adapted_module(self) -> "pl.LightningModule":
         assert self.lightning_module is not None
@@ -291,13 +344,6 @@ class AdapterOnly(Strategy):
 
     def _num_ranks(self) -> int:
         return int(getattr(self, "world_size", 1))
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self._num_ranks() == 1:
-            return [value]
-        gathered: list[Any] = [None] * self._num_ranks()
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
 
 
 def _model_states(checkpoint: Any) -> list[tuple[dict[str, Any], str]]:
@@ -392,15 +438,6 @@ def _check_readable(checkpoint: dict[str, Any]) -> None:
             "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values, or "
             f"allow their class with torch.serialization.add_safe_globals. {error}"
         ) from error
-
-
-def _let_finished_loaders_start_anew(fit_loop: dict[str, Any]) -> None:
-    """Drop the position of stateful dataloaders from a file of an epoch's end.
-
-    Loaded, they would go on behind their last batch, or shuffle by a state that an uninterrupted run has left behind.
-    """
-    if fit_loop["epoch_loop.batch_progress"].get("is_last_batch"):
-        fit_loop["state_dict"].pop("combined_loader", None)
 
 
 def unsupported(name: str) -> str:

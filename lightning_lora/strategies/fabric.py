@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint import (
     SECTION,
+    adapters_in,
     copy_tensors,
     describe,
     fitting_tensors,
@@ -20,8 +22,18 @@ from lightning_lora.checkpoint import (
     section_of,
     trained_tensors,
 )
+from lightning_lora.finite import check_finite
+from lightning_lora.frozen import (
+    count_as_moved,
+    describe_left_out,
+    look_for_moved,
+    moved_tensors,
+    other_left_out,
+    refusal_of_left_out,
+)
 from lightning_lora.inject import injected_roots
 from lightning_lora.sharded import on_rank_zero
+from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import adopted_class, check_whole, is_deepspeed, unsupported
 from lightning_lora.strategies.atomic_io import make_atomic
 from lightning_lora.strategies.optimizers import (
@@ -45,6 +57,7 @@ class FabricAdapterOnly(Strategy):
         wrapped = super().setup_module(module)
         if injected_roots(module):
             reduce_in_fixed_order(wrapped, self)
+            look_for_moved(module)
         return wrapped
 
     @override
@@ -55,21 +68,32 @@ class FabricAdapterOnly(Strategy):
         storage_options: Any | None = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        """Write one file on rank 0, in which adapted modules are their trained tensors. Called on all ranks."""
+        """Write one file on rank 0, in which adapted modules are their trained tensors. Called on all ranks.
+
+        Beside an optimizer, the file keeps the random states of all ranks, which :meth:`load_checkpoint` restores.
+        """
         path = self.broadcast(path)
         modules = adapted_modules(state)
         if modules:
+            random = random_state.collect()  # before anything can draw
+            for module in modules.values():
+                look_for_moved(module)
             section = merge_sections([describe(module, key) for key, module in modules.items()])
+            section["left_out"] = {key: describe_left_out(module) for key, module in modules.items()}
             optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
             names = _parameter_names(state)
             section["optimizers"] = {key: parameter_names(value, names) for key, value in optimizers.items()}
+            if optimizers:
+                section["random_states"] = random_state.gather(random, self._num_ranks())
             whole = {
                 key: {
                     name: on_rank_zero(tensor, is_zero=self.is_global_zero)
-                    for name, tensor in trained_tensors(module).items()
+                    for name, tensor in trained_tensors(module, also=moved_tensors(module)).items()
                 }
                 for key, module in modules.items()
             }
+            for key, module in modules.items():
+                check_finite(adapters_in(whole[key], module), path, "warn")
             states = {key: self.get_optimizer_state(value) for key, value in optimizers.items()}
             state = {**state, **whole, **states, SECTION: section}
         super().save_checkpoint(path, state, storage_options, filter)
@@ -84,7 +108,12 @@ class FabricAdapterOnly(Strategy):
     def load_checkpoint(
         self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a file of Fabric, of the Trainer or of plain torch; check all of it, then copy. Called on all ranks."""
+        """Read a file of Fabric, of the Trainer or of plain torch; check all of it, then copy. Called on all ranks.
+
+        A state with an optimizer in it asks for a resume: last of all, each rank's random generators (of torch, CUDA,
+        numpy and ``random``) are put where they were at the save. Whatever draws between the load and the loop moves
+        them; to go on with others, seed after the load.
+        """
         path = self.broadcast(path)
         if isinstance(state, nn.Module) and injected_roots(state):
             load_adapter_state_dict(state, self._read(path))
@@ -104,8 +133,12 @@ class FabricAdapterOnly(Strategy):
                 f"{path} has no {absent[0]!r}, which the state asks for; to go on without it, pass strict=False"
             )
 
+        if optimizer_states:
+            self._check_left_out(checkpoint, modules, sources, path)
+
         for key, module in modules.items():
             copy_tensors(tensors[key], module)
+            count_as_moved(module, tensors[key])
         for key, optimizer_state in optimizer_states.items():
             state[key].load_state_dict(spread_state(optimizer_state, state[key]))
         for key in others:
@@ -114,12 +147,32 @@ class FabricAdapterOnly(Strategy):
                     state[key].load_state_dict(checkpoint[key])
                 else:
                     state[key] = checkpoint[key]
+        states = section.get("random_states") if optimizer_states else None
+        states = random_state.fitting_states(states, self._num_ranks(), path)
+        if states is not None:
+            random_state.restore(states[int(getattr(self, "global_rank", 0))])
         used = {SECTION, *others, *optimizer_states, *sources.values()}
         return {key: value for key, value in checkpoint.items() if key not in used}
+
+    def _num_ranks(self) -> int:
+        return int(getattr(self, "world_size", 1))
 
     def _read(self, path: Any) -> dict[str, Any]:
         torch.cuda.empty_cache()
         return read_checkpoint(path, lambda where: self.checkpoint_io.load_checkpoint(where, weights_only=True))
+
+    def _check_left_out(
+        self, checkpoint: dict[str, Any], modules: dict[str, nn.Module], sources: dict[str, str], path: Any
+    ) -> None:
+        """Raise ``ValueError`` on all ranks where rank 0 built what the file leaves out with other values."""
+        recorded = checkpoint[SECTION].get("left_out", {})
+        for key, module in modules.items():
+            if sources[key] not in recorded:  # of the Trainer, or of a version that did not say
+                continue
+            rename = renaming(checkpoint, module, path, sources[key])
+            name = self.broadcast(other_left_out(recorded[sources[key]], module, rename))
+            if name is not None:
+                raise ValueError(refusal_of_left_out(name, path))
 
     def _optimizer_states(
         self, checkpoint: dict[str, Any], state: dict[str, Any], sources: dict[str, str], path: Any, strict: bool
@@ -132,7 +185,8 @@ class FabricAdapterOnly(Strategy):
         optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
         if not optimizers:
             return {}
-        renamings = {key: renaming(checkpoint, state[key], path, source) for key, source in sources.items()}
+        modules = adapted_modules(state)
+        renamings = {key: renaming(checkpoint, modules[key], path, source) for key, source in sources.items()}
         saved_names = checkpoint[SECTION].get("optimizers") or {}
         if isinstance(saved_names, list):  # the Trainer's file: a list of states beside a list of names
             if len(saved_names) != len(optimizers):
@@ -155,10 +209,16 @@ class FabricAdapterOnly(Strategy):
 
 
 def adapted_modules(state: Any) -> dict[str, nn.Module]:
-    """Return the entries of a Fabric state that are modules with adapters."""
+    """Return the entries of a Fabric state that are modules with adapters, as the user made them."""
     if not isinstance(state, dict):
         return {}
-    return {key: value for key, value in state.items() if isinstance(value, nn.Module) and injected_roots(value)}
+    modules = {key: _unwrapped(value) for key, value in state.items() if isinstance(value, nn.Module)}
+    return {key: module for key, module in modules.items() if injected_roots(module)}
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the user's module: names in files are its own under every strategy."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def adopt_fabric(strategy: Strategy) -> None:
@@ -198,7 +258,7 @@ def _parameter_names(state: dict[str, Any]) -> dict[int, str]:
     names: dict[int, str] = {}
     for key, value in state.items():
         if isinstance(value, nn.Module):
-            names = names_of(value, f"{key}.") | names
+            names = names_of(_unwrapped(value), f"{key}.") | names
     return names
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
+from lightning_lora.frozen import look_for_moved
 from lightning_lora.strategies.fabric import FabricAdapterOnly
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.strategies.launched import Launched, check_adapted, reduced
@@ -72,6 +73,7 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
         buffers = changing_buffers(module)
         if buffers:  # rank 0's running statistics for every rank, as under DDP
             module.register_forward_pre_hook(lambda *_: broadcast_together(buffers, self.root_device))
+        look_for_moved(module)
         return module
 
     @override

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 
 def collect() -> dict[str, Any]:
@@ -21,6 +22,25 @@ def collect() -> dict[str, Any]:
         "python": (version, list(internal), gauss_next),
         "megatron": _megatron_states(),
     }
+
+
+def gather(state: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
+    """Return the states of all ranks in their order. Called on all ranks; moves a few kilobytes."""
+    gathered: list[Any] = [state] * num_ranks
+    if num_ranks > 1:
+        torch.distributed.all_gather_object(gathered, state)
+    return gathered
+
+
+def fitting_states(states: list[dict[str, Any]] | None, num_ranks: int, source: Any) -> list[dict[str, Any]] | None:
+    """Return a file's states if there is one for each rank of this run; say it if there is another number of them."""
+    if states is None or len(states) == num_ranks:
+        return states
+    rank_zero_info(
+        f"{source} was written by {len(states)} processes, this run has {num_ranks}: random states are not restored, "
+        "so shuffling and dropout differ from an uninterrupted run"
+    )
+    return None
 
 
 def collect_loaders(loaders: Iterable[Any]) -> list[list[torch.Tensor]]:

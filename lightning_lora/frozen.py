@@ -1,0 +1,106 @@
+"""Frozen tensors that a checkpoint leaves out: those that moved all the same are found, and are in the file then.
+
+Teachers and target networks follow the model without requiring grad, in ways that leave no trace but their values:
+writing through ``.data``, replacing it, and fused kernels do not count up a tensor's version. So all bytes are hashed,
+when a run begins and at each save.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from lightning_lora.checkpoint import trained_tensors
+from lightning_lora.fingerprint import exact_hashes, first_other_name, sampled
+from lightning_lora.inject import injected_roots
+from lightning_lora.layers.statistics import FrozenStatistics
+from lightning_lora.root import clean_name
+from lightning_lora.sharded import reshard
+
+
+@dataclass
+class _Watch:
+    hashes: dict[str, int] = field(default_factory=dict)
+    moved: set[str] = field(default_factory=set)
+
+
+_WATCHES: "WeakKeyDictionary[nn.Module, _Watch]" = WeakKeyDictionary()
+
+
+def look_for_moved(module: nn.Module) -> None:
+    """Compare the frozen tensors of ``module`` with what they were at the first call. Called on all ranks.
+
+    Looked at are parameters outside the adapted models, and buffers that a checkpoint leaves out. What has moved once
+    counts as moved for good: a file without it would be resumed with what a new process builds.
+    """
+    watch = _WATCHES.setdefault(module, _Watch())
+    now = exact_hashes({name: tensor for name, tensor in _left_out(module).items() if name not in watch.moved})
+    watch.moved |= {name for name, value in now.items() if value != watch.hashes.setdefault(name, value)}
+
+
+def moved_tensors(module: nn.Module) -> set[int]:
+    """Return the identities of the tensors that :func:`look_for_moved` found."""
+    moved = _moved(module)
+    named = [*module.named_parameters(), *module.named_buffers()] if moved else []
+    return {id(tensor) for name, tensor in named if clean_name(name) in moved}
+
+
+def count_as_moved(module: nn.Module, names: Iterable[str]) -> None:
+    """Keep tensors that a file brought in the files to come, though they move no more."""
+    _WATCHES.setdefault(module, _Watch()).moved.update(names)
+
+
+def describe_left_out(module: nn.Module) -> dict[str, Any]:
+    """Return by what a resume knows the frozen parameters that a file of ``module`` leaves out. Called on all ranks."""
+    moved = _moved(module)
+    return sampled({name: tensor for name, tensor in _parameters_outside(module).items() if name not in moved})
+
+
+def other_left_out(recorded: Mapping[str, Any], module: nn.Module, rename: Callable[[str], str]) -> str | None:
+    """Return the first parameter that a file leaves out and that has other values in ``module``. Called on all ranks.
+
+    Args:
+        recorded: what :func:`describe_left_out` returned when the file was written.
+        rename: the function from a name in the file to the name in ``module``.
+    """
+    names = [rename(name) for name in recorded["names"]]
+    outside = _parameters_outside(module)
+    own = sampled({name: outside[name] for name in names if name in outside})
+    return first_other_name(own, {**recorded, "names": names})
+
+
+def refusal_of_left_out(name: str, source: Any) -> str:
+    """Return the error for a parameter that :func:`other_left_out` found."""
+    return (
+        f"{name!r} was frozen and never changed in the run that wrote {source}, so that the file does not hold it, and "
+        "this module holds other values of it. Build it from the same file or with the same seed as then, or make it a "
+        "buffer (register_buffer), which checkpoints hold"
+    )
+
+
+def _moved(module: nn.Module) -> set[str]:
+    watch = _WATCHES.get(module)
+    return set() if watch is None else watch.moved
+
+
+def _left_out(module: nn.Module) -> dict[str, Tensor]:
+    held = trained_tensors(module)
+    buffers = {
+        clean_name(f"{path}.{name}" if path else name): buffer
+        for path, owner in module.named_modules()
+        if not isinstance(owner, FrozenStatistics)  # of the base, by which an adapter knows it
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and name not in owner._non_persistent_buffers_set
+    }
+    tensors = {name: tensor for name, tensor in {**_parameters_outside(module), **buffers}.items() if name not in held}
+    return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel() > 0}
+
+
+def _parameters_outside(module: nn.Module) -> dict[str, Tensor]:
+    """Return the frozen parameters outside the adapted models, by clean name."""
+    reshard(module)
+    inside = {id(p) for root in injected_roots(module).values() for p in root.parameters()}
+    named = {clean_name(name): parameter for name, parameter in module.named_parameters()}
+    return {name: p for name, p in named.items() if id(p) not in inside and not p.requires_grad}
