@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_lora.inject import injected_roots, named_lora_layers, named_trained_whole
 from lightning_lora.layers.statistics import FrozenStatistics
+from lightning_lora.quantized import stored_as
 from lightning_lora.root import clean_name, name_or_path
 from lightning_lora.sharded import boxes, collective_device, is_sharded, local_part, logical, reshard, shard_group
 
@@ -33,7 +34,7 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
     held = {
         name: (tensor, parameters.get(name, tensor))
         for name, tensor in named_base_tensors(root)
-        if tensor.is_floating_point() and tensor.device.type != "meta" and parameters.get(name, tensor).numel() > 0
+        if stored_as(tensor) is None and tensor.device.type != "meta" and parameters.get(name, tensor).numel() > 0
     }
     resizable = [name for name in held if id(parameters.get(name)) in tables]
     sums = [_hash(tensor, like) for tensor, like in held.values()]
@@ -122,7 +123,7 @@ def hashes_outside_roots(module: nn.Module) -> dict[str, int]:
         for name, parameter in module.named_parameters()
         if id(parameter) not in inside
         and not parameter.requires_grad
-        and parameter.is_floating_point()
+        and stored_as(parameter) is None
         and parameter.device.type != "meta"
         and parameter.numel() > 0
     }

@@ -17,6 +17,7 @@ from lightning_lora.layers import is_linear, mixin_for
 from lightning_lora.layers.megatron import is_parallel_linear
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.megatron.names import megatron_parts
+from lightning_lora.quantized import check_plain
 from lightning_lora.root import clean_name, is_megatron, is_pretrained
 
 V = TypeVar("V")
@@ -196,6 +197,7 @@ def select_token_rows(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[n
                 f"{type(model).__name__}, expected one{nearest_names([entry], modules)}"
             )
         weight = modules[names[0]]._parameters.get("weight")
+        check_plain(f"trainable_token_indices: the weight of {names[0]!r}", weight)
         tied = {n: m for n, m in modules.items() if m._parameters.get("weight") is weight}
         if not all(_is_table(module) for module in tied.values()):
             raise ValueError(
@@ -232,6 +234,9 @@ def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
             nearest = nearest_names([entry], modules)
             raise ValueError(f"modules_to_save entry {entry!r} matches no module of {type(model).__name__}{nearest}")
     found = [name for name in modules if name.endswith(tuple(wanted))]
+    for name in found:
+        for local, parameter in modules[name].named_parameters():
+            check_plain(f"modules_to_save: {name}.{local}", parameter)
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
