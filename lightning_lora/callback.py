@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -34,7 +35,7 @@ from lightning_lora.layers.statistics import freeze_statistics
 from lightning_lora.matching import is_all_linear, left_out_towers
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.peft_import import load_peft
-from lightning_lora.root import clean_name, find_root, is_megatron
+from lightning_lora.root import clean_name, find_root, is_inside, is_megatron
 from lightning_lora.sharded import class_name, logical
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
@@ -184,6 +185,12 @@ class LoRACallback(Callback):
         _let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
+        dropout = _injection(root).config.dropout
+        if dropout and not all(layer.training for layer in named_lora_layers(root).values()):
+            rank_zero_info(
+                f"{class_name(root)} is in eval mode, as from_pretrained leaves it: the adapters' dropout of {dropout} "
+                "is on all the same, the model's own dropout is off. To have both, call train() on the model"
+            )
         values = {
             "lora/" + key: str(value) if isinstance(value, (list, dict)) else value
             for key, value in _injection(root).config.to_dict().items()
@@ -192,6 +199,14 @@ class LoRACallback(Callback):
             # TensorBoard keeps the last call alone: the user's own go with ours
             numbers = {f"lora/{key}": value for key, value in counts(pl_module, root).items()}
             logger.log_hyperparams({**dict(pl_module.hparams_initial), **values, **numbers})
+
+    @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # a run that trains has said it
+            path, root = find_root(pl_module, self.module)
+            rank_zero_info(summary(pl_module, path, root))
+
+    on_test_start = on_predict_start = on_validation_start
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -372,7 +387,8 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         f"  adapters      {count['adapter_parameters']:>15,}  {_percent(count, 'adapter_parameters')}",
         f"  trained whole {count['whole_parameters']:>15,}  {_percent(count, 'whole_parameters')}"
         + (f"  ({', '.join(whole)})" if 0 < len(whole) <= 6 else ""),
-        f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}",
+        f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}"
+        f"  ({_listed(outside_names(pl_module, path, root))})",
         f"  frozen        {count['frozen_parameters']:>15,}  {_percent(count, 'frozen_parameters')}",
     ]
     towers = left_out_towers(root) if is_all_linear(_injection(root).config.target_modules) else {}
@@ -382,6 +398,22 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
             f'  left out: {left}; "all-linear" means the language model. Name them in target_modules to adapt them'
         )
     return "\n".join(line for line in lines if "outside" not in line or count["outside_parameters"])
+
+
+def outside_names(pl_module: nn.Module, path: str, root: nn.Module) -> list[str]:
+    """Return the modules and parameters that train outside the adapted model, by their outermost names."""
+    inside = {id(parameter) for parameter in root.parameters()}
+    names: dict[str, None] = {}
+    for name, parameter in pl_module.named_parameters():
+        if parameter.requires_grad and id(parameter) not in inside:
+            parts = clean_name(name).split(".")
+            outermost = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+            names[next(outer for outer in outermost if not is_inside(path, outer))] = None
+    return list(names)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """A fingerprint of the frozen base, by which an adapter knows the model that it was trained on."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,13 +62,14 @@ def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
     own = fingerprint(root)
     present = {name for name, _ in [*root.named_parameters(), *root.named_buffers()]} | set(own["names"])
     cleaned = {clean_name(name) for name in present}
-    difference = _resized(own["embeddings"], recorded.get("embeddings", {}))
-    if difference is not None:
-        return difference
     lacking = next((name for name in recorded["names"] if name not in cleaned), None)
     if lacking is not None:
         return f"its base has a tensor {lacking!r}, which this model lacks"
-    return first_other_value(own, recorded)
+    # only where all else is the same was the base resized; another base has other embeddings too
+    difference = first_other_value(own, recorded, skipped=_of_the_vocabulary(root, own["embeddings"]))
+    if difference is None:
+        difference = _resized(own["embeddings"], recorded.get("embeddings", {}))
+    return first_other_value(own, recorded) if difference is None else difference
 
 
 def renamed(recorded: dict[str, Any], rename: Callable[[str], str | None]) -> dict[str, Any]:
@@ -84,17 +85,26 @@ def renamed(recorded: dict[str, Any], rename: Callable[[str], str | None]) -> di
     }
 
 
-def first_other_value(own: dict[str, Any], recorded: dict[str, Any]) -> str | None:
+def first_other_value(
+    own: dict[str, Any], recorded: dict[str, Any], skipped: Collection[str] = frozenset()
+) -> str | None:
     """Return which tensor of two fingerprints is the first of other values, in words; those of one alone are passed."""
     own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
     rows = zip(recorded["names"], recorded["hashes"].tolist(), recorded["dtypes"], strict=True)
     for name, value, dtype in rows:
-        if name not in own_hashes:
+        if name not in own_hashes or name in skipped:
             continue
         own_value, own_dtype = own_hashes[name]
         if own_value != value and (dtype == own_dtype or "float16" not in (dtype, own_dtype)):
             return f"the base tensor {name!r} holds other values"
     return None
+
+
+def _of_the_vocabulary(root: nn.Module, embeddings: dict[str, list[Any]]) -> set[str]:
+    """Return the tensors that resizing an embedding changes: those with a row for each of its rows, as a head has."""
+    rows = {number for number, *_ in embeddings.values()}
+    named = [*root.named_parameters(), *root.named_buffers()]
+    return {clean_name(name) for name, tensor in named if tensor.ndim > 0 and logical(tensor).shape[0] in rows}
 
 
 def _resized(own: dict[str, list[Any]], recorded: dict[str, list[Any]]) -> str | None:

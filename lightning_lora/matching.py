@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.layers import is_linear, mixin_for
 from lightning_lora.layers.megatron import is_parallel_linear
 from lightning_lora.layers.parameters import sizes_of_parameter
@@ -90,8 +90,9 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
         )
     if not selected:
         raise ValueError(
-            f"target_modules={config.target_modules!r} leaves no layer of {type(model).__name__} to adapt after "
-            f"exclude_modules={config.exclude_modules!r} and the modules that train whole, {list(trained_whole)}"
+            f"target_modules={brief(config.target_modules)} leaves no layer of {type(model).__name__} to adapt after "
+            f"exclude_modules={brief(config.exclude_modules)} and the modules that train whole, "
+            f"{brief(list(trained_whole))}"
         )
     for name, module in selected.items():
         if is_parallel_linear(module) and name not in parts:
@@ -332,8 +333,8 @@ def _check_indices(config: LoRAConfig, names: Iterable[str]) -> None:
         if index not in there:
             lists = f" in layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
             raise ValueError(
-                f"layers_to_transform entry {index} is the index of no block with {config.target_modules!r}{lists}; "
-                f"there are: {', '.join(map(str, there)) or 'none'}"
+                f"layers_to_transform entry {index} is the index of no block with {brief(config.target_modules)}{lists}"
+                f"; there are: {', '.join(map(str, there)) or 'none'}"
             )
 
 
