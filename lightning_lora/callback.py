@@ -32,10 +32,11 @@ from lightning_lora.inject import (
     remove,
 )
 from lightning_lora.layers.statistics import freeze_statistics
+from lightning_lora.left_out import listed, trained_outside
 from lightning_lora.matching import is_all_linear, left_out_towers
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.peft_import import load_peft
-from lightning_lora.root import clean_name, find_root, is_inside, is_megatron
+from lightning_lora.root import clean_name, find_root, is_megatron
 from lightning_lora.sharded import class_name, logical
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
@@ -388,7 +389,7 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         f"  trained whole {count['whole_parameters']:>15,}  {_percent(count, 'whole_parameters')}"
         + (f"  ({', '.join(whole)})" if 0 < len(whole) <= 6 else ""),
         f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}"
-        f"  ({_listed(outside_names(pl_module, path, root))})",
+        f"  ({listed(trained_outside(pl_module, path, root))})",
         f"  frozen        {count['frozen_parameters']:>15,}  {_percent(count, 'frozen_parameters')}",
     ]
     towers = left_out_towers(root) if is_all_linear(_injection(root).config.target_modules) else {}
@@ -398,22 +399,6 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
             f'  left out: {left}; "all-linear" means the language model. Name them in target_modules to adapt them'
         )
     return "\n".join(line for line in lines if "outside" not in line or count["outside_parameters"])
-
-
-def outside_names(pl_module: nn.Module, path: str, root: nn.Module) -> list[str]:
-    """Return the modules and parameters that train outside the adapted model, by their outermost names."""
-    inside = {id(parameter) for parameter in root.parameters()}
-    names: dict[str, None] = {}
-    for name, parameter in pl_module.named_parameters():
-        if parameter.requires_grad and id(parameter) not in inside:
-            parts = clean_name(name).split(".")
-            outermost = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-            names[next(outer for outer in outermost if not is_inside(path, outer))] = None
-    return list(names)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:

@@ -3,11 +3,14 @@
 import os
 
 from lightning_lora.checkpoint import read_checkpoint, section_of
+from lightning_lora.left_out import outside_names, say_left_out
 from lightning_lora.peft_export import write_described
 
 
 def convert(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str], *, portable: bool = False) -> None:
     """Turn an adapter checkpoint into a PEFT directory, with neither the base nor the model's code at hand.
+
+    What trained outside the adapted model is left out, and named in one line.
 
     Args:
         checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``.
@@ -32,3 +35,5 @@ def convert(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str
     state = content[adapter["state_key"]]
     named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     write_described(description, named, directory, portable=portable)
+    outside = outside_names(state, adapter["root"])
+    say_left_out(directory, outside, f"It is in {checkpoint}, under {adapter['state_key']!r}")

@@ -37,6 +37,7 @@ from lightning_lora.checkpoint import (
 )
 from lightning_lora.fingerprint import hashes_outside_roots
 from lightning_lora.inject import injected_roots, named_adapter_parameters
+from lightning_lora.left_out import outside_names, say_left_out
 from lightning_lora.peft_export import save_peft
 from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from lightning_lora.root import clean_name
@@ -68,6 +69,7 @@ class AdapterOnly(Strategy):
     peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
     _frozen_outside: dict[str, int] | None = None
     _checked_readable: bool = False
+    _said_left_out: bool = False
     _loaded: dict[str, Any] | None = None
     _loaded_from: Any = None
     _random_states: list[dict[str, Any]] | None = None
@@ -130,6 +132,14 @@ class AdapterOnly(Strategy):
             )
             for path, root in wanted.items():
                 save_peft(root, peft_directory(filepath, path if len(roots) > 1 else ""))
+            self._say_left_out(checkpoint, filepath)
+
+    def _say_left_out(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        """Say, once in a run, what the PEFT directory beside a checkpoint does not hold."""
+        if not self._said_left_out:
+            outside = outside_names(checkpoint[STATE_KEY], *injected_roots(self._adapted_module()))
+            say_left_out(peft_directory(filepath), outside, f"It is in {filepath}, under {STATE_KEY!r}")
+            self._said_left_out = True
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
