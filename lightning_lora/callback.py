@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -46,6 +47,7 @@ from lightning_lora.inject import (
     remove,
 )
 from lightning_lora.layers.statistics import freeze_statistics
+from lightning_lora.left_out import listed, trained_outside
 from lightning_lora.matching import is_all_linear, left_out_towers
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.peft_import import load_peft
@@ -173,6 +175,20 @@ class LoRACallback(Callback):
         _let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
+        dropout = _injection(root).config.dropout
+        if dropout and not all(layer.training for layer in named_lora_layers(root).values()):
+            rank_zero_info(
+                f"{class_name(root)} is in eval mode, as from_pretrained leaves it: the adapters' dropout of {dropout} "
+                "is on all the same, the model's own dropout is off. To have both, call train() on the model"
+            )
+
+    @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # a run that trains has said it
+            path, root = find_root(pl_module, self.module)
+            rank_zero_info(summary(pl_module, path, root))
+
+    on_test_start = on_predict_start = on_validation_start
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -377,7 +393,8 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         f"  adapters      {count['adapter_parameters']:>15,}  {_percent(count, 'adapter_parameters')}",
         f"  trained whole {count['whole_parameters']:>15,}  {_percent(count, 'whole_parameters')}"
         + (f"  ({', '.join(whole)})" if 0 < len(whole) <= 6 else ""),
-        f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}",
+        f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}"
+        f"  ({listed(trained_outside(pl_module, path, root))})",
         f"  frozen        {count['frozen_parameters']:>15,}  {_percent(count, 'frozen_parameters')}",
     ]
     towers = left_out_towers(root) if is_all_linear(_injection(root).config.target_modules) else {}

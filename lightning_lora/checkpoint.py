@@ -30,7 +30,7 @@ from lightning_lora.inject import (
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.peft_export import describe_for_peft
-from lightning_lora.root import clean_name, is_inside, is_pretrained
+from lightning_lora.root import clean_name, is_inside, is_pretrained, resize_advice
 from lightning_lora.sharded import local_part, logical, reshard, whole, write
 
 SECTION = "lightning_lora"
@@ -435,7 +435,8 @@ def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) ->
         expected = tuple(logical(targets[name]).shape)
         if not isinstance(value, Tensor) or tuple(value.shape) != expected:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{source} has {given} for {name!r}, the model has {expected}")
+            advice = resize_advice(module, name, given, expected) if isinstance(given, tuple) else ""
+            raise ValueError(f"{source} has {given} for {name!r}, the model has {expected}{advice}")
 
 
 def _some(names: list[str]) -> str:

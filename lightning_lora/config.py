@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, Literal, ParamSpec, TypeVar
 
 PEFT_FIELD_NAMES = {
@@ -55,8 +56,17 @@ _LISTS = (
     "layers_pattern",
 )
 
+_BRIEF = Repr()
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxset = _BRIEF.maxdict = 6
+_BRIEF.maxstring = _BRIEF.maxother = 120
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def brief(value: object) -> str:
+    """Return ``repr(value)`` for a message, of a long list or text its beginning."""
+    return _BRIEF.repr(value)
 
 
 def answers_peft_names(init: Callable[P, T]) -> Callable[P, T]:
@@ -230,10 +240,10 @@ class LoRAConfig:
         values = _peft_values(config)
         kind = getattr(values.get("peft_type", "LORA"), "value", values.get("peft_type", "LORA"))
         if kind != "LORA":
-            raise ValueError(f"{config!r} describes a {kind!r} adapter; only 'LORA' is read")
+            raise ValueError(f"{_described(config)} describes a {brief(kind)} adapter; only 'LORA' is read")
         used = [name for name in PEFT_UNSUPPORTED if values.get(name)]
         if used:
-            raise ValueError(f"PEFT's {used[0]}={values[used[0]]!r} is not supported")
+            raise ValueError(f"PEFT's {used[0]}={brief(values[used[0]])} is not supported")
         init = values.get("init_lora_weights", True)
         if init is False or (isinstance(init, str) and init in ("eva", "corda", "loftq", "lora_ga", "mica")):
             raise ValueError(f"PEFT's init_lora_weights={init!r} is not supported")
@@ -273,8 +283,13 @@ def _peft_values(config: Any) -> dict[str, Any]:
     else:
         values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
     if not isinstance(values, Mapping):
-        raise TypeError(f"{config!r} must be a mapping, a peft.LoraConfig or the path of a PEFT directory")
+        raise TypeError(f"{brief(config)} must be a mapping, a peft.LoraConfig or the path of a PEFT directory")
     return dict(values)
+
+
+def _described(config: Any) -> str:
+    """Return what a PEFT config was given as: its path, or its class."""
+    return str(config) if isinstance(config, (str, os.PathLike)) else f"the {type(config).__name__}"
 
 
 LoRAConfig.__init__ = answers_peft_names(LoRAConfig.__init__)  # type: ignore[method-assign]  # dataclass made it
@@ -327,11 +342,11 @@ def _token_indices(value: Any) -> Any:
     for name, ids in named.items():
         if isinstance(ids, str) or not isinstance(ids, Sequence) or not ids:
             raise TypeError(
-                f"trainable_token_indices={value!r} must be a list of token ids, or such lists by embedding"
+                f"trainable_token_indices={brief(value)} must be a list of token ids, or such lists by embedding"
             )
         for index in ids:
             if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-                raise TypeError(f"trainable_token_indices holds {index!r}; every entry must be an integer from 0")
+                raise TypeError(f"trainable_token_indices holds {brief(index)}; every entry must be an integer from 0")
         lists[name] = list(ids)
     return lists if isinstance(value, Mapping) else lists[""]
 
@@ -343,7 +358,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _check_patterns(name: str, value: object) -> None:
     if value is not None and not isinstance(value, Mapping):
-        raise TypeError(f"{name}={value!r} must be a mapping from a pattern to its value")
+        raise TypeError(f"{name}={brief(value)} must be a mapping from a pattern to its value")
     for key in value or {}:
         try:
             re.compile(key)
@@ -362,10 +377,10 @@ def _is_single(name: str, value: object) -> bool:
 
 def _as_list(name: str, value: Any) -> list[Any]:
     if isinstance(value, str) or not isinstance(value, (Sequence, Set)):
-        raise TypeError(f"{name}={value!r} must be a list; got {type(value).__name__}")
+        raise TypeError(f"{name}={brief(value)} must be a list; got {type(value).__name__}")
     items = sorted(value) if isinstance(value, Set) else list(value)
     wanted = int if name == "layers_to_transform" else str
     for item in items:
         if not isinstance(item, wanted) or item == "":
-            raise TypeError(f"{name} holds {item!r}; every entry must be a non-empty {wanted.__name__}")
+            raise TypeError(f"{name} holds {brief(item)}; every entry must be a non-empty {wanted.__name__}")
     return items

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_lora.checkpoint import read_checkpoint, section_of
 from lightning_lora.finite import OnNonfinite
+from lightning_lora.left_out import outside_names, say_left_out
 from lightning_lora.peft_export import write_described
 
 
@@ -17,6 +18,8 @@ def convert(
     on_nonfinite: OnNonfinite = "error",
 ) -> None:
     """Turn an adapter checkpoint into a PEFT directory, with neither the base nor the model's code at hand.
+
+    What trained outside the adapted model is left out, and named in one line.
 
     Args:
         checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``.
@@ -34,7 +37,10 @@ def convert(
             f"{checkpoint} holds {len(adapters)} adapters, at {[a['root'] for a in adapters]}; expected one. Load them "
             "into their models and call save_peft on each"
         )
-    write_adapter(content, adapters[0], directory, checkpoint, portable=portable, on_nonfinite=on_nonfinite)
+    adapter = adapters[0]
+    write_adapter(content, adapter, directory, checkpoint, portable=portable, on_nonfinite=on_nonfinite)
+    outside = outside_names(content[adapter["state_key"]], adapter["root"])
+    say_left_out(directory, outside, f"It is in {checkpoint}, under {adapter['state_key']!r}")
 
 
 def write_adapter(

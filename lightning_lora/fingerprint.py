@@ -1,7 +1,7 @@
 """A fingerprint of the frozen base, by which an adapter knows the model that it was trained on."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.inject import named_lora_layers, named_trained_whole
 from lightning_lora.layers.statistics import FrozenStatistics
+from lightning_lora.quantized import stored_as
 from lightning_lora.root import clean_name, name_or_path
 from lightning_lora.sharded import boxes, collective_device, is_sharded, local_part, logical, reshard, shard_group
 
@@ -36,7 +37,7 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
     held = {
         name: (tensor, parameters.get(name, tensor))
         for name, tensor in named_base_tensors(root)
-        if tensor.is_floating_point() and tensor.device.type != "meta" and parameters.get(name, tensor).numel() > 0
+        if stored_as(tensor) is None and tensor.device.type != "meta" and parameters.get(name, tensor).numel() > 0
     }
     resizable = [name for name in held if id(parameters.get(name)) in tables]
     sums = [_hash(tensor, like) for tensor, like in held.values()]
@@ -64,13 +65,14 @@ def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
     own = fingerprint(root)
     present = {name for name, _ in [*root.named_parameters(), *root.named_buffers()]} | set(own["names"])
     cleaned = {clean_name(name) for name in present}
-    difference = _resized(own["embeddings"], recorded.get("embeddings", {}))
-    if difference is not None:
-        return difference
     lacking = next((name for name in recorded["names"] if name not in cleaned), None)
     if lacking is not None:
         return f"its base has a tensor {lacking!r}, which this model lacks"
-    return first_other_value(own, recorded)
+    # only where all else is the same was the base resized; another base has other embeddings too
+    difference = first_other_value(own, recorded, skipped=_of_the_vocabulary(root, own["embeddings"]))
+    if difference is None:
+        difference = _resized(own["embeddings"], recorded.get("embeddings", {}))
+    return first_other_value(own, recorded) if difference is None else difference
 
 
 def renamed(recorded: dict[str, Any], rename: Callable[[str], str | None]) -> dict[str, Any]:
@@ -86,23 +88,34 @@ def renamed(recorded: dict[str, Any], rename: Callable[[str], str | None]) -> di
     }
 
 
-def first_other_value(own: dict[str, Any], recorded: dict[str, Any]) -> str | None:
+def first_other_value(
+    own: dict[str, Any], recorded: dict[str, Any], skipped: Collection[str] = frozenset()
+) -> str | None:
     """Return which tensor of two fingerprints is the first of other values, in words; those of one alone are passed."""
-    name = first_other_name(own, recorded)
+    name = first_other_name(own, recorded, skipped)
     return None if name is None else f"the base tensor {name!r} holds other values"
 
 
-def first_other_name(own: dict[str, Any], recorded: dict[str, Any]) -> str | None:
+def first_other_name(
+    own: dict[str, Any], recorded: dict[str, Any], skipped: Collection[str] = frozenset()
+) -> str | None:
     """Return the name of the first tensor of other values in two fingerprints."""
     own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
     rows = zip(recorded["names"], recorded["hashes"].tolist(), recorded["dtypes"], strict=True)
     for name, value, dtype in rows:
-        if name not in own_hashes:
+        if name not in own_hashes or name in skipped:
             continue
         own_value, own_dtype = own_hashes[name]
         if own_value != value and (dtype == own_dtype or "float16" not in (dtype, own_dtype)):
             return str(name)
     return None
+
+
+def _of_the_vocabulary(root: nn.Module, embeddings: dict[str, list[Any]]) -> set[str]:
+    """Return the tensors that resizing an embedding changes: those with a row for each of its rows, as a head has."""
+    rows = {number for number, *_ in embeddings.values()}
+    named = [*root.named_parameters(), *root.named_buffers()]
+    return {clean_name(name) for name, tensor in named if tensor.ndim > 0 and logical(tensor).shape[0] in rows}
 
 
 def _resized(own: dict[str, list[Any]], recorded: dict[str, list[Any]]) -> str | None:
@@ -134,11 +147,11 @@ def exact_hashes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def sampled(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the fingerprint of tensors by name, as ``{"names", "hashes", "dtypes"}``; only floats have one.
+    """Return the fingerprint of tensors by name, as ``{"names", "hashes", "dtypes"}``; only plain floats have one.
 
     Of sharded ones each rank hashes its own part, and the integers are summed: call on all ranks then.
     """
-    held = {n: t for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and t.numel() > 0}
+    held = {n: t for n, t in tensors.items() if stored_as(t) is None and not t.is_meta and t.numel() > 0}
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in held.values()]
     return {
         "names": list(held),

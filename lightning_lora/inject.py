@@ -35,6 +35,7 @@ from lightning_lora.megatron.names import by_layer, megatron_parts, stacks
 from lightning_lora.megatron.served import check_biases, check_options
 from lightning_lora.megatron.split import keep_parts
 from lightning_lora.root import clean_name, new_heads
+from lightning_lora.save_pretrained import guard_save_pretrained
 from lightning_lora.sharded import forget, gathered, reshard, write
 
 
@@ -155,6 +156,7 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     freeze_statistics(model, trained_whole)
     _keep_off_fused_paths(model, injection)
     model.register_load_state_dict_pre_hook(_complete_state_dict)
+    guard_save_pretrained()
     model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
     return given
 

@@ -2,8 +2,9 @@
 
 Importing the package registers ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and wraps Fabric's
 ``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in time, the function
-behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most, and the
-one that logs hyperparameters. Each wrapper looks for adapters first and is Lightning's own where there are none.
+behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most, what
+restores a Trainer's model, which without the callback would list every base weight as missing, and the function that
+logs hyperparameters. Each wrapper looks for adapters first and is Lightning's own where there are none.
 """
 
 import functools
@@ -19,15 +20,24 @@ from lightning.fabric.wrappers import _unwrap_objects
 from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import trainer
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch import nn
 
 from lightning_lora import lightning_cli
 from lightning_lora.callback import hyperparameters
-from lightning_lora.checkpoint import SECTION, check_tensors, complete_state, fitting_tensors, section_of
-from lightning_lora.config import LoRAConfig
+from lightning_lora.checkpoint import (
+    SECTION,
+    check_tensors,
+    complete_state,
+    fitting_tensors,
+    read_checkpoint,
+    section_of,
+)
+from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricMegatronLoRAStrategy
 from lightning_lora.inject import inject, injected_roots
+from lightning_lora.root import find_root
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
@@ -58,6 +68,8 @@ def install() -> None:
     if not hasattr(trainer._log_hyperparams, "knows_adapters"):
         trainer._log_hyperparams = _logging_adapters(trainer._log_hyperparams)
     lightning_cli.install()
+    if not hasattr(_CheckpointConnector.restore_model, "knows_adapters"):
+        _CheckpointConnector.restore_model = _restoring(_CheckpointConnector.restore_model)  # type: ignore[method-assign]
 
 
 def _adopting(method: Any) -> Any:
@@ -73,18 +85,80 @@ def _adopting(method: Any) -> Any:
                 kwargs.setdefault("move_to_device", False)  # the strategy does it, and Fabric would warn
         if method.__name__ == "save":
             _check_top_level(args[1] if len(args) > 1 else kwargs.get("state"))
-        result = method(self, *args, **kwargs)
-        if method.__name__ == "load" and isinstance(result, dict) and SECTION in result:
-            state = args[1] if len(args) > 1 else kwargs.get("state")
-            if any(isinstance(value, nn.Module) for value in (state or {}).values()):
-                raise ValueError(
-                    "the file holds adapters, and no model in the state has any: call inject(model, config) before "
-                    "fabric.setup"
-                )
-        return result
+        if method.__name__ in ("load", "load_raw"):
+            return _loaded(functools.partial(method, self), *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     adopting.knows_adapters = True  # type: ignore[attr-defined]
     return adopting
+
+
+def _loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a file; one that holds adapters, for models without any, is an error that says what to do about it."""
+    path, state, *_ = (*args, *(kwargs[name] for name in ("path", "state", "obj") if name in kwargs), None, None)
+    holders = list(state.values()) if isinstance(state, dict) else [state]
+    is_bare = any(isinstance(one, nn.Module) for one in holders) and not any(map(_has_adapters, holders))
+    advice = f"{path} holds adapters, and no model in the state has any: call inject(model, config) before fabric.setup"
+    try:
+        result = load(*args, **kwargs)
+    except Exception:
+        if is_bare and _holds_adapters(path):
+            raise ValueError(advice) from None  # Lightning's lists every base weight as missing
+        raise
+    # not strict, Lightning drops the adapters; load_raw does not give back what is left
+    if is_bare and (
+        SECTION in result if result is not None else not kwargs.get("strict", True) and _holds_adapters(path)
+    ):
+        raise ValueError(advice)
+    return result
+
+
+def _holds_adapters(path: Any) -> bool:
+    try:
+        return SECTION in read_checkpoint(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _restoring(restore_model: Any) -> Any:
+    """Return the Trainer's ``restore_model`` that refuses a file with adapters for a module without any."""
+
+    @functools.wraps(restore_model)
+    def restoring(self: _CheckpointConnector) -> None:
+        try:
+            restore_model(self)
+        except RuntimeError:
+            _check_not_bare(self)
+            raise
+        _check_not_bare(self)  # strict_loading=False drops the adapters
+
+    restoring.knows_adapters = True  # type: ignore[attr-defined]
+    return restoring
+
+
+def _check_not_bare(connector: Any) -> None:
+    """Raise ``ValueError`` where a Trainer's checkpoint holds adapters, and its module none that take them."""
+    trainer, section = connector.trainer, (connector._loaded_checkpoint or {}).get(SECTION)
+    if section is None or injected_roots(trainer.lightning_module):
+        return
+    callbacks = ", ".join(_callback_of(adapter, trainer.lightning_module) for adapter in section["adapters"])
+    raise ValueError(
+        f"{trainer.ckpt_path} holds adapters, and the Trainer has no LoRACallback to put them into "
+        f"{type(trainer.lightning_module).__name__}: write Trainer(callbacks=[{callbacks}, ...])"
+    ) from None
+
+
+def _callback_of(adapter: Any, module: nn.Module) -> str:
+    """Return the call that gives an adapter of a file its callback: the settings that are not the defaults."""
+    defaults = LoRAConfig().to_dict()
+    settings = {name: value for name, value in adapter["config"].items() if value != defaults.get(name)}
+    try:
+        found, _ = find_root(module)
+    except ValueError:
+        found = None
+    if found != adapter["root"]:
+        settings["module"] = adapter["root"]
+    return f"LoRACallback({', '.join(f'{name}={brief(value)}' for name, value in settings.items())})"
 
 
 def _check_top_level(state: Any) -> None:

@@ -12,11 +12,12 @@ from typing import TypeVar
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.layers import is_linear, mixin_for
 from lightning_lora.layers.megatron import is_parallel_linear
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.megatron.names import megatron_parts
+from lightning_lora.quantized import check_plain
 from lightning_lora.root import clean_name, is_megatron, is_pretrained
 
 V = TypeVar("V")
@@ -89,8 +90,9 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
         )
     if not selected:
         raise ValueError(
-            f"target_modules={config.target_modules!r} leaves no layer of {type(model).__name__} to adapt after "
-            f"exclude_modules={config.exclude_modules!r} and the modules that train whole, {list(trained_whole)}"
+            f"target_modules={brief(config.target_modules)} leaves no layer of {type(model).__name__} to adapt after "
+            f"exclude_modules={brief(config.exclude_modules)} and the modules that train whole, "
+            f"{brief(list(trained_whole))}"
         )
     for name, module in selected.items():
         if is_parallel_linear(module) and name not in parts:
@@ -196,6 +198,7 @@ def select_token_rows(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[n
                 f"{type(model).__name__}, expected one{nearest_names([entry], modules)}"
             )
         weight = modules[names[0]]._parameters.get("weight")
+        check_plain(f"trainable_token_indices: the weight of {names[0]!r}", weight)
         tied = {n: m for n, m in modules.items() if m._parameters.get("weight") is weight}
         if not all(_is_table(module) for module in tied.values()):
             raise ValueError(
@@ -232,6 +235,9 @@ def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
             nearest = nearest_names([entry], modules)
             raise ValueError(f"modules_to_save entry {entry!r} matches no module of {type(model).__name__}{nearest}")
     found = [name for name in modules if name.endswith(tuple(wanted))]
+    for name in found:
+        for local, parameter in modules[name].named_parameters():
+            check_plain(f"modules_to_save: {name}.{local}", parameter)
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
@@ -327,8 +333,8 @@ def _check_indices(config: LoRAConfig, names: Iterable[str]) -> None:
         if index not in there:
             lists = f" in layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
             raise ValueError(
-                f"layers_to_transform entry {index} is the index of no block with {config.target_modules!r}{lists}; "
-                f"there are: {', '.join(map(str, there)) or 'none'}"
+                f"layers_to_transform entry {index} is the index of no block with {brief(config.target_modules)}{lists}"
+                f"; there are: {', '.join(map(str, there)) or 'none'}"
             )
 
 

@@ -17,6 +17,7 @@ from lightning_lora.inject import (
 )
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.quantized import stored_as
 from lightning_lora.sharded import gathered, is_sharded, local_part, reshard, write
 
 
@@ -203,7 +204,9 @@ def _check_writable(
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage, or its identity where it has none."""
+    """Return the address of a tensor's storage, or its identity where it has none, as quantised ones do."""
+    if stored_as(tensor) is not None:
+        return id(tensor)
     return local_part(tensor).untyped_storage().data_ptr() or id(tensor)
 
 

@@ -14,6 +14,7 @@ from lightning_lora.fingerprint import fingerprint, renamed
 from lightning_lora.finite import OnNonfinite
 from lightning_lora.inject import (
     check_not_disabled,
+    injected_roots,
     injection_of,
     named_lora_layers,
     named_pairs,
@@ -28,6 +29,7 @@ from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.left_out import say_left_out, trained_outside
 from lightning_lora.megatron.names import hugging_face_name, megatron_parts
 from lightning_lora.megatron.view import adapted_view
 from lightning_lora.peft_format import PREFIX, Entry, laid_out, write_directory
@@ -62,6 +64,8 @@ def save_peft(
     patterns can change their meaning. A tied tensor that trains is written under each of its modules. PiSSA and OLoRA
     adapters are written as their difference from the original base, at twice the rank.
 
+    Of a module around the adapted model, what else trains is left out, and named in one line.
+
     On a model that is spread over ranks, call on all of them: rank 0 writes, and all return when the files are there.
 
     Args:
@@ -93,6 +97,8 @@ def save_peft(
             failure = error
     if spread:
         fail_together(failure)
+    ((path, _),) = injected_roots(model).items()
+    say_left_out(directory, trained_outside(model, path, root), "Save the state_dict() of those beside it")
 
 
 def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_lora.config import PEFT_UNSUPPORTED
+from lightning_lora.config import PEFT_UNSUPPORTED, brief
 from lightning_lora.files import write_atomically
 from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.root import clean_name
@@ -196,7 +196,7 @@ def checked_config(config: Any, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} describes a {kind!r} adapter; only 'LORA' is read")
     for name in PEFT_UNSUPPORTED:
         if config.get(name):
-            raise ValueError(f"{path} uses {name}={config[name]!r}, which is not supported")
+            raise ValueError(f"{path} uses {name}={brief(config[name])}, which is not supported")
     init = config.get("init_lora_weights", True)
     if init not in _RELATIVE_TO_BASE:
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint import copy_tensors
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.diffusers_format import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.fingerprint import fingerprint, first_difference, first_other_value, renamed
 from lightning_lora.finite import OnNonfinite, check_finite
@@ -24,7 +24,7 @@ from lightning_lora.megatron.names import hugging_face_name
 from lightning_lora.megatron.view import adapted_view, skeleton
 from lightning_lora.peft_experts import fuse_experts
 from lightning_lora.peft_format import CONFIG_NAME, Adapter, checked_config, read_config, read_tensors, sorted_tensors
-from lightning_lora.root import clean_name, is_megatron
+from lightning_lora.root import clean_name, is_megatron, resize_advice
 
 
 def load_peft(
@@ -277,10 +277,11 @@ def _check_layer(
     given = (tuple(pair["A"].shape), tuple(pair["B"].shape))
     expected = _shapes(mixin, module, given[0][0])
     if given != expected:
-        sizes = mixin.features(module)
+        sizes, theirs = mixin.features(module), _sizes(pair)
+        advice = resize_advice(model, f"{layer}.weight", theirs, sizes)
         raise ValueError(
-            f"{directory} adapts {layer!r} as {_sizes(pair)}, the model has {sizes[0]} -> {sizes[1]}: "
-            "another base model?"
+            f"{directory} adapts {layer!r} as {theirs[0]} -> {theirs[1]}, the model has {sizes[0]} -> {sizes[1]}"
+            + (advice or ": another base model?")
         )
 
 
@@ -310,8 +311,8 @@ def _check_more(layer: str, pair: Mapping[str, Tensor], module: nn.Module, direc
         raise ValueError(f"{directory} adapts {layer!r} with {given}, the model has {expected}: another base model?")
 
 
-def _sizes(pair: Mapping[str, Tensor]) -> str:
-    return f"{pair['A'][0].numel()} -> {pair['B'].shape[0]}"
+def _sizes(pair: Mapping[str, Tensor]) -> tuple[int, int]:
+    return pair["A"][0].numel(), pair["B"].shape[0]
 
 
 def _shapes(mixin: type[LoRALayer], module: nn.Module, r: int) -> Any:
@@ -455,9 +456,12 @@ def _token_rows(
         table: Any = tables.get(f"{name}.weight")
         if table is None or table.ndim != 2 or table.shape[1:] != rows.shape[1:] or max(matches[0]) >= table.shape[0]:
             there = "no such embedding" if table is None else f"a table of {tuple(table.shape)}"
+            recorded = (adapter.metadata.get("base") or {}).get("embeddings", {}).get(f"{name}.weight")
+            needed = (recorded[0] if recorded else max(matches[0]) + 1, rows.shape[-1])
+            advice = "" if table is None else resize_advice(model, f"{name}.weight", needed, table.shape)
             raise ValueError(
                 f"{directory} trains rows up to {max(matches[0])} of width {rows.shape[-1]} of {name!r}, the model has "
-                f"{there}: resize it first (resize_token_embeddings), or load the right base"
+                f"{there}" + (advice or ": another base model?")
             )
         first = next(twin for twin, parameter in tables.items() if parameter is table)
         if first != f"{name}.weight":  # PEFT lets what is tied to an input embedding follow, and nothing else
@@ -479,8 +483,7 @@ def _check_trained(model: nn.Module, adapter: Adapter, directory: Path) -> list[
         if name not in own:
             raise ValueError(f"{directory} holds {name!r}, which {type(model).__name__} lacks: another base model?")
         if value.shape != own[name].shape:
-            resized = value.ndim == 2 and value.shape[1:] == own[name].shape[1:] and name in adapter.base
-            hint = f": call model.resize_token_embeddings({value.shape[0]}) first" if resized else ""
+            hint = resize_advice(model, name, value.shape, own[name].shape)
             raise ValueError(
                 f"{directory} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}{hint}"
             )
@@ -513,7 +516,8 @@ def _trained_modules(
         missing = [p for p, _ in modules[name].named_parameters() if f"{name}.{clean_name(p)}" not in adapter.trained]
         if missing:
             raise ValueError(
-                f"{directory} says modules_to_save={entries}, but has no {f'{name}.{missing[0]}'!r}. Is a file damaged?"
+                f"{directory} says modules_to_save={brief(entries)}, but has no {f'{name}.{missing[0]}'!r}. Is a file "
+                "damaged?"
             )
     return [name for name in found if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
 

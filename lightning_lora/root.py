@@ -1,6 +1,8 @@
 """The root: the pretrained model inside a user's module, where freezing, injection and export stay."""
 
+import contextlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -81,6 +83,29 @@ def new_heads(root: nn.Module) -> list[str]:
     return [
         name for name, child in root.named_children() if child is not body and any(True for _ in child.parameters())
     ]
+
+
+def resize_advice(module: nn.Module, name: str, theirs: Sequence[int], ours: Sequence[int]) -> str:
+    """Return what to do where a file's tensor differs from ``module``'s in the number of a vocabulary's tokens alone.
+
+    Empty unless ``name`` is of the input embedding or the output head of a transformers model, adapters included.
+    """
+    table: Any = {clean_name(n): part for n, part in module.named_modules()}.get(name.rpartition(".")[0])
+    tokens = getattr(table, "num_embeddings", None) or getattr(table, "out_features", None)
+    other = [sizes for sizes in zip(theirs, ours, strict=False) if sizes[0] != sizes[1]]
+    if len(theirs) != len(ours) or len(other) != 1 or other[0][1] != tokens:
+        return ""
+    if not any(is_pretrained(model) and _is_token_table(model, table) for model in module.modules()):
+        return ""
+    return f": call model.resize_token_embeddings({other[0][0]}) before the model is adapted"
+
+
+def _is_token_table(model: Any, module: nn.Module) -> bool:
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        with contextlib.suppress(NotImplementedError, AttributeError):  # a model of sounds or images
+            if get() is module:
+                return True
+    return False
 
 
 def name_or_path(root: nn.Module) -> str | None:

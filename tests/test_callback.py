@@ -393,6 +393,105 @@ def test_two_adapted_models_are_logged_under_their_names(tmp_path: Path) -> None
     assert [call["lora/model/adapter_parameters"], call["lora/other/adapter_parameters"]] == sizes
 
 
+def said(caplog: pytest.LogCaptureFixture, beginning: str) -> list[str]:
+    return [record.message for record in caplog.records if record.message.startswith(beginning)]
+
+
+def test_start_line_names_what_trains_outside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Scored(LanguageModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.around = nn.ModuleDict({"model": self.model, "score": nn.Linear(32, 1)})
+            del self.model
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        @property
+        def model(self) -> nn.Module:
+            return self.around["model"]
+
+        @model.deleter
+        def model(self) -> None:
+            del self._modules["model"]
+
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, LoRACallback(r=4)).fit(Scored(), loader())
+    (line,) = said(caplog, "LoRA on LlamaForCausalLM")
+    assert "at 'around.model'" in line
+    (outside,) = [one for one in line.splitlines() if "outside" in one]
+    assert outside.split() == ["outside", "34", "0.12", "%", "(temperature,", "around.score)"]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_stages_without_training_say_what_is_adapted(
+    stage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        getattr(trainer(tmp_path, LoRACallback(r=4)), stage)(LanguageModule(), loader())
+    (line,) = said(caplog, "LoRA on LlamaForCausalLM")
+    assert "14 layers adapted" in line
+
+
+def test_a_run_with_validation_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, LoRACallback(r=4), max_epochs=2).fit(LanguageModule(), loader(), loader())
+    assert len(said(caplog, "LoRA on LlamaForCausalLM")) == 1
+
+
+@pytest.mark.parametrize(("training", "dropout", "times"), [(False, 0.5, 1), (False, 0.0, 0), (True, 0.5, 0)])
+@pytest.mark.filterwarnings("ignore:.*in eval mode")
+def test_dropout_of_a_model_in_eval_mode_is_said(
+    training: bool, dropout: float, times: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = LanguageModule()
+    module.model.train(training)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, LoRACallback(r=4, dropout=dropout)).fit(module, loader())
+    lines = said(caplog, "LlamaForCausalLM is in eval mode")
+    assert len(lines) == times
+    assert all("the adapters' dropout of 0.5 is on" in line and "call train() on the model" in line for line in lines)
+
+
+class TestTrainerWithoutTheCallback:
+    @pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+    def test_on_an_adapter_file_is_told_to_add_it(self, stage: str, tmp_path: Path) -> None:
+        fitted(tmp_path, dropout=0.25)
+        with pytest.raises(ValueError, match=r"write Trainer\(callbacks=\[LoRACallback\(r=4, dropout=0.25\)") as raised:
+            getattr(trainer(tmp_path), stage)(LanguageModule(), loader(), ckpt_path=tmp_path / "last.ckpt")
+        assert "last.ckpt holds adapters" in str(raised.value)
+        assert len(str(raised.value)) < 300 + len(str(tmp_path))
+        assert raised.value.__suppress_context__  # Lightning's list of missing keys is not printed above it
+
+    def test_on_an_adapter_file_is_told_so_with_loose_loading(self, tmp_path: Path) -> None:
+        fitted(tmp_path)
+        module = LanguageModule()
+        module.strict_loading = False
+        with pytest.raises(ValueError, match=r"LoRACallback\(r=4\)"):
+            trainer(tmp_path).validate(module, loader(), ckpt_path=tmp_path / "last.ckpt")
+
+    def test_is_told_the_root_where_it_would_not_be_found(self, tmp_path: Path) -> None:
+        run = trainer(tmp_path, LoRACallback(r=4, module="model.model"))
+        run.fit(LanguageModule(), loader())
+        run.save_checkpoint(tmp_path / "inner.ckpt")
+        with pytest.raises(ValueError, match=r"LoRACallback\(r=4, module='model.model'\)"):
+            trainer(tmp_path).validate(LanguageModule(), loader(), ckpt_path=tmp_path / "inner.ckpt")
+
+    def test_restores_a_module_that_was_adapted_by_hand(self, tmp_path: Path) -> None:
+        _, trained = fitted(tmp_path)
+        module = LanguageModule()
+        inject(module.model, LoRAConfig(r=4))
+        trainer(tmp_path).validate(module, loader(), ckpt_path=tmp_path / "last.ckpt")
+        torch.testing.assert_close(adapter_state_dict(module), adapter_state_dict(trained), rtol=0, atol=0)
+
+    def test_keeps_lightnings_error_for_other_files(self, tmp_path: Path) -> None:
+        plain = trainer(tmp_path)
+        plain.fit(LanguageModule(), loader())
+        plain.save_checkpoint(tmp_path / "plain.ckpt")
+        other = LanguageModule()
+        other.more = nn.Linear(2, 2)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            trainer(tmp_path).validate(other, loader(), ckpt_path=tmp_path / "plain.ckpt")
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_idle_adapters_are_named_after_the_first_step(tmp_path: Path, strict: bool) -> None:
     class Partial(LanguageModule):

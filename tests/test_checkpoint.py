@@ -434,6 +434,15 @@ class TestRefusals:
         }
         self.refuse(tmp_path, tmp_path / "bad.ckpt", match[change])
 
+    @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+    def test_another_vocabulary_says_how_to_resize(self, target: str) -> None:
+        config, larger = LoRAConfig(r=4, target_modules=[target]), models.llama()
+        larger.resize_token_embeddings(104, mean_resizing=False)
+        saved = adapter_checkpoint(inject(larger, config))
+        with pytest.raises(ValueError, match=rf"104.* for '.*{target}.lora_.', the model has .*100") as raised:
+            load_adapter_state_dict(inject(models.llama(), config), saved)
+        assert "call model.resize_token_embeddings(104) before the model is adapted" in str(raised.value)
+
     @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
     def test_empty_foreign_and_truncated_files(self, tmp_path: Path, content: bytes | None) -> None:
         fitted(tmp_path)

@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 import json
 import math
+from typing import Any
 
+import peft
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -172,3 +174,26 @@ def test_from_dict_names_the_field_of_a_newer_version() -> None:
 
 def test_from_dict_fills_in_what_an_older_version_did_not_write() -> None:
     assert LoRAConfig.from_dict({"r": 4}) == LoRAConfig(r=4)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_another_kind_of_peft_config_is_named_before_anything_else(as_dict: bool) -> None:
+    theirs: Any = peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"])
+    theirs = theirs.to_dict() if as_dict else theirs
+    with pytest.raises(
+        ValueError, match="^the (AdaLoraConfig|dict) describes a 'ADALORA' adapter; only 'LORA' is read$"
+    ):
+        LoRAConfig.from_peft(theirs)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([list(range(10_000)), 3], "every entry must be an integer from 0"),
+        ({"embed_tokens": "x" * 10_000}, "must be a list of token ids"),
+    ],
+)
+def test_long_values_are_shortened_before_the_reason(value: Any, reason: str) -> None:
+    with pytest.raises(TypeError, match=reason) as raised:
+        LoRAConfig(trainable_token_indices=value)
+    assert len(str(raised.value)) < 400

@@ -237,9 +237,27 @@ def test_one_optimizer_over_an_adapted_model_and_a_head_resumes(tmp_path: Path) 
 
 def test_a_bare_model_never_takes_an_adapter_file_in_silence(tmp_path: Path) -> None:
     fabric, model, _ = start()
-    fabric.save(tmp_path / "a.ckpt", {"model": model})
-    with pytest.raises(ValueError, match="no model in the state has any: call inject"):
-        fabric.load(tmp_path / "a.ckpt", {"model": models.llama()}, strict=False)
+    path = tmp_path / "a.ckpt"
+    fabric.save(path, {"model": model})
+    told = pytest.raises(ValueError, match="a.ckpt holds adapters, and no model in the state has any: call inject")
+    for strict in (True, False):
+        for state in ({"model": models.llama()}, {"other": models.llama()}, {"model": fabric.setup(models.llama())}):
+            with told:
+                fabric.load(path, state, strict=strict)
+        with told:
+            fabric.load(path=path, state=models.llama(), strict=strict)
+        with told:
+            fabric.load_raw(path, obj=models.llama(), strict=strict)
+    assert "lightning_lora" in fabric.load(path)
+
+
+def test_errors_about_other_files_stay_lightnings(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.save(tmp_path / "plain.ckpt", {"model": nn.Linear(2, 2)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fabric.load(tmp_path / "plain.ckpt", {"model": models.llama()})
+    with pytest.raises(FileNotFoundError):
+        fabric.load(tmp_path / "none.ckpt", {"model": models.llama()})
 
 
 def test_a_missing_optimizer_is_left_alone_when_not_strict(tmp_path: Path) -> None:

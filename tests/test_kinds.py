@@ -476,6 +476,40 @@ def test_a_resized_embedding_is_checked_and_its_new_rows_come_from_the_file(tmp_
         load_peft(models.llama(), tmp_path / "theirs")
 
 
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"target_modules": ["embed_tokens"]}, "104 -> 32, the model has 100 -> 32"),
+        ({"target_modules": ["lm_head"]}, "32 -> 104, the model has 32 -> 100"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, r"\(104, 32\) for 'lm_head.weight'"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [101]}, "rows up to 101 of width 32"),
+    ],
+)
+def test_an_adapter_of_another_vocabulary_says_how_to_resize(settings: Any, what: str, tmp_path: Path) -> None:
+    model = models.llama()
+    model.resize_token_embeddings(104, mean_resizing=False)
+    save_peft(inject(model, LoRAConfig(r=4, **settings)), tmp_path)
+    with pytest.raises(ValueError, match=what) as raised:
+        load_peft(models.llama(), tmp_path)
+    assert "call model.resize_token_embeddings(104) before the model is adapted" in str(raised.value)
+
+
+def test_an_adapter_of_another_width_says_nothing_of_resizing(tmp_path: Path) -> None:
+    save_peft(inject(nn.Sequential(nn.Linear(8, 9)), LoRAConfig(r=4)), tmp_path)
+    with pytest.raises(ValueError, match=r"8 -> 9, the model has 8 -> 10: another base model\?$"):
+        load_peft(nn.Sequential(nn.Linear(8, 10)), tmp_path)
+
+
+@pytest.mark.parametrize("rows", [100, 104])
+def test_another_base_is_not_called_a_resized_one(rows: int, tmp_path: Path) -> None:
+    save_peft(inject(models.llama(), LoRAConfig(r=4)), tmp_path)
+    torch.manual_seed(5)
+    other = type(models.llama())(models.llama().config)  # of the same sizes, and of other weights throughout
+    other.resize_token_embeddings(rows, mean_resizing=False)
+    with pytest.raises(ValueError, match="the base tensor 'model.layers.0.self_attn.q_proj.weight' holds other values"):
+        load_peft(other, tmp_path)
+
+
 def test_a_directory_of_ours_names_the_base_that_it_is_not_for(tmp_path: Path) -> None:
     save_peft(inject(models.llama(), LoRAConfig(r=4)), tmp_path)
     other = models.llama()

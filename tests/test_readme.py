@@ -33,7 +33,7 @@ def test_the_file_tree_names_what_exists() -> None:
 def test_the_migration_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = README.parent / "docs" / "from_peft.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 10
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "from_peft"})  # a warning is an error here
     assert (tmp_path / "converted" / "adapter_config.json").exists()

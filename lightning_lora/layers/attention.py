@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.quantized import check_plain
 
 
 class LoRAMultiheadAttention(LoRALayer):
@@ -32,6 +33,7 @@ class LoRAMultiheadAttention(LoRALayer):
                 f"its keys and values have other widths (kdim={base.kdim}, vdim={base.vdim}) than its queries "
                 f"({base.embed_dim}), so that it holds three weights; its out_proj can be adapted by name"
             )
+        check_plain("its in_proj_weight", base._parameters.get("in_proj_weight"))
 
     @property
     def in_proj_weight(self) -> Tensor:

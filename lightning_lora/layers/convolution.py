@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_lora.dropout_mask import keep_entries
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.quantized import check_plain
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _OWN_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -47,6 +48,7 @@ class LoRAConv(LoRALayer):
     @classmethod
     @override
     def check(cls, layer: nn.Module) -> None:
+        check_plain("its weight", layer._parameters.get("weight"))
         if type(layer).forward not in _OWN_FORWARDS:
             raise ValueError(f"{type(layer).__name__} has a forward of its own, which the adapter's term would bypass")
 

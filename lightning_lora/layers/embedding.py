@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.quantized import check_plain
 
 
 class LoRAEmbedding(LoRALayer):
@@ -24,6 +25,7 @@ class LoRAEmbedding(LoRALayer):
     @classmethod
     @override
     def check(cls, layer: nn.Module) -> None:
+        check_plain("its weight", layer._parameters.get("weight"))
         if getattr(layer, "max_norm", None) is not None:
             raise ValueError("its max_norm rescales the frozen weight in every forward")
         if getattr(layer, "sparse", False):

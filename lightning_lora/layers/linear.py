@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_lora.functional import lora_linear
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.quantized import check_plain
 
 
 class LoRALinear(LoRALayer):
@@ -22,6 +23,12 @@ class LoRALinear(LoRALayer):
     @override
     def features(cls, layer: nn.Module) -> tuple[int, int]:
         return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+
+    @classmethod
+    @override
+    def check(cls, layer: nn.Module) -> None:
+        if type(layer).forward is nn.Linear.forward:  # a subclass's own knows what its weight is
+            check_plain("its weight", layer._parameters.get("weight"))
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -88,6 +95,11 @@ class LoRAConv1D(LoRALinear):
     def features(cls, layer: nn.Module) -> tuple[int, int]:
         in_features, out_features = layer.get_parameter("weight").shape
         return int(in_features), int(out_features)
+
+    @classmethod
+    @override
+    def check(cls, layer: nn.Module) -> None:
+        check_plain("its weight", layer._parameters.get("weight"))
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]  # Conv1D's own name

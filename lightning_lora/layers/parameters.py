@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_lora.functional import merged_weight
 from lightning_lora.layers.base import LoRALayer, Pair, put, swap_class
 from lightning_lora.layers.factored import FactoredWeight
+from lightning_lora.quantized import check_plain
 from lightning_lora.sharded import is_sharded
 
 
@@ -66,8 +67,9 @@ def sizes_of_parameter(module: nn.Module, name: str) -> tuple[int, int, int]:
     """Return ``(experts, in_features, out_features)`` of a parameter; a matrix counts as one expert.
 
     Raises:
-        ValueError: it has other than two or three dimensions.
+        ValueError: it has other than two or three dimensions, or is quantised.
     """
+    check_plain(f"parameter {name!r}", module.get_parameter(name))
     shape = tuple(module.get_parameter(name).shape)
     if len(shape) == 2:
         return 1, shape[1], shape[0]

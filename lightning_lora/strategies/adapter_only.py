@@ -47,6 +47,7 @@ from lightning_lora.frozen import (
     refusal_of_left_out,
 )
 from lightning_lora.inject import injected_roots, named_adapter_parameters
+from lightning_lora.left_out import outside_names, say_left_out
 from lightning_lora.peft_export import fail_together, write_tokenizer
 from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from lightning_lora.root import clean_name
@@ -79,6 +80,7 @@ class AdapterOnly(Strategy):
     peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
     on_nonfinite: OnNonfinite | None = None
     _checked_readable: bool = False
+    _said_left_out: bool = False
     _loaded: dict[str, Any] | None = None
     _loaded_from: Any = None
     _position: dict[str, Any] | None = None  # random states at the last batch
@@ -139,6 +141,7 @@ class AdapterOnly(Strategy):
             raise ValueError(f"save_peft=True writes directories on local disks only; the checkpoint is at {filepath}")
         if self.peft_roots and not Path(filepath).name.startswith("."):
             self._write_peft_directories(checkpoint, filepath)
+            self._say_left_out(checkpoint, filepath)
 
     def _write_peft_directories(self, checkpoint: dict[str, Any], filepath: Any) -> None:
         """Write what the file holds, which need not be what the model holds. Called on all ranks; rank 0 writes."""
@@ -175,6 +178,13 @@ class AdapterOnly(Strategy):
             failure = self.broadcast(failure)  # rank 0 alone holds whole tensors
         if failure is not None:
             raise ValueError(failure)
+
+    def _say_left_out(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        """Say, once in a run, what the PEFT directory beside a checkpoint does not hold."""
+        if not self._said_left_out:
+            outside = outside_names(checkpoint[STATE_KEY], *injected_roots(self._adapted_module()))
+            say_left_out(peft_directory(filepath), outside, f"It is in {filepath}, under {STATE_KEY!r}")
+            self._said_left_out = True
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:

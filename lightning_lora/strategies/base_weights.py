@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_lora.inject import injection_of, named_lora_layers
-from lightning_lora.root import clean_name, is_pretrained, name_or_path
+from lightning_lora.root import clean_name, is_pretrained, name_or_path, resize_advice
 from lightning_lora.sharded import (
     boxes,
     class_name,
@@ -187,12 +187,13 @@ def _fill(root: nn.Module, slices: Mapping[str, Any], adapters: set[int]) -> set
         if converter is not None:
             fused.setdefault(name, (converter, []))[1].append((key, pattern))
         elif name in targets:
-            _copy_slice(targets[name], slices[key], name)
+            _copy_slice(root, targets[name], slices[key], name)
             filled.add(name)
     for name, (converter, parts) in fused.items():
         for target, value in _converted(root, name, deepcopy(converter), parts, slices).items():
             if target in targets:
-                _copy_whole(targets[target], value, target)
+                _check_shape(root, targets[target], tuple(value.shape), target)
+                write(targets[target], value.to(targets[target].dtype))
                 filled.add(target)
     unused = [key for key, (name, converter, _) in names.items() if converter is None and name not in targets]
     if unused:
@@ -202,12 +203,10 @@ def _fill(root: nn.Module, slices: Mapping[str, Any], adapters: set[int]) -> set
     return filled | {name for name, tensor in targets.items() if id(tensor) in done}
 
 
-def _copy_slice(target: Tensor, source: Any, name: str) -> None:
+def _copy_slice(root: nn.Module, target: Tensor, source: Any, name: str) -> None:
     """Read this rank's part of one tensor from disk into its place."""
     shape = tuple(source.get_shape())
-    expected = tuple(logical(target).shape)
-    if shape != expected:
-        raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}")
+    _check_shape(root, target, shape, name)
     with torch.no_grad():
         if not is_sharded(target):
             target.copy_(source[:] if shape else source[...])
@@ -223,11 +222,11 @@ def _range(start: int, size: int) -> slice:
     return slice(start, start + size)
 
 
-def _copy_whole(target: Tensor, value: Tensor, name: str) -> None:
+def _check_shape(root: nn.Module, target: Tensor, shape: tuple[int, ...], name: str) -> None:
     expected = tuple(logical(target).shape)
-    if tuple(value.shape) != expected:
-        raise ValueError(f"base_weights gives {tuple(value.shape)} for {name!r}, the model has {expected}")
-    write(target, value.to(target.dtype))
+    if shape != expected:
+        advice = resize_advice(root, name, shape, expected)
+        raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}{advice}")
 
 
 def _names_in_model(

@@ -20,7 +20,7 @@ from lightning_lora.megatron.core import check_contract, megatron_core, parallel
 from lightning_lora.megatron.split import check_built, keep_parts, let_gradients_through_recomputed, mesh_of
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.root import is_megatron
-from lightning_lora.sharded import is_sharded, shard_group
+from lightning_lora.sharded import guard_parts, is_sharded, shard_group
 from lightning_lora.strategies import megatron_cpu
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.fsdp import gathering_dtype
@@ -129,6 +129,7 @@ class MegatronRanks(Launched):
         move_to(model, self.root_device)
         make_equal(model, self.root_device, parallel_state().get_data_parallel_group())
         broadcast_replicated(model, self.root_device)
+        guard_parts(model)
         self._checked_batch = False
 
     def _place_by_plan(self, root: nn.Module) -> None:

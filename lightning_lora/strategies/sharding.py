@@ -16,7 +16,15 @@ from torch.distributed.tensor import Shard
 from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
 from lightning_lora.layers import is_read_by_parent
 from lightning_lora.root import clean_name, is_inside, is_pretrained
-from lightning_lora.sharded import class_name, is_sharded, local_part, reshard, sharded_parameters, spread_like
+from lightning_lora.sharded import (
+    class_name,
+    guard_parts,
+    is_sharded,
+    local_part,
+    reshard,
+    sharded_parameters,
+    spread_like,
+)
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.blocks import find_blocks, wrap_blocks
 from lightning_lora.strategies.gradients import count_unused_as_zero
@@ -96,6 +104,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
         if isinstance(root, FSDPModule):
             root._get_fsdp_state()._lazy_init()  # by itself it takes the first module that runs for the root
             _gather_once(root)
+    guard_parts(module)
 
 
 def _gather_once(root: nn.Module) -> None:
