@@ -26,6 +26,8 @@ from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.fsdp import gathering_dtype
 from lightning_lora.strategies.gradients import GradientReducer
 from lightning_lora.strategies.launched import Launched, check_keywords
+from lightning_lora.strategies.metrics import count_batches_once
+from lightning_lora.strategies.optimizers import names_of
 from lightning_lora.strategies.replication import (
     broadcast_replicated,
     differ,
@@ -84,6 +86,11 @@ class MegatronRanks(Launched):
         return int(parallel_state().get_data_parallel_rank())
 
     @property
+    def data_parallel_group(self) -> Any:
+        """The ranks that have the same part of the model, and together all data: what sums and metrics go over."""
+        return parallel_state().get_data_parallel_group() if torch.distributed.is_initialized() else None
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """How a ``DistributedSampler`` splits the data: the same part for all ranks that share a model."""
         size = parallel_state().get_data_parallel_world_size()
@@ -129,6 +136,7 @@ class MegatronRanks(Launched):
         move_to(model, self.root_device)
         make_equal(model, self.root_device, parallel_state().get_data_parallel_group())
         broadcast_replicated(model, self.root_device)
+        count_batches_once(model)
         self._checked_batch = False
 
     def _place_by_plan(self, root: nn.Module) -> None:
@@ -174,13 +182,10 @@ class MegatronRanks(Launched):
 
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         """Return what averages the gradients of a placed model: of whole factors, and of parts."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        data_parallel = parallel_state().get_data_parallel_world_size()
-        whole = GradientReducer(
-            [p for p in trained if not is_sharded(p)], ranks_of=lambda parameter: replicas(parameter, data_parallel)
-        )
-        data_parallel_group = parallel_state().get_data_parallel_group()
-        parts = GradientReducer([p for p in trained if is_sharded(p)], data_parallel_group, takes=is_sharded)
+        names, size = names_of(model), parallel_state().get_data_parallel_world_size()
+        whole = GradientReducer(model.parameters(), ranks_of=lambda parameter: replicas(parameter, size), names=names)
+        group = parallel_state().get_data_parallel_group()
+        parts = GradientReducer(model.parameters(), group, parts=True, names=names)
         return [whole, parts]
 
 

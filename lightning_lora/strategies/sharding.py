@@ -128,11 +128,6 @@ def shards_summary(module: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def replicated_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that train and that every rank holds whole, in the order of the module's names."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad and not is_sharded(parameter)]
-
-
 def sharded_trainables(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that train in shards, whose gradients FSDP2 reduces."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad and is_sharded(parameter)]
