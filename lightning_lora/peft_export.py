@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.fingerprint import fingerprint, renamed
+from lightning_lora.all_ranks import meet
+from lightning_lora.fingerprint import known_fingerprint, renamed
 from lightning_lora.inject import (
     check_not_disabled,
     injection_of,
@@ -56,7 +57,9 @@ def save_peft(
     patterns can change their meaning. A tied tensor that trains is written under each of its modules. PiSSA and OLoRA
     adapters are written as their difference from the original base, at twice the rank.
 
-    On a model that is spread over ranks, call on all of them: rank 0 writes, and all return when the files are there.
+    Where adapters are whole on every rank (DDP, ``fsdp_lora``), any rank may call it, alone or with others, and writes.
+    Where they are spread over ranks (``megatron_lora``, ``shard_adapters=True``), all must call it: rank 0 writes, and
+    all return when the files are there. The fingerprint of a base in shards is that from when it was sharded.
 
     Args:
         portable: for readers that know one rank and one scale, such as vLLM, SGLang and llama.cpp: pad every layer with
@@ -65,15 +68,17 @@ def save_peft(
             one.
 
     Raises:
-        ValueError: the adapter has what the format, or with ``portable`` those readers, cannot express.
+        ValueError: the adapter has what the format, or with ``portable`` those readers, cannot express; or only some of
+            the ranks called it that all must.
     """
     root = require_root(model)
     check_not_disabled(root)
     description = describe_for_peft(root)
-    needed = {name for _, _, names in description["entries"] for name in names}
-    tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
-    named = {name: whole(tensor).detach() for name, tensor in tensors.items() if name in needed}
-    spread = any(is_sharded(parameter) for parameter in root.parameters())
+    tensors = _needed(root, description)
+    spread = any(map(is_sharded, tensors.values()))
+    if spread:
+        meet("save_peft")
+    named = {name: whole(tensor).detach() for name, tensor in tensors.items()}
     failure: Exception | None = None
     if not spread or torch.distributed.get_rank() == 0:
         try:
@@ -87,6 +92,18 @@ def save_peft(
             failure = error
     if spread:
         _fail_together(failure)
+
+
+def takes_all_ranks(root: nn.Module) -> bool:
+    """Whether :func:`save_peft` must be called on all ranks."""
+    return any(map(is_sharded, _needed(root, describe_for_peft(root)).values()))
+
+
+def _needed(root: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what is to be written, by name, each rank's part where it is spread."""
+    needed = {name for _, _, names in description["entries"] for name in names}
+    tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
+    return {name: tensor for name, tensor in tensors.items() if name in needed}
 
 
 def _fail_together(failure: Exception | None) -> None:
@@ -109,7 +126,7 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
     if is_megatron(root):
         view, sources = adapted_view(root)
         description = describe_for_peft(view)
-        base = renamed(fingerprint(root), hugging_face_name)
+        base = renamed(known_fingerprint(root), hugging_face_name)
         description["metadata"] = {"base": {**base, "hashes": base["hashes"].tolist()}}
         description["only_portable"] = _check_experts(root, view)
         description["entries"] = [(key, *_from(names[0], sources)) for key, _, names in description["entries"]]
@@ -122,7 +139,7 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
                 f"padding_mode={layer.padding_mode!r}, and would compute something else from the file. Keep the "
                 "adapter in checkpoints, or merge(model, remove=True) and save the merged model"
             )
-    base = fingerprint(root)
+    base = known_fingerprint(root)
     metadata = {**base, "hashes": base["hashes"].tolist()}
     return {
         "config": _peft_config(root),

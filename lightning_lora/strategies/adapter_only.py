@@ -37,7 +37,7 @@ from lightning_lora.checkpoint import (
 )
 from lightning_lora.fingerprint import hashes_outside_roots
 from lightning_lora.inject import injected_roots, named_adapter_parameters
-from lightning_lora.peft_export import save_peft
+from lightning_lora.peft_export import save_peft, takes_all_ranks
 from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from lightning_lora.root import clean_name
 from lightning_lora.sharded import is_sharded, on_rank_zero
@@ -129,7 +129,8 @@ class AdapterOnly(Strategy):
                 roots if None in self.peft_roots else {path: roots[path] for path in roots if path in self.peft_roots}
             )
             for path, root in wanted.items():
-                save_peft(root, peft_directory(filepath, path if len(roots) > 1 else ""))
+                if self.is_global_zero or takes_all_ranks(root):  # which refuses on all ranks what rank 0 refuses
+                    save_peft(root, peft_directory(filepath, path if len(roots) > 1 else ""))
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:

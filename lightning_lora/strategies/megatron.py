@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from lightning_lora.fingerprint import remember_fingerprint
 from lightning_lora.inject import injected_roots, injection_of
 from lightning_lora.megatron.core import check_contract, megatron_core, parallel_state
 from lightning_lora.megatron.split import check_built, keep_parts, let_gradients_through_recomputed, mesh_of
@@ -136,6 +137,8 @@ class MegatronRanks(Launched):
         move_to(model, self.root_device)
         make_equal(model, self.root_device, parallel_state().get_data_parallel_group())
         broadcast_replicated(model, self.root_device)
+        for root in injected_roots(model).values():
+            remember_fingerprint(root)
         count_batches_once(model)
         self._checked_batch = False
 

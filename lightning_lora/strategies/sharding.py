@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from lightning_lora.fingerprint import remember_fingerprint
 from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
 from lightning_lora.layers import is_read_by_parent
 from lightning_lora.root import clean_name, is_inside, is_pretrained
@@ -96,6 +97,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
         if isinstance(root, FSDPModule):
             root._get_fsdp_state()._lazy_init()  # by itself it takes the first module that runs for the root
             _gather_once(root)
+        remember_fingerprint(root)
 
 
 def _gather_once(root: nn.Module) -> None:
