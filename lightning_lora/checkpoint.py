@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.all_ranks import meet
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import fingerprint, first_difference
 from lightning_lora.finite import OnNonfinite, check_finite
@@ -31,7 +32,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.peft_export import describe_for_peft
 from lightning_lora.root import clean_name, is_inside, is_pretrained, resize_advice
-from lightning_lora.sharded import local_part, logical, reshard, whole, write
+from lightning_lora.sharded import is_sharded, local_part, logical, reshard, whole, write
 
 SECTION = "lightning_lora"
 FORMAT_VERSION = 1
@@ -42,8 +43,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Names are relative to the adapted model. As with ``state_dict``, the tensors are the live ones, detached; those that
     are spread over ranks are gathered (call on all ranks then).
+
+    Raises:
+        ValueError: only some of the ranks called it that all must.
     """
-    return {name: whole(tensor) for name, tensor in trained_tensors(require_root(model)).items()}
+    tensors = trained_tensors(require_root(model))
+    if any(map(is_sharded, tensors.values())):
+        meet("adapter_state_dict")
+    return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any], *, on_nonfinite: OnNonfinite = "error") -> None:

@@ -13,7 +13,8 @@ from lightning_lora.strategies.fabric_spread import FabricSpread
 from lightning_lora.strategies.fsdp import FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
 from lightning_lora.strategies.gradients import GradientReducer, drop_unused
 from lightning_lora.strategies.megatron import MegatronRanks, check_first_batch
-from lightning_lora.strategies.sharding import replicated_parameters, shard, sharded_trainables
+from lightning_lora.strategies.optimizers import names_of
+from lightning_lora.strategies.sharding import shard, sharded_trainables
 
 
 class FSDPLoRAStrategy(FSDPRanks, FabricSpread):
@@ -40,7 +41,7 @@ class FSDPLoRAStrategy(FSDPRanks, FabricSpread):
     @override
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         self._trained_in_shards |= set(map(id, sharded_trainables(model)))
-        return [GradientReducer(replicated_parameters(model))]
+        return [GradientReducer(model.parameters(), names=names_of(model))]
 
     @override
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:

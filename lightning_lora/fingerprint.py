@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_lora.inject import named_lora_layers, named_trained_whole
+from lightning_lora.inject import injection_of, named_lora_layers, named_trained_whole
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.quantized import stored_as
 from lightning_lora.root import clean_name, name_or_path
@@ -54,6 +54,20 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
             for name, value in zip(resizable, hashes[len(held) :].tolist(), strict=True)
         },
     }
+
+
+def remember_fingerprint(root: nn.Module) -> None:
+    """Keep the fingerprint of a base that was just spread over ranks, for a rank that asks alone. Called on all."""
+    injection = injection_of(root)
+    assert injection is not None
+    injection.fingerprint = fingerprint(root)
+
+
+def known_fingerprint(root: nn.Module) -> dict[str, Any]:
+    """Return the fingerprint of a base, of one that is spread over ranks the one that was kept: no communication."""
+    injection = injection_of(root)
+    kept = None if injection is None else injection.fingerprint
+    return fingerprint(root) if kept is None or not any(map(is_sharded, root.parameters())) else kept
 
 
 def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """The norm of gradients, some of which may be spread over ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from lightning_lora.sharded import collective_device, is_sharded, local_part, shard_group
 
 
-def total_norm(parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+def total_norm(parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> Tensor:
     """Return the norm over the gradients of all parameters, sharded and replicated, as :func:`norm_over_ranks` does.
 
-    Args:
-        parameters: those that have a gradient.
+    Parameters without a gradient are passed over. Call on all ranks, after a backward that the strategy ran.
     """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
     sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     spread = set(map(id, sharded))
     whole = [parameter.grad for parameter in parameters if id(parameter) not in spread]

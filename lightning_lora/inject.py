@@ -51,6 +51,7 @@ class Injection:
         undo: attributes that were changed, as ``(module, name, former value)``.
         source: the file that the adapters started from, if any.
         base_weights: where the base was read from after it was built without values, if it was.
+        fingerprint: of the base, from when it was spread over ranks, if it is.
     """
 
     config: LoRAConfig
@@ -60,6 +61,7 @@ class Injection:
     undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     source: str | None = None
     base_weights: str | None = None
+    fingerprint: dict[str, Any] | None = None
 
 
 def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.fingerprint import fingerprint, renamed
+from lightning_lora.all_ranks import meet
+from lightning_lora.fingerprint import known_fingerprint, renamed
 from lightning_lora.finite import OnNonfinite
 from lightning_lora.inject import (
     check_not_disabled,
@@ -66,7 +67,9 @@ def save_peft(
 
     Of a module around the adapted model, what else trains is left out, and named in one line.
 
-    On a model that is spread over ranks, call on all of them: rank 0 writes, and all return when the files are there.
+    Where adapters are whole on every rank (DDP, ``fsdp_lora``), any rank may call it, alone or with others, and writes.
+    Where they are spread over ranks (``megatron_lora``, ``shard_adapters=True``), all must call it: rank 0 writes, and
+    all return when the files are there. The fingerprint of a base in shards is that from when it was sharded.
 
     Args:
         portable: for readers that know one rank and one scale, such as vLLM, SGLang and llama.cpp: pad every layer with
@@ -77,15 +80,16 @@ def save_peft(
 
     Raises:
         ValueError: the adapter has what the format, or with ``portable`` those readers, cannot express, or holds NaN or
-            infinity. Nothing is written then.
+            infinity; or only some of the ranks called it that all must. Nothing is written then.
     """
     root = require_root(model)
     check_not_disabled(root)
     description = describe_for_peft(root)
-    needed = {name for _, _, names in description["entries"] for name in names}
-    tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
-    named = {name: whole(tensor).detach() for name, tensor in tensors.items() if name in needed}
-    spread = any(is_sharded(parameter) for parameter in root.parameters())
+    tensors = _needed(root, description)
+    spread = any(map(is_sharded, tensors.values()))
+    if spread:
+        meet("save_peft")
+    named = {name: whole(tensor).detach() for name, tensor in tensors.items()}
     failure: Exception | None = None
     if not spread or torch.distributed.get_rank() == 0:
         try:
@@ -105,6 +109,13 @@ def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
     """Save a tokenizer beside an adapter, if it is one."""
     if callable(save := getattr(tokenizer, "save_pretrained", None)):
         save(Path(directory))
+
+
+def _needed(root: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what is to be written, by name, each rank's part where it is spread."""
+    needed = {name for _, _, names in description["entries"] for name in names}
+    tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
+    return {name: tensor for name, tensor in tensors.items() if name in needed}
 
 
 def fail_together(failure: Exception | None) -> None:
@@ -127,7 +138,7 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
     if is_megatron(root):
         view, sources = adapted_view(root)
         description = describe_for_peft(view)
-        base = renamed(fingerprint(root), hugging_face_name)
+        base = renamed(known_fingerprint(root), hugging_face_name)
         description["metadata"] = {"base": {**base, "hashes": base["hashes"].tolist()}}
         description["only_portable"] = _check_experts(root, view)
         description["entries"] = [(key, *_from(names[0], sources)) for key, _, names in description["entries"]]
@@ -140,7 +151,7 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
                 f"padding_mode={layer.padding_mode!r}, and would compute something else from the file. Keep the "
                 "adapter in checkpoints, or merge(model, remove=True) and save the merged model"
             )
-    base = fingerprint(root)
+    base = known_fingerprint(root)
     metadata = {**base, "hashes": base["hashes"].tolist()}
     return {
         "config": _peft_config(root),

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.guarded import bare
+
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -110,8 +112,8 @@ def whole(tensor: Any) -> Tensor:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return what this rank holds of a tensor, sharing its storage."""
-    part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
+    """Return what this rank holds of a tensor, sharing its storage, to be read by who knows that it is a part."""
+    part: Tensor = tensor.to_local() if is_dtensor(tensor) else bare(tensor)
     return part
 
 

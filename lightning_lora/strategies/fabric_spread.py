@@ -13,9 +13,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_lora.frozen import look_for_moved
+from lightning_lora.strategies.elementwise import check_steps_on_parts
 from lightning_lora.strategies.fabric import FabricAdapterOnly
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
-from lightning_lora.strategies.launched import Launched, check_adapted, reduced
+from lightning_lora.strategies.launched import Launched, check_adapted
 from lightning_lora.strategies.optimizers import follow_parameters
 from lightning_lora.strategies.overflow import keep_overflows, share_overflows
 from lightning_lora.strategies.replication import broadcast_together, changing_buffers
@@ -94,6 +95,7 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
                 "the optimizer holds parameters as they were before the model was sharded, and would train nothing: "
                 "call fabric.setup(model, optimizer) with both, or make the optimizer after fabric.setup(model)"
             )
+        check_steps_on_parts(optimizer)
         watch_steps(optimizer, self._before_step)
         return super().setup_optimizer(optimizer)
 
@@ -152,8 +154,15 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
         clip_by_value(self.precision.main_params(optimizer), clip_val)
 
     @override
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        for reducers in self._reducers.values():
+            for reducer in reducers:
+                reducer.check_equal()
+        super().save_checkpoint(path, state, *args, **kwargs)
+
+    @override
     def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        return reduced(tensor, group, reduce_op)
+        return self.reduced(tensor, group, reduce_op)
 
     @override
     def teardown(self) -> None:

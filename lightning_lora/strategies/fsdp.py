@@ -18,10 +18,10 @@ from typing_extensions import override
 from lightning_lora.sharded import is_sharded, reshard
 from lightning_lora.strategies.gradients import GradientReducer, drop_unused
 from lightning_lora.strategies.launched import Launched, check_keywords
+from lightning_lora.strategies.optimizers import names_of
 from lightning_lora.strategies.sharding import (
     MIN_SHARD_NUMEL,
     ShardingOptions,
-    replicated_parameters,
     set_gradient_sync,
     shard,
     sharded_trainables,
@@ -142,7 +142,7 @@ class FSDPLoRAStrategy(FSDPRanks, SpreadStrategy):
     @override
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         self._trained_in_shards = set(map(id, sharded_trainables(model)))
-        return [GradientReducer(replicated_parameters(model))]
+        return [GradientReducer(model.parameters(), names=names_of(model))]
 
     @override
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:

@@ -1,7 +1,7 @@
 """Gradients of replicated tensors: one flat all-reduce per step, before anyone reads them; clipping over shards."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,22 +11,30 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_lora.gradient_norm import total_norm
-from lightning_lora.sharded import collective_device, is_sharded, local_part
+from lightning_lora.guarded import PartOfGradient, UnreducedGradient, bare, guard
+from lightning_lora.sharded import collective_device, is_dtensor, is_sharded, local_part
+from lightning_lora.strategies.replication import drifted
+
+# a step that ranks take differently shows at the next reduction
+_CHECKED_REDUCTIONS = 5
 
 
 class GradientReducer:
-    """Averages the gradients of tensors that every rank holds whole.
+    """Averages the gradients of tensors that every rank of a group holds alike: whole ones, or the same parts.
 
     All of them go through one buffer of a fixed layout, with one presence flag per tensor: a gradient that is absent on
     every rank stays ``None``, one that is absent on some counts as zero there. To average what is average already
     changes nothing, so a second backward before the step reduces only what it added. A backward that the strategy does
-    not run itself is noticed too, and reduced before the step.
+    not run itself is noticed too, and reduced before the step. Until then its gradients are guarded, and those of parts
+    are until the step: see :class:`~lightning_lora.guarded.GuardedGradient`.
 
     Args:
+        parameters: those of them that train and belong here are taken, in this order.
         group: the ranks that hold the same tensors; ``None`` is all.
         ranks_of: by how much a tensor's sum over the group is divided, if not by the group's size: where ranks hold
             addends of one gradient, by less.
-        takes: which parameters that are unfrozen later belong here; those that are whole unless it says otherwise.
+        parts: take the parameters that each rank has a part of, and not those that are whole.
+        names: of the parameters by identity, for errors.
     """
 
     def __init__(
@@ -35,11 +43,15 @@ class GradientReducer:
         group: Any = None,
         *,
         ranks_of: Callable[[Tensor], int] | None = None,
-        takes: Callable[[Tensor], bool] = lambda parameter: not is_sharded(parameter),
+        parts: bool = False,
+        names: Mapping[int, str] | None = None,
     ) -> None:
         self._group = group
-        self._takes = takes
+        self._parts = parts
+        self._kind: type[Tensor] = PartOfGradient if parts else Tensor
+        self._names = names or {}
         self._ranks_of = ranks_of
+        self._unchecked = _CHECKED_REDUCTIONS
         self._is_reduced = False
         self._parameters: list[nn.Parameter] = []
         self._known: set[int] = set()
@@ -52,7 +64,8 @@ class GradientReducer:
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take in those of further parameters that train and belong here, in this order, the same on all ranks."""
         for parameter in parameters:
-            if parameter.requires_grad and id(parameter) not in self._known and self._takes(parameter):
+            belongs = is_sharded(parameter) is self._parts
+            if parameter.requires_grad and id(parameter) not in self._known and belongs:
                 self._known.add(id(parameter))
                 self._parameters.append(parameter)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note))
@@ -60,8 +73,13 @@ class GradientReducer:
                     self._hooks.append(parameter.register_hook(lambda _: self.before_backward()))
                 self._pending = True  # it may have a gradient that was not reduced
 
-    def _note(self, _: Tensor) -> None:
+    def _note(self, parameter: Tensor) -> None:
         self._pending = True
+        guard([parameter], self._kind if self._blocked or self._size() == 1 else UnreducedGradient)
+
+    def _size(self) -> int:
+        """Return the number of ranks that the gradients are averaged over."""
+        return torch.distributed.get_world_size(self._group) if torch.distributed.is_initialized() else 1
 
     def release(self) -> None:
         """Watch the parameters no more."""
@@ -107,13 +125,27 @@ class GradientReducer:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Average all gradients over the group, in one all-reduce of 4 bytes an element. Called on all ranks."""
+        """Average all gradients over the group, in one all-reduce of 4 bytes an element. Called on all ranks.
+
+        Raises:
+            ValueError: at one of the first steps, the parameters are no longer equal on all ranks.
+        """
         self._pending, self._is_reduced = False, True
-        if not self._parameters or not torch.distributed.is_initialized():
-            return
-        size = torch.distributed.get_world_size(self._group)
-        if size == 1:
-            return
+        size = self._size()
+        if self._parameters and size > 1:
+            if self._unchecked > 0:
+                self._unchecked -= 1
+                self.check_equal()
+            self._reduce_over(size)
+        guard(self._parameters, self._kind)
+
+    def check_equal(self) -> None:
+        """Raise ``ValueError`` if the parameters are not equal on all ranks of the group. Called on all of them."""
+        drift = drifted(self._parameters, self._group) if self._size() > 1 else []
+        if drift:
+            raise ValueError(_drift_error({self._names.get(id(parameter), "?"): by for parameter, by in drift}))
+
+    def _reduce_over(self, size: int) -> None:
         parameters, present = self._parameters, [parameter.grad is not None for parameter in self._parameters]
         dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         # flags first, so that the gradients' place does not depend on what is absent
@@ -133,7 +165,7 @@ class GradientReducer:
         for parameter, piece, is_there in zip(parameters, pieces, present, strict=True):
             if is_there:
                 parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
-                gradients.append(parameter.grad)
+                gradients.append(bare(parameter.grad))
                 averages.append(piece.view_as(parameter))
         if gradients:  # a backward may reach none of them
             torch._foreach_copy_(gradients, averages)
@@ -142,7 +174,19 @@ class GradientReducer:
 def _flat_gradient(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
     if parameter.grad is None:
         return torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
-    return parameter.grad.reshape(-1).to(dtype)
+    return bare(parameter.grad).reshape(-1).to(dtype)
+
+
+def _drift_error(drift: Mapping[str, float]) -> str:
+    some = ", ".join(list(drift)[:3]) + (f" and {len(drift) - 3} more" if len(drift) > 3 else "")
+    return (
+        f"the ranks train different adapters: {some} should be equal on all ranks and differ by up to "
+        f"{max(drift.values()):.1e}. Something between backward and step changed gradients or parameters on each rank "
+        "in another way: clipping or scaling by a norm that each rank took of its own part, random noise, or a step on "
+        "some ranks alone. Clip with Trainer(gradient_clip_val=...), self.clip_gradients(...) or "
+        "fabric.clip_gradients(...), and do all else on all ranks alike. The last checkpoint is from before or was "
+        "checked like this one"
+    )
 
 
 def count_unused_as_zero(root: nn.Module) -> None:
@@ -240,13 +284,37 @@ def clip_by_value(parameters: Iterable[nn.Parameter], clip_value: float) -> None
 
 
 def watch_steps(optimizer: Optimizer, before_step: Callable[..., None]) -> None:
-    """Call ``before_step(optimizer, reduces=...)`` before every step.
+    """Call ``before_step(optimizer, reduces=...)`` before every step, and let the step read gradients of parts.
 
     ``reduces`` is whether the gradients are there: a step with a closure computes them only then, and the closure's
     backward reduces them.
     """
 
-    def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before_step(optimizer, reduces=(args[0] if args else kwargs.get("closure")) is None)
+    def lift() -> None:
+        guard(_parts_in_tags(optimizer), Tensor)
+
+    def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        before_step(optimizer, reduces=closure is None)
+        lift()
+        if closure is None:
+            return None
+
+        def lifting() -> Any:
+            result = closure()
+            lift()
+            return result
+
+        if len(args) > 1:
+            return (args[0], lifting, *args[2:]), kwargs
+        return args, {**kwargs, "closure": lifting}
 
     optimizer.register_step_pre_hook(before)
+    # they stay until zero_grad, and may be read until then
+    optimizer.register_step_post_hook(lambda *_: guard(_parts_in_tags(optimizer), PartOfGradient))
+
+
+def _parts_in_tags(optimizer: Optimizer) -> list[Any]:
+    """Return the parameters that tensor parallelism split."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter for parameter in parameters if is_sharded(parameter) and not is_dtensor(parameter)]

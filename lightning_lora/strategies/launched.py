@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.distributed import (
+    _all_gather_ddp_if_available,
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
@@ -35,6 +36,7 @@ class Launched:
     _launcher_class: Any  # of Trainer's or Fabric's launchers
     _num_nodes: int = 1
     _device_mesh: DeviceMesh | None = None
+    data_parallel_group: Any = None  # one rank for each part of the data; ``None`` is all ranks
     _process_group_backend: str | None = None
     _timeout: timedelta | None = default_pg_timeout
 
@@ -106,6 +108,31 @@ class Launched:
             on_gpu = torch.distributed.get_backend() == "nccl"
             torch.distributed.barrier(device_ids=[self.root_device.index] if on_gpu else None)
 
+    def reduced(self, tensor: Any, group: Any, reduce_op: Any) -> Any:
+        """Return the sum, mean or other of the tensors of ``group``, or of all data; anything else as it is."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        return _sync_ddp_if_available(tensor, self._data_group(group), reduce_op=reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return the tensors of ``group``, or of all data, under one more dimension."""
+        gathered: Tensor = _all_gather_ddp_if_available(tensor, self._data_group(group), sync_grads)
+        return gathered
+
+    def _data_group(self, group: Any) -> Any:
+        """Return the group to go over; where its user gives none, Lightning gives that of all ranks."""
+        if group is None or group is torch.distributed.group.WORLD:
+            return self.data_parallel_group
+        return group
+
+    def reduce_boolean_decision(self: Any, decision: bool, all: bool = True) -> bool:
+        """Return whether all ranks say yes, or any."""
+        if not _distributed_is_initialized():
+            return decision
+        votes = torch.tensor(int(decision), device=self.root_device)
+        torch.distributed.all_reduce(votes)
+        return bool(votes == self.world_size) if all else bool(votes)
+
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return rank ``src``'s object."""
         if not _distributed_is_initialized():
@@ -113,11 +140,6 @@ class Launched:
         objects = [obj]
         torch.distributed.broadcast_object_list(objects, src)
         return objects[0]
-
-
-def reduced(tensor: Any, group: Any, reduce_op: Any) -> Any:
-    """Return the sum, mean or other of all ranks' tensors; anything else as it is."""
-    return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
 
 
 def check_adapted(model: nn.Module, name: str) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from lightning_lora.fingerprint import remember_fingerprint
 from lightning_lora.inject import injected_roots, injection_of
 from lightning_lora.megatron.core import check_contract, megatron_core, parallel_state
 from lightning_lora.megatron.split import check_built, keep_parts, let_gradients_through_recomputed, mesh_of
@@ -26,6 +27,8 @@ from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.fsdp import gathering_dtype
 from lightning_lora.strategies.gradients import GradientReducer
 from lightning_lora.strategies.launched import Launched, check_keywords
+from lightning_lora.strategies.metrics import count_batches_once
+from lightning_lora.strategies.optimizers import names_of
 from lightning_lora.strategies.replication import (
     broadcast_replicated,
     differ,
@@ -84,6 +87,11 @@ class MegatronRanks(Launched):
         return int(parallel_state().get_data_parallel_rank())
 
     @property
+    def data_parallel_group(self) -> Any:
+        """The ranks that have the same part of the model, and together all data: what sums and metrics go over."""
+        return parallel_state().get_data_parallel_group() if torch.distributed.is_initialized() else None
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """How a ``DistributedSampler`` splits the data: the same part for all ranks that share a model."""
         size = parallel_state().get_data_parallel_world_size()
@@ -130,6 +138,9 @@ class MegatronRanks(Launched):
         make_equal(model, self.root_device, parallel_state().get_data_parallel_group())
         broadcast_replicated(model, self.root_device)
         guard_parts(model)
+        for root in injected_roots(model).values():
+            remember_fingerprint(root)
+        count_batches_once(model)
         self._checked_batch = False
 
     def _place_by_plan(self, root: nn.Module) -> None:
@@ -175,13 +186,10 @@ class MegatronRanks(Launched):
 
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         """Return what averages the gradients of a placed model: of whole factors, and of parts."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        data_parallel = parallel_state().get_data_parallel_world_size()
-        whole = GradientReducer(
-            [p for p in trained if not is_sharded(p)], ranks_of=lambda parameter: replicas(parameter, data_parallel)
-        )
-        data_parallel_group = parallel_state().get_data_parallel_group()
-        parts = GradientReducer([p for p in trained if is_sharded(p)], data_parallel_group, takes=is_sharded)
+        names, size = names_of(model), parallel_state().get_data_parallel_world_size()
+        whole = GradientReducer(model.parameters(), ranks_of=lambda parameter: replicas(parameter, size), names=names)
+        group = parallel_state().get_data_parallel_group()
+        parts = GradientReducer(model.parameters(), group, parts=True, names=names)
         return [whole, parts]
 
 

@@ -185,6 +185,7 @@ def _spread_entry(name: str, value: Any, parameter: nn.Parameter) -> Any:
     if tuple(value.shape) != shape:
         raise ValueError(
             f"the optimizer keeps {name!r} of shape {tuple(value.shape)} for a sharded parameter of shape {shape}, "
-            "which cannot be spread over ranks: use shard_adapters=False with this optimizer"
+            "which cannot be spread over ranks: resume with an optimizer that keeps one number per entry, as AdamW "
+            "does, or with a strategy that keeps adapters whole ('ddp', or 'fsdp_lora' with shard_adapters=False)"
         )
     return spread_like(value, parameter)

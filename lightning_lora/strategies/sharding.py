@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from lightning_lora.fingerprint import remember_fingerprint
 from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
 from lightning_lora.layers import is_read_by_parent
 from lightning_lora.root import clean_name, is_inside, is_pretrained
@@ -104,6 +105,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
         if isinstance(root, FSDPModule):
             root._get_fsdp_state()._lazy_init()  # by itself it takes the first module that runs for the root
             _gather_once(root)
+        remember_fingerprint(root)
     guard_parts(module)
 
 
@@ -135,11 +137,6 @@ def shards_summary(module: nn.Module) -> str:
             f"{class_name(root)} in shards: {names}; this rank holds {100 * held / max(total, 1):.0f} % of the base"
         )
     return "\n".join(lines)
-
-
-def replicated_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that train and that every rank holds whole, in the order of the module's names."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad and not is_sharded(parameter)]
 
 
 def sharded_trainables(module: nn.Module) -> list[nn.Parameter]:

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.strategies.adapter_only import AdapterOnly
+from lightning_lora.strategies.elementwise import check_steps_on_parts
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
-from lightning_lora.strategies.launched import Launched, check_adapted, reduced
+from lightning_lora.strategies.launched import Launched, check_adapted
 from lightning_lora.strategies.overflow import keep_overflows, share_overflows
 from lightning_lora.strategies.replication import broadcast_together, changing_buffers
 from lightning_lora.strategies.sharding import sharded_trainables
@@ -91,6 +92,8 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
         self.optimizers, self.lr_scheduler_configs = [], []  # of an earlier fit
         super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            check_steps_on_parts(optimizer)
 
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
         """Reduce what would be stepped on unreduced, also of tensors that came into an optimizer during the run."""
@@ -183,10 +186,12 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        return reduced(tensor, group, reduce_op)
+        return self.reduced(tensor, group, reduce_op)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        for reducer in self._reducers:
+            reducer.check_equal()
         # the batch-size scaler draws another path on every rank
         super().save_checkpoint(checkpoint, self.broadcast(filepath), storage_options)
 

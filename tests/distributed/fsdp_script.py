@@ -67,11 +67,14 @@ class Finetuned(Recorded):
         self.automatic_optimization = False
         self.norms: list[float] = []
 
+    def norm(self) -> float:
+        return sum(p.grad.square().sum().item() for p in self.parameters() if p.grad is not None)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         optimizer = self.optimizers()
         for _ in range(2):  # two backwards before one step
             self.manual_backward(self.model(input_ids=batch, labels=batch).loss / 2)
-        self.norms.append(sum(p.grad.square().sum().item() for p in self.parameters() if p.grad is not None))
+        self.norms.append(self.norm())
         optimizer.step()
         optimizer.zero_grad()
 

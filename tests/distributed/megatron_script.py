@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor
 
 from lightning_lora import LoRACallback, MegatronLoRAStrategy, disabled, merge, merged, save_peft, unmerge
+from lightning_lora.gradient_norm import total_norm
 from lightning_lora.sharded import is_sharded
 from tests import models, zoo
 from tests.distributed.counting import counted_collectives
@@ -61,6 +62,9 @@ class Steps(Finetuned):
     def __init__(self) -> None:
         super().__init__()
         self.model = four_heads()
+
+    def norm(self) -> float:
+        return total_norm(self.parameters()).item()
 
 
 class MixedSteps(Finetuned):

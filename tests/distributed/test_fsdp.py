@@ -331,7 +331,7 @@ class TestUnusual:
     def test_an_optimizer_without_moments_is_saved_whole(self, run: dict[str, Any]) -> None:
         for rank in run["ranks"]:
             found = rank["unusual"]
-            assert "use shard_adapters=False with this optimizer" in found["quasi_True"]
+            assert "'fsdp_lora' with shard_adapters=False" in found["quasi_True"]
             torch.testing.assert_close(found["quasi_False"], found["quasi"], **EXACT)
 
     def test_unfreezing_the_base_is_refused_by_name(self, run: dict[str, Any]) -> None:

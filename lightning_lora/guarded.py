@@ -1,0 +1,101 @@
+"""Gradients that are not yet, or never, what a single process has: computing with them goes on, reading them raises.
+
+A gradient is guarded by its class, which is swapped in place: it stays the same object in the same memory, so that
+autograd adds to it and nothing is copied. What is computed entry by entry (scaled, clamped, unscaled) is served, and
+its result is guarded too. What makes fewer numbers of it, or Python values, would be of one rank alone.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+_VALUES = {"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "equal", "allclose"}
+
+
+class GuardedGradient(Tensor):
+    """A gradient that must not be read as if it were whole.
+
+    Attributes:
+        is_what: why, in words.
+        remedy: what to do instead.
+    """
+
+    is_what: str
+    remedy: str
+
+    @classmethod
+    @override
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _VALUES:
+            raise ValueError(cls._error(name))
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+            if made:
+                given = tree_leaves((args, kwargs))
+                smallest = min((value.numel() for value in given if isinstance(value, GuardedGradient)), default=0)
+                if any(value.numel() < smallest for value in made):
+                    raise ValueError(cls._error(name))
+        for value in made:
+            if type(value) is Tensor:
+                value.__class__ = cls
+        return result
+
+    @classmethod
+    def _error(cls, name: str) -> str:
+        return f"{name or 'this function'} was given the gradient of a parameter {cls.is_what}. {cls.remedy}"
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(bare(self), memo)
+
+    @override
+    def __reduce_ex__(self, proto: SupportsIndex) -> Any:
+        return bare(self).__reduce_ex__(proto)
+
+
+class PartOfGradient(GuardedGradient):
+    """What this rank has of the gradient of a tensor that tensor parallelism split."""
+
+    is_what = "that is split over tensor-parallel ranks: each rank has a part of it, and would get another result"
+    remedy = (
+        "To clip, set Trainer(gradient_clip_val=...), or call self.clip_gradients(optimizer, gradient_clip_val=...) or "
+        "fabric.clip_gradients(model, optimizer, max_norm=...). For the norm of the whole, call "
+        "lightning_lora.gradient_norm.total_norm(parameters) on all ranks"
+    )
+
+
+class UnreducedGradient(GuardedGradient):
+    """What this rank adds to a gradient, after a backward that the strategy did not run."""
+
+    is_what = "before it was averaged over the ranks: each rank has its own, and would get another result"
+    remedy = (
+        "Run backward with self.manual_backward(loss) or fabric.backward(loss), which average; or clip with "
+        "self.clip_gradients(optimizer, gradient_clip_val=...) or fabric.clip_gradients(model, optimizer, max_norm=...)"
+    )
+
+
+def bare(gradient: Tensor) -> Tensor:
+    """Return a gradient in the same memory that may be read."""
+    if not isinstance(gradient, GuardedGradient):
+        return gradient
+    with torch._C.DisableTorchFunctionSubclass():
+        return gradient.detach()
+
+
+def guard(parameters: Iterable[Tensor], kind: type[Tensor]) -> None:
+    """Make the gradients of parameters of this class, ``Tensor`` for one without guard, in place."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and type(gradient) is not kind and _is_plain(gradient):
+            gradient.__class__ = kind
+
+
+def _is_plain(gradient: Tensor) -> bool:
+    return type(gradient) is Tensor or isinstance(gradient, GuardedGradient)

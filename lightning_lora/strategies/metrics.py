@@ -1,0 +1,27 @@
+"""torchmetrics under tensor parallelism: each batch counts once, not once for every rank that shares a model."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_lora.megatron.core import parallel_state
+
+
+def gather_over_data(result: Tensor, group: Any = None) -> list[Tensor]:
+    """Return the tensors of all ranks of ``group``; without one, of one rank for each part of the data.
+
+    As a ``dist_sync_fn`` it may be copied and pickled with its metric, which a process group may not.
+    """
+    if group is None and parallel_state().model_parallel_is_initialized():
+        group = parallel_state().get_data_parallel_group()
+    gathered: list[Tensor] = gather_all_tensors(result, group)
+    return gathered
+
+
+def count_batches_once(module: nn.Module) -> None:
+    """Let the metrics inside a module sync over data-parallel ranks, unless their user chose how they do."""
+    for part in module.modules():
+        if isinstance(part, Metric) and part.dist_sync_fn is None and part.process_group is None:
+            part.dist_sync_fn = gather_over_data

@@ -1,0 +1,219 @@
+"""One rank that steps optimizers on parts of tensors, tagged ones and DTensors, and asks whether it may."""
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim import Optimizer
+from transformers.optimization import Adafactor
+
+from lightning_lora import LoRAAdamW
+from lightning_lora.sharded import local_part, split_over, spread_like
+from lightning_lora.strategies.elementwise import check_steps_on_parts
+from tests.distributed.launch import report
+
+NUM_STEPS = 4
+
+
+class TrustRatio(Optimizer):
+    """SGD whose steps are scaled by the norms of weight and gradient, as LARS's and LAMB's are."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                ratio = parameter.data.norm() / parameter.grad.norm()
+                parameter.data -= group["lr"] * ratio * parameter.grad
+
+
+class Special(Optimizer):
+    """Entry by entry; needs an argument, knows parameters by name, takes no closure."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], *, decay: dict[str, float]) -> None:
+        named = list(named)
+        self.named, self.decay = dict(named), decay
+        super().__init__([parameter for _, parameter in named], {"lr": 0.1})
+
+    def step(self) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter -= 0.1 * (parameter.grad + self.decay[name] * parameter)
+
+
+class NeedsClosure(torch.optim.SGD):
+    """Computes the gradients twice in a step."""
+
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        closure()
+        return super().step(closure)
+
+
+class Lookahead(Optimizer):
+    """Steps by another optimizer, and back half of the way at every second step."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner, self.count = inner, 0
+        self.slow = {p: p.detach().clone() for group in inner.param_groups for p in group["params"]}
+        super().__init__(inner.param_groups, {})
+        self.param_groups = inner.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+        self.count += 1
+        for parameter, slow in self.slow.items():
+            if self.count % 2 == 0:
+                slow += 0.5 * (parameter - slow)
+                parameter.copy_(slow)
+
+
+class Locked(torch.optim.SGD):
+    """Cannot be copied."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.lock = threading.Lock()
+
+
+def warming_up(params: list[nn.Parameter]) -> Optimizer:
+    """Its learning rate is zero at the first step, by a schedule that has put its own step in the place of step."""
+    optimizer = torch.optim.Adafactor(params, lr=0.1)
+    optimizer.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def grouped(params: list[nn.Parameter]) -> Optimizer:
+    groups = [{"params": [p], "lr": 0.05 * (i + 1), "weight_decay": 0.1 * i} for i, p in enumerate(params)]
+    return torch.optim.AdamW(groups)
+
+
+def of(cls: Any, **settings: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
+    return lambda params: cls(params, **settings)
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    **{
+        name: of(getattr(torch.optim, name), lr=0.1)
+        for name in torch.optim.__all__
+        if isinstance(cls := getattr(torch.optim, name, None), type) and issubclass(cls, Optimizer) and cls is not Optimizer
+    },
+    **{
+        f"{cls.__name__} {' '.join(settings)}": of(cls, lr=0.1, **settings)
+        for cls, settings in [
+            (torch.optim.AdamW, {"foreach": True}),
+            (torch.optim.AdamW, {"fused": True}),
+            (torch.optim.AdamW, {"amsgrad": True, "maximize": True}),
+            (torch.optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+            (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+            (torch.optim.SGD, {"momentum": 0.9, "foreach": True}),
+            (torch.optim.SGD, {"fused": True}),
+            (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
+            (torch.optim.Adagrad, {"lr_decay": 0.1}),
+            (torch.optim.LBFGS, {"line_search_fn": "strong_wolfe"}),
+            (LoRAAdamW, {}),
+            (LoRAAdamW, {"flat": True}),
+            (LoRAAdamW, {"max_norm": 0.5}),
+            (LoRAAdamW, {"max_norm": 0.5, "flat": True}),
+            (TrustRatio, {}),
+            (NeedsClosure, {}),
+        ]
+    },
+    "transformers' Adafactor": lambda params: Adafactor(params, scale_parameter=True, relative_step=True),
+    "special": lambda params: Special(
+        ((str(i), p) for i, p in enumerate(params)), decay={str(i): 0.1 for i in range(len(params))}
+    ),
+    "lookahead": lambda params: Lookahead(torch.optim.SGD(params, lr=0.1)),
+    "locked": Locked,
+    "warming up": warming_up,
+    "grouped": grouped,
+}  # fmt: skip
+
+
+def whole_tensors(seed: int) -> list[Tensor]:
+    """Return tensors of unequal rows and columns: two to be split, one to stay whole."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator) for shape in ((8, 12), (6, 10), (3, 4))]
+    return [tensor * torch.linspace(0.5, 4.0, len(tensor)).view(-1, 1) for tensor in tensors]
+
+
+def stepped(optimizer: Optimizer, params: list[Any]) -> list[Tensor]:
+    """Return what this rank holds of the parameters after a few steps, on gradients that all ranks know."""
+    for index in range(NUM_STEPS):
+
+        def closure(index: int = index) -> Tensor:
+            for parameter, gradient in zip(params, whole_tensors(1 + index), strict=True):
+                parameter.grad = spread_like(gradient, parameter)
+            return sum((local_part(p.detach()) * local_part(p.grad)).sum() for p in params)
+
+        closure()
+        optimizer.step() if isinstance(optimizer, Special) else optimizer.step(closure)
+        if hasattr(optimizer, "schedule"):
+            optimizer.schedule.step()
+    return [local_part(parameter.detach()).clone() for parameter in params]
+
+
+def on_parts(mesh: Any, *, tagged: bool) -> list[Any]:
+    """Return parameters of which this rank has rows, has columns, and has all."""
+    params: list[Any] = []
+    for tensor, dim in zip(whole_tensors(0), (0, 1, None), strict=True):
+        if dim is None:
+            params.append(nn.Parameter(tensor))
+            continue
+        spread = distribute_tensor(tensor, mesh, [Shard(dim)], src_data_rank=None)
+        params.append(nn.Parameter(spread.to_local().contiguous() if tagged else spread))
+        if tagged:
+            split_over(params[-1], mesh, dim)
+    return params
+
+
+def verdict(optimizer: Optimizer) -> str:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            check_steps_on_parts(optimizer)
+        except ValueError as error:
+            return f"refused: {error}"
+    return "untried: " + str(caught[0].message) if caught else "passed"
+
+
+def tried(mesh: Any, build: Callable[[list[nn.Parameter]], Optimizer], *, tagged: bool) -> dict[str, Any]:
+    params = on_parts(mesh, tagged=tagged)
+    before = [local_part(parameter.detach()).clone() for parameter in params]
+    optimizer = build(params)
+    attributes, random = dict(vars(optimizer)), torch.get_rng_state()
+    keys = {id(parameter): list(entry) for parameter, entry in optimizer.state.items()}
+    found: dict[str, Any] = {"verdict": verdict(optimizer)}
+    found["untouched"] = (
+        attributes == vars(optimizer)
+        and keys == {id(parameter): list(entry) for parameter, entry in optimizer.state.items()}
+        and torch.equal(random, torch.get_rng_state())
+        and all(torch.equal(local_part(p.detach()), b) and p.grad is None for p, b in zip(params, before, strict=True))
+    )
+    try:
+        found["stepped"] = stepped(optimizer, params)
+    except Exception as error:
+        found["error"] = str(error)
+    return found
+
+
+def main(directory: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    found = {
+        kind: {name: tried(mesh, build, tagged=kind == "tagged") for name, build in OPTIMIZERS.items()}
+        for kind in ("tagged", "DTensor")
+    }
+    report(directory, found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
