@@ -61,7 +61,7 @@ class Siblings:
         """
         if self._unfit_since is None:
             return False
-        runs_once = not (layer.training or torch.is_grad_enabled())
+        runs_once = not (layer.training or layer.drops or torch.is_grad_enabled())
         return runs_once or torch.compiler.is_compiling() or self._unfit_since != _num_changes(self.layers)
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
@@ -137,7 +137,7 @@ def _state(layer: LoRALinear) -> tuple[Any, ...]:
         return (), ()
     tensors = [tensor for tensor in layer._parameters.values() if tensor is not None]
     versions = [(_version(tensor), tensor.requires_grad) for tensor in tensors]
-    return tensors, (versions, layer.training, layer.lora_scaling, layer.lora_dropout)
+    return tensors, (versions, layer.drops, layer.lora_scaling, layer.lora_dropout)
 
 
 def _num_changes(layers: list[LoRALinear]) -> int:
@@ -201,7 +201,7 @@ def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
         and layer.lora_A.dtype == dtype
         and layer.lora_scaling == first.lora_scaling
         and layer.lora_dropout == first.lora_dropout
-        and layer.training == first.training
+        and layer.drops == first.drops
         for layer in layers
     )
 
