@@ -163,6 +163,10 @@ class LoRALayer(Made):
         """Whether reading the base weight gives the effective one; in shards, between forwards, it is as stored."""
         return self.lora_active and not is_sharded(self.base_weight)
 
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base class's ``forward`` on the weight as it is stored."""
+        return self.lora_base_class.forward(self, *args, **kwargs)
+
     def base_tensors(self) -> dict[str, Tensor | None]:
         """Return the stored base tensors that a merge writes to, by local name; ``None`` for a computed one."""
         return {self.base_name: self._parameters.get(self.base_name)}
