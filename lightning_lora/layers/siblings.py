@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional import Factors, Term, autocast_dtype, lora_linears
+from lightning_lora.functional import Factors, Term, autocast_dtype, is_transformed, lora_linears
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parallel import LoRAParallelLinear, RowParallelLinear, TensorParallel
 from lightning_lora.layers.structure import called_alike
@@ -84,7 +84,7 @@ class Siblings:
         if self._is_given_up(layer):
             self.layers, self._computed = [], None
             return None
-        if not all(can_fuse(one, x) for one in layers) or not go_together(layers, layer):
+        if is_transformed() or not all(can_fuse(one, x) for one in layers) or not go_together(layers, layer):
             return None
         outputs = dict(enumerate(all_outputs(x, layers, layer)))
         y = outputs.pop(place)
