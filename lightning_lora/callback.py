@@ -84,6 +84,10 @@ class LoRACallback(Callback):
     Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`. LightningCLI writes all of them into its YAML
     and gives all of them back, so that from there a field at its default counts as not given.
 
+    ``from_pretrained`` gives models in eval mode. Their base layers stay in it, and only the dropout of the adapters is
+    switched on when training starts. It has a mode of its own, which ``eval()`` and ``train()`` of any module around a
+    layer set too, and which Lightning's validation restores.
+
     Raises:
         ValueError, TypeError: a setting is wrong (at once), or does not fit the model, strategy or other callbacks (at
             ``setup``, before anything is changed).
@@ -194,7 +198,7 @@ class LoRACallback(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         _, root = find_root(pl_module, self.module)
         for layer in named_lora_layers(root).values():
-            layer.training = True  # from_pretrained leaves models in eval mode: the adapter's dropout would be off
+            layer.start_dropout()  # from_pretrained leaves models in eval mode: it would be off
             # ranks that share a model share its dropout
             layer.lora_salt = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
         strategy = trainer.strategy

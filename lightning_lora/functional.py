@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_lora.dropout_mask import keep_mask
 from lightning_lora.products import down, grad_input, grad_of_B, inner_gradients, scaled_mm, sum_of_products
@@ -173,7 +175,8 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     with torch.autocast(weight.device.type, enabled=False):
         total = torch.addmm(weight.to(dtype), lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
     norms: Tensor = torch.linalg.vector_norm(total, dim=1)
-    return norms.clamp_min(torch.finfo(dtype).tiny)
+    # forward-mode AD and traces do not see no_grad
+    return norms.clamp_min(torch.finfo(dtype).tiny).detach()
 
 
 def rescaled(y: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,7 +191,32 @@ def rescaled(y: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
 
 def apply_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:
     """Return :func:`lora_linears` of what is in the dtype to compute with already."""
+    if is_transformed():
+        return plain_linears(x, layers, term)
     *outputs, _ = run(_LoRALinears, x, *settings(term), *(tensor for layer in layers for tensor in layer))
+    return tuple(outputs)
+
+
+def is_transformed() -> bool:
+    """Whether torch transforms what runs (``torch.func``, forward-mode AD) or records it (``torch.jit.trace``).
+
+    Layers are then computed by torch's own operations: they can be transformed, an autograd function cannot.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or forward_ad._current_level >= 0)
+
+
+def plain_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:
+    """Return :func:`lora_linears` by operations that torch can transform."""
+    rows = x.reshape(-1, x.shape[-1])
+    kept = term.kept(rows)
+    entering = (rows if kept is None else rows * kept).view(x.shape)
+    outputs = []
+    for layer in layers:
+        h = F.linear(entering, layer.lora_A.to(x.dtype)) * term.factor
+        y = F.linear(h, layer.lora_B.to(x.dtype))
+        outputs.append(y if layer.weight is None else F.linear(x, layer.weight, layer.bias) + y)
     return tuple(outputs)
 
 
@@ -198,9 +226,7 @@ def run(function: Any, *inputs: Any) -> tuple[Tensor, ...]:
     That is less work, and torch.compile can look into it: it takes such a function's context for its first input.
     """
     wanted = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
-    # torch.jit.trace compares a run with gradients to one without
-    whole = wanted or torch.jit.is_tracing()
-    outputs: tuple[Tensor, ...] = apply(function, *inputs) if whole else function.forward(*inputs)
+    outputs: tuple[Tensor, ...] = apply(function, *inputs) if wanted else function.forward(*inputs)
     return outputs
 
 
@@ -213,7 +239,7 @@ def apply(function: Any, *inputs: Any) -> Any:
     In eager mode ``apply`` binds the inputs to the signature of ``forward``, which takes longer than a small product:
     here all else that it does is done without it.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return function.apply(*inputs)
     live = [_unwrap_if_dead(one) if isinstance(one, Tensor) else one for one in inputs]  # of ended transforms
     return super(torch.autograd.Function, function).apply(*live)

@@ -23,7 +23,9 @@ from lightning_lora.functional import (
     forward_of_linears,
     in_dtype,
     in_fours,
+    is_transformed,
     like,
+    plain_linears,
     run,
     settings,
     term_of,
@@ -95,6 +97,9 @@ def lora_gated_mlp(
 
 
 def _apply(x: Tensor, layers: Sequence[Factors], activation: str, entering: Term, leaving: Term) -> Tensor:
+    if is_transformed():
+        e, g = plain_linears(x, layers[:2], entering)
+        return plain_linears(ACTIVATIONS[activation].forward(e) * g, layers[2:], leaving)[0]
     (seed_in, rest_in), (seed_out, rest_out) = settings(entering), settings(leaving)
     flat = [tensor for layer in layers for tensor in layer]
     return run(_GatedMLP, x, seed_in, seed_out, activation, rest_in, rest_out, *flat)[0]

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.functional import row_norms
 from lightning_lora.init import initialize
-from lightning_lora.layers import LoRALayer, Pair, adapt, is_read_by_parent, mixin_for, unadapt, with_options
+from lightning_lora.layers import LoRALayer, Pair, adapt, mixin_for, read_mixin, unadapt, with_options
 from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.fusing import fuse, release
-from lightning_lora.layers.linear import LoRALinear, LoRAReadLinear
 from lightning_lora.layers.megatron import LoRAMegatronLinear, adapt_megatron
 from lightning_lora.layers.parallel import TensorParallel
 from lightning_lora.layers.parameters import adapt_parameters
+from lightning_lora.layers.read_weight import check_rescaled, reader_of
 from lightning_lora.layers.residual import RESIDUAL, ResidualLinear
 from lightning_lora.layers.statistics import freeze_statistics, unfreeze_statistics
 from lightning_lora.layers.token_rows import TokenRows, train_rows
@@ -152,8 +152,9 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     initialize(adapted, config)
     keep_parts(model)
     fuse(model)
+    read = {module for name, module in modules.items() if rows and reader_of(modules, name) is not None}
     for embedding, heads, token_ids in rows.values():
-        train_rows(embedding, heads, token_ids, dtype=dtype)
+        train_rows(embedding, heads, token_ids, dtype=dtype, read=read)
     _train_whole(model, injection)
     freeze_statistics(model, trained_whole)
     _keep_off_fused_paths(model, injection)
@@ -417,9 +418,13 @@ def _mixin(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, config
     if issubclass(mixin, LoRAMegatronLinear):
         check_options(name, config)
         return mixin
-    parent, _, child = name.rpartition(".")
-    if mixin is LoRALinear and is_read_by_parent(modules[parent], child):
-        mixin = LoRAReadLinear
+    check_rescaled(modules, name)
+    reader = reader_of(modules, name)
+    if reader is not None:
+        try:
+            mixin = read_mixin(mixin, layer, reader)
+        except ValueError as error:
+            raise ValueError(f"{name!r} cannot be adapted: {error}") from None
     try:
         mixin = with_options(mixin, layer, use_dora=config.use_dora, lora_bias=config.lora_bias)
     except ValueError as error:
@@ -428,7 +433,7 @@ def _mixin(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, config
             f"{name!r} cannot be adapted with {option}=True: {error}. Leave the layer out with exclude_modules, or "
             f"give {option}=False"
         ) from None
-    if not config.starts_from_base or mixin is LoRAEmbedding:
+    if not config.starts_from_base or issubclass(mixin, LoRAEmbedding):
         return mixin
     residual = RESIDUAL.get(mixin)
     weight = layer._parameters.get("weight")

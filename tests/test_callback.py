@@ -30,7 +30,7 @@ from lightning_lora import (
     named_adapter_parameters,
     remove,
 )
-from lightning_lora.inject import named_pairs
+from lightning_lora.inject import named_lora_layers, named_pairs
 from lightning_lora.layers import LoRALayer
 from lightning_lora.strategies.adapter_only import adopt
 from lightning_lora.strategies.fabric import adopt_fabric
@@ -264,17 +264,63 @@ def test_adapter_dropout_is_on_in_a_model_left_in_eval_mode(tmp_path: Path) -> N
         def __init__(self) -> None:
             super().__init__()
             self.model.eval()
-            self.seen: set[bool] = set()
+            self.seen: dict[str, set[bool]] = {"training": set(), "validation": set()}
+
+        def on_train_start(self) -> None:
+            self.model.model.layers[1].eval()  # the user's: off, and off after a validation too
 
         def training_step(self, batch, batch_idx):
-            self.seen.add(self.model.model.layers[0].self_attn.q_proj.training)
+            self.look("training")
             return super().training_step(batch, batch_idx)
 
+        def validation_step(self, batch, batch_idx):
+            self.look("validation")
+
+        def look(self, stage: str) -> None:
+            first, second = (layer.self_attn.q_proj for layer in self.model.model.layers)
+            assert not second.drops
+            self.seen[stage].add(first.drops)
+
     module = Pretrained()
+    run = trainer(tmp_path, LoRACallback(r=4, dropout=0.5), val_check_interval=1)
     with pytest.warns(UserWarning, match="in eval mode"):
-        trainer(tmp_path, LoRACallback(r=4, dropout=0.5)).fit(module, loader(), loader())
-    assert module.seen == {True}
-    assert not module.model.model.layers[0].mlp.training
+        run.fit(module, loader(), loader())
+    assert module.seen == {"training": {True}, "validation": {False}}
+    assert not any(layer.training for layer in named_lora_layers(module.model).values())
+
+
+class Noisy(nn.Linear):
+    """A layer with a dropout of its own."""
+
+    def forward(self, input):
+        return nn.functional.dropout(super().forward(input), 0.5, self.training)
+
+
+class Towers(pl.LightningModule):
+    """Layers that drop by themselves in training, kept in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, dropout=0.5), "noisy": Noisy(8, 8)}).eval()
+        self.outputs: list[torch.Tensor] = []
+
+    def training_step(self, batch, batch_idx):
+        x = torch.linspace(-1, 1, 40).view(5, 8)
+        self.outputs.append(self.net["noisy"](self.net["attention"](x, x, x)[0]))
+        return self.outputs[-1].square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_a_base_layers_own_dropout_stays_off(tmp_path: Path) -> None:
+    module = Towers()
+    trainer(tmp_path, LoRACallback(r=2, dropout=0.25, target_modules=["attention", "noisy"])).fit(module, loader())
+    x = torch.linspace(-1, 1, 40).view(5, 8)
+    expected = remove(module).net["noisy"](module.net["attention"](x, x, x)[0])
+    for output in module.outputs:  # B is zero, so that the adapter's own dropout cannot be seen
+        torch.testing.assert_close(output, expected)
 
 
 def test_start_line_and_loggers_say_what_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

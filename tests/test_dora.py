@@ -32,6 +32,7 @@ from lightning_lora import (
     save_peft,
     unmerge,
 )
+from lightning_lora.layers.base import AdapterMode
 from tests import models, runs
 from tests.test_kinds import CLOSE, Attention, Convolution, family, give_values, keys, noise, run, seeded
 
@@ -170,7 +171,7 @@ def test_dropout_means_pefts_formula(name: str, monkeypatch: pytest.MonkeyPatch,
     for one in (model, reference):
         one.eval()
         for module in one.modules():
-            if getattr(module, "lora_dropout", 0) == 0.5 or (isinstance(module, nn.Dropout) and module.p == 0.5):
+            if isinstance(module, AdapterMode) or (isinstance(module, nn.Dropout) and module.p == 0.5):
                 module.training = True
             if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict):
                 module.training = True

@@ -259,7 +259,8 @@ def test_functional_call_and_func_grad_equal_autograd() -> None:
     got = torch.func.grad(loss)({name: p.detach() for name, p in adapter.items()})
     model(x).square().sum().backward()
     assert got.keys() == {"0.lora_A", "0.lora_B"}
-    assert all(torch.equal(got[name], p.grad) for name, p in adapter.items())
+    for name, p in adapter.items():  # the scaling is multiplied in at another place
+        torch.testing.assert_close(got[name], p.grad)
 
 
 @pytest.mark.parametrize("is_merged", [False, True])

@@ -20,6 +20,7 @@ from lightning_lora import (
 )
 from lightning_lora.inject import named_lora_layers
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.base import AdapterMode
 from tests import models
 from tests.real_models import rxnmapper
 
@@ -139,7 +140,8 @@ def test_names_of_base_tensors_stay_what_they_were(build) -> None:
     base, model = build(), inject(build(), config_for(build))
     adapters = {name for name in model.state_dict() if name.endswith((".lora_A", ".lora_B"))}
     assert [name for name in model.state_dict() if name not in adapters] == list(base.state_dict())
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in base.named_modules()]
+    modules = [name for name, module in model.named_modules() if not isinstance(module, AdapterMode)]
+    assert modules == [name for name, _ in base.named_modules()]
 
 
 def test_inject_returns_the_same_object_and_a_second_call_changes_nothing() -> None:
@@ -356,6 +358,22 @@ def through_torch_save(model: nn.Module) -> nn.Module:
     torch.save(model, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
+
+
+def test_the_adapters_dropout_has_a_mode_of_its_own() -> None:
+    plain = Mlp().eval()
+    before = portrait(plain)
+    model = inject(plain, LoRAConfig(r=2, dropout=0.5))
+    layers = named_lora_layers(model).values()
+    assert not any(layer.drops for layer in layers)  # as its layer was
+    for layer in layers:
+        layer.start_dropout()
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twins = named_lora_layers(copied).values()
+        assert all(layer.drops and not layer.training for layer in twins)
+        assert not any(layer.drops for layer in named_lora_layers(copied.eval()).values())
+        assert all(layer.drops for layer in named_lora_layers(copied.train()).values())
+    assert portrait(remove(model.eval())) == before
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_torch_save])

@@ -1,15 +1,15 @@
 """Adapted layers: one file per kind of base layer, a registry that picks by type."""
 
 from lightning_lora.layers.base import LoRALayer, Pair, adapt, unadapt
-from lightning_lora.layers.registry import is_linear, is_read_by_parent, mixin_for, register, with_options
+from lightning_lora.layers.registry import is_linear, mixin_for, read_mixin, register, with_options
 
 __all__ = [
     "LoRALayer",
     "Pair",
     "adapt",
     "is_linear",
-    "is_read_by_parent",
     "mixin_for",
+    "read_mixin",
     "register",
     "unadapt",
     "with_options",

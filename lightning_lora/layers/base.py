@@ -1,7 +1,8 @@
 """What every adapted layer is: :class:`LoRALayer`, and how a layer becomes one and stops being one.
 
 A layer is adapted in place. Its class is swapped for a made class ``LoRA<Base>(mixin, Base)``, and it gains the
-parameters ``lora_A`` and ``lora_B``; names, hooks, ties and tensors of the base stay what they were.
+parameters ``lora_A`` and ``lora_B``, and with dropout an empty module ``lora_mode``; names, hooks, ties and tensors of
+the base stay what they were.
 """
 
 import copyreg
@@ -17,6 +18,10 @@ from lightning_lora.functional import merged_weight
 from lightning_lora.sharded import is_sharded
 
 MAX_SEED = 2**31 - 1
+
+
+class AdapterMode(nn.Module):
+    """Hold the mode of one adapter's dropout, where ``train()``, ``eval()`` and Lightning's validation find it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class LoRALayer(Made):
         lora_A: ``[r, in_features]``.
         lora_B: ``[out_features, r]``; zero at first, so that an adapted layer starts as its base.
         lora_scaling: factor of the adapter's term.
-        lora_dropout: dropout probability on the adapter's input while training.
+        lora_dropout: dropout probability on the adapter's input while the adapter's dropout is on.
+        lora_mode: an empty module whose ``training`` says whether the adapter's dropout is on; only with dropout.
         lora_dtype: dtype that the adapter never falls below, or ``None`` to follow the base.
         lora_active: False while the layer is merged or disabled: the layer is then its base class.
         lora_original: the base tensors as they were, on CPU, while the layer is merged; else ``None``.
@@ -72,6 +78,20 @@ class LoRALayer(Made):
     lora_active: bool
     lora_original: dict[str, Tensor] | None
     lora_salt: int
+
+    @property
+    def drops(self) -> bool:
+        """Whether the adapter's dropout is on: by a mode of its own, since the base layer may be kept in eval mode.
+
+        It starts as the base layer's mode and then follows ``train()`` and ``eval()`` of any module around it.
+        """
+        return self.lora_dropout > 0.0 and self._modules.get("lora_mode", self).training  # type: ignore[union-attr]
+
+    def start_dropout(self) -> None:
+        """Switch the adapter's dropout on and leave the base layer in its mode."""
+        mode = self._modules.get("lora_mode")
+        if mode is not None:
+            mode.train()
 
     @classmethod
     def features(cls, layer: nn.Module) -> tuple[int, int]:
@@ -143,6 +163,10 @@ class LoRALayer(Made):
         """Whether reading the base weight gives the effective one; in shards, between forwards, it is as stored."""
         return self.lora_active and not is_sharded(self.base_weight)
 
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base class's ``forward`` on the weight as it is stored."""
+        return self.lora_base_class.forward(self, *args, **kwargs)
+
     def base_tensors(self) -> dict[str, Tensor | None]:
         """Return the stored base tensors that a merge writes to, by local name; ``None`` for a computed one."""
         return {self.base_name: self._parameters.get(self.base_name)}
@@ -152,7 +176,7 @@ class LoRALayer(Made):
 
         It is drawn from the default CPU generator, which activation checkpointing restores before it recomputes.
         """
-        if not self.training or self.lora_dropout == 0.0:
+        if not self.drops:
             return None
         return torch.randint(MAX_SEED, (), device="cpu") + self.lora_salt * MAX_SEED
 
@@ -233,6 +257,8 @@ def swap_class(
     # past nn.Module.__setattr__, which looks for parameters and modules among them
     layer.__dict__.update(lora_scaling=scaling, lora_dropout=dropout, lora_dtype=dtype)
     layer.__dict__.update(lora_active=True, lora_original=None, lora_salt=0)
+    if dropout > 0.0:
+        layer.add_module("lora_mode", AdapterMode().train(layer.training))
 
 
 def put(layer: LoRALayer, like: Any, **shapes: tuple[int, ...]) -> None:
@@ -252,6 +278,7 @@ def unadapt(layer: LoRALayer) -> nn.Module:
         del layer.__dict__[name]
     for name in ("adapter_names", "frozen_names"):
         layer.__dict__.pop(name, None)
+    layer._modules.pop("lora_mode", None)
     base = layer.lora_base_class
     layer.__class__ = base  # type: ignore[assignment]  # the reverse of the class swap
     return layer

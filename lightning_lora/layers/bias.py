@@ -8,6 +8,7 @@ from typing_extensions import override
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+from lightning_lora.layers.read_weight import ReadWeight
 
 
 class Biased(LoRALayer):
@@ -78,6 +79,8 @@ BIASED: dict[type[LoRALayer], type[Biased]] = {
 
 def biased_mixin(mixin: type[LoRALayer], layer: Any) -> type[Biased]:
     """Return the counterpart of ``mixin`` with a bias; none for layers of this kind is a ``ValueError``."""
+    if issubclass(mixin, ReadWeight):
+        raise ValueError("its weight is read by a module around it, past a bias of the adapter's")
     if mixin not in BIASED:
         raise ValueError(f"{type(layer).__name__} is of a kind whose adapter cannot have a bias")
     return BIASED[mixin]

@@ -11,7 +11,7 @@ from lightning_lora.dropout_mask import keep_entries
 from lightning_lora.functional import lora_linear, rescaled, row_norms
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.convolution import LoRAConv
-from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 
 
@@ -62,7 +62,7 @@ class DoRALinear(DoRA, LoRALinear):
         seed = self.dropout_seed()
         if seed is None:
             return rescaled(super().forward(input, *args, **kwargs), self.row_ratio(), self.bias)
-        y: Tensor = super(LoRALinear, self).forward(input, *args, **kwargs)
+        y: Tensor = self.base_forward(input, *args, **kwargs)
         input = keep_entries(input, seed, self.lora_dropout)
         term = lora_linear(input, None, None, *self.factors(), scaling=self.lora_scaling)
         product = F.linear(input, self.as_matrix(self.base_weight)) + term
@@ -73,7 +73,7 @@ class DoRAConv1D(DoRALinear, LoRAConv1D):  # type: ignore[misc]  # its bases cal
     """transformers' ``Conv1D`` (GPT-2)."""
 
 
-class DoRAReadLinear(DoRA, LoRAReadLinear):
+class DoRAReadLinear(DoRALinear, LoRAReadLinear):
     """A linear layer whose parent reads ``weight``, which reads as ``W'``."""
 
 
@@ -84,6 +84,10 @@ class DoRAEmbedding(DoRA, LoRAEmbedding):
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
         return rescaled(y, self.row_ratio(), None) if self.lora_active else y
+
+
+class DoRAReadEmbedding(DoRAEmbedding, LoRAReadEmbedding):
+    """An embedding whose weight a module around it reads, which reads as ``W'``."""
 
 
 class DoRAConv(DoRA, LoRAConv):
@@ -122,6 +126,7 @@ DORA: dict[type[LoRALayer], type[DoRA]] = {
     LoRAConv1D: DoRAConv1D,
     LoRAReadLinear: DoRAReadLinear,
     LoRAEmbedding: DoRAEmbedding,
+    LoRAReadEmbedding: DoRAReadEmbedding,
     LoRAConv: DoRAConv,
 }
 

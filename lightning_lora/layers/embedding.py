@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.read_weight import ReadWeight
 from lightning_lora.quantized import check_plain
 
 
@@ -35,12 +36,12 @@ class LoRAEmbedding(LoRALayer):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        y = super().forward(input)
+        y: Tensor = self.base_forward(input)
         if not self.lora_active:
-            return y  # type: ignore[no-any-return]
+            return y
         h = F.embedding(input, self.lora_A.t(), self.padding_idx)  # [..., r]
         scaling = self.lora_scaling * getattr(self, "embed_scale", 1.0)  # Gemma scales what it looks up
-        return y + (F.linear(h.to(y.dtype), self.lora_B.to(y.dtype)) * scaling).to(y.dtype)  # type: ignore[no-any-return]
+        return y + (F.linear(h.to(y.dtype), self.lora_B.to(y.dtype)) * scaling).to(y.dtype)
 
     @override
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -49,3 +50,7 @@ class LoRAEmbedding(LoRALayer):
     @override
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.t()
+
+
+class LoRAReadEmbedding(ReadWeight, LoRAEmbedding):
+    """An embedding whose weight a module around it reads, such as the queries of a detector."""

@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
 from lightning_lora.experts.function import lora_experts
 from lightning_lora.experts.gates import Gate, KnownGate, OwnGate
 from lightning_lora.experts.stacks import Stack
-from lightning_lora.functional import autocast_dtype
+from lightning_lora.functional import autocast_dtype, is_transformed
 from lightning_lora.layers.base import lora_class
 from lightning_lora.layers.expert_formula import (
     GROUPED,
@@ -58,7 +57,7 @@ class LoRAExperts(LoRAParameters):
             and not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in base))
             and self._is_of_one_dtype(x)
             and not self.__dict__.get("_is_expert_parallel", False)
-            and not (_is_transformed() or _has_any_global_hook())
+            and not (is_transformed() or _has_any_global_hook())
             and not any(is_watched(child) for child in self._modules.values())
             and self._known_gate() is not None
         )
@@ -100,14 +99,6 @@ class LoRAExperts(LoRAParameters):
 def _is_plain(tensor: Any) -> bool:
     """Whether a tensor is no subclass that has a way of its own to multiply, other than a tracer's stand-in."""
     return type(tensor) in (Tensor, nn.Parameter) or (torch.compiler.is_compiling() and not is_dtensor(tensor))
-
-
-def _is_transformed() -> bool:
-    """Whether torch records what runs, or runs it on what stands for several tensors at once."""
-    if torch.compiler.is_compiling():
-        return False
-    stacked = torch._C._functorch.peek_interpreter_stack() is not None
-    return stacked or torch.jit.is_tracing() or forward_ad._current_level >= 0
 
 
 def fuse_experts(module: nn.Module, known: dict[Any, Any]) -> None:

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_lora.functional import lora_linear
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.read_weight import ReadWeight
 from lightning_lora.quantized import check_plain
 
 
@@ -33,11 +34,11 @@ class LoRALinear(LoRALayer):
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_active:
-            return self.lora_base_class.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_forward(input, *args, **kwargs)  # type: ignore[no-any-return]
         if self.lora_base_class.forward is nn.Linear.forward:
             y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
-            return self._lora_linear(input, self.weight, self.bias) if y is None else y
-        y = super().forward(input, *args, **kwargs)
+            return self._lora_linear(input, self.base_weight, self.bias) if y is None else y
+        y = self.base_forward(input, *args, **kwargs)
         return y + self._lora_linear(input, None, None).to(y.dtype)  # type: ignore[no-any-return]
 
     @override
@@ -120,29 +121,5 @@ class LoRAConv1D(LoRALinear):
         return matrix.t()
 
 
-class LoRAReadLinear(LoRALinear):
-    """A linear layer whose parent reads ``weight`` instead of calling it: ``nn.MultiheadAttention.out_proj``.
-
-    ``weight`` reads as the effective weight ``W + scaling * B A``, so that every path of the parent, the fused one in
-    eval too, sees the adapter and A and B get their gradients. Dropout has no input to act on here and does nothing.
-    """
-
-    @property
-    @override
-    def weight(self) -> Tensor:  # type: ignore[override]  # a parameter in the base class
-        return self.merged() if self.reads_effective else self.base_weight
-
-    @property
-    @override
-    def base_weight(self) -> Tensor:
-        stored = self._parameters["weight"]
-        assert stored is not None
-        return stored
-
-    @override
-    def merge_obstacle(self) -> str | None:
-        return None
-
-    @override
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super(LoRALinear, self).forward(input, *args, **kwargs)  # type: ignore[no-any-return]
+class LoRAReadLinear(ReadWeight, LoRALinear):
+    """A linear layer whose parent reads ``weight``, such as ``nn.MultiheadAttention.out_proj``."""

@@ -173,8 +173,11 @@ class LoRAMegatronLinear(LoRALayer):
     @override
     def dropout_seed(self) -> Tensor | None:
         base: Any = self
-        drops = self.training and self.lora_dropout > 0
-        if not drops or not base.config.sequence_parallel or next(iter(self.pairs().values())).A.device.type != "cpu":
+        if (
+            not self.drops
+            or not base.config.sequence_parallel
+            or next(iter(self.pairs().values())).A.device.type != "cpu"
+        ):
             return super().dropout_seed()
         # a whole block runs on a stream that differs between ranks then; on CPU this is the stream of the seeds, too
         from megatron.core.tensor_parallel import get_cuda_rng_tracker

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import autocast_dtype
+from lightning_lora.functional import autocast_dtype, is_transformed
 from lightning_lora.layers.base import LoRALayer, Made, lora_class
 from lightning_lora.layers.structure import Snapshot, facts, keeps_books
 from lightning_lora.rms_norm import rms_norm
@@ -39,7 +39,7 @@ class LoRARMSNorm(Made):
         return rms_norm(args[0], self.weight, self.lora_eps, is_offset=self.lora_is_offset)
 
     def _is_fused(self, x: Tensor) -> bool:
-        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling() or is_transformed():
             return False
         weight = self.weight
         if weight.requires_grad or is_dtensor(weight) or weight.is_meta or autocast_dtype(x) is not None:

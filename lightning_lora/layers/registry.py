@@ -8,9 +8,10 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.bias import biased_mixin
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.dora import dora_mixin
-from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 from lightning_lora.layers.megatron import COLUMN, ROW, LoRAMegatronLinear
+from lightning_lora.layers.read_weight import ReadWeight
 
 # keys are classes, or full names of classes whose package need not be installed
 _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
@@ -27,17 +28,8 @@ _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
 }
 
 
-# transformers' classes that read the weight of these children instead of calling them, on some path or on all
-_READ_BY_PARENT = {
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "MobileBertLMPredictionHead": ("dense",),
-    "MambaMixer": ("dt_proj", "x_proj"),
-    "FalconMambaMixer": ("dt_proj", "x_proj"),
-    "JambaMambaMixer": ("dt_proj", "x_proj"),
-    "BambaMixer": ("out_proj",),
-    "Zamba2MambaMixer": ("out_proj",),
-    "GraniteMoeHybridMambaLayer": ("out_proj",),
-}
+# by mixin, that of a layer whose weight is read
+_READ: dict[type[LoRALayer], type[LoRALayer]] = {LoRALinear: LoRAReadLinear, LoRAEmbedding: LoRAReadEmbedding}
 
 
 def register(base: type[nn.Module] | str, mixin: type[LoRALayer]) -> None:
@@ -70,9 +62,22 @@ def with_options(mixin: type[LoRALayer], layer: nn.Module, *, use_dora: bool, lo
     return biased_mixin(mixin, layer) if lora_bias else mixin
 
 
-def is_read_by_parent(parent: nn.Module, child_name: str) -> bool:
-    """Whether ``parent`` reads the weight of its linear child instead of calling the child."""
-    return child_name in _READ_BY_PARENT.get(type(parent).__name__, ())
+def read_mixin(mixin: type[LoRALayer], layer: nn.Module, reader: nn.Module) -> type[LoRALayer]:
+    """Return the mixin that does what ``mixin`` does for a layer whose weight ``reader`` reads.
+
+    Raises:
+        ValueError: there is no weight with the adapter in it that could be read.
+    """
+    if issubclass(mixin, ReadWeight):
+        return mixin
+    if mixin not in _READ:
+        raise ValueError(
+            f"{type(reader).__name__} reads its weight instead of calling it, which would leave the adapter out, and "
+            f"the weight of a {type(layer).__name__} cannot be read with one: leave it out with exclude_modules"
+        )
+    weight = layer._parameters.get("weight")
+    is_stored = weight is not None and weight.is_floating_point()
+    return _READ[mixin] if is_stored else mixin  # what is quantised cannot be read as a matrix at all
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.functional import lora_linear
-from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
+from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
+from lightning_lora.layers.read_weight import ReadWeight
 
 
 class ResidualLinear(LoRALinear):
@@ -45,4 +46,12 @@ class ResidualConv1D(ResidualLinear, LoRAConv1D):
     """The same for transformers' ``Conv1D``."""
 
 
-RESIDUAL: dict[type, type[ResidualLinear]] = {LoRALinear: ResidualLinear, LoRAConv1D: ResidualConv1D}
+class ResidualReadLinear(ReadWeight, ResidualLinear):
+    """The same for a linear layer whose parent reads ``weight``."""
+
+
+RESIDUAL: dict[type, type[ResidualLinear]] = {
+    LoRALinear: ResidualLinear,
+    LoRAConv1D: ResidualConv1D,
+    LoRAReadLinear: ResidualReadLinear,
+}

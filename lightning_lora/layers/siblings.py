@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional import Factors, Term, autocast_dtype, lora_linears
+from lightning_lora.functional import Factors, Term, autocast_dtype, is_transformed, lora_linears
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parallel import LoRAParallelLinear, RowParallelLinear, TensorParallel
 from lightning_lora.layers.structure import called_alike
@@ -61,7 +61,7 @@ class Siblings:
         """
         if self._unfit_since is None:
             return False
-        runs_once = not (layer.training or torch.is_grad_enabled())
+        runs_once = not (layer.training or layer.drops or torch.is_grad_enabled())
         return runs_once or torch.compiler.is_compiling() or self._unfit_since != _num_changes(self.layers)
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
@@ -84,7 +84,7 @@ class Siblings:
         if self._is_given_up(layer):
             self.layers, self._computed = [], None
             return None
-        if not all(can_fuse(one, x) for one in layers) or not go_together(layers, layer):
+        if is_transformed() or not all(can_fuse(one, x) for one in layers) or not go_together(layers, layer):
             return None
         outputs = dict(enumerate(all_outputs(x, layers, layer)))
         y = outputs.pop(place)
@@ -137,7 +137,7 @@ def _state(layer: LoRALinear) -> tuple[Any, ...]:
         return (), ()
     tensors = [tensor for tensor in layer._parameters.values() if tensor is not None]
     versions = [(_version(tensor), tensor.requires_grad) for tensor in tensors]
-    return tensors, (versions, layer.training, layer.lora_scaling, layer.lora_dropout)
+    return tensors, (versions, layer.drops, layer.lora_scaling, layer.lora_dropout)
 
 
 def _num_changes(layers: list[LoRALinear]) -> int:
@@ -201,7 +201,7 @@ def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
         and layer.lora_A.dtype == dtype
         and layer.lora_scaling == first.lora_scaling
         and layer.lora_dropout == first.lora_dropout
-        and layer.training == first.training
+        and layer.drops == first.drops
         for layer in layers
     )
 

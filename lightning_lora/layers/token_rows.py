@@ -1,6 +1,6 @@
 """Single rows of an embedding that train: new tokens, without training the whole table."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer, Pair, swap_class
+from lightning_lora.layers.read_weight import ReadWeight
 
 
 class TokenRows(LoRALayer):
@@ -43,7 +44,7 @@ class TokenRowsEmbedding(TokenRows):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        y: Tensor = super().forward(input)
+        y: Tensor = self.base_forward(input)
         if not self.lora_active:
             return y
         place = torch.full((self.base_weight.shape[0],), -1, dtype=torch.int64, device=input.device)
@@ -62,7 +63,7 @@ class TokenRowsLinear(TokenRows):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
+        y: Tensor = self.base_forward(x)
         if not self.lora_active:
             return y
         index = torch.tensor(self.lora_token_ids, device=y.device)
@@ -70,10 +71,34 @@ class TokenRowsLinear(TokenRows):
         return y.index_copy(-1, index, F.linear(x, self.lora_rows.to(x.dtype), bias).to(y.dtype))
 
 
+class TokenRowsReadEmbedding(ReadWeight, TokenRowsEmbedding):
+    """An embedding whose weight a module around it reads."""
+
+
+class TokenRowsReadLinear(ReadWeight, TokenRowsLinear):
+    """An output head whose weight a module around it reads."""
+
+
+_MIXINS: dict[tuple[bool, bool], type[TokenRows]] = {  # whether it is an embedding, and whether its weight is read
+    (True, False): TokenRowsEmbedding,
+    (True, True): TokenRowsReadEmbedding,
+    (False, False): TokenRowsLinear,
+    (False, True): TokenRowsReadLinear,
+}
+
+
 def train_rows(
-    layer: nn.Module, tied: Sequence[nn.Module], token_ids: Sequence[int], *, dtype: torch.dtype | None
+    layer: nn.Module,
+    tied: Sequence[nn.Module],
+    token_ids: Sequence[int],
+    *,
+    dtype: torch.dtype | None,
+    read: Container[nn.Module] = (),
 ) -> None:
     """Let the given rows of ``layer``, and of what is tied to it, train in place, beginning at their present values.
+
+    Args:
+        read: layers whose weight is read by others.
 
     Raises:
         ValueError: an index is outside the table or given twice, or the weight is on the meta device.
@@ -89,7 +114,7 @@ def train_rows(
     values = weight.detach()[torch.tensor(ids, device=weight.device)].to(dtype or weight.dtype, copy=True)
     rows = nn.Parameter(values)
     for module in (layer, *tied):
-        mixin = TokenRowsEmbedding if isinstance(module, nn.Embedding) else TokenRowsLinear
+        mixin = _MIXINS[isinstance(module, nn.Embedding), module in read]
         swap_class(module, mixin, scaling=1.0, dropout=0.0, dtype=dtype)
         module.__dict__.update(lora_token_ids=ids, lora_is_twin=module is not layer)
         module.register_parameter("lora_rows", rows)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_lora.functional import is_transformed
 from lightning_lora.layers.parallel import ColumnParallelLinear, parts_of_output
 from lightning_lora.loss.chunked import losses_of_linear
 from lightning_lora.loss.parallel import losses_of_parts
@@ -63,7 +64,7 @@ def linear_cross_entropy(
 
     Where the head is split, called on all ranks that share the model: one all-gather, of ``2 * tokens`` numbers, in
     forward, and none but the head's own in backward. There is no second derivative, and ``torch.compile`` leaves a gap
-    here: how many rows there are is in the data.
+    here: how many rows there are is in the data. Under ``torch.func`` (gradients of single samples) all logits exist.
 
     Args:
         model: a transformers causal language model.
@@ -101,9 +102,25 @@ def linear_cross_entropy(
             "[batch, tokens]: pass all positions, labels that are not shifted"
         )
     following = F.pad(labels[:, 1:], (0, 1), value=ignore_index).flatten().to(hidden.device)
+    if is_transformed():
+        return _plain(head, hidden.flatten(0, 1), following.long(), softcap, ignore_index, num_items)
     learned = (following != ignore_index).nonzero()[:, 0]  # [T]
     targets = following[learned].long()
     total = _total(head, hidden.flatten(0, 1)[learned], targets, softcap)
+    return total / _divisor(num_items, targets, total)
+
+
+def _plain(
+    head: Any, rows: Tensor, targets: Tensor, softcap: float | None, ignore_index: int, num_items: float | Tensor | None
+) -> Tensor:
+    """Return the loss by operations that torch can transform, of all rows: how many are learned is in the data."""
+    logits: Tensor = head(rows)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="sum")
+    if num_items is None:
+        return total / (targets != ignore_index).sum().clamp_min(1)
     return total / _divisor(num_items, targets, total)
 
 

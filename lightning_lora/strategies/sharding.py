@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard
 
 from lightning_lora.fingerprint import remember_fingerprint
 from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
-from lightning_lora.layers import is_read_by_parent
+from lightning_lora.layers.read_weight import is_read_by
 from lightning_lora.root import clean_name, is_inside, is_pretrained
 from lightning_lora.sharded import (
     class_name,
@@ -239,7 +239,7 @@ def _units_outside(
             if parameter is None or id(parameter) in inside or parameter in kept_whole or parameter.numel() < min_numel:
                 continue
             reader, (parent, name) = module, parents.get(module, (None, ""))
-            if isinstance(parent, nn.MultiheadAttention) or (parent is not None and is_read_by_parent(parent, name)):
+            if isinstance(parent, nn.MultiheadAttention) or (parent is not None and is_read_by(parent, name)):
                 reader = parent
             while isinstance(module, nn.Embedding) and module not in tables and is_pretrained(root):
                 reader, _ = parents[reader]  # such as a table of relative positions
