@@ -44,7 +44,7 @@ class Injection:
 
     Attributes:
         config: the settings that the model was adapted with.
-        trained_whole: names of the modules that train whole.
+        trained_whole: names of the modules, and of parameters of models, that train whole.
         originals: frozen copies of the base tensors that train (heads, biases), by name; those on meta have none.
         requires_grad: what every base parameter's flag was before.
         undo: attributes that were changed, as ``(module, name, former value)``.
@@ -321,7 +321,11 @@ def _names_trained_whole(root: nn.Module, injection: Injection) -> set[str]:
         clean_name(name)
         for name, parameter in root.named_parameters()
         if clean_name(name) not in adapters
-        and (id(parameter) in wanted or (injection.config.bias == "all" and clean_name(name).split(".")[-1] == "bias"))
+        and (
+            id(parameter) in wanted
+            or clean_name(name) in injection.trained_whole
+            or (injection.config.bias == "all" and clean_name(name).split(".")[-1] == "bias")
+        )
     }
 
 
@@ -355,12 +359,7 @@ def trained_with_originals(root: nn.Module) -> list[tuple[nn.Parameter, Tensor]]
 def _modules_trained_whole(model: nn.Module, config: LoRAConfig) -> list[str]:
     if config.modules_to_save is not None:
         return select_trained_whole(model, config.modules_to_save)
-    heads = new_heads(model)
-    if is_all_linear(config.target_modules) or not heads:
-        return heads
-    # a head that the user targets by name is adapted instead
-    targeted = select_layers(model, config, [])
-    return [head for head in heads if not any(n == head or n.startswith(f"{head}.") for n in targeted)]
+    return new_heads(model)
 
 
 def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:

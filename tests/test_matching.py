@@ -160,8 +160,23 @@ def test_trained_parameters_are_adapters_and_heads_only() -> None:
     assert all(name.endswith((".lora_A", ".lora_B")) for name in trained - {"classifier.weight", "classifier.bias"})
 
 
-def test_a_head_that_the_user_targets_is_adapted_and_not_trained_whole() -> None:
+def test_a_new_head_trains_whole_as_in_peft_though_a_pattern_names_it() -> None:
+    from peft import LoraConfig, get_peft_model
+
     model = inject(models.bert_classifier(), LoRAConfig(r=3, target_modules=["query", "classifier"]))
+    config = LoraConfig(r=3, target_modules=["query", "classifier"], task_type="SEQ_CLS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about the pattern
+        wrapped = get_peft_model(models.bert_classifier(), config)
+    theirs = {n.removeprefix("base_model.model.") for n, p in wrapped.named_parameters() if p.requires_grad}
+    whole = {name.replace("modules_to_save.default.", "") for name in theirs if "lora_" not in name}
+    assert set(named_trained_whole(model)) == whole == {"classifier.weight", "classifier.bias"}
+    assert "classifier" not in named_lora_layers(model)
+
+
+def test_a_head_is_adapted_where_nothing_trains_whole() -> None:
+    config = LoRAConfig(r=3, target_modules=["query", "classifier"], modules_to_save=[])
+    model = inject(models.bert_classifier(), config)
     assert "classifier" in named_lora_layers(model)
     assert not model.classifier.weight.requires_grad
 
