@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_lora.checkpoint import config_of, copy_tensors, fitting_tensors, one_adapter, read_checkpoint
 from lightning_lora.config import LoRAConfig, answers_peft_names
 from lightning_lora.inject import (
+    capped_ranks,
     has_trained,
     inject,
     injection_of,
@@ -382,6 +383,8 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         lines.append(
             f'  left out: {left}; "all-linear" means the language model. Name them in target_modules to adapt them'
         )
+    if capped := capped_ranks(root):
+        lines.append(f"  {capped}")
     lines += _perhaps_new(root)
     return "\n".join(line for line in lines if "outside" not in line or count["outside_parameters"])
 

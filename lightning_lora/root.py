@@ -127,7 +127,7 @@ def perhaps_new_heads(root: nn.Module) -> list[str]:
         return _outermost(
             clean_name(name)
             for name, module in root.named_modules()
-            if name and not hasattr(module, "_is_hf_initialized") and _has_matrix(module)
+            if _has_matrix(module) and not any(hasattr(part, "_is_hf_initialized") for part in module.modules())
         )
     prefix, children = "", [*root.named_children()]
     while len(children) == 1 and [*children[0][1].children()]:

@@ -114,6 +114,7 @@ TABLE = [
 ]
 # these two differ from PEFT on purpose: a head trains whole unless modules_to_save=[] (there: only with a task_type)
 OURS = {"bert": {"modules_to_save": []}}
+RANKS = {"bert": 3}  # of 3 labels: above them "all-linear" would give the head another rank than PEFT
 
 
 def found_by_peft(name: str, values: dict) -> tuple[Found, set[str]]:
@@ -122,7 +123,7 @@ def found_by_peft(name: str, values: dict) -> tuple[Found, set[str]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about tied weights and fan_in_fan_out
-        wrapped = get_peft_model(MODELS[name](), LoraConfig(r=4, lora_alpha=8, **values))
+        wrapped = get_peft_model(MODELS[name](), LoraConfig(r=RANKS.get(name, 4), lora_alpha=8, **values))
     model = wrapped.base_model.model
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     found = {n: (m.r["default"], m.scaling["default"]) for n, m in layers.items()}
@@ -131,7 +132,7 @@ def found_by_peft(name: str, values: dict) -> tuple[Found, set[str]]:
 
 
 def found_by_us(name: str, values: dict) -> tuple[Found, set[str]]:
-    model = inject(MODELS[name](), LoRAConfig(r=4, alpha=8, **{**OURS.get(name, {}), **values}))
+    model = inject(MODELS[name](), LoRAConfig(r=RANKS.get(name, 4), alpha=8, **{**OURS.get(name, {}), **values}))
     found = {n: (layer.r, layer.lora_scaling) for n, layer in named_lora_layers(model).items()}
     return found, set(named_trained_whole(model))
 

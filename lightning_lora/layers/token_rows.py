@@ -70,14 +70,8 @@ class TokenRowsLinear(TokenRows):
         return y.index_copy(-1, index, F.linear(x, self.lora_rows.to(x.dtype), bias).to(y.dtype))
 
 
-def train_rows(
-    layer: nn.Module, tied: Sequence[nn.Module], token_ids: Sequence[int], *, dtype: torch.dtype | None
-) -> None:
-    """Let the given rows of ``layer``, and of what is tied to it, train in place, beginning at their present values.
-
-    Raises:
-        ValueError: an index is outside the table or given twice, or the weight is on the meta device.
-    """
+def check_rows(layer: nn.Module, token_ids: Sequence[int]) -> None:
+    """Raise ``ValueError`` for an index outside the table or given twice, or a weight on the meta device."""
     weight: Any = layer.weight
     wrong = [token for token in token_ids if not 0 <= token < weight.shape[0]]
     if wrong or len(set(token_ids)) != len(token_ids) or not token_ids:
@@ -85,6 +79,13 @@ def train_rows(
         raise ValueError(f"trainable_token_indices: {what if token_ids else 'the list is empty'}; resize it first?")
     if weight.device.type == "meta":
         raise ValueError("trainable_token_indices: the embedding is on the meta device; load the base first")
+
+
+def train_rows(
+    layer: nn.Module, tied: Sequence[nn.Module], token_ids: Sequence[int], *, dtype: torch.dtype | None
+) -> None:
+    """Let the given rows of ``layer``, and of what is tied to it, train in place, beginning at their present values."""
+    weight: Any = layer.weight
     ids = list(token_ids)
     values = weight.detach()[torch.tensor(ids, device=weight.device)].to(dtype or weight.dtype, copy=True)
     rows = nn.Parameter(values)
