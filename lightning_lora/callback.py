@@ -35,6 +35,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.finite import OnNonfinite
 from lightning_lora.frozen import look_for_moved
 from lightning_lora.inject import (
+    capped_ranks,
     has_trained,
     inject,
     inject_anew,
@@ -46,12 +47,13 @@ from lightning_lora.inject import (
     named_trained_whole,
     remove,
 )
+from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import freeze_statistics
 from lightning_lora.left_out import listed, trained_outside
 from lightning_lora.matching import is_all_linear, left_out_towers
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.peft_import import load_peft
-from lightning_lora.root import clean_name, find_root, is_megatron
+from lightning_lora.root import clean_name, find_root, is_megatron, perhaps_new_heads
 from lightning_lora.sharded import class_name, logical
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
@@ -407,7 +409,26 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         lines.append(
             f'  left out: {left}; "all-linear" means the language model. Name them in target_modules to adapt them'
         )
+    if capped := capped_ranks(root):
+        lines.append(f"  {capped}")
+    lines += _perhaps_new(root)
     return "\n".join(line for line in lines if "outside" not in line or count["outside_parameters"])
+
+
+def _perhaps_new(root: nn.Module) -> list[str]:
+    """Return a line for each module that may be a new head and does not train whole: half of it would stay random."""
+    lines = []
+    for name in perhaps_new_heads(root):
+        module = root.get_submodule(name)
+        adapted = any(isinstance(part, LoRALayer) for part in module.modules())
+        base = [parameter for local, parameter in module.named_parameters() if ".lora_" not in f".{local}"]
+        if not all(parameter.requires_grad for parameter in base):
+            state = "adapted" if adapted else "frozen"
+            lines.append(
+                f"  {name!r} ({state}) may be new: train it whole with modules_to_save=[{name!r}] if no checkpoint "
+                "brought its weights"
+            )
+    return lines
 
 
 def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:

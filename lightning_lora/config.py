@@ -96,8 +96,9 @@ class LoRAConfig:
         target_modules: which layers to adapt. A list names modules exactly or by a dotted suffix; a string is a regular
             expression that must match the whole name; ``"all-linear"`` is every linear layer but the output head.
         exclude_modules: layers to leave out, by the same rules; looked at first.
-        modules_to_save: modules that train whole and are saved with the adapter. ``None`` trains the task heads that
-            transformers adds new (``score``, ``classifier``, ``qa_outputs``, ...); an empty list trains none.
+        modules_to_save: modules that train whole and are saved with the adapter: each entry is the full name of one, or
+            the end of the names of several. ``None`` trains the task heads that transformers adds new (``score``,
+            ``classifier``, ``qa_outputs``, ...), whatever ``target_modules`` hits in them; an empty list trains none.
         bias: which biases of the base train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         rank_pattern: own ranks, ``{pattern: r}``; a pattern is a regular expression for the end of a module's name, and
             the first that matches counts.

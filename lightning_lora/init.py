@@ -52,9 +52,9 @@ def _initialize_pair(layer: LoRALayer, pair: Pair, name: str, config: LoRAConfig
     if isinstance(layer, LoRAEmbedding):
         values: Sequence[Tensor | None] = (None, _normal(pair.B.shape, 1.0, generator))
     elif isinstance(layer, ResidualLinear):
-        values = _from_base(layer, pair, config.init, generator)
+        values = _from_base(layer, pair, name, config.init, generator)
     elif config.init == "orthogonal":
-        values = _orthogonal(pair, name, generator)
+        values = _orthogonal(pair, generator)
     elif config.init == "gaussian":
         values = (_normal(pair.A.shape, 1 / pair.r, generator), None)
     else:
@@ -88,11 +88,8 @@ def _kaiming(A: Tensor, fan_in: int, generator: torch.Generator | None) -> Tenso
     return values.uniform_(-bound, bound, generator=generator)
 
 
-def _orthogonal(pair: Pair, name: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _orthogonal(pair: Pair, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Return A and B whose product is zero: halves of one random orthogonal matrix, spread by random matrices."""
-    if pair.r % 2 or pair.A.ndim != 2:
-        what = f"r={pair.r}" if pair.A.ndim == 2 else f"a pair of shape {tuple(pair.A.shape)}"
-        raise ValueError(f"init='orthogonal' needs matrices of even rank; {name!r} has {what}")
     r, half = pair.r, pair.r // 2
     q, _ = torch.linalg.qr(torch.randn(r, r, generator=generator, device="cpu"))
     A = torch.randn(pair.A.shape[1], half, generator=generator, device="cpu").mm(q[0::2]).t() / 10.0
@@ -101,10 +98,15 @@ def _orthogonal(pair: Pair, name: str, generator: torch.Generator | None) -> tup
 
 
 def _from_base(
-    layer: ResidualLinear, pair: Pair, init: str, generator: torch.Generator | None
+    layer: ResidualLinear, pair: Pair, name: str, init: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Return A and B with ``scaling * B A`` the part of W that PiSSA takes (sec. 3), or ``B A`` the one of OLoRA."""
     stored = layer.base_weight.detach().float()
+    if not torch.isfinite(stored).all():
+        raise ValueError(
+            f"init={init!r} starts from the weight of {name!r}, which holds NaN or infinity: load another base, or "
+            "take init='kaiming'"
+        )
     weight = stored.t() if isinstance(layer, LoRAConv1D) else stored  # [out, in]
     if init == "olora":
         q, upper = torch.linalg.qr(weight)

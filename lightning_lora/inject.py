@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
@@ -17,11 +18,12 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.fusing import fuse, release
 from lightning_lora.layers.megatron import LoRAMegatronLinear, adapt_megatron
 from lightning_lora.layers.parallel import TensorParallel
-from lightning_lora.layers.parameters import adapt_parameters
+from lightning_lora.layers.parameters import adapt_parameters, sizes_of_parameter
 from lightning_lora.layers.read_weight import check_rescaled, reader_of
 from lightning_lora.layers.residual import RESIDUAL, ResidualLinear
 from lightning_lora.layers.statistics import freeze_statistics, unfreeze_statistics
-from lightning_lora.layers.token_rows import TokenRows, train_rows
+from lightning_lora.layers.token_rows import TokenRows, check_rows, train_rows
+from lightning_lora.layers.trained import give_back, keep_wide
 from lightning_lora.matching import (
     check_patterns,
     is_all_linear,
@@ -37,6 +39,7 @@ from lightning_lora.megatron.split import keep_parts
 from lightning_lora.root import clean_name, new_heads
 from lightning_lora.save_pretrained import guard_save_pretrained
 from lightning_lora.sharded import forget, gathered, reshard, write
+from lightning_lora.undo import unchanged_on_error
 
 
 @dataclass
@@ -45,8 +48,10 @@ class Injection:
 
     Attributes:
         config: the settings that the model was adapted with.
-        trained_whole: names of the modules that train whole.
-        originals: frozen copies of the base tensors that train (heads, biases), by name; those on meta have none.
+        trained_whole: names of the modules, and of parameters of models, that train whole.
+        trained: names of the base parameters that train: those of ``trained_whole``, and biases.
+        capped: ranks of the layers that are smaller than the rank that was asked for.
+        originals: frozen copies of the base tensors that train, by name; those on meta have none.
         requires_grad: what every base parameter's flag was before.
         undo: attributes that were changed, as ``(module, name, former value)``.
         source: the file that the adapters started from, if any.
@@ -56,6 +61,8 @@ class Injection:
 
     config: LoRAConfig
     trained_whole: list[str]
+    trained: list[str] = field(default_factory=list)
+    capped: dict[str, int] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
@@ -85,83 +92,147 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     return inject_anew(model, config, check_ranks=True)
 
 
+@dataclass
+class _Plan:
+    """What an injection does to a model, with everything that can be checked before it checked.
+
+    Attributes:
+        layers: modules to adapt, by name; of a layer of Megatron-core each part that it stacks.
+        mixins: what adapts each of them.
+        ranks: by the name of the pair, a layer's or a parameter's.
+        scales: the factor of each pair, in the same way.
+        capped: the ranks of the layers that are smaller than the rank that was asked for.
+        parts: the parts of Megatron-core's layers, by name.
+        parameters: parameters to adapt, by the name of their module.
+        rows: tables with rows that train, as :func:`select_token_rows` gives them.
+        trained_whole: names of the modules, and of parameters of models, that train whole.
+    """
+
+    modules: dict[str, nn.Module]
+    layers: dict[str, nn.Module]
+    mixins: dict[str, type[LoRALayer]]
+    ranks: dict[str, int]
+    scales: dict[str, float]
+    capped: dict[str, int]
+    parts: dict[str, Any]
+    parameters: dict[str, list[str]]
+    rows: dict[str, tuple[nn.Module, list[nn.Module], list[int]]]
+    trained_whole: list[str]
+
+
 def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
     """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size."""
     given, model = model, _uncompiled(model)
     _check_untouched(model)
+    plan = _planned(model, config, check_ranks=check_ranks)
+    with unchanged_on_error(model):
+        _carry_out(plan, model, config)
+    if plan.capped:
+        rank_zero_info(f"LoRA: {capped_ranks(model)}")
+    return given
+
+
+def _planned(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> _Plan:
     trained_whole = _modules_trained_whole(model, config)
     layers = select_layers(model, config, trained_whole)
     parameters = select_parameters(model, config)
     rows = select_token_rows(model, config)
     _check_apart(layers, parameters, rows)
+    for table, _, token_ids in rows.values():
+        check_rows(table, token_ids)
     modules = {clean_name(name): module for name, module in model.named_modules()}
     mixins = {name: _mixin(modules, name, layer, config) for name, layer in layers.items()}
     pairs = [*layers, *(_join(name, local) for name, locals_ in parameters.items() for local in locals_)]
     parts = {part.name: part for found in megatron_parts(model, fused=config.fused_pairs).values() for part in found}
     check_patterns(config, [*pairs, *(parts[name].layer for name in layers if name in parts)])
+    if config.bias == "all":
+        check_biases(model, {parts[name].layer for name in layers if name in parts})
     keys = {
         name: (parts[name].name, parts[name].layer) if name in parts else _rank_name(layers, name) for name in pairs
     }
     ranks = {name: pattern_value(config.rank_pattern, keys[name], config.r) for name in pairs}
-    features = {
-        name: (mixins[name].features(layer)[0], parts[name].rows) if name in parts else mixins[name].features(layer)
-        for name, layer in layers.items()
-    }
-    sizes = [size for pair in features.values() for size in pair]
-    largest = max(sizes, default=0) if is_all_linear(config.target_modules) else 0
-    for name, layer in layers.items():
-        if check_ranks:
-            _check_rank(name, layer, features[name], ranks[name], largest)
-        _check_shapes(name, layer, mixins[name], ranks[name])
-
-    if config.bias == "all":
-        check_biases(model, {parts[name].layer for name in layers if name in parts})
-
-    injection = Injection(config, trained_whole)
-    for name, parameter in model.named_parameters():
-        injection.requires_grad[clean_name(name)] = parameter.requires_grad
-        parameter.requires_grad = False
-    dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
-    adapted: dict[str, LoRALayer] = {}
     scales = {
         name: config.scaling(r, pattern_value(config.alpha_pattern, keys[name], config.alpha))
         for name, r in ranks.items()
     }
     # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
     scales |= {name: 2 * scales[name] for name in layers if _rank_name(layers, name) != name}
+    sizes = {
+        name: (mixins[name].features(layer)[0], parts[name].rows) if name in parts else mixins[name].features(layer)
+        for name, layer in layers.items()
+    }
+    # with the scale of the rank that was asked for: the product B A can be the same ones
+    capped = _capped(config, ranks, sizes) if check_ranks else {}
+    ranks |= capped
+    for name, layer in layers.items():
+        if check_ranks:
+            _check_rank(name, type(layer).__name__, sizes[name], ranks[name])
+        _check_shapes(name, layer, mixins[name], ranks[name], config)
+    for name, locals_ in parameters.items():
+        for local in locals_:
+            pair, (experts, *features) = _join(name, local), sizes_of_parameter(modules[name], local)
+            if check_ranks:
+                _check_rank(pair, "matrix", (features[0], features[1]), ranks[pair])
+            _check_start(pair, ranks[pair], 2 if experts == 1 else 3, config)
+    return _Plan(modules, layers, mixins, ranks, scales, capped, parts, parameters, rows, trained_whole)
+
+
+def _carry_out(plan: _Plan, model: nn.Module, config: LoRAConfig) -> None:
+    """Freeze and adapt the model as planned."""
+    injection = Injection(config, plan.trained_whole, capped=plan.capped)
+    for name, parameter in model.named_parameters():
+        injection.requires_grad[clean_name(name)] = parameter.requires_grad
+        parameter.requires_grad = False
+    dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
+    _train_whole(model, plan, injection, dtype)
     how_stacked = stacks(model)
-    for name, wanted in by_layer(parts, layers).items():
+    adapted: dict[str, LoRALayer] = {}
+    for name, wanted in by_layer(plan.parts, plan.layers).items():
         adapted[name] = adapt_megatron(
-            modules[name],
-            {part.part: (ranks[part.name], scales[part.name]) for part in wanted},
+            plan.modules[name],
+            {part.part: (plan.ranks[part.name], plan.scales[part.name]) for part in wanted},
             how_stacked[name],
             {part.part: part.name for part in wanted},
             dropout=config.dropout,
             dtype=dtype,
         )
-    for name, layer in layers.items():
-        if name in parts:
+    for name, layer in plan.layers.items():
+        if name in plan.parts:
             continue
         layer.__dict__.pop("forward", None)  # what accelerate leaves on unhooking: the class's own, see matching
         adapted[name] = adapt(
-            layer, mixins[name], r=ranks[name], scaling=scales[name], dropout=config.dropout, dtype=dtype
+            layer,
+            plan.mixins[name],
+            r=plan.ranks[name],
+            scaling=plan.scales[name],
+            dropout=config.dropout,
+            dtype=dtype,
         )
-    for name, locals_ in parameters.items():
-        own = {local: (ranks[_join(name, local)], scales[_join(name, local)]) for local in locals_}
-        adapted[name] = adapt_parameters(modules[name], own, dtype=dtype)
+    for name, locals_ in plan.parameters.items():
+        own = {local: (plan.ranks[_join(name, local)], plan.scales[_join(name, local)]) for local in locals_}
+        adapted[name] = adapt_parameters(plan.modules[name], own, dtype=dtype)
     initialize(adapted, config)
     keep_parts(model)
     fuse(model)
-    read = {module for name, module in modules.items() if rows and reader_of(modules, name) is not None}
-    for embedding, heads, token_ids in rows.values():
+    read = {module for name, module in plan.modules.items() if plan.rows and reader_of(plan.modules, name) is not None}
+    for embedding, heads, token_ids in plan.rows.values():
         train_rows(embedding, heads, token_ids, dtype=dtype, read=read)
-    _train_whole(model, injection)
-    freeze_statistics(model, trained_whole)
+    freeze_statistics(model, plan.trained_whole)
     _keep_off_fused_paths(model, injection)
     model.register_load_state_dict_pre_hook(_complete_state_dict)
     guard_save_pretrained()
     model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
-    return given
+
+
+def capped_ranks(root: nn.Module) -> str:
+    """Return a line that names the layers whose rank is their size, below the one asked for; empty without any."""
+    injection = injection_of(root)
+    assert injection is not None
+    if not injection.capped:
+        return ""
+    names = [f"{name} (r={r})" for name, r in injection.capped.items()]
+    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"r={injection.config.r} exceeds the size of these layers, whose rank is their size: {some}"
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -201,6 +272,7 @@ def take_out(root: nn.Module) -> None:
     for name, parameter in root.named_parameters():
         # a parameter that was put in since keeps its flag
         parameter.requires_grad_(injection.requires_grad.get(clean_name(name), parameter.requires_grad))
+    give_back(root)
     for module, name, former in injection.undo:
         setattr(module, name, former)
     for key, hook in list(root._load_state_dict_pre_hooks.items()):
@@ -305,38 +377,37 @@ def named_trained_whole(root: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base parameters that train by design, heads and biases, by clean name."""
     injection = injection_of(root)
     assert injection is not None
-    if not injection.trained_whole and injection.config.bias == "none":
+    if not injection.trained:
         return {}
-    names = _names_trained_whole(root, injection)
-    return {clean_name(name): p for name, p in root.named_parameters() if clean_name(name) in names}
+    wanted = set(injection.trained)
+    return {clean_name(name): p for name, p in root.named_parameters() if clean_name(name) in wanted}
 
 
-def _names_trained_whole(root: nn.Module, injection: Injection) -> set[str]:
-    """Return the clean names of the base parameters that train by design; of tied ones the first name."""
-    wanted: set[int] = set()
-    for name, module in root.named_modules():
-        if clean_name(name) in injection.trained_whole:
-            wanted.update(id(parameter) for parameter in module.parameters())
-        if isinstance(module, LoRALayer):
-            if injection.config.bias == "lora_only" and isinstance(getattr(module, "bias", None), nn.Parameter):
-                wanted.add(id(module.bias))
-            wanted.difference_update(id(parameter) for _, parameter in module.named_adapter_tensors())
-    adapters = {f"{n}.{local}" for n, m in named_lora_layers(root).items() for local in m.tensor_names}
+def _base_that_trains(model: nn.Module, plan: _Plan, config: LoRAConfig) -> dict[str, nn.Parameter]:
+    """Return the base parameters that train by design, by clean name; tied ones by their first."""
+    wanted = {id(p) for name in plan.trained_whole if name in plan.modules for p in plan.modules[name].parameters()}
+    if config.bias == "lora_only":
+        tables = [module for table, tied, _ in plan.rows.values() for module in (table, *tied)]
+        adapted = [*plan.layers.values(), *(plan.modules[name] for name in plan.parameters), *tables]
+        wanted |= {id(bias) for layer in adapted if (bias := layer._parameters.get("bias")) is not None}
     return {
-        clean_name(name)
-        for name, parameter in root.named_parameters()
-        if clean_name(name) not in adapters
-        and (id(parameter) in wanted or (injection.config.bias == "all" and clean_name(name).split(".")[-1] == "bias"))
+        clean_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) in wanted
+        or clean_name(name) in plan.trained_whole
+        or (config.bias == "all" and clean_name(name).split(".")[-1] == "bias")
     }
 
 
-def _train_whole(model: nn.Module, injection: Injection) -> None:
-    """Unfreeze heads and biases, and keep copies of them for ``disabled`` and ``remove``."""
-    model.lora_injection = injection  # type: ignore[assignment]
-    for name, parameter in named_trained_whole(model).items():
+def _train_whole(model: nn.Module, plan: _Plan, injection: Injection, dtype: torch.dtype | None) -> None:
+    """Unfreeze heads and biases in ``dtype`` at least, and keep copies for ``disabled`` and ``remove``."""
+    trained = _base_that_trains(model, plan, injection.config)
+    injection.trained = list(trained)
+    for name, parameter in trained.items():
         parameter.requires_grad_(True)
         if parameter.device.type != "meta":
             injection.originals[name] = parameter.detach().clone()
+    keep_wide(model, trained.values(), dtype)
 
 
 def _with_originals(root: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -360,12 +431,7 @@ def trained_with_originals(root: nn.Module) -> list[tuple[nn.Parameter, Tensor]]
 def _modules_trained_whole(model: nn.Module, config: LoRAConfig) -> list[str]:
     if config.modules_to_save is not None:
         return select_trained_whole(model, config.modules_to_save)
-    heads = new_heads(model)
-    if is_all_linear(config.target_modules) or not heads:
-        return heads
-    # a head that the user targets by name is adapted instead
-    targeted = select_layers(model, config, [])
-    return [head for head in heads if not any(n == head or n.startswith(f"{head}.") for n in targeted)]
+    return new_heads(model)
 
 
 def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:
@@ -463,20 +529,41 @@ def _check_apart(
                 )
 
 
-def _check_shapes(name: str, layer: nn.Module, mixin: type[LoRALayer], r: int) -> None:
+def _check_shapes(name: str, layer: nn.Module, mixin: type[LoRALayer], r: int, config: LoRAConfig) -> None:
     try:
-        mixin.shapes(layer, r)
+        shape, _ = mixin.shapes(layer, r)
     except ValueError as error:
         raise ValueError(f"{name!r} cannot be adapted: {error}") from None
+    if not issubclass(mixin, LoRAEmbedding):  # which starts as PEFT's embeddings do, whatever the init
+        _check_start(name, r, len(shape), config)
 
 
-def _check_rank(name: str, layer: nn.Module, sizes: tuple[int, int], r: int, largest: int) -> None:
-    # a sweep over all linear layers may meet a gate with one output: harmless; a rank above all sizes is a mistake
-    if r > (largest or min(sizes)):
+def _check_start(name: str, r: int, num_dimensions: int, config: LoRAConfig) -> None:
+    if config.init == "orthogonal" and (r % 2 or num_dimensions > 2):
+        what = f"r={r}" if num_dimensions == 2 else f"factors of {num_dimensions} dimensions"
         raise ValueError(
-            f"r={r} is larger than {name!r}, a {sizes[0]} -> {sizes[1]} {type(layer).__name__}: give it its own "
-            f"rank with rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it "
-            "out with exclude_modules"
+            f"init='orthogonal' needs matrices of even rank, and {name!r} has {what}: give it another rank with "
+            "rank_pattern, leave it out with exclude_modules, or take another init"
+        )
+
+
+def _capped(config: LoRAConfig, ranks: Mapping[str, int], sizes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return the ranks of the layers that are smaller than what was asked for, if any may be that small.
+
+    A sweep over all linear layers may meet a gate with one output; a rank above all sizes is a mistake.
+    """
+    largest = max((size for pair in sizes.values() for size in pair), default=0)
+    if not is_all_linear(config.target_modules):
+        return {}
+    return {name: min(pair) for name, pair in sizes.items() if min(pair) < ranks[name] <= largest}
+
+
+def _check_rank(name: str, kind: str, sizes: tuple[int, int], r: int) -> None:
+    if r > min(sizes):
+        raise ValueError(
+            f"r={r} is larger than {name!r}, a {sizes[0]} -> {sizes[1]} {kind}: give it its own rank with "
+            f"rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it out with "
+            "exclude_modules"
         )
 
 

@@ -227,18 +227,23 @@ def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
 
 
 def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the full names of the modules that ``modules_to_save`` means: names that end in an entry."""
-    wanted = list(names)
+    """Return the full names of the modules that ``modules_to_save`` means.
+
+    These are the module of that very name, or else all whose names end in the entry.
+    """
     modules = _named_modules(model)
-    for entry in wanted:
-        if not any(name.endswith(entry) for name in modules):
+    found: set[str] = set()
+    for entry in names:
+        hits = {entry} if entry in modules else {name for name in modules if name.endswith(entry)}
+        if not hits:
             nearest = nearest_names([entry], modules)
             raise ValueError(f"modules_to_save entry {entry!r} matches no module of {type(model).__name__}{nearest}")
-    found = [name for name in modules if name.endswith(tuple(wanted))]
-    for name in found:
+        found |= hits
+    ordered = [name for name in modules if name in found]
+    for name in ordered:
         for local, parameter in modules[name].named_parameters():
             check_plain(f"modules_to_save: {name}.{local}", parameter)
-    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    return [name for name in ordered if not any(name.startswith(f"{other}.") for other in ordered)]
 
 
 def pattern_value(patterns: Mapping[str, V] | None, name: str | Sequence[str], default: V) -> V:

@@ -151,6 +151,7 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
                 f"padding_mode={layer.padding_mode!r}, and would compute something else from the file. Keep the "
                 "adapter in checkpoints, or merge(model, remove=True) and save the merged model"
             )
+    _check_trained_whole(root)
     base = known_fingerprint(root)
     metadata = {**base, "hashes": base["hashes"].tolist()}
     return {
@@ -158,6 +159,18 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
         "entries": [(e.key, e.layout, list(e.names)) for e in _entries(root)],
         "metadata": {"base": metadata},
     }
+
+
+def _check_trained_whole(root: nn.Module) -> None:
+    """Raise ``ValueError`` for parameters that train whole and lie in no module that PEFT could wrap."""
+    modules = _modules_trained_whole(root)
+    owners = {clean_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
+    for name in modules:
+        if name not in owners or isinstance(owners[name], (nn.ParameterList, nn.ParameterDict)):
+            raise ValueError(
+                f"{name!r} trains whole, and PEFT trains whole modules with a forward alone: keep the adapter in "
+                "checkpoints, or leave it frozen with modules_to_save=[...] that does not name it"
+            )
 
 
 def _check_experts(root: nn.Module, view: nn.Module) -> str | None:
@@ -210,6 +223,12 @@ def write_described(
             "PEFT reads adapters of experts with one rank and one scale, and this one has "
             f"{description['only_portable']}: write it with portable=True"
         )
+    lacking = [name for _, _, names in description["entries"] for name in names if name not in named]
+    if lacking:
+        raise ValueError(
+            f"PEFT reads {lacking[0]!r} as trained, since its module's name ends as that of one which is, and the "
+            "checkpoint holds nothing frozen: load it into the model and call save_peft(model, directory)"
+        )
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for key, layout, names in description["entries"]:
@@ -241,18 +260,31 @@ def _entries(root: nn.Module) -> list[Entry]:
         entries.extend(_layer_entries(name, layer, layers))
     whole = {id(parameter): name for name, parameter in named_trained_whole(root).items()}
     modules = _modules_trained_whole(root)
+    beside = _hit_by_endings(root, modules)
     stored = {clean_name(name) for name in root.state_dict(keep_vars=True)}  # some buffers are not
     for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
         clean = clean_name(name)
         owner = clean.rpartition(".")[0]
         if clean not in stored:
             continue
-        if any(owner == module or owner.startswith(f"{module}.") for module in modules):
+        if _lies_in(owner, modules):
             entries.append(Entry(PREFIX + clean, "plain", [whole.get(id(tensor), clean)]))
         elif id(tensor) in whole:
             key = f"{PREFIX}{_name_there(owner, layers)}.base_layer.bias" if owner in layers else PREFIX + clean
             entries.append(Entry(key, "plain", [whole[id(tensor)]]))  # the one name that a checkpoint has it under
+        elif _lies_in(owner, beside):
+            entries.append(Entry(PREFIX + clean, "plain", [clean]))
     return entries
+
+
+def _lies_in(owner: str, modules: Iterable[str]) -> bool:
+    return any(owner == module or owner.startswith(f"{module}.") for module in modules)
+
+
+def _hit_by_endings(root: nn.Module, modules: Sequence[str]) -> list[str]:
+    """Return the modules that did not train and whose names end as one that did: PEFT wants tensors for them too."""
+    names = (clean_name(name) for name, _ in root.named_modules(remove_duplicate=False))
+    return [name for name in names if name.endswith(tuple(modules)) and not _lies_in(name, modules)] if modules else []
 
 
 def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer]) -> list[Entry]:
@@ -299,7 +331,10 @@ def _parameter_entries(name: str, layer: LoRAParameters) -> list[Entry]:
 
 
 def _modules_trained_whole(root: nn.Module) -> list[str]:
-    """Return the modules that train whole, with those that hold a tied twin of one of their tensors."""
+    """Return the modules that train whole, with those that hold a tied twin of one of their tensors.
+
+    PEFT wraps no containers without a forward: of these come their members.
+    """
     injection = injection_of(root)
     assert injection is not None
     modules = list(injection.trained_whole)
@@ -312,7 +347,14 @@ def _modules_trained_whole(root: nn.Module) -> list[str]:
         owner = clean_name(name).rpartition(".")[0]
         if id(parameter) in inside and not any(owner == m or owner.startswith(f"{m}.") for m in modules):
             modules.append(owner)
-    return modules
+    owners = {clean_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
+    return [member for name in modules for member in _with_forward(name, owners.get(name))]
+
+
+def _with_forward(name: str, module: nn.Module | None) -> list[str]:
+    if not isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+        return [name]
+    return [one for local, child in module.named_children() for one in _with_forward(f"{name}.{local}", child)]
 
 
 def _peft_config(root: nn.Module) -> dict[str, Any]:

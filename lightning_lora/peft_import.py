@@ -172,7 +172,7 @@ def _untold(model: nn.Module, adapter: Adapter) -> list[str]:
         for name, value in adapter.trained.items()
         if id(own[name]) not in trained
         and not any(name.startswith(f"{module}.") for module in whole)
-        and (own[name].is_meta or not torch.equal(value.to(own[name].dtype), own[name].detach().cpu()))
+        and not _is_value(value, own[name])
     ]
 
 
@@ -512,14 +512,25 @@ def _trained_modules(
     """Return the modules that PEFT's ``modules_to_save`` means here; the directory must have all of their tensors."""
     entries = peft_config.get("modules_to_save") or []
     found = [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
+    trained: list[str] = []
     for name in found:
-        missing = [p for p, _ in modules[name].named_parameters() if f"{name}.{clean_name(p)}" not in adapter.trained]
+        own = {f"{name}.{clean_name(local)}": p for local, p in modules[name].named_parameters()}
+        missing = [tensor for tensor in own if tensor not in adapter.trained]
+        # the full name of one module may be the end of another's, which did not train
+        if not any(name.endswith(entry) and (entry == name or entry not in modules) for entry in entries) and (
+            missing or all(_is_value(adapter.trained[tensor], p) for tensor, p in own.items())
+        ):
+            continue
         if missing:
             raise ValueError(
-                f"{directory} says modules_to_save={brief(entries)}, but has no {f'{name}.{missing[0]}'!r}. Is a file "
-                "damaged?"
+                f"{directory} says modules_to_save={brief(entries)}, but has no {missing[0]!r}. Is a file damaged?"
             )
-    return [name for name in found if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
+        trained.append(name)
+    return [name for name in trained if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
+
+
+def _is_value(value: Tensor, own: Tensor) -> bool:
+    return not own.is_meta and torch.equal(value.to(own.dtype), own.detach().cpu())
 
 
 def _live_indices(peft_config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Any:

@@ -24,7 +24,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 def ours(family: Family, *, without: tuple[str, ...] = ()) -> nn.Module:
-    model = inject(family.build(), LoRAConfig(r=4, alpha=8, exclude_modules=(*family.refused, *without) or None))
+    exclude = (*family.refused, *without) or None  # and a new head is adapted, as in PEFT without a task_type
+    model = inject(family.build(), LoRAConfig(r=4, alpha=8, exclude_modules=exclude, modules_to_save=[]))
     models.fill_adapters(model)
     return model
 

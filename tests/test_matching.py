@@ -114,6 +114,7 @@ TABLE = [
 ]
 # these two differ from PEFT on purpose: a head trains whole unless modules_to_save=[] (there: only with a task_type)
 OURS = {"bert": {"modules_to_save": []}}
+RANKS = {"bert": 3}  # of 3 labels: above them "all-linear" would give the head another rank than PEFT
 
 
 def found_by_peft(name: str, values: dict) -> tuple[Found, set[str]]:
@@ -122,7 +123,7 @@ def found_by_peft(name: str, values: dict) -> tuple[Found, set[str]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about tied weights and fan_in_fan_out
-        wrapped = get_peft_model(MODELS[name](), LoraConfig(r=4, lora_alpha=8, **values))
+        wrapped = get_peft_model(MODELS[name](), LoraConfig(r=RANKS.get(name, 4), lora_alpha=8, **values))
     model = wrapped.base_model.model
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     found = {n: (m.r["default"], m.scaling["default"]) for n, m in layers.items()}
@@ -131,7 +132,7 @@ def found_by_peft(name: str, values: dict) -> tuple[Found, set[str]]:
 
 
 def found_by_us(name: str, values: dict) -> tuple[Found, set[str]]:
-    model = inject(MODELS[name](), LoRAConfig(r=4, alpha=8, **{**OURS.get(name, {}), **values}))
+    model = inject(MODELS[name](), LoRAConfig(r=RANKS.get(name, 4), alpha=8, **{**OURS.get(name, {}), **values}))
     found = {n: (layer.r, layer.lora_scaling) for n, layer in named_lora_layers(model).items()}
     return found, set(named_trained_whole(model))
 
@@ -160,8 +161,23 @@ def test_trained_parameters_are_adapters_and_heads_only() -> None:
     assert all(name.endswith((".lora_A", ".lora_B")) for name in trained - {"classifier.weight", "classifier.bias"})
 
 
-def test_a_head_that_the_user_targets_is_adapted_and_not_trained_whole() -> None:
+def test_a_new_head_trains_whole_as_in_peft_though_a_pattern_names_it() -> None:
+    from peft import LoraConfig, get_peft_model
+
     model = inject(models.bert_classifier(), LoRAConfig(r=3, target_modules=["query", "classifier"]))
+    config = LoraConfig(r=3, target_modules=["query", "classifier"], task_type="SEQ_CLS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about the pattern
+        wrapped = get_peft_model(models.bert_classifier(), config)
+    theirs = {n.removeprefix("base_model.model.") for n, p in wrapped.named_parameters() if p.requires_grad}
+    whole = {name.replace("modules_to_save.default.", "") for name in theirs if "lora_" not in name}
+    assert set(named_trained_whole(model)) == whole == {"classifier.weight", "classifier.bias"}
+    assert "classifier" not in named_lora_layers(model)
+
+
+def test_a_head_is_adapted_where_nothing_trains_whole() -> None:
+    config = LoRAConfig(r=3, target_modules=["query", "classifier"], modules_to_save=[])
+    model = inject(models.bert_classifier(), config)
     assert "classifier" in named_lora_layers(model)
     assert not model.classifier.weight.requires_grad
 

@@ -12,7 +12,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import (
     LoRAConfig,
@@ -24,6 +24,7 @@ from lightning_lora import (
     named_adapter_parameters,
     save_peft,
 )
+from lightning_lora.inject import named_trained_whole
 from lightning_lora.layers import LoRALayer
 from tests import models
 
@@ -412,9 +413,9 @@ def test_a_body_without_its_head_keeps_names_of_its_own(tmp_path: Path) -> None:
     torch.testing.assert_close(again(ids).last_hidden_state, model(ids).last_hidden_state, **CLOSE)
 
 
-@pytest.mark.parametrize("settings", [{"modules_to_save": []}, {"target_modules": ["query", "classifier"]}], ids=str)
-def test_peft_reads_a_classifier_whose_head_did_not_train_whole(settings: dict[str, Any], tmp_path: Path) -> None:
-    model = inject(models.bert_classifier(), LoRAConfig(**{"r": 3, "target_modules": ["query"], **settings})).eval()
+@pytest.mark.parametrize("targets", [["query"], ["query", "classifier"]], ids=str)
+def test_peft_reads_a_classifier_whose_head_did_not_train_whole(targets: list[str], tmp_path: Path) -> None:
+    model = inject(models.bert_classifier(), LoRAConfig(r=3, target_modules=targets, modules_to_save=[])).eval()
     give_values(model)
     save_peft(model, tmp_path)
     again = peft.PeftModel.from_pretrained(models.bert_classifier(), tmp_path).eval()  # a warning is an error here
@@ -455,6 +456,63 @@ def test_a_head_whose_name_ends_anothers_reaches_peft_alone(tmp_path: Path) -> N
     save_peft(model, tmp_path)
     again = load_peft(build(), tmp_path)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+class Heads(nn.Module):
+    """A body with heads in containers, which PEFT cannot wrap."""
+
+    def __init__(self, container: str) -> None:
+        super().__init__()
+        a, b = nn.Linear(8, 2), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.body = nn.Linear(8, 8)
+        nested = nn.ModuleList([nn.ModuleDict({"inner": b})])
+        self.heads: Any = nn.ModuleDict({"a": a, "b": nested}) if container == "dict" else nn.ModuleList([a, nested])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, nested = self.heads.values() if isinstance(self.heads, nn.ModuleDict) else self.heads
+        x = self.body(x)
+        return first(x) + nested[0]["inner"](x)
+
+
+def heads(container: str) -> nn.Module:
+    torch.manual_seed(0)
+    return Heads(container)
+
+
+@pytest.mark.parametrize("container", ["dict", "list"])
+def test_peft_reads_heads_that_lie_in_containers(container: str, tmp_path: Path) -> None:
+    model = inject(heads(container), LoRAConfig(r=2, target_modules=["body"], modules_to_save=["heads"]))
+    give_values(model)
+    save_peft(model, tmp_path)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    theirs = peft.PeftModel.from_pretrained(heads(container), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x), **CLOSE)
+    ours = load_peft(heads(container), tmp_path)
+    assert torch.equal(ours(x), model(x))
+    assert set(named_trained_whole(ours)) == set(named_trained_whole(model))
+    adapter_checkpoint(ours)  # and it is described for PEFT again
+
+
+@pytest.mark.parametrize("container", ["dict", "list"])
+def test_heads_in_containers_that_peft_trained_are_read(container: str, tmp_path: Path) -> None:
+    names = {"dict": ["heads.a", "b.0.inner"], "list": ["heads.0", "inner"]}[container]
+    config = peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=names)
+    wrapped = peft.get_peft_model(heads(container), config)
+    give_values(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    ours = load_peft(heads(container), tmp_path)
+    torch.testing.assert_close(ours(x), wrapped(x), **CLOSE)
+    save_peft(ours, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(heads(container), tmp_path / "again")
+    torch.testing.assert_close(again(x), wrapped(x), **CLOSE)
+
+
+def test_parameters_in_a_container_are_refused_for_peft(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"body": nn.Linear(4, 4), "scales": nn.ParameterList([nn.Parameter(torch.ones(4))])})
+    inject(net, LoRAConfig(r=2, target_modules=["body"], modules_to_save=["scales"]))
+    with pytest.raises(ValueError, match="'scales' trains whole, and PEFT trains whole modules with a forward alone"):
+        save_peft(net, tmp_path)
 
 
 def test_load_peft_on_an_adapted_model_is_an_error_that_changes_nothing(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Pair:
 class Made(nn.Module):
     """Mixin of the classes that are made at run time, ``LoRA<Base>(mixin, Base)``, for modules that change in place."""
 
+    class_prefix: ClassVar[str] = "LoRA"
     lora_base_class: ClassVar[type[nn.Module]]
     lora_base_forward: ClassVar[Any]  # the base class's when this one was made: somebody may patch it later
 
@@ -47,7 +48,7 @@ class Made(nn.Module):
         function, arguments, *state = reduced
         assert function is copyreg.__newobj__, function  # type: ignore[attr-defined]  # missing in the stubs
         mixin, base = type(self).__bases__
-        return (_new_module, (mixin, base, *arguments[1:]), *state)
+        return (_new_module, (mixin, _recipe(base), *arguments[1:]), *state)
 
 
 class LoRALayer(Made):
@@ -205,7 +206,7 @@ class LoRALayer(Made):
                 like = fn(parameter.data)
             if like.device.type == "meta":
                 continue
-            dtype = _not_narrower(like.dtype, self.lora_dtype)
+            dtype = not_narrower(like.dtype, self.lora_dtype)
             if (like.device, dtype) != (parameter.device, parameter.dtype):
                 parameter.data = parameter.data.to(device=like.device, dtype=dtype)
                 if parameter.grad is not None:
@@ -223,11 +224,11 @@ _MADE_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
 
 
 def lora_class(mixin: type[M], base: type[nn.Module]) -> type[M]:
-    """Return the class ``LoRA<Base>(mixin, Base)``, the same object on every call."""
+    """Return the class ``LoRA<Base>(mixin, Base)``, or with another prefix, the same object on every call."""
     if (mixin, base) not in _MADE_CLASSES:
         namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
         namespace |= {"lora_base_class": base, "lora_base_forward": base.forward}
-        _MADE_CLASSES[mixin, base] = type(f"LoRA{base.__name__}", (mixin, base), namespace)
+        _MADE_CLASSES[mixin, base] = type(f"{mixin.class_prefix}{base.__name__}", (mixin, base), namespace)
     made: type[M] = _MADE_CLASSES[mixin, base]
     return made
 
@@ -284,12 +285,23 @@ def unadapt(layer: LoRALayer) -> nn.Module:
     return layer
 
 
-def _new_module(mixin: type[Made], base: type[nn.Module], *arguments: Any) -> Made:
-    cls = lora_class(mixin, base)
+def _recipe(cls: type[nn.Module]) -> Any:
+    """Return what pickle can write of a class: itself, or the two that it was made from."""
+    made = _MADE_CLASSES.get(cls.__bases__) if len(cls.__bases__) == 2 else None
+    return (cls.__bases__[0], _recipe(cls.__bases__[1])) if made is cls else cls
+
+
+def _class_of(recipe: Any) -> type[nn.Module]:
+    return lora_class(recipe[0], _class_of(recipe[1])) if isinstance(recipe, tuple) else recipe
+
+
+def _new_module(mixin: type[Made], base: Any, *arguments: Any) -> Made:
+    cls = lora_class(mixin, _class_of(base))
     return cls.__new__(cls, *arguments)
 
 
-def _not_narrower(dtype: torch.dtype, floor: torch.dtype | None) -> torch.dtype:
+def not_narrower(dtype: torch.dtype, floor: torch.dtype | None) -> torch.dtype:
+    """Return ``dtype``, or ``floor`` where that has more bits or as many."""
     if floor is None or torch.finfo(dtype).bits > torch.finfo(floor).bits:
         return dtype
     return floor

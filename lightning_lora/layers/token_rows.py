@@ -87,6 +87,17 @@ _MIXINS: dict[tuple[bool, bool], type[TokenRows]] = {  # whether it is an embedd
 }
 
 
+def check_rows(layer: nn.Module, token_ids: Sequence[int]) -> None:
+    """Raise ``ValueError`` for an index outside the table or given twice, or a weight on the meta device."""
+    weight: Any = layer.weight
+    wrong = [token for token in token_ids if not 0 <= token < weight.shape[0]]
+    if wrong or len(set(token_ids)) != len(token_ids) or not token_ids:
+        what = f"{wrong[0]} is outside the table of {weight.shape[0]} rows" if wrong else "an index is given twice"
+        raise ValueError(f"trainable_token_indices: {what if token_ids else 'the list is empty'}; resize it first?")
+    if weight.device.type == "meta":
+        raise ValueError("trainable_token_indices: the embedding is on the meta device; load the base first")
+
+
 def train_rows(
     layer: nn.Module,
     tied: Sequence[nn.Module],
@@ -99,17 +110,8 @@ def train_rows(
 
     Args:
         read: layers whose weight is read by others.
-
-    Raises:
-        ValueError: an index is outside the table or given twice, or the weight is on the meta device.
     """
     weight: Any = layer.weight
-    wrong = [token for token in token_ids if not 0 <= token < weight.shape[0]]
-    if wrong or len(set(token_ids)) != len(token_ids) or not token_ids:
-        what = f"{wrong[0]} is outside the table of {weight.shape[0]} rows" if wrong else "an index is given twice"
-        raise ValueError(f"trainable_token_indices: {what if token_ids else 'the list is empty'}; resize it first?")
-    if weight.device.type == "meta":
-        raise ValueError("trainable_token_indices: the embedding is on the meta device; load the base first")
     ids = list(token_ids)
     values = weight.detach()[torch.tensor(ids, device=weight.device)].to(dtype or weight.dtype, copy=True)
     rows = nn.Parameter(values)

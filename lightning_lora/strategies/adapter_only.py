@@ -62,6 +62,7 @@ from lightning_lora.strategies.optimizers import (
     prepare_optimizers,
     spread_state,
 )
+from lightning_lora.strategies.overflow import check_scalable
 from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
 from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
@@ -284,6 +285,7 @@ class AdapterOnly(Strategy):
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
         super().setup_optimizers(trainer)
+        check_scalable(getattr(self.precision_plugin, "scaler", None), self.optimizers)
         prepare_optimizers(self.optimizers, self._adapted_module())
 
     @override

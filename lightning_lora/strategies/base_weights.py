@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_lora.inject import injection_of, named_lora_layers
+from lightning_lora.layers.trained import as_stored
 from lightning_lora.root import clean_name, is_pretrained, name_or_path, resize_advice
 from lightning_lora.sharded import (
     boxes,
@@ -168,12 +169,13 @@ def _draw(root: nn.Module, name: str, module: nn.Module) -> bool:
     path = clean_name(name)
     owners: dict[str, Any] = {clean_name(n): m for n, m in root.named_modules() if is_pretrained(m)}
     around = [n for n in owners if not n or path == n or path.startswith(f"{n}.")]
-    if around:
-        owners[max(around, key=len)]._init_weights(module)
-        return True
-    if callable(reset := getattr(module, "reset_parameters", None)):
-        reset()
-        return True
+    with as_stored(module):
+        if around:
+            owners[max(around, key=len)]._init_weights(module)
+            return True
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+            return True
     return False
 
 

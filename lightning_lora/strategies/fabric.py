@@ -43,6 +43,7 @@ from lightning_lora.strategies.optimizers import (
     parameter_names,
     spread_state,
 )
+from lightning_lora.strategies.overflow import check_scalable
 from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
 
 
@@ -59,6 +60,11 @@ class FabricAdapterOnly(Strategy):
             reduce_in_fixed_order(wrapped, self)
             look_for_moved(module)
         return wrapped
+
+    @override
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        check_scalable(getattr(self.precision, "scaler", None), [optimizer])
+        return super().setup_optimizer(optimizer)
 
     @override
     def save_checkpoint(

@@ -45,6 +45,25 @@ def share_overflows(scaler: Any, reduce_gradients: Callable[[], None]) -> None:
     scaler.__dict__[_HOOK] = unscale_together
 
 
+def check_scalable(scaler: Any, optimizers: Iterable[Any]) -> None:
+    """Raise ``ValueError`` for parameters in float16, whose gradients a ``GradScaler`` refuses to unscale.
+
+    Args:
+        scaler: ``None`` checks nothing.
+    """
+    if scaler is None:
+        return
+    for optimizer in optimizers:
+        narrow = [p for group in optimizer.param_groups for p in group["params"] if p.dtype == torch.float16]
+        if any(parameter.requires_grad for parameter in narrow):
+            raise ValueError(
+                f"precision='16-mixed' scales gradients, and {len(narrow)} tensors that train are in float16, which "
+                f"{type(scaler).__name__} cannot unscale. Adapters, heads and biases are kept in float32 by "
+                "the default adapter_dtype='float32' ('auto' keeps the weight's own dtype); bring what else trains to "
+                "float32, or use precision='bf16-mixed'"
+            )
+
+
 def keep_overflows(scaler: Any) -> None:
     """Undo :func:`share_overflows`."""
     if scaler is not None:

@@ -1,0 +1,149 @@
+"""Base parameters that train, heads and biases: kept in a dtype in which small updates count, cast where read."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from lightning_lora.layers.base import Made, lora_class, not_narrower
+from lightning_lora.sharded import is_dtensor
+
+_NO_DTYPES: dict[str, torch.dtype] = {}
+
+
+class KeptWide(Made):
+    """Mixin of a module with parameters of its own that train, which are wider than its code takes them for.
+
+    Reading ``module.weight`` gives the parameter in the dtype that the base would have it in; its gradient is summed,
+    and an optimizer updates it, in its own. Moving and converting the module changes the dtype that is read, and never
+    narrows the parameter below ``_lora_floor``. What is read may be a copy: write to ``parameters()``.
+    """
+
+    class_prefix: ClassVar[str] = ""
+
+    _lora_read_dtypes: dict[str, torch.dtype]  # by the parameter's local name
+    _lora_floor: torch.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        dtype = self.__dict__.get("_lora_read_dtypes", _NO_DTYPES).get(name)
+        if dtype is None or value is None or value.dtype == dtype or is_dtensor(value):
+            return value  # in shards, between forwards: FSDP2 looks for its own parameter here
+        return value if _bits(dtype) > _bits(value.dtype) else value.to(dtype)  # FSDP2 may gather it narrow
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        dtypes = self.__dict__.get("_lora_read_dtypes", _NO_DTYPES)
+        held = {name: self._parameters[name] for name in dtypes if self._parameters.get(name) is not None}
+        wide: dict[int, torch.dtype] = {}
+        for name, parameter in held.items():
+            assert parameter is not None
+            dtypes[name] = fn(torch.zeros(1, dtype=dtypes[name], device=parameter.device)).dtype
+            for tensor in (parameter, parameter.grad):
+                wide[id(tensor)] = not_narrower(dtypes[name], self._lora_floor)
+
+        def applied(tensor: Tensor) -> Tensor:
+            result, dtype = fn(tensor), wide.get(id(tensor))
+            if dtype is None or result.dtype == dtype:
+                return result
+            # not from the result, which may have been rounded
+            return (result if tensor.is_meta else tensor).to(device=result.device, dtype=dtype)
+
+        super()._apply(applied, recurse=False)  # type: ignore[no-untyped-call]
+        return self
+
+    @override
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in self.__dict__.get("_lora_read_dtypes", ()):  # assign=True puts in what the state holds
+            _widen(self._parameters.get(name), self._lora_floor)
+
+
+class KeptWideRecurrent(KeptWide):
+    """The same for ``nn.LSTM`` and its like, which keep a list of their weights as they were read once."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Any]) -> None:
+        """Keep no list."""
+
+
+def keep_wide(model: nn.Module, parameters: Iterable[nn.Parameter], floor: torch.dtype | None) -> None:
+    """Keep ``parameters`` in ``floor`` at least, in place, and cast them where the modules of ``model`` read them.
+
+    ``None`` leaves all as it is.
+    """
+    wanted = {id(parameter) for parameter in parameters if parameter.is_floating_point()}
+    if floor is None or not wanted:
+        return
+    held = {}
+    for module in model.modules():
+        own = {name: p for name, p in module._parameters.items() if p is not None and id(p) in wanted}
+        if own:
+            held[module] = own
+    for module, own in held.items():
+        mixin = KeptWideRecurrent if isinstance(module, nn.RNNBase) else KeptWide
+        dtypes = {name: parameter.dtype for name, parameter in own.items()}
+        module.__class__ = lora_class(mixin, type(module))
+        module.__dict__.update(_lora_read_dtypes=dtypes, _lora_floor=floor)
+    for own in held.values():
+        for parameter in own.values():
+            _widen(parameter, floor)
+
+
+@contextmanager
+def as_stored(module: nn.Module) -> Iterator[None]:
+    """Read the parameters inside ``module`` as they are inside the block, for code that writes to them."""
+    read = {part: part.__dict__.pop("_lora_read_dtypes", None) for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, dtypes in read.items():
+            if dtypes is not None:
+                part.__dict__["_lora_read_dtypes"] = dtypes
+
+
+def give_back(model: nn.Module) -> None:
+    """Undo :func:`keep_wide`: round every parameter once to the dtype that it was read in.
+
+    Of parameters in shards nothing is undone: they stay wide, and are cast where they are read.
+    """
+    for module in model.modules():
+        if not isinstance(module, KeptWide) or "_lora_read_dtypes" not in module.__dict__:
+            continue
+        if any(is_dtensor(module._parameters.get(name)) for name in module._lora_read_dtypes):
+            continue
+        dtypes = module.__dict__.pop("_lora_read_dtypes")
+        del module.__dict__["_lora_floor"]
+        if type(module).__bases__[0] in (KeptWide, KeptWideRecurrent):
+            module.__class__ = module.lora_base_class  # type: ignore[assignment]  # the reverse of the class swap
+        for name, dtype in dtypes.items():
+            _convert(module._parameters.get(name), dtype)
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+
+
+def _widen(parameter: nn.Parameter | None, floor: torch.dtype) -> None:
+    if parameter is not None:
+        _convert(parameter, not_narrower(parameter.dtype, floor))
+
+
+def _convert(parameter: nn.Parameter | None, dtype: torch.dtype) -> None:
+    if parameter is not None and parameter.dtype != dtype:
+        parameter.data = parameter.data.to(dtype)
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.to(dtype)
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
