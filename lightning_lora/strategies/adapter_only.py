@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -54,6 +55,7 @@ from lightning_lora.root import clean_name
 from lightning_lora.sharded import is_sharded, on_rank_zero
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.atomic_io import make_atomic
+from lightning_lora.strategies.lockstep import keep_in_step
 from lightning_lora.strategies.optimizers import (
     gathered_state,
     match_by_name,
@@ -89,6 +91,11 @@ class AdapterOnly(Strategy):
     _is_over: bool = False
     _random_states: list[dict[str, Any]] | None = None
     _loaders_to_restore: list[list[torch.Tensor]] | None = None
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        keep_in_step(trainer)
+        super().setup(trainer)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -318,6 +325,9 @@ class AdapterOnly(Strategy):
                 self._loaders_to_restore = list(self._own_random_state().get("loaders", []))
             if self._loaders_to_restore:
                 random_state.restore_loader(dataloader, self._loaders_to_restore.pop(0))
+            # Lightning tells samplers the epoch only after a resumed run has made its iterator
+            epochs: Any = self._adapted_module().trainer.fit_loop.epoch_progress.current
+            _set_sampler_epoch(dataloader, epochs.processed)
         return super().process_dataloader(dataloader)
 
     def restore_random_state(self) -> None:

@@ -17,6 +17,7 @@ from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.elementwise import check_steps_on_parts
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.strategies.launched import Launched, check_adapted
+from lightning_lora.strategies.lockstep import keep_in_step
 from lightning_lora.strategies.overflow import keep_overflows, share_overflows
 from lightning_lora.strategies.replication import broadcast_together, changing_buffers
 from lightning_lora.strategies.sharding import sharded_trainables
@@ -65,6 +66,7 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         check_adapted(self.model, self.strategy_name)
+        keep_in_step(trainer)
         evaluating = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
         for loop in (*evaluating, trainer.predict_loop):
             loop.inference_mode = False  # FSDP2's first forward in it leaves tensors that cannot train

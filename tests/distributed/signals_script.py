@@ -1,0 +1,173 @@
+"""One rank of runs that are stopped by signals again and again, and go on from the file that each stop wrote."""
+
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_lora import LoRACallback, adapter_state_dict
+from tests import models
+from tests.distributed.launch import report
+from tests.runs import LanguageModule
+
+STOPS = 20
+EPOCHS, BATCHES, ACCUMULATED = 12, 6, 2
+BEHIND_S = 0.1
+WHERE = ("train_start", "batch_start", "backward", "step", "batch_end", "validation", "save", "epoch_end")
+
+
+class Recorded(LanguageModule):
+    """Keeps the loss of every batch of the run under its number."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.1)
+        self.by_batch: dict[int, float] = {}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.model(input_ids=batch, labels=batch).loss
+        self.by_batch[self.trainer.current_epoch * BATCHES + batch_idx] = loss.item()
+        return loss
+
+
+class Rows(pl.LightningDataModule):
+    def __init__(self, data: Any) -> None:
+        super().__init__()
+        self.data = data
+
+    def train_dataloader(self) -> Any:
+        parts = self.trainer.distributed_sampler_kwargs  # ranks that share a model see the same
+        rows = self.data[: 2 * BATCHES * parts["num_replicas"]]
+        return StatefulDataLoader(rows, batch_size=2, sampler=DistributedSampler(rows, **parts, seed=7))
+
+    def val_dataloader(self) -> Any:
+        return StatefulDataLoader(self.data[:4], batch_size=2)
+
+
+class Signaller(Callback):
+    """Sends this process a signal when a run passes a place for the second time, or the third."""
+
+    def __init__(self, number: int | None, where: str, passes: int, behind_s: float) -> None:
+        self.number, self.where, self.passes, self.behind_s = number, where, passes, behind_s
+
+    def passed(self, where: str) -> None:
+        if where == self.where and self.number is not None:
+            self.passes -= 1
+            if self.passes in (0, -1):  # once more at the next place: a second signal changes nothing
+                time.sleep(self.behind_s)
+                os.kill(os.getpid(), self.number)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.passed("train_start")
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.passed("batch_start")
+
+    def on_after_backward(self, *_: Any) -> None:
+        self.passed("backward")
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.passed("step")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.passed("batch_end")
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.passed("validation")
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        self.passed("save")
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.passed("epoch_end")
+
+
+def fit(directory: Path, strategy: str, ckpt_path: Path | None, *callbacks: Callback) -> Recorded:
+    pl.seed_everything(3, verbose=False)
+    module = Recorded()
+    saving = ModelCheckpoint(directory / "steps", save_last=True, save_top_k=0, every_n_train_steps=1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        plugins=[SLURMEnvironment()],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=directory,
+        max_epochs=EPOCHS,
+        accumulate_grad_batches=ACCUMULATED,
+        val_check_interval=4,
+        callbacks=[LoRACallback(r=4, dropout=0.1), *callbacks, saving],
+    )
+    with suppress(SIGTERMException):
+        trainer.fit(module, Rows(models.token_ids(64, 8, seed=1)), ckpt_path=ckpt_path)
+    return module
+
+
+def stopped_again_and_again(directory: Path, strategy: str, who: str) -> dict[str, Any]:
+    """Stop a run at places drawn at random, resume it each time, and let it end; return what was seen."""
+    draw = random.Random(who)
+    rank = int(os.environ["RANK"])
+    behind_s = BEHIND_S if who == "straggler" and rank == 1 else 0.0
+    losses: dict[int, float] = {}
+    stops: list[tuple[str, str, int]] = []
+    ckpt_path: Path | None = None
+    while True:
+        kind, where = draw.choice(("SIGTERM", "SIGUSR1")), draw.choice(WHERE)
+        signalled = who != "one" or rank == draw.randrange(2)
+        number = getattr(signal, kind) if signalled and len(stops) < STOPS else None
+        signaller = Signaller(number, where, 1, behind_s)
+        module = fit(directory, strategy, ckpt_path, signaller, OnExceptionCheckpoint(directory))
+        losses.update(module.by_batch)
+        trainer = module.trainer
+        if not trainer.received_sigterm:
+            return {"losses": losses, "stops": stops, "adapters": adapters(module), "counted": counted(trainer)}
+        stops.append((kind, where, trainer.global_step))
+        requeues = len((directory / "requeued.txt").read_text().splitlines()) if kind == "SIGUSR1" else None
+        name = "on_exception.ckpt" if requeues is None else f"hpc_ckpt_{requeues}.ckpt"
+        ckpt_path = directory / name
+
+
+def adapters(module: pl.LightningModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in adapter_state_dict(module).items()}
+
+
+def counted(trainer: pl.Trainer) -> list[int]:
+    loop = trainer.fit_loop
+    batches = loop.epoch_loop.batch_progress.total
+    return [trainer.global_step, trainer.current_epoch, batches.completed, loop.epoch_loop._batches_that_stepped]
+
+
+def main(directory: Path, strategy: str) -> None:
+    rank = os.environ["RANK"]
+    slurm = {"PROCID": rank, "LOCALID": rank, "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_ID": "4711"}
+    os.environ.update({f"SLURM_{key}": value for key, value in slurm.items()} | {"SLURM_JOB_NAME": "train"})
+    os.environ["PATH"] = f"{directory}:{os.environ['PATH']}"  # the test's own scontrol
+    found: dict[str, Any] = {}
+    for who in ("nobody", "one", "all", "straggler"):
+        os.environ["REQUEUED"] = str(directory / who / "requeued.txt")
+        if who == "nobody":
+            module = fit(directory / who, strategy, None)
+            losses, numbers = module.by_batch, counted(module.trainer)
+            found[who] = {"losses": losses, "adapters": adapters(module), "counted": numbers}
+        else:
+            found[who] = stopped_again_and_again(directory / who, strategy, who)
+    report(directory, found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
