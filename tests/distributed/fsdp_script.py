@@ -174,7 +174,7 @@ class Alternating(Finetuned):
 
 
 def fit(
-    directory: Path,
+    directory: Path | None,
     module: pl.LightningModule,
     strategy: Any = "fsdp_lora",
     *,
@@ -184,8 +184,9 @@ def fit(
     callbacks: tuple[Any, ...] = (),
     **settings: Any,
 ) -> pl.Trainer:
+    """Train on this rank's rows, with a checkpoint per epoch in ``directory``, if there is one."""
     num_ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    saving = ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")
+    saving = [] if directory is None else [ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=num_ranks,
@@ -193,8 +194,9 @@ def fit(
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        enable_checkpointing=bool(saving),
         default_root_dir=directory,
-        callbacks=[LoRACallback(**{"r": 4, **(lora or {})}), saving, *callbacks],
+        callbacks=[LoRACallback(**{"r": 4, **(lora or {})}), *saving, *callbacks],
         **{"max_epochs": 1, "logger": False, "log_every_n_steps": 1, **settings},
     )
     trainer.fit(module, **{"train_dataloaders": rank_loader(rank, num_ranks), **(loaders or {})}, ckpt_path=ckpt_path)

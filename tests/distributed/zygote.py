@@ -5,6 +5,7 @@ for each environment, which begins anew if it is to be fresh. It answers with th
 """
 
 import atexit
+import faulthandler
 import importlib
 import json
 import os
@@ -14,12 +15,24 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ("lightning_lora", "transformers.models.llama.modeling_llama", "tests.zoo")
+import torch
+
+from lightning_lora.megatron.core import megatron_core
+
+PRELOADED = (
+    "lightning_lora",
+    "transformers.models.llama.modeling_llama",
+    "tests.zoo",
+    "tests.distributed.gpt_script",  # and what it shares with the others
+)
 
 
 def serve() -> None:
+    torch.set_num_threads(1)
     for name in PRELOADED:
         importlib.import_module(name)
+    megatron_core()
+    importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     for line in sys.stdin:
         order = json.loads(line)
         children = [
@@ -43,6 +56,7 @@ def _fork(order: dict[str, Any], environment: dict[str, str], output: str) -> in
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(0)  # orders are not for ranks
+        faulthandler.enable(2)
         if order["fresh"]:
             os.execv(sys.executable, [sys.executable, order["script"], *order["arguments"]])
         sys.argv = [order["script"], *order["arguments"]]
