@@ -431,7 +431,7 @@ def experts(directory: Path, num_ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for size in (1, num_ranks):
         module = Module(directory / "moe", sequence_parallel=size > 1)
-        run(None, size, module)
+        run(directory / f"experts{size}", size, module)
         found[f"tp{size}"] = {
             "gradients": module.gradients, "adapters": adapters(module), "raw": whole_factors(module),
         }  # fmt: skip
@@ -513,7 +513,7 @@ class Late(Module):
 
 def unfreezing(directory: Path, num_ranks: int) -> dict[str, Any]:
     module = Late(directory / "hf")
-    run(None, 2, module, max_epochs=2)
+    run(directory / "late", 2, module, max_epochs=2)
     return {name: p.detach().clone() for name, p in module.model.named_parameters() if "lora_B" in name}
 
 
@@ -557,7 +557,7 @@ def precisions(directory: Path, num_ranks: int) -> dict[str, Any]:
         for sequence_parallel in (False, True):
             module = Module(directory / "hf", sequence_parallel=sequence_parallel)
             try:
-                run(None, num_ranks, module, precision=precision)
+                run(directory / "bf16", num_ranks, module, precision=precision)
                 found[f"{precision} {sequence_parallel}"] = (
                     module.losses,
                     str(next(p.dtype for p in module.parameters())),
@@ -582,7 +582,7 @@ def whole_modules(directory: Path, num_ranks: int) -> dict[str, Any]:
         biases = {n: whole(p).detach().clone() for n, p in biased.model.named_parameters() if n.endswith("bias")}
         found[f"biases {sequence_parallel}"] = biases
         module = Module(directory / "hf", sequence_parallel=sequence_parallel)
-        run(None, num_ranks, module, lora=lora)
+        run(directory / "whole", num_ranks, module, lora=lora)
         names = ("q_layernorm", "final_layernorm", "output_layer")
         found[str(sequence_parallel)] = {
             n: whole(p).detach().clone() for n, p in module.model.named_parameters() if any(m in n for m in names)
