@@ -17,6 +17,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
+RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+)  # fmt: skip
 
 
 def launch(
@@ -35,29 +39,37 @@ def launch(
         idle_s: they are killed after so long without progress, see :class:`Watch`.
         fresh: the ranks share no memory with a process that was there before.
     """
-    port = free_port()
-    environments = [
-        {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "test",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONFAULTHANDLER": "1",  # a rank that is aborted writes its stacks
-        }
-        for rank in range(num_ranks)
-    ]
-    outputs = [directory / f"output{rank}.txt" for rank in range(num_ranks)]
+    limits = {"timeout_s": timeout_s, "idle_s": idle_s}
+    run(script, torchrun_variables(num_ranks), directory, str(directory), *arguments, fresh=fresh, **limits)
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def run(
+    script: str,
+    variables: list[dict[str, str]],
+    directory: Path,
+    *arguments: str,
+    timeout_s: float = 1800,
+    idle_s: float = 300,
+    fresh: bool = False,
+) -> list[str]:
+    """Run ``tests/distributed/<script>``, or one elsewhere, and return what each process wrote.
+
+    Args:
+        variables: of the environment of each process, which tell it its rank.
+        directory: what they write is kept in it.
+    """
+    kept = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES and "SLURM" not in key}
+    kept |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONFAULTHANDLER": "1",  # a process that is aborted writes its stacks
+    }
+    outputs = [directory / f"output{rank}.txt" for rank in range(len(variables))]
     order = {
         "script": str(Path(__file__).parent / script),
-        "arguments": [str(directory), *arguments],
-        "environments": environments,
+        "arguments": arguments,
+        "environments": [{**kept, **own} for own in variables],
         "outputs": list(map(str, outputs)),
         "fresh": fresh,
     }
@@ -66,7 +78,13 @@ def launch(
     # a rank that died of itself first: the others may only have been killed with it
     failed = sorted((rank for rank, code in enumerate(codes) if code != 0), key=lambda rank: codes[rank] < 0)
     assert not failed, f"ranks {failed} failed with {codes}:\n{outputs[failed[0]].read_text()[-4000:]}"
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+    return [output.read_text() for output in outputs]
+
+
+def torchrun_variables(num_ranks: int) -> list[dict[str, str]]:
+    """Return what torchrun tells each rank, in the order of ``RANK_VARIABLES``."""
+    common = ["0", str(num_ranks), str(num_ranks), "127.0.0.1", str(free_port()), "test"]
+    return [dict(zip(RANK_VARIABLES, [str(rank), str(rank), *common], strict=True)) for rank in range(num_ranks)]
 
 
 class Launches:
