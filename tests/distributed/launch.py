@@ -52,12 +52,14 @@ def run(
     timeout_s: float = 1800,
     idle_s: float = 300,
     fresh: bool = False,
+    folder: Path = ROOT,
 ) -> list[str]:
     """Run ``tests/distributed/<script>``, or one elsewhere, and return what each process wrote.
 
     Args:
         variables: of the environment of each process, which tell it its rank.
         directory: what they write is kept in it.
+        folder: where they run.
     """
     kept = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES and "SLURM" not in key}
     kept |= {
@@ -72,6 +74,7 @@ def run(
         "environments": [{**kept, **own} for own in variables],
         "outputs": list(map(str, outputs)),
         "fresh": fresh,
+        "folder": str(folder),
     }
     codes, hang = _obeyed(order, timeout_s, idle_s)
     assert not hang, f"{hang}:\n" + "\n".join(f"rank {r}: {o.read_text()[-4000:]}" for r, o in enumerate(outputs))

@@ -1,6 +1,5 @@
 """Many models under ``fsdp_lora`` in Fabric, on 2 and 4 gloo ranks, each against itself in one process."""
 
-
 import pytest
 import torch
 

@@ -1,7 +1,8 @@
 """A process that has imported what ranks need, which takes longer than most of them run, and forks them from itself.
 
-It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs", "fresh"}``, a process
-for each environment, which begins anew if it is to be fresh. It answers with the processes' numbers, and with their exit codes when all have ended.
+It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs", "fresh", "folder"}``,
+a process for each environment, which begins anew if it is to be fresh. It answers with the processes' numbers, and with
+their exit codes when all have ended.
 """
 
 import atexit
@@ -56,6 +57,7 @@ def _fork(order: dict[str, Any], environment: dict[str, str], output: str) -> in
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(0)  # orders are not for ranks
+        os.chdir(order["folder"])
         faulthandler.enable(2)
         if order["fresh"]:
             os.execv(sys.executable, [sys.executable, order["script"], *order["arguments"]])
