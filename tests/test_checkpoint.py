@@ -3,10 +3,6 @@
 import copy
 import errno
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +30,10 @@ from lightning_lora import (
 from lightning_lora.files import write_atomically
 from lightning_lora.layers import LoRALayer
 from tests import models
+from tests.distributed.launch import run, torchrun_variables
 from tests.runs import LanguageModule, LazyModule, fitted, loader, same_adapters, trainer
+
+ATOMIC_SCRIPT = str(Path(__file__).with_name("atomic_script.py"))
 
 
 def epochs(directory: Path, **settings: Any) -> ModelCheckpoint:
@@ -489,26 +488,14 @@ class TestRefusals:
 
 
 class TestAtomicity:
-    def test_killed_at_any_moment_the_former_file_is_readable(self, tmp_path: Path) -> None:
-        script = (
-            "import sys, torch\n"
-            "from pathlib import Path\n"
-            "from lightning_lora.strategies.atomic_io import AtomicCheckpointIO\n"
-            "n = 0\n"
-            "while True:\n"
-            "    AtomicCheckpointIO().save_checkpoint({'n': n, 'x': torch.full((500_000,), n)}, sys.argv[1])\n"
-            "    n += 1\n"
-        )
-        path = tmp_path / "last.ckpt"
-        for delay in (0.01, 0.037, 0.08):
-            process = subprocess.Popen([sys.executable, "-c", script, str(path)])
-            while not path.exists() and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            saved = torch.load(path, weights_only=True)
-            assert torch.equal(saved["x"], torch.full((500_000,), saved["n"]))
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> Path:
+        (tmp_path / "files").mkdir()
+        return tmp_path / "files"
+
+    def test_killed_at_any_moment_the_former_file_is_readable(self, files: Path) -> None:
+        run(ATOMIC_SCRIPT, [{}], files.parent, str(files), "be_killed")
+        assert "last.ckpt" in [path.name for path in files.iterdir()]
 
     def test_a_full_disk_leaves_the_former_file_and_no_litter(self, tmp_path: Path, monkeypatch) -> None:
         path = tmp_path / "last.ckpt"
@@ -523,41 +510,17 @@ class TestAtomicity:
         assert path.read_bytes() == b"former"
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
-    def test_ranks_write_to_one_path_at_the_same_time(self, tmp_path: Path) -> None:
-        script = (
-            "import sys, torch\n"
-            "from pathlib import Path\n"
-            "from lightning_lora.files import write_atomically\n"
-            "directory, rank = Path(sys.argv[1]), int(sys.argv[2])\n"
-            "torch.distributed.init_process_group(\n"
-            "    'gloo', store=torch.distributed.FileStore(str(directory / 'store'), 2), rank=rank, world_size=2\n"
-            ")\n"
-            "for _ in range(200):\n"
-            "    write_atomically(directory / 'adapter' / 'x', b'x' * 5000)\n"
-            "torch.distributed.barrier()\n"
-        )
-        processes = [
-            subprocess.Popen([sys.executable, "-c", script, str(tmp_path), rank], stderr=subprocess.PIPE, text=True)
-            for rank in ("0", "1")
-        ]
-        errors = [process.communicate(timeout=1800)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], errors
-        assert [p.name for p in (tmp_path / "adapter").iterdir()] == ["x"]
+    def test_ranks_write_to_one_path_at_the_same_time(self, files: Path) -> None:
+        run(ATOMIC_SCRIPT, torchrun_variables(2), files.parent, str(files), "write_with_others")
+        assert [p.name for p in (files / "adapter").iterdir()] == ["x"]
 
-    def test_a_write_that_the_system_cuts_short_leaves_the_former_file(self, tmp_path: Path) -> None:
-        path = tmp_path / "last.ckpt"
+    def test_a_write_that_the_system_cuts_short_leaves_the_former_file(self, files: Path) -> None:
+        path = files / "last.ckpt"
         write_atomically(path, b"former")
-        script = (
-            "import resource, sys\n"
-            "from pathlib import Path\n"
-            "from lightning_lora.files import write_atomically\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-            "write_atomically(Path(sys.argv[1]), b'x' * 5000)\n"
-        )
-        result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
-        assert "cannot write 5,000 bytes to" in result.stderr
+        [output] = run(ATOMIC_SCRIPT, [{}], files.parent, str(files), "be_cut_short")
+        assert "cannot write 5,000 bytes to" in output
         assert path.read_bytes() == b"former"
-        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+        assert [p.name for p in files.iterdir()] == ["last.ckpt"]
 
 
 class TestPeftBeside:

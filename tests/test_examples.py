@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import RENDEZVOUS
+from tests.distributed.launch import run, torchrun_variables
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,18 +34,16 @@ def test_quickstart_trains_resumes_merges_and_exports(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 8
 
 
-def run_example(name: str, *arguments: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS}
-    result = subprocess.run(
-        [sys.executable, f"examples/{name}", "--tiny", *arguments],
-        capture_output=True, text=True, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, timeout=1800,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+def run_example(name: str, num_processes: int, directory: Path, *arguments: str) -> str:
+    """Return what the first process of an example writes that torchrun has started."""
+    directory.mkdir(exist_ok=True)
+    variables = torchrun_variables(num_processes) if num_processes > 1 else [{}]
+    return run(str(ROOT / "examples" / name), variables, directory, "--tiny", f"--output={directory}", *arguments)[0]
 
 
 def test_sharded_training_learns_and_leaves_one_small_file(tmp_path: Path) -> None:
-    output = run_example("fsdp_trainer.py", "--steps=8", f"--output={tmp_path}")
+    # one process, which starts the other
+    output = run_example("fsdp_trainer.py", 1, tmp_path, "--steps=8")
     before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+)", output).groups())
     assert after < before
     checkpoint = torch.load(tmp_path / "checkpoints" / "step=8.ckpt", weights_only=True)
@@ -55,14 +53,12 @@ def test_sharded_training_learns_and_leaves_one_small_file(tmp_path: Path) -> No
 
 
 def test_the_same_example_splits_its_layers(tmp_path: Path) -> None:
-    output = run_example("fsdp_trainer.py", "--strategy=megatron_lora", "--steps=4", f"--output={tmp_path}")
+    output = run_example("fsdp_trainer.py", 2, tmp_path, "--strategy=megatron_lora", "--steps=4")
     before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+)", output).groups())
     assert after < before
     checkpoint = torch.load(tmp_path / "checkpoints" / "step=4.ckpt", weights_only=True)
     assert all(".lora_" in name for name in checkpoint["state_dict"])
-    alone = run_example(
-        "fsdp_trainer.py", "--strategy=auto", "--devices=1", "--steps=4", f"--output={tmp_path / 'alone'}"
-    )
+    alone = run_example("fsdp_trainer.py", 1, tmp_path / "alone", "--strategy=auto", "--devices=1", "--steps=4")
     torch.testing.assert_close(losses_of(output), losses_of(alone), rtol=1e-4, atol=1e-5)  # other order of sums
 
 
@@ -71,7 +67,7 @@ def losses_of(output: str) -> list[float]:
 
 
 def test_a_sharded_loop_of_ones_own_learns(tmp_path: Path) -> None:
-    output = run_example("fsdp_fabric.py", "--steps=4", f"--output={tmp_path}")
+    output = run_example("fsdp_fabric.py", 2, tmp_path, "--steps=4")
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", output)]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
@@ -81,10 +77,8 @@ def test_a_sharded_loop_of_ones_own_learns(tmp_path: Path) -> None:
 
 
 def test_an_encoder_split_over_two_processes_has_the_losses_of_one(tmp_path: Path) -> None:
-    split = run_example("megatron_encoder.py", "--steps=4", f"--output={tmp_path / 'split'}")
-    alone = run_example(
-        "megatron_encoder.py", "--steps=4", "--strategy=auto", "--devices=1", f"--output={tmp_path / 'alone'}"
-    )
+    split = run_example("megatron_encoder.py", 2, tmp_path / "split", "--steps=4")
+    alone = run_example("megatron_encoder.py", 1, tmp_path / "alone", "--steps=4", "--strategy=auto", "--devices=1")
     losses = [losses_of(output) for output in (split, alone)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)  # other order of sums
     assert len(losses[0]) == 4

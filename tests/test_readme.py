@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -13,6 +14,9 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
+    # a folder of the name that the blocks load is read in place of the Hub's model
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=256)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a loader with too few workers for Lightning's taste
         exec(compile("\n".join(blocks), str(README), "exec"), {"__name__": "readme"})

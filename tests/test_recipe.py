@@ -3,9 +3,7 @@
 import csv
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +18,7 @@ from lightning_lora import LoRACallback, LoRAConfig, MegatronLoRAStrategy, injec
 from lightning_lora.sharded import is_sharded, logical
 from lightning_lora.strategies.tensor_parallel import plan_of, split
 from tests import models
-from tests.conftest import RENDEZVOUS
+from tests.distributed.launch import run, torchrun_variables
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -157,14 +155,9 @@ def test_the_script_learns_on_two_processes_and_leaves_a_peft_directory(base: Pa
         "data.batch_size": 4, "trainer.accelerator": "cpu", "trainer.devices": 2, "trainer.log_every_n_steps": 1,
         "trainer.enable_progress_bar": "false",
     }  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS}
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "qwen3_4b.py", "fit", *(f"--{key}={value}" for key, value in arguments.items())],
-        capture_output=True, text=True, cwd=tmp_path, timeout=1800,
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert re.search(r"2 ranks = 1 data-parallel x 2 tensor-parallel", result.stderr)
+    script, options = str(EXAMPLES / "qwen3_4b.py"), [f"--{key}={value}" for key, value in arguments.items()]
+    output = run(script, torchrun_variables(2), tmp_path, "fit", *options, folder=tmp_path)[0]
+    assert re.search(r"2 ranks = 1 data-parallel x 2 tensor-parallel", output)
     outputs = tmp_path / "outputs" / "qwen3_4b"
     (metrics,) = outputs.rglob("metrics.csv")
     losses = [float(row["val_loss"]) for row in csv.DictReader(metrics.read_text().splitlines()) if row["val_loss"]]

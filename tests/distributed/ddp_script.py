@@ -47,10 +47,13 @@ def rank_loader(rank: int, num_ranks: int, epochs: int = 1) -> DataLoader:
     return DataLoader(mine, batch_size=BATCH // num_ranks)
 
 
-def train(directory: Path, strategy: str, rank: int, num_ranks: int, **settings: Any) -> tuple[pl.Trainer, Recorded]:
+def train(
+    directory: Path | None, strategy: str, rank: int, num_ranks: int, **settings: Any
+) -> tuple[pl.Trainer, Recorded]:
+    """Train on this rank's rows, with a checkpoint per epoch in ``directory``, if there is one."""
     module = Recorded()
     ckpt_path, dropout = settings.pop("ckpt_path", None), settings.pop("dropout", 0.0)
-    callback = ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")
+    saving = [] if directory is None else [ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=num_ranks,
@@ -59,8 +62,9 @@ def train(directory: Path, strategy: str, rank: int, num_ranks: int, **settings:
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        enable_checkpointing=bool(saving),
         default_root_dir=directory,
-        callbacks=[LoRACallback(r=4, dropout=dropout), callback],
+        callbacks=[LoRACallback(r=4, dropout=dropout), *saving],
         **{"max_epochs": 1, **settings},
     )
     trainer.fit(module, rank_loader(rank, num_ranks), ckpt_path=ckpt_path)
@@ -121,20 +125,16 @@ def main(directory: Path) -> None:
         _, module = train(directory / "ddp", "ddp", rank, num_ranks, max_epochs=2)
     assert (get_rank(), get_world_size()) == (rank, num_ranks)
     adapters = {name: value.clone() for name, value in adapter_state_dict(module).items()}
-    _, resumed = train(
-        directory / "resumed", "ddp", rank, num_ranks, max_epochs=2, ckpt_path=directory / "ddp" / "epoch=0.ckpt"
-    )
-    _, from_one = train(
-        directory / "from_one", "ddp", rank, num_ranks, max_epochs=2, ckpt_path=directory / "single" / "epoch=0.ckpt"
-    )
+    ckpt_path = directory / "ddp" / "epoch=0.ckpt"
+    _, resumed = train(None, "ddp", rank, num_ranks, max_epochs=2, ckpt_path=ckpt_path)
+    ckpt_path = directory / "single" / "epoch=0.ckpt"
+    _, from_one = train(None, "ddp", rank, num_ranks, max_epochs=2, ckpt_path=ckpt_path)
     pl.seed_everything(7, verbose=False)
     _, straight = train(directory / "dropout", "ddp", rank, num_ranks, max_epochs=2, dropout=0.2)
     pl.seed_everything(1234, verbose=False)
     after_one = directory / "dropout" / "epoch=0.ckpt"
-    _, again = train(directory / "again", "ddp", rank, num_ranks, max_epochs=2, dropout=0.2, ckpt_path=after_one)
-    accumulated, _ = train(
-        directory / "accumulated", "ddp", rank, num_ranks, accumulate_grad_batches=2, gradient_clip_val=0.05
-    )
+    _, again = train(None, "ddp", rank, num_ranks, max_epochs=2, dropout=0.2, ckpt_path=after_one)
+    accumulated, _ = train(None, "ddp", rank, num_ranks, accumulate_grad_batches=2, gradient_clip_val=0.05)
     going_on, back = fabric_losses(directory, num_ranks)
     report(
         directory,

@@ -125,7 +125,8 @@ BROKEN: dict[str, Any] = {
 }
 
 
-def main(directory: Path) -> None:
+def cases(directory: Path) -> dict[str, Any]:
+    """Every base that can be filled, whole again."""
     found: dict[str, Any] = {}
     for name, make in CASES.items():
         options = {"min_shard_numel": 0}
@@ -133,26 +134,42 @@ def main(directory: Path) -> None:
             options["base_weights"] = str(directory / name)
         found[name] = filled(built(directory / name, make), **options)
     found["offloaded"] = filled(built(directory / "llama", CASES["llama"]), min_shard_numel=0, cpu_offload=True)
+    return found
+
+
+def refusals(directory: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
     for name, make in BROKEN.items():
         options = {} if name == "nowhere" else {"base_weights": str(directory / name)}
         try:
             filled(built(directory / name, make), **options)
         except (ValueError, FileNotFoundError) as error:
             found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def gradients(directory: Path) -> dict[bool, Any]:
+    """Return the first gradients of a model that was there early, and of one that is built when it is needed."""
+    found: dict[bool, Any] = {}
     for early in (True, False):
         module = OnMeta(str(directory / "llama"), early)
-        fit(directory / "fit", module, FSDPLoRAStrategy(min_shard_numel=0), limit_train_batches=1)
-        found[f"gradients, early={early}"] = module.gradients
+        fit(None, module, FSDPLoRAStrategy(min_shard_numel=0), limit_train_batches=1)
+        found[early] = module.gradients
+    return found
 
+
+def memory(directory: Path) -> dict[str, int]:
     model = built(directory / "large", lambda d: on_meta(AutoModelForCausalLM, d))
     inject(model, LoRAConfig(r=2))
     fabric = start()
     with Memory() as memory:
         fabric.setup(model)
     held = sum(p.to_local().nbytes if is_sharded(p) else p.nbytes for p in model.parameters())
-    found["memory"] = {"peak": memory.peak_bytes, "held": held, "whole": sum(p.nbytes for p in model.parameters())}
-    report(directory, found)
+    return {"peak": memory.peak_bytes, "held": held, "whole": sum(p.nbytes for p in model.parameters())}
+
+
+PARTS = {part.__name__: part for part in (cases, refusals, gradients, memory)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    report(Path(sys.argv[1]), PARTS[sys.argv[2]](Path(sys.argv[1])))

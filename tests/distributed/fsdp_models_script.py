@@ -221,6 +221,11 @@ CASES = {
     ),
     "checkpointed gpt2": Case(models.gpt2, options={"activation_checkpointing": True}),
 }
+# parts of a quarter, and ranks that hold nothing of a tensor
+IN_FOUR = (
+    "tied llama", "dora in shards", "biases in shards", "experts in shards", "vision transformer, all of it", "scalars",
+    "scalars in shards",
+)  # fmt: skip
 
 
 def make(case: Case) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -250,7 +255,7 @@ def trained(model: Any, optimizer: Any, step: Callable[[], Tensor], num_steps: i
 
 
 def compared(case: Case, rank: int, num_ranks: int) -> dict[str, Any]:
-    """Train one case in this process on all rows, and in shards on this rank's."""
+    """Train one case in shards on this rank's rows, and on rank 0 also in this process on all rows."""
     batch = case.batch()
     model, optimizer = make(case)
 
@@ -260,7 +265,7 @@ def compared(case: Case, rank: int, num_ranks: int) -> dict[str, Any]:
         loss.backward()
         return loss
 
-    expected = trained(model, optimizer, alone)
+    expected = trained(model, optimizer, alone) if rank == 0 else None
     fabric = start(**case.options)
     sharded, sharded_optimizer = make(case)
     sharded, sharded_optimizer = fabric.setup(sharded, sharded_optimizer)
@@ -289,8 +294,8 @@ def start(**options: Any) -> Fabric:
     return fabric
 
 
-def families(rank: int, num_ranks: int) -> dict[str, Any]:
-    """Return, for every model of the zoo, the outputs and gradients in shards and alone, on the same rows."""
+def families(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Return, for every model of the zoo, the outputs and gradients in shards and, on rank 0, alone, on the same rows."""
     found: dict[str, Any] = {}
     for one in zoo.FAMILIES:
         config = LoRAConfig(r=2, exclude_modules=one.refused or None)
@@ -301,10 +306,12 @@ def families(rank: int, num_ranks: int) -> dict[str, Any]:
             gradients = {n: p.grad.clone() for n, p in named_adapter_parameters(model) if p.grad is not None}
             return {"output": output.detach(), "gradients": gradients}
 
-        alone, in_shards = inject(one.build(), config), inject(one.build(), config)
-        models.fill_adapters(alone)
+        in_shards, expected = inject(one.build(), config), None
         models.fill_adapters(in_shards)
-        expected = run(alone, lambda loss: loss.backward())
+        if rank == 0:
+            alone = inject(one.build(), config)
+            models.fill_adapters(alone)
+            expected = run(alone, lambda loss: loss.backward())
         fabric = start(min_shard_numel=2000)
         fabric.setup(in_shards)
         ours = run(in_shards, fabric.backward)
@@ -312,7 +319,7 @@ def families(rank: int, num_ranks: int) -> dict[str, Any]:
         found[one.name] = {
             "expected": expected,
             "ours": ours,
-            "spread": spread / sum(p.numel() for p in alone.parameters()),
+            "spread": spread / sum(p.numel() for p in in_shards.parameters()),
         }
     return found
 
@@ -371,7 +378,7 @@ def around(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     return found
 
 
-def unusual(rank: int, num_ranks: int) -> dict[str, Any]:
+def unusual(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     """Several models, optimizers made apart, layers that some ranks lack, and what is left of sharded adapters."""
     found: dict[str, Any] = {}
     case, batch = Case(models.llama), ids()
@@ -445,15 +452,14 @@ def step(fabric: Fabric, model: Any, batch: Tensor) -> Tensor:
     return loss
 
 
-def main(directory: Path, which: str) -> None:
-    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    found: dict[str, Any] = {"around": around(directory, rank, num_ranks)}
-    found["unusual"] = unusual(rank, num_ranks)
-    found["cases"] = {name: compared(case, rank, num_ranks) for name, case in CASES.items()}
-    if which == "all":
-        found["families"] = families(rank, num_ranks)
-    report(directory, found)
+def cases(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    names = CASES if num_ranks == 2 else IN_FOUR
+    return {name: compared(CASES[name], rank, num_ranks) for name in names}
+
+
+PARTS = {part.__name__: part for part in (around, unusual, cases, families)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    report(Path(sys.argv[1]), PARTS[sys.argv[2]](Path(sys.argv[1]), rank, num_ranks))

@@ -177,7 +177,7 @@ class Alternating(Finetuned):
 
 
 def fit(
-    directory: Path,
+    directory: Path | None,
     module: pl.LightningModule,
     strategy: Any = "fsdp_lora",
     *,
@@ -187,8 +187,9 @@ def fit(
     callbacks: tuple[Any, ...] = (),
     **settings: Any,
 ) -> pl.Trainer:
+    """Train on this rank's rows, with a checkpoint per epoch in ``directory``, if there is one."""
     num_ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    saving = ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")
+    saving = [] if directory is None else [ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=num_ranks,
@@ -196,8 +197,9 @@ def fit(
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        enable_checkpointing=bool(saving),
         default_root_dir=directory,
-        callbacks=[LoRACallback(**{"r": 4, **(lora or {})}), saving, *callbacks],
+        callbacks=[LoRACallback(**{"r": 4, **(lora or {})}), *saving, *callbacks],
         **{"max_epochs": 1, "logger": False, "log_every_n_steps": 1, **settings},
     )
     trainer.fit(module, **{"train_dataloaders": rank_loader(rank, num_ranks), **(loaders or {})}, ckpt_path=ckpt_path)
@@ -255,35 +257,35 @@ def straight(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     return found
 
 
-def half(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
-    """The first of two epochs, for a run on another number of ranks to go on from."""
-    fit(directory / "other", Recorded(), max_epochs=1)
-    return {}
-
-
 def resumed(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     """Files of this strategy, of DDP and of one process, resumed under this strategy and under DDP."""
     found: dict[str, Any] = {}
-    _, ddp = train(directory / "ddp", "ddp", rank, num_ranks, max_epochs=2)
-    found["ddp_losses"] = ddp.losses
-    for source in ("fsdp", "ddp", "single", "other"):
-        module = Recorded()
-        path = directory / source / "epoch=0.ckpt"
-        trainer = fit(directory / f"from_{source}", module, ckpt_path=path, max_epochs=2)
-        found[f"from_{source}"] = {"losses": module.losses, "adapters": state(module), "step": trainer.global_step}
+    train(directory / "ddp", "ddp", rank, num_ranks)
+    for source in ("fsdp", "ddp", "single"):
+        found[f"from_{source}"] = going_on(directory / source / "epoch=0.ckpt")
     module = Recorded()
     url = f"file://{directory}/fsdp/epoch=0.ckpt"  # a path for fsspec
-    trainer = fit(directory / "from_url", module, ckpt_path=url, max_epochs=2)
+    trainer = fit(None, module, ckpt_path=url, max_epochs=2)
     trainer.save_checkpoint(f"file://{directory}/url.ckpt")
     found["from_url"] = {"losses": module.losses}
-    _, module = train(
-        directory / "to_ddp", "ddp", rank, num_ranks, max_epochs=2, ckpt_path=directory / "fsdp" / "epoch=0.ckpt"
-    )
+    _, module = train(None, "ddp", rank, num_ranks, max_epochs=2, ckpt_path=directory / "fsdp" / "epoch=0.ckpt")
     found["to_ddp"] = {"losses": module.losses, "adapters": state(module)}
     validating = Watched()
-    fit(directory / "loaded", validating, ckpt_path=directory / "fsdp" / "epoch=1.ckpt", max_epochs=2)
+    fit(None, validating, ckpt_path=directory / "fsdp" / "epoch=1.ckpt", max_epochs=2)
     found["loaded"] = (state(validating), optimizer_state(validating))
     return found
+
+
+def other_ranks(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """The file of four ranks on two, and of two on four."""
+    return going_on(directory.parent / f"{6 - num_ranks} ranks" / "fsdp" / "epoch=0.ckpt")
+
+
+def going_on(path: Path) -> dict[str, Any]:
+    """Train the second of two epochs."""
+    module = Recorded()
+    trainer = fit(None, module, ckpt_path=path, max_epochs=2)
+    return {"losses": module.losses, "adapters": state(module), "step": trainer.global_step}
 
 
 def optimizer_state(module: pl.LightningModule) -> list[dict[str, Tensor]]:
@@ -296,49 +298,57 @@ def optimizer_state(module: pl.LightningModule) -> list[dict[str, Tensor]]:
     ]
 
 
+HEADED: dict[str, Any] = {
+    "lora": {"modules_to_save": ["lm_head", "norm"]}, "gradient_clip_val": 0.05, "max_epochs": 2,
+    "accumulate_grad_batches": 2,
+}  # fmt: skip
+
+
 def adapters_in_shards(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     """``shard_adapters=True`` with a trained head and trained norms, against the same with all of that whole."""
     found: dict[str, Any] = {}
     for name, shards in (("whole", False), ("sharded", True)):
-        module = Recorded()
-        strategy = FSDPLoRAStrategy(shard_adapters=shards, **SHARDED)
-        settings = {"modules_to_save": ["lm_head", "norm"]}
-        trainer = fit(
-            directory / f"{name}_adapters", module, strategy, lora=settings, gradient_clip_val=0.05, max_epochs=2,
-            accumulate_grad_batches=2,
-        )  # fmt: skip
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        found[f"spread_{name}"] = sum(map(is_sharded, trained))
-        batch = models.token_ids(4, 8, seed=2)
-        with torch.no_grad():
-            after = module.model(batch).logits
-            with disabled(module):
-                base = module.model(batch).logits
-            again = module.model(batch).logits
-            merge(module)
-            merged_logits = module.model(batch).logits
-            unmerge(module)
-        found[name] = {
-            "adapters": state(module), "disabled": base, "again": torch.equal(after, again), "logits": after,
-            "merged": merged_logits, "steps": trainer.global_step, "losses": module.losses,
-        }  # fmt: skip
-        save_peft(module.model, directory / f"peft_{name}")
+        found[name] = headed_run(directory / f"{name}_adapters", shards)
     for source, shards in (("whole", True), ("sharded", False), ("sharded", True)):
         module = Recorded()
         strategy = FSDPLoRAStrategy(shard_adapters=shards, **SHARDED)
-        path = directory / f"{source}_adapters" / "epoch=0.ckpt"
-        fit(
-            directory / "crossed", module, strategy, lora=settings, gradient_clip_val=0.05, max_epochs=2,
-            accumulate_grad_batches=2, ckpt_path=path,
-        )  # fmt: skip
+        fit(None, module, strategy, ckpt_path=directory / f"{source}_adapters" / "epoch=0.ckpt", **HEADED)
         found[f"{source}_into_{shards}"] = {"losses": module.losses, "adapters": state(module)}
     value = Recorded()
     fit(
-        directory / "by_value", value, FSDPLoRAStrategy(shard_adapters=True), gradient_clip_val=1e-3,
+        None, value, FSDPLoRAStrategy(shard_adapters=True), gradient_clip_val=1e-3,
         gradient_clip_algorithm="value", limit_train_batches=1,
     )  # fmt: skip
     found["clipped_by_value"] = state(value)
     return found
+
+
+def quarters(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Adapters in shards of a row each, and two halves of the base on two pairs of ranks."""
+    hybrid = Recorded()
+    fit(None, hybrid, FSDPLoRAStrategy(replicate_size=2, **SHARDED), limit_train_batches=1)
+    return {"sharded": headed_run(directory / "sharded_adapters", True), "hybrid": hybrid.gradients}
+
+
+def headed_run(directory: Path, shards: bool) -> dict[str, Any]:
+    """Train with a head and norms, and disable and merge what was trained."""
+    module = Recorded()
+    trainer = fit(directory, module, FSDPLoRAStrategy(shard_adapters=shards, **SHARDED), **HEADED)
+    batch = models.token_ids(4, 8, seed=2)
+    with torch.no_grad():
+        after = module.model(batch).logits
+        with disabled(module):
+            base = module.model(batch).logits
+        again = module.model(batch).logits
+        merge(module)
+        merged_logits = module.model(batch).logits
+        unmerge(module)
+    save_peft(module.model, directory / "peft")
+    return {
+        "spread": sum(is_sharded(parameter) for parameter in module.parameters() if parameter.requires_grad),
+        "adapters": state(module), "disabled": base, "again": torch.equal(after, again), "logits": after,
+        "merged": merged_logits, "steps": trainer.global_step, "losses": module.losses,
+    }  # fmt: skip
 
 
 def options(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
@@ -354,20 +364,20 @@ def options(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     }
     for name, settings in exact.items():
         module = Recorded()
-        fit(directory / name, module, FSDPLoRAStrategy(**settings), limit_train_batches=1)
+        fit(None, module, FSDPLoRAStrategy(**settings), limit_train_batches=1)
         found[name] = module.gradients
     module = Finetuned()
-    fit(directory / "manual", module, limit_train_batches=1)
+    fit(None, module, limit_train_batches=1)
     found["manual"] = module.gradients
     found["norm"] = module.norms
     module = Sharding()
-    fit(directory / "own", module, limit_train_batches=1)
+    fit(None, module, limit_train_batches=1)
     found["own"] = module.gradients
     module = OtherBase()
-    fit(directory / "other base", module, limit_train_batches=1)
+    fit(None, module, limit_train_batches=1)
     found["other base"] = module.gradients
     try:
-        fit(directory / "columns", SplitByColumns(), limit_train_batches=1)
+        fit(None, SplitByColumns(), limit_train_batches=1)
     except ValueError as error:
         found["columns"] = str(error)
     module = Headed()
@@ -377,7 +387,7 @@ def options(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
         name for name in torch.load(directory / "headed" / "epoch=0.ckpt")["state_dict"] if "head." in name
     )
     accumulating = Watched()
-    fit(directory / "accumulated", accumulating, accumulate_grad_batches=2, gradient_clip_val=0.05)
+    fit(None, accumulating, accumulate_grad_batches=2, gradient_clip_val=0.05)
     found["accumulated"], found["accumulated_traffic"] = state(accumulating), list(map(dict, accumulating.traffic))
     for precision in ("bf16-true", "bf16-mixed"):
         module = Recorded()
@@ -430,12 +440,12 @@ def unusual(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     """Modules and optimizers that the strategy has less of a hold on."""
     found: dict[str, Any] = {}
     module = Unseeded()
-    fit(directory / "unseeded", module, limit_train_batches=3)
+    fit(None, module, limit_train_batches=3)
     whole = {name: value for name, value in module.named_parameters() if not is_sharded(value)}
     found["unseeded"] = {name: value.detach().clone() for name, value in whole.items()}
     for name, settings in {"whole": {}, "sharded": {}, "kept": {"reshard_after_forward": False}}.items():
         module, strategy = Alternating(), FSDPLoRAStrategy(shard_adapters=name != "whole", **settings, **SHARDED)
-        fit(directory / "alternating", module, strategy, lora={"modules_to_save": ["lm_head"]})
+        fit(None, module, strategy, lora={"modules_to_save": ["lm_head"]})
         found[f"alternating, {name}"] = state(module)
     for shards in (False, True):
         module, strategy = Recorded(), FSDPLoRAStrategy(shard_adapters=shards, **SHARDED)
@@ -448,7 +458,7 @@ def unusual(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     for shards in (True, False):
         module, strategy = Quasi(), FSDPLoRAStrategy(shard_adapters=shards, **SHARDED)
         try:
-            fit(directory / "quasi_again", module, strategy, ckpt_path=directory / "quasi" / "epoch=0.ckpt")
+            fit(None, module, strategy, ckpt_path=directory / "quasi" / "epoch=0.ckpt")
             found[f"quasi_{shards}"] = state(module)
         except ValueError as error:
             found[f"quasi_{shards}"] = str(error)
@@ -461,23 +471,19 @@ def unusual(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
             self.unfreeze_and_add_param_group(pl_module.model.model.layers[1].mlp, optimizer)
 
     try:
-        fit(directory / "thawing", Recorded(), callbacks=(Thawing(),))
+        fit(None, Recorded(), callbacks=(Thawing(),))
     except RuntimeError as error:
         found["thawing"] = str(error)
     return found
 
 
-PARTS = {f.__name__: f for f in (half, straight, resumed, adapters_in_shards, options, company, unusual)}
-
-
-def main(directory: Path, *parts: str) -> None:
-    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    assert BATCH % num_ranks == 0
-    report(
-        directory,
-        {name: PARTS[name](directory, rank, num_ranks) for name in parts or [name for name in PARTS if name != "half"]},
-    )
+PARTS = {
+    part.__name__: part
+    for part in (straight, resumed, other_ranks, adapters_in_shards, quarters, options, company, unusual)
+}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    assert BATCH % num_ranks == 0
+    report(Path(sys.argv[1]), PARTS[sys.argv[2]](Path(sys.argv[1]), rank, num_ranks))

@@ -130,7 +130,7 @@ def whole_factors(module: Any) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in named if p.requires_grad and not is_sharded(p)}
 
 
-def run(directory: Path, size: int, module: Module, **settings: Any) -> tuple[Any, Module]:
+def run(directory: Path | None, size: int, module: Module, **settings: Any) -> tuple[Any, Module]:
     num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     replicas = num_ranks // size
     data = rank_loader(rank // size, replicas)
@@ -140,7 +140,7 @@ def run(directory: Path, size: int, module: Module, **settings: Any) -> tuple[An
 
 
 def training(directory: Path, num_ranks: int) -> dict[str, Any]:
-    """Every layout: tensor-parallel ranks, sequence parallelism, recomputation."""
+    """Layouts: tensor-parallel ranks, sequence parallelism, recomputation."""
     found: dict[str, Any] = {}
     source = directory / "hf"
     for size, sequence_parallel, recomputes in layouts(num_ranks):
@@ -159,10 +159,18 @@ def training(directory: Path, num_ranks: int) -> dict[str, Any]:
     return found
 
 
+def clipping(directory: Path, num_ranks: int) -> dict[str, Tensor]:
+    """Clipping and accumulation: one norm over parts and whole factors, and over replicas."""
+    module = Module(directory / "hf")
+    run(None, 2, module, gradient_clip_val=0.05, accumulate_grad_batches=2)
+    return adapters(module)
+
+
 def layouts(num_ranks: int) -> list[tuple[int, bool, bool]]:
     """Return ``(tensor-parallel ranks, sequence parallelism, recomputation)`` of the runs on so many ranks."""
-    all_ways = [(num_ranks, sequence, recomputes) for sequence in (False, True) for recomputes in (False, True)]
-    return all_ways if num_ranks == 2 else [*all_ways, (2, False, False), (2, True, True)]
+    if num_ranks == 2:
+        return [(2, sequence, recomputes) for sequence in (False, True) for recomputes in (False, True)]
+    return [(4, True, False), (2, False, False)]  # parts of a quarter; replicas
 
 
 def layout_name(size: int, sequence_parallel: bool, recomputes: bool) -> str:
@@ -170,29 +178,25 @@ def layout_name(size: int, sequence_parallel: bool, recomputes: bool) -> str:
 
 
 def variants(directory: Path, num_ranks: int) -> dict[str, Any]:
-    """Clipping and accumulation, dropout, fused pairs, parts of layers."""
+    """Dropout, fused pairs, parts of layers."""
     found: dict[str, Any] = {}
     source = directory / "hf"
-    for size in sorted({2, num_ranks}):
-        settings = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
-        _, clipped = run(directory / "clipped", size, Module(source), **settings)
-        found[f"clipped tp{size}"] = adapters(clipped)
-    found["layer dropout"] = {sp: dropped_column(sp) for sp in (False, True)}
     for sequence_parallel in (False, True):
         dropped = Module(source, sequence_parallel=sequence_parallel)
-        run(directory / "dropped", num_ranks, dropped, lora={"dropout": 0.3})
+        run(None, num_ranks, dropped, lora={"dropout": 0.3})
         found[f"dropped {sequence_parallel}"] = (dropped.losses, whole_factors(dropped))
+    found["layer dropout"] = {sp: dropped_column(sp) for sp in (False, True)}
     trainer, fused = run(directory / "fused", num_ranks, Module(source), lora={"fused_pairs": True})
     found["fused"] = (fused.losses, whole_factors(fused), [n for n, _ in named_adapter_parameters(fused)])
     save_peft(fused.model, directory / "fused-peft")
     found["fused logits"] = logits_of(fused)
     _, resumed = run(
-        directory / "fused2", 2, Module(source), lora={"fused_pairs": True}, ckpt_path=directory / "fused" / "epoch=0.ckpt",
+        None, 1, Module(source), lora={"fused_pairs": True}, ckpt_path=directory / "fused" / "epoch=0.ckpt",
         max_epochs=2,
     )  # fmt: skip
     found["fused resumed"] = resumed.losses
     targets = {"target_modules": ["q_proj", "v_proj", "linear_fc2"], "rank_pattern": {"v_proj": 2, "linear_fc2": 6}}
-    _, parts = run(directory / "parts", num_ranks, Module(source), lora=targets)
+    _, parts = run(None, num_ranks, Module(source), lora=targets)
     found["parts"] = {"gradients": parts.gradients, "adapters": adapters(parts)}
     return found
 
@@ -256,22 +260,37 @@ def logits_of(module: Module) -> Tensor:
 
 
 def files(directory: Path, num_ranks: int) -> dict[str, Any]:
-    """One layout's checkpoint under another, and PEFT directories in and out."""
+    """One layout's checkpoint under another."""
     found: dict[str, Any] = {}
     source = directory / "hf"
-    sizes = {"tp1": 1, "tp2": 2} | ({"tp4-sp": 4} if num_ranks == 4 else {"tp2-sp": 2})
     run(directory / "tp1", 1, Module(source), max_epochs=1)
-    for written in sizes:
-        module, midway = Module(source), AtMidway()
-        path = directory / written / "epoch=0.ckpt"
-        run(directory / "resumed", num_ranks, module, ckpt_path=path, max_epochs=2, callbacks=(midway,))
-        found[f"from {written}"] = {"losses": module.losses, "adapters": adapters(module)}
-        found[f"moments {written}"] = moments(module, midway.moments)
+    for written in ("tp1", "tp2", "tp2-sp"):
+        found[written] = resumed(directory / written, source, 2)
     one = Module(source)
-    run(directory / "to1", 1, one, ckpt_path=directory / "tp2" / "epoch=0.ckpt", max_epochs=2)
+    run(None, 1, one, ckpt_path=directory / "tp2" / "epoch=0.ckpt", max_epochs=2)
     found["to tp1"] = adapters(one)
+    return found
+
+
+def quarters(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Files of two parts in four, and of four in two and replicas of them."""
+    source = directory / "hf"
+    return {"tp2": resumed(directory / "tp2", source, 4), "tp4-sp": resumed(directory / "tp4-sp", source, 2)}
+
+
+def resumed(written: Path, source: Path, size: int) -> dict[str, Any]:
+    """Go on from the first epoch's file."""
+    module, midway = Module(source), AtMidway()
+    run(None, size, module, ckpt_path=written / "epoch=0.ckpt", max_epochs=2, callbacks=(midway,))
+    return {"losses": module.losses, "adapters": adapters(module), "moments": moments(module, midway.moments)}
+
+
+def directories(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """PEFT directories in and out, and what the model computes with, without and in its weights."""
+    found: dict[str, Any] = {}
+    source = directory / "hf"
     trained = Module(source)
-    run(directory / "exported", num_ranks, trained)
+    run(None, num_ranks, trained)
     save_peft(trained.model, directory / "peft")
     found["exported"] = logits_of(trained)
     with torch.no_grad(), merged(trained):
@@ -324,6 +343,7 @@ def counted() -> Any:
 
 def traffic(directory: Path, num_ranks: int) -> dict[str, Any]:
     """What one layer, and one whole model, exchange in forward and backward, with and without adapters."""
+    fabric_without_sequences(num_ranks)  # Megatron-core's groups
     found: dict[str, Any] = {}
     for sequence_parallel in (False, True):
         for build in (column, row):
@@ -359,7 +379,7 @@ def company(directory: Path, num_ranks: int) -> dict[str, Any]:
     options = {"base_weights": str(directory / "hf")}
     started = Bare(directory / "hf")
     start = directory / "tp2" / "epoch=0.ckpt"
-    run(directory / "started", 2, started, lora={"init_from": start}, max_epochs=0, options=options)
+    run(None, 2, started, lora={"init_from": start}, max_epochs=0, options=options)
     found["started"] = adapters(started)
     trainer, _ = run(directory / "searched", 2, module, callbacks=(search,), options=options)
     found["after_search"] = search.adapters
@@ -558,7 +578,7 @@ def whole_modules(directory: Path, num_ranks: int) -> dict[str, Any]:
     lora = {"target_modules": ["q_proj"], "modules_to_save": ["q_layernorm", "final_layernorm", "output_layer"]}
     for sequence_parallel in (False, True):
         biased = Module(directory / "biased", sequence_parallel=sequence_parallel)
-        run(directory / "biases", num_ranks, biased, lora={"bias": "lora_only"})
+        run(None, num_ranks, biased, lora={"bias": "lora_only"})
         biases = {n: whole(p).detach().clone() for n, p in biased.model.named_parameters() if n.endswith("bias")}
         found[f"biases {sequence_parallel}"] = biases
         module = Module(directory / "hf", sequence_parallel=sequence_parallel)
@@ -572,23 +592,21 @@ def whole_modules(directory: Path, num_ranks: int) -> dict[str, Any]:
 
 def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
     source = directory / "hf"
-    early = Module(source)
-    early.configure_model()  # for the groups of the run before
     cases: dict[str, Any] = {
-        "built early": lambda: run(directory / "no", num_ranks, early_built(source)),
-        "sequence": lambda: run(directory / "no", 2, Module(source), options={"sequence_parallel": True}),
-        "dora": lambda: run(directory / "no", 2, Module(source), lora={"use_dora": True}),
-        "typo": lambda: run(directory / "no", 2, Module(source), lora={"target_modules": ["q_prj"]}),
-        "head": lambda: run(directory / "no", 2, Module(source), lora={"target_modules": ["output_layer"]}),
+        "sequence": lambda: run(None, 2, Module(source), options={"sequence_parallel": True}),
+        "dora": lambda: run(None, 2, Module(source), lora={"use_dora": True}),
+        "typo": lambda: run(None, 2, Module(source), lora={"target_modules": ["q_prj"]}),
+        "head": lambda: run(None, 2, Module(source), lora={"target_modules": ["output_layer"]}),
         "fused part": lambda: run(
-            directory / "no", 2, Module(source), lora={"target_modules": ["q_proj"], "fused_pairs": True}
+            None, 2, Module(source), lora={"target_modules": ["q_proj"], "fused_pairs": True}
         ),
-        "recompute": lambda: run(directory / "no", 2, Module(source, **RECOMPUTE), precision="bf16-mixed"),
+        "recompute": lambda: run(None, 2, Module(source, **RECOMPUTE), precision="bf16-mixed"),
         "bias": lambda: run(
-            directory / "no", 2, Module(directory / "biased"), lora={"target_modules": ["o_proj"], "bias": "all"}
+            None, 2, Module(directory / "biased"), lora={"target_modules": ["o_proj"], "bias": "all"}
         ),
         "other base": lambda: load_peft(gpt_model(source), directory / "hf-peft"),
-        "rank": lambda: run(directory / "no", 2, Module(source), ckpt_path=directory / "tp2" / "epoch=0.ckpt", lora={"r": 2}),
+        "rank": lambda: run(None, 2, Module(source), ckpt_path=directory / "tp2" / "epoch=0.ckpt", lora={"r": 2}),
+        "built early": lambda: run(None, num_ranks, early_built(source)),
     }  # fmt: skip
     found: dict[str, str] = {}
     for name, case in cases.items():
@@ -610,24 +628,14 @@ def early_built(source: Path) -> Module:
     return module
 
 
-def main(directory: Path) -> None:
-    num_ranks = int(os.environ["WORLD_SIZE"])
-    parts = (
-        training,
-        variants,
-        files,
-        experts,
-        outside,
-        unfreezing,
-        fabric,
-        precisions,
-        company,
-        whole_modules,
-        traffic,
-        refusals,
+PARTS = {
+    part.__name__: part
+    for part in (
+        training, clipping, variants, files, quarters, directories, experts, outside, unfreezing, fabric, precisions, company,
+        whole_modules, traffic, refusals,
     )
-    report(directory, {part.__name__: part(directory, num_ranks) for part in parts})
+}  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    report(Path(sys.argv[1]), PARTS[sys.argv[2]](Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])))

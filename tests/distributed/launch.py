@@ -10,73 +10,194 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
+RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+)  # fmt: skip
 
 
 def launch(
-    script: str, num_ranks: int, directory: Path, *arguments: str, timeout_s: int = 1800, fresh: bool = False
+    script: str,
+    num_ranks: int,
+    directory: Path,
+    *arguments: str,
+    timeout_s: float = 1800,
+    idle_s: float = 300,
+    fresh: bool = False,
 ) -> list[Any]:
     """Run ``tests/distributed/<script>`` on ``num_ranks`` processes; return what each one saved with :func:`report`.
 
     Args:
+        timeout_s: the ranks are killed after so long, for hangs alone: a launch takes seconds.
+        idle_s: they are killed after so long without progress, see :class:`Watch`.
         fresh: the ranks share no memory with a process that was there before.
     """
-    port = free_port()
-    environments = [
-        {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "test",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        for rank in range(num_ranks)
-    ]
-    outputs = [directory / f"output{rank}.txt" for rank in range(num_ranks)]
-    order = {
-        "script": str(Path(__file__).parent / script),
-        "arguments": [str(directory), *arguments],
-        "environments": environments,
-        "outputs": list(map(str, outputs)),
-        "fresh": fresh,
-    }
-    codes = _obeyed(order, timeout_s)
-    # a rank that died of itself first: the others may only have been killed with it
-    failed = sorted((rank for rank, code in enumerate(codes) if code != 0), key=lambda rank: codes[rank] < 0)
-    assert not failed, f"ranks {failed} failed with {codes}:\n{outputs[failed[0]].read_text()[-4000:]}"
+    limits = {"timeout_s": timeout_s, "idle_s": idle_s}
+    run(script, torchrun_variables(num_ranks), directory, str(directory), *arguments, fresh=fresh, **limits)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 
 
-def _obeyed(order: dict[str, Any], timeout_s: int) -> list[int]:
-    """Give the zygote an order and return the exit codes; ranks that take too long are killed."""
+def run(
+    script: str,
+    variables: list[dict[str, str]],
+    directory: Path,
+    *arguments: str,
+    timeout_s: float = 1800,
+    idle_s: float = 300,
+    fresh: bool = False,
+    folder: Path = ROOT,
+) -> list[str]:
+    """Run ``tests/distributed/<script>``, or one elsewhere, and return what each process wrote.
+
+    Args:
+        variables: of the environment of each process, which tell it its rank.
+        directory: what they write is kept in it.
+        folder: where they run.
+    """
+    kept = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES and "SLURM" not in key}
+    kept |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONFAULTHANDLER": "1",  # a process that is aborted writes its stacks
+    }
+    outputs = [directory / f"output{rank}.txt" for rank in range(len(variables))]
+    order = {
+        "script": str(Path(__file__).parent / script),
+        "arguments": arguments,
+        "environments": [{**kept, **own} for own in variables],
+        "outputs": list(map(str, outputs)),
+        "fresh": fresh,
+        "folder": str(folder),
+    }
+    codes, hang = _obeyed(order, timeout_s, idle_s)
+    assert not hang, f"{hang}:\n" + "\n".join(f"rank {r}: {o.read_text()[-4000:]}" for r, o in enumerate(outputs))
+    # a rank that died of itself first: the others may only have been killed with it
+    failed = sorted((rank for rank, code in enumerate(codes) if code != 0), key=lambda rank: codes[rank] < 0)
+    assert not failed, f"ranks {failed} failed with {codes}:\n{outputs[failed[0]].read_text()[-4000:]}"
+    return [output.read_text() for output in outputs]
+
+
+def torchrun_variables(num_ranks: int) -> list[dict[str, str]]:
+    """Return what torchrun tells each rank, in the order of ``RANK_VARIABLES``."""
+    common = ["0", str(num_ranks), str(num_ranks), "127.0.0.1", str(free_port()), "test"]
+    return [dict(zip(RANK_VARIABLES, [str(rank), str(rank), *common], strict=True)) for rank in range(num_ranks)]
+
+
+class Launches:
+    """What the ranks of a script found, part by part: each part is launched once, when it is first asked for.
+
+    Ranks of one number share a folder, in which parts find the files of the parts before them.
+    """
+
+    def __init__(self, script: str, directory: Path, first: str = "") -> None:
+        """Remember what to launch.
+
+        Args:
+            directory: holds what all ranks read, and will hold a folder for each number of ranks.
+            first: the part whose files the others read.
+        """
+        self.script, self.shared, self.first = script, directory, first
+        self._found: dict[tuple[int, str], Any] = {}
+
+    def __call__(self, num_ranks: int, part: str) -> Any:
+        """Return what each rank found in a part."""
+        key = (num_ranks, part)
+        if self.first not in ("", part):
+            self(num_ranks, self.first)
+        if key not in self._found:
+            try:
+                self._found[key] = launch(self.script, num_ranks, self.directory(num_ranks), part)
+            except AssertionError as error:  # for all tests that ask
+                self._found[key] = error
+        if isinstance(self._found[key], AssertionError):
+            raise self._found[key]
+        return self._found[key]
+
+    def directory(self, num_ranks: int) -> Path:
+        """Return the folder of the launches on so many ranks."""
+        directory = self.shared / f"{num_ranks} ranks"
+        if not directory.exists():
+            shared = [path for path in self.shared.iterdir() if not path.name.endswith(" ranks")]
+            directory.mkdir()
+            for path in shared:
+                (directory / path.name).symlink_to(path)
+        return directory
+
+
+def _obeyed(order: dict[str, Any], timeout_s: float, idle_s: float) -> tuple[list[int], str]:
+    """Give the zygote an order; return the exit codes, and why ranks were killed, if they were."""
     zygote = _zygote()
     assert zygote.stdin is not None
     assert zygote.stdout is not None
     zygote.stdin.write(json.dumps(order) + "\n")
     zygote.stdin.flush()
     children = json.loads(zygote.stdout.readline())
-    timer = threading.Timer(timeout_s, _kill, [children])
-    timer.start()
+    watch = Watch(children, order["outputs"], timeout_s, idle_s)
+    watch.start()
     try:
         codes: list[int] = json.loads(zygote.stdout.readline())
     except BaseException:  # pytest's own time limit
-        _kill(children)
+        _kill(children, signal.SIGKILL)
         _zygote.cache_clear()
         raise
     finally:
-        timer.cancel()
-    return codes
+        watch.done.set()
+        watch.join()
+    return codes, watch.hang
+
+
+class Watch(threading.Thread):
+    """Aborts ranks that hang, and keeps why in ``hang``.
+
+    Progress is a longer output, or processor time: of all ranks together at least a hundredth of one core's, which
+    ranks that wait for one another do not use.
+    """
+
+    def __init__(self, processes: list[int], outputs: list[str], timeout_s: float, idle_s: float) -> None:
+        super().__init__(daemon=True)
+        self.processes, self.outputs, self.timeout_s, self.idle_s = processes, outputs, timeout_s, idle_s
+        self.done, self.hang = threading.Event(), ""
+
+    def run(self) -> None:
+        start = moved = time.monotonic()
+        used_s, written = self._progress()
+        while not self.done.wait(min(1.0, self.idle_s / 10)):
+            now = time.monotonic()
+            latest_s, length = self._progress()
+            if latest_s - used_s > self.idle_s / 100 or length > written:
+                moved, used_s, written = now, latest_s, length
+            if now - start > self.timeout_s:
+                return self._abort(f"the ranks have not ended after {self.timeout_s:g} s")
+            if now - moved > self.idle_s:
+                return self._abort(f"the ranks made no progress for {self.idle_s:g} s")
+
+    def _progress(self) -> tuple[float, int]:
+        """Return the processor time of all ranks, in seconds, and the number of bytes that they have written."""
+        used_s = sum(map(processor_time_s, self.processes))
+        return used_s, sum(Path(output).stat().st_size for output in self.outputs if Path(output).exists())
+
+    def _abort(self, hang: str) -> None:
+        self.hang = hang
+        _kill(self.processes, signal.SIGABRT)
+        if not self.done.wait(10):
+            _kill(self.processes, signal.SIGKILL)
+
+
+def processor_time_s(process: int) -> float:
+    """Return the processor time that a process and the children that it has waited for have used, in seconds."""
+    try:
+        # behind the name, which may hold spaces; the first of these fields is the third of the line
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 @functools.cache
@@ -91,10 +212,10 @@ def _zygote() -> "subprocess.Popen[str]":
     )
 
 
-def _kill(processes: list[int]) -> None:
+def _kill(processes: list[int], by: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, by)
 
 
 def free_port() -> int:

@@ -18,7 +18,8 @@ from lightning_lora import FSDPLoRAStrategy, LoRACallback, adapter_state_dict
 from tests import models
 from tests.runs import LanguageModule
 
-KILLED_AT = 5  # of the 8 steps of the first epoch
+KILLED_AT = 5  # of the 8 steps of the first epoch; where ranks share a model, of its 16
+EPOCHS = {"fsdp_lora": 2, "megatron_lora": 1}
 
 
 class Reporting(LanguageModule):
@@ -78,30 +79,31 @@ class WorkerStrategy(FSDPLoRAStrategy):
         return torch.device("cpu")
 
 
-def main(directory: Path, dies: bool, worker: bool, splits: bool) -> None:
+def main(directory: Path, strategy: str, dies: bool) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    worker = "WORKER" in os.environ
     saving = ModelCheckpoint(directory, save_last=True, save_top_k=0, every_n_train_steps=1)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1 if worker else 2,
-        strategy=WorkerStrategy() if worker else "megatron_lora" if splits else "fsdp_lora",
+        strategy=WorkerStrategy() if worker else strategy,
         plugins=[WorkerEnvironment()] if worker else None,
         use_distributed_sampler=False,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=directory,
-        max_epochs=1 if splits else 2,
+        max_epochs=EPOCHS[strategy],
         callbacks=[LoRACallback(r=4, dropout=0.1), saving],
     )
     pl.seed_everything(3, verbose=False)
     module = Reporting(str(directory), dies)
     last = directory / "last.ckpt"
     trainer.fit(module, Rows(), ckpt_path=last if last.exists() else None)
-    torch.save(
-        {"adapters": {name: value.clone() for name, value in adapter_state_dict(module).items()}},
-        directory / f"rank{trainer.global_rank}.pt",
-    )
+    adapters = {name: value.clone() for name, value in adapter_state_dict(module).items()}
+    torch.save(adapters, directory / f"rank{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *(word in sys.argv[2:] for word in ("dies", "worker", "splits")))
+    for strategy in sys.argv[2].split(","):
+        main(Path(sys.argv[1], strategy), strategy, "dies" in sys.argv)

@@ -71,8 +71,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bf16": (four_heads, {"precision": "bf16-mixed"}),
     "nothing learned": (four_heads, {}),
 }
-
-
+# by the number of ranks: how many share a model, and which; on four, quarters of a vocabulary, and replicas
+SPLITS: dict[int, list[tuple[int, str]]] = {
+    2: [(2, case) for case in CASES],
+    4: [(4, "llama"), (4, "tied llama"), (4, "padding"), (4, "odd vocabulary"), (2, "llama")],
+}
 AVERAGED: dict[str, tuple[str, Any, int]] = {  # models, strategies, and how many ranks share a model
     "ddp": ("llama", lambda: "ddp", 1),
     "fsdp_lora": ("llama", lambda: FSDPLoRAStrategy(**SHARDED), 1),
@@ -172,16 +175,16 @@ def unequal_labels(batch: Tensor) -> Tensor:
     return batch.masked_fill(batch <= batch[:, :1], -100)
 
 
-def averaged(directory: Path, single: dict[Any, Any]) -> dict[str, Any]:
+def averaged(directory: Path, num_ranks: int) -> dict[str, Any]:
     """Take one step on one global batch, and one on two that are accumulated."""
-    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    rank, single = int(os.environ["RANK"]), torch.load(directory / "single.pt", weights_only=True)
     found = {}
     for (name, (case, strategy, sharing)), num_batches in itertools.product(AVERAGED.items(), (1, 2)):
         num_parts = num_ranks // sharing * num_batches
         labels = unequal_labels(models.token_ids(ROWS, 8, seed=1)[: BATCH * num_batches])
         module = Averaged(case, int((labels[:, 1:] != -100).sum()) / num_parts if num_batches > 1 else None)
         fit(
-            directory / "averaged", module, strategy(), lora=HEADLESS,
+            None, module, strategy(), lora=HEADLESS,
             loaders={"train_dataloaders": rank_loader(rank // sharing, num_ranks // sharing)},
             limit_train_batches=num_batches, accumulate_grad_batches=num_batches,
         )  # fmt: skip
@@ -192,21 +195,21 @@ def averaged(directory: Path, single: dict[Any, Any]) -> dict[str, Any]:
     return found
 
 
-def main(directory: Path) -> None:
-    """Split each model over all ranks, and over pairs of them that get the same data."""
-    tiles._tile = lambda *_: TILE
-    num_ranks = int(os.environ["WORLD_SIZE"])
+def split(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Split each model over ranks that get the same data."""
     single = torch.load(directory / "single.pt", weights_only=True)
     found: dict[str, Any] = {}
-    for size, case in itertools.product({2, num_ranks}, CASES):
-        if size < num_ranks and "dropout" in case:
-            continue  # replicas drop other entries
+    for size, case in SPLITS[num_ranks]:
         pl.seed_everything(7, verbose=False)
         module, strategy = Predicting(case), MegatronLoRAStrategy(tensor_parallel_size=size)
-        fit(directory / "split", module, strategy, loaders=SAME_DATA, limit_train_batches=1, **CASES[case][1])
+        fit(None, module, strategy, loaders=SAME_DATA, limit_train_batches=1, **CASES[case][1])
         found[f"{case}, {size} ranks"] = {**module.found, "expected": expected_parts(module, single[case])}
-    report(directory, {**found, "averaged": averaged(directory, single)})
+    return found
+
+
+PARTS = {part.__name__: part for part in (split, averaged)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    tiles._tile = lambda *_: TILE
+    report(Path(sys.argv[1]), PARTS[sys.argv[2]](Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])))

@@ -1,6 +1,7 @@
 """One rank of a Trainer run under ``megatron_lora``, on the same global batches that one process would see."""
 
 import os
+import pathlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ class AtMidway(pl.Callback):
         self.moments = optimizer_state(pl_module)
 
 
-def run(directory: Path, size: Any, module: Any = None, **settings: Any) -> Any:
+def run(directory: Path | None, size: Any, module: Any = None, **settings: Any) -> Any:
     """Train with ``size`` tensor-parallel ranks; what is left of the ranks is data-parallel."""
     num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     replicas = num_ranks // (num_ranks if size == "auto" else size)
@@ -166,6 +167,7 @@ def whole_factors(module: Any) -> dict[str, Tensor]:
 
 
 def training(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Two epochs on every number of tensor-parallel ranks."""
     found: dict[str, Any] = {}
     for size in sorted({2, num_ranks}):
         trainer, module = run(directory / f"tp{size}", size, max_epochs=2)
@@ -188,30 +190,38 @@ def training(directory: Path, num_ranks: int) -> dict[str, Any]:
             unmerge(module)
         found[f"tp{size}"]["merging"] = (logits, inside, again)
         save_peft(module.model, directory / f"peft{size}")
-        _, clipped = run(directory / "clipped", size, gradient_clip_val=0.05, accumulate_grad_batches=2)
-        found[f"tp{size}"]["clipped"] = state(clipped)
-        pl.seed_everything(7, verbose=False)
-        _, dropped = run(directory / "dropped", size, lora={"dropout": 0.3}, validates=False)
-        found[f"tp{size}"]["dropped"] = (dropped.losses, whole_factors(dropped))
-        os.environ.pop("PL_GLOBAL_SEED")  # later runs start as they do without a seed
-        for order in ("raw first", "raw last"):
-            _, mixed = run(directory / "mixed", size, MixedSteps(order), validates=False)
-            found[f"tp{size}"][order] = state(mixed)
-        _, manual = run(directory / "manual", size, Steps(), limit_train_batches=1)
-        found[f"tp{size}"]["manual"] = manual.gradients
     return found
+
+
+def steps(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Clipped and accumulated steps, and steps of the module's own; two ranks share a model."""
+    found: dict[str, Any] = {}
+    _, clipped = run(None, 2, gradient_clip_val=0.05, accumulate_grad_batches=2, validates=False)
+    found["clipped"] = state(clipped)
+    for order in ("raw first", "raw last"):
+        _, mixed = run(None, 2, MixedSteps(order), validates=False)
+        found[order] = state(mixed)
+    _, manual = run(None, 2, Steps(), limit_train_batches=1, validates=False)
+    found["manual"] = manual.gradients
+    return found
+
+
+def dropout(directory: Path, num_ranks: int) -> tuple[list[float], dict[str, Tensor]]:
+    pl.seed_everything(7, verbose=False)
+    _, dropped = run(None, num_ranks, lora={"dropout": 0.3}, validates=False)
+    return dropped.losses, whole_factors(dropped)
 
 
 def families(directory: Path, num_ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in SPLIT:
-        _, module = run(directory / "families", 2, Module(name), limit_train_batches=2)
+        _, module = run(None, 2, Module(name), limit_train_batches=2, validates=False)
         found[name] = {"gradients": module.gradients, "losses": module.losses, "adapters": state(module)}
     plan = {"encoder.layer.*.intermediate.dense": "colwise", "encoder.layer.*.output.dense": "rowwise"}
-    _, module = run(directory / "planned", 2, Module("bert"), limit_train_batches=2, options={"plan": plan})
+    _, module = run(None, 2, Module("bert"), limit_train_batches=2, options={"plan": plan}, validates=False)
     split = [name for name, parameter in module.named_parameters() if is_sharded(parameter)]
     found["planned"] = {"losses": module.losses, "adapters": state(module), "split": split}
-    _, module = run(directory / "meta", 2, Lazy(str(directory / "saved")), limit_train_batches=1)
+    _, module = run(None, 2, Lazy(str(directory / "saved")), limit_train_batches=1, validates=False)
     found["meta"] = module.gradients
     return found
 
@@ -222,21 +232,31 @@ def files(directory: Path, num_ranks: int) -> dict[str, Any]:
     fsdp = Module()
     rank = int(os.environ["RANK"])
     data = {"train_dataloaders": rank_loader(rank, num_ranks)}
-    fit(directory / "fsdp", fsdp, "fsdp_lora", max_epochs=2, loaders=data)
+    fit(directory / "fsdp", fsdp, "fsdp_lora", loaders=data)
     fit(directory / "ddp", Module(), "ddp", loaders=data)
-    for source in dict.fromkeys(("tp2", f"tp{num_ranks}", "fsdp", "ddp", "single")):
-        _, module = run(directory / "resumed", 2, ckpt_path=directory / source / "epoch=0.ckpt", max_epochs=2)
-        found[f"from {source}"] = {"losses": module.losses, "adapters": state(module)}
-    loaded, midway, single = Module(), AtMidway(), directory / "single" / "epoch=0.ckpt"
-    run(directory / "moments", 2, loaded, ckpt_path=single, max_epochs=2, callbacks=(midway,))
-    found["moments"] = midway.moments
-    names = {id(p): n for n, p in loaded.named_parameters()}
-    optimizer = loaded.trainer.optimizers[0]
-    found["order"] = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    for source in ("tp2", "fsdp", "ddp", "single"):
+        found[f"from {source}"] = resumed(directory / source)
     module, path = Module(), directory / "tp2" / "epoch=0.ckpt"
-    fit(directory / "to_fsdp", module, "fsdp_lora", max_epochs=2, loaders=data, ckpt_path=path)
+    fit(None, module, "fsdp_lora", max_epochs=2, loaders=data, ckpt_path=path)
     found["to fsdp"] = {"adapters": state(module)}
     return found
+
+
+def replicas(directory: Path, num_ranks: int) -> dict[str, Any]:
+    """Files of one process and of four parts, on two replicas of two parts."""
+    return {f"from {source}": resumed(directory / source) for source in ("tp4", "single")}
+
+
+def resumed(written: Path) -> dict[str, Any]:
+    """Go on from the first epoch's file, two ranks to a model."""
+    module, midway = Module(), AtMidway()
+    run(None, 2, module, ckpt_path=written / "epoch=0.ckpt", max_epochs=2, callbacks=(midway,))
+    names = {id(p): n for n, p in module.named_parameters()}
+    optimizer = module.trainer.optimizers[0]
+    return {
+        "losses": module.losses, "adapters": state(module), "moments": midway.moments,
+        "order": [names[id(p)] for group in optimizer.param_groups for p in group["params"]],
+    }  # fmt: skip
 
 
 class Tuned(Module):
@@ -298,12 +318,10 @@ def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
     }
     again, removed = Module(), Module()
     for module in (again, removed):
-        run(directory / "first", 2, module, limit_train_batches=1, max_epochs=1)
+        run(None, 2, module, limit_train_batches=1, max_epochs=1, validates=False)
     merge(removed, remove=True)
     cases["size"] = {"module": again, "size": 1}
     cases["removed"] = {"module": removed}
-    if num_ranks == 4:
-        cases["heads"] = {"module": Module("qwen3"), "size": 4}
     found: dict[str, str] = {}
     for name, case in cases.items():
         size, module = case.pop("size", 2), case.pop("module", None)
@@ -311,19 +329,33 @@ def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
         try:
             if data is not None:
                 strategy = MegatronLoRAStrategy(tensor_parallel_size=2)
-                fit(directory / "no", Module(), strategy, loaders={"train_dataloaders": data})
+                fit(None, Module(), strategy, loaders={"train_dataloaders": data})
             else:
-                run(directory / "no", size, module, limit_train_batches=1, **case)
+                run(None, size, module, limit_train_batches=1, **case)
         except ValueError as error:
             found[name] = str(error)
     return found
 
 
-def main(directory: Path) -> None:
-    num_ranks = int(os.environ["WORLD_SIZE"])
-    parts = (training, families, files, company, refusals)
-    report(directory, {part.__name__: part(directory, num_ranks) for part in parts})
+def heads(directory: Path, num_ranks: int) -> str:
+    try:
+        run(None, num_ranks, Module("qwen3"), limit_train_batches=1)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def safety(directory: Path, num_ranks: int) -> tuple[bool, bool]:
+    """Return whether Megatron-core is imported, and whether a safe load may build what it allows by itself."""
+    MegatronLoRAStrategy()
+    return "megatron.core" in sys.modules, pathlib.PosixPath in torch.serialization.get_safe_globals()
+
+
+PARTS = {
+    part.__name__: part
+    for part in (training, steps, dropout, families, files, replicas, company, refusals, heads, safety)
+}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    report(Path(sys.argv[1]), PARTS[sys.argv[2]](Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])))

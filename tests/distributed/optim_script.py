@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim import AdamW
 
 from lightning_lora import FSDPLoRAStrategy, LoRAAdamW, MegatronLoRAStrategy
@@ -49,25 +48,15 @@ def main(directory: Path) -> None:
     for name, build in STRATEGIES.items():
         # ranks that share a model see the same batches
         data = rank_loader(0, 1) if name == "megatron_lora" else rank_loader(rank, num_ranks)
-        settings = {**SETTINGS, "loaders": {"train_dataloaders": data}}
+        settings = {**SETTINGS, "loaders": {"train_dataloaders": data}, "max_epochs": 2}
         module = Ours()
-        fit(directory / name, module, build(), max_epochs=2, **settings)
-        resumed, switched = Ours(), Theirs()
+        fit(directory / name, module, build(), **settings)
+        resumed, switched, back = Ours(), Theirs(), Ours()
         path = directory / name / "epoch=0.ckpt"
-        fit(directory / "resumed", resumed, build(), max_epochs=2, ckpt_path=path, **settings)
-        fit(
-            directory / "switched",
-            switched,
-            build(),
-            max_epochs=2,
-            ckpt_path=path,
-            gradient_clip_val=MAX_NORM,
-            **settings,
-        )
-        back = Ours()
+        fit(None, resumed, build(), ckpt_path=path, **settings)
+        fit(None, switched, build(), ckpt_path=path, gradient_clip_val=MAX_NORM, **settings)
         back.flat = False
-        single = directory / "single" / "epoch=0.ckpt"
-        fit(directory / "back", back, build(), max_epochs=2, ckpt_path=single, **settings)
+        fit(None, back, build(), ckpt_path=directory / "single" / "epoch=0.ckpt", **settings)
         found[name] = {
             "adapters": state(module), "resumed": state(resumed), "switched": state(switched), "back": state(back),
             "norms": module.norms, "spread": sum(map(is_sharded, module.parameters())),
@@ -76,5 +65,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(Path(sys.argv[1]))

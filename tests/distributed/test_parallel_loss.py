@@ -14,8 +14,8 @@ from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapt
 from tests import models, zoo
 from tests.distributed.ddp_script import BATCH
 from tests.distributed.fsdp_script import fit
-from tests.distributed.launch import launch
-from tests.distributed.loss_script import AVERAGED, CASES, HEADLESS, TILE, Predicting, labels_of, unequal_labels
+from tests.distributed.launch import Launches
+from tests.distributed.loss_script import AVERAGED, CASES, HEADLESS, SPLITS, TILE, Predicting, labels_of, unequal_labels
 from tests.runs import ROWS
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
@@ -46,19 +46,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         # dropout's mask on the head's input is of the positions that go through it
         single[case] = Predicting(case) if "dropout" in case else Whole(case)
         seed_everything(7, verbose=False)
-        fit(directory / "single", single[case], "auto", limit_train_batches=1, **settings)
+        fit(None, single[case], "auto", limit_train_batches=1, **settings)
     for case, num_batches in itertools.product(("llama", "tied llama"), (1, 2)):
         module = Unequal(case)
         loaders = {"train_dataloaders": DataLoader(models.token_ids(ROWS, 8, seed=1), batch_size=BATCH * num_batches)}
-        fit(directory / "whole", module, "auto", lora=HEADLESS, loaders=loaders, limit_train_batches=1)
+        fit(None, module, "auto", lora=HEADLESS, loaders=loaders, limit_train_batches=1)
         single[f"whole {case}, {num_batches}"] = module
     torch.save({case: module.found["gradients"] for case, module in single.items()}, directory / "single.pt")
-    return {"single": single, "ranks": launch("loss_script.py", 4, directory)}
+    return {"single": single, "found": Launches("loss_script.py", directory)}
 
 
 def splits(run: dict[str, Any], case: str) -> list[dict[str, Any]]:
-    """Return what every rank found of a case, split over two ranks and over four."""
-    return [found for rank in run["ranks"] for name, found in rank.items() if name.startswith(f"{case}, ")]
+    """Return what every rank found of a case, split over two ranks and, of some, over four."""
+    ranks = [rank for num_ranks in (2, 4) for rank in run["found"](num_ranks, "split")]
+    return [found for rank in ranks for name, found in rank.items() if name.startswith(f"{case}, ")]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,7 +69,7 @@ def test_loss_and_all_gradients_are_those_of_one_process(run: dict[str, Any], ca
         torch.testing.assert_close(found["loss"], run["single"][case].found["loss"], **tolerance)
         torch.testing.assert_close(found["gradients"], found["expected"], **tolerance)
         assert all(gradient.any() for gradient in found["gradients"].values()) == (case != "nothing learned")
-    assert len(splits(run, case)) == (4 if "dropout" in case else 8)
+    assert len(splits(run, case)) == sum(num_ranks for num_ranks, of in SPLITS.items() for _, one in of if one == case)
 
 
 @pytest.mark.parametrize("case", sorted(set(CASES) - {"odd vocabulary"}))
@@ -98,7 +99,7 @@ def test_gradients_over_unequal_ranks_are_those_of_the_whole_batch(
     run: dict[str, Any], strategy: str, num_batches: int
 ) -> None:
     expected = run["single"][f"whole {AVERAGED[strategy][0]}, {num_batches}"].found
-    ranks = [rank["averaged"][f"{strategy}, {num_batches}"] for rank in run["ranks"]]
+    ranks = [rank[f"{strategy}, {num_batches}"] for rank in run["found"](4, "averaged")]
     counts = [number for rank in ranks for number in rank["labels"]]
     assert len(set(counts)) > 1
     assert strategy == "megatron_lora" or 0 in counts
@@ -115,8 +116,8 @@ def test_gradients_over_unequal_ranks_are_those_of_the_whole_batch(
 
 @pytest.mark.parametrize("num_batches", [1, 2])
 def test_a_sharded_head_is_gathered_once_for_all_tiles(run: dict[str, Any], num_batches: int) -> None:
-    for rank in run["ranks"]:
-        found = rank["averaged"][f"fsdp_lora, {num_batches}"]
+    for rank in run["found"](4, "averaged"):
+        found = rank[f"fsdp_lora, {num_batches}"]
         for traffic in found["traffic"]:
             assert traffic["all_gather"] == [25 * HIDDEN]  # on the rank without labels too
             assert not traffic["all_reduce"]
@@ -125,7 +126,7 @@ def test_a_sharded_head_is_gathered_once_for_all_tiles(run: dict[str, Any], num_
 
 def test_no_strategy_has_more_than_a_tile_of_logits(run: dict[str, Any]) -> None:
     for strategy in AVERAGED:
-        found = [rank["averaged"][f"{strategy}, 2"] for rank in run["ranks"]]
+        found = [rank[f"{strategy}, 2"] for rank in run["found"](4, "averaged")]
         assert max(max(one["largest"]) for one in found) == math.prod(TILE)
         assert max(max(one["labels"]) for one in found) > 2 * TILE[0]
 

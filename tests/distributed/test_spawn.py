@@ -17,6 +17,6 @@ def test_a_model_that_was_adapted_before_comes_back_trained(tmp_path: Path) -> N
 
 
 def test_a_bare_model_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    run = trainer(tmp_path, LoRACallback(r=4), strategy="ddp_spawn", devices=2)
+    run = trainer(tmp_path, LoRACallback(r=4), strategy="ddp_fork", devices=2)  # at once, where spawned ones import all
     with pytest.raises(ProcessRaisedException, match=r"adapt it before fit with the callback's settings: inject\("):
         run.fit(LanguageModule(), loader())

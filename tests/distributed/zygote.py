@@ -1,10 +1,12 @@
 """A process that has imported what ranks need, which takes longer than most of them run, and forks them from itself.
 
-It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs", "fresh"}``, a process
-for each environment, which begins anew if it is to be fresh. It answers with the processes' numbers, and with their exit codes when all have ended.
+It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs", "fresh", "folder"}``,
+a process for each environment, which begins anew if it is to be fresh. It answers with the processes' numbers, and with
+their exit codes when all have ended.
 """
 
 import atexit
+import faulthandler
 import importlib
 import json
 import os
@@ -14,12 +16,24 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ("lightning_lora", "transformers.models.llama.modeling_llama", "tests.zoo")
+import torch
+
+from lightning_lora.megatron.core import megatron_core
+
+PRELOADED = (
+    "lightning_lora",
+    "transformers.models.llama.modeling_llama",
+    "tests.zoo",
+    "tests.distributed.gpt_script",  # and what it shares with the others
+)
 
 
 def serve() -> None:
+    torch.set_num_threads(1)
     for name in PRELOADED:
         importlib.import_module(name)
+    megatron_core()
+    importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     for line in sys.stdin:
         order = json.loads(line)
         children = [
@@ -43,6 +57,8 @@ def _fork(order: dict[str, Any], environment: dict[str, str], output: str) -> in
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(0)  # orders are not for ranks
+        os.chdir(order["folder"])
+        faulthandler.enable(2)
         if order["fresh"]:
             os.execv(sys.executable, [sys.executable, order["script"], *order["arguments"]])
         sys.argv = [order["script"], *order["arguments"]]
