@@ -64,7 +64,8 @@ def install() -> None:
             setattr(Fabric, name, _adopting(method))
     if not hasattr(saving._load_state, "knows_adapters"):
         saving._load_state = _adapting(saving._load_state)
-        saving._ALLOWED_INSTANTIATORS.add(_INSTANTIATOR)
+        if hasattr(saving, "_ALLOWED_INSTANTIATORS"):  # before 2.6.6 Lightning allows all
+            saving._ALLOWED_INSTANTIATORS.add(_INSTANTIATOR)
     if not hasattr(trainer._log_hyperparams, "knows_adapters"):
         trainer._log_hyperparams = _logging_adapters(trainer._log_hyperparams)
     lightning_cli.install()
@@ -221,7 +222,13 @@ def _adapting(load_state: Any) -> Any:
         if SECTION not in checkpoint or not issubclass(cls, pl.LightningModule):
             return load_state(cls, checkpoint, *args, **kwargs)
         own = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_instantiator")
-        if own is None or own in saving._ALLOWED_INSTANTIATORS:  # any other is for Lightning to refuse
+        allowed = getattr(saving, "_ALLOWED_INSTANTIATORS", None)
+        if own is not None and allowed is None:
+            raise ValueError(
+                f"the checkpoint names the function that builds its module, {own!r}, and lightning {pl.__version__} would "
+                "run any function that a file names: pip install 'lightning>=2.6.6', which runs LightningCLI's alone"
+            )
+        if own is None or own in allowed:  # any other is for Lightning to refuse
             kwargs["_instantiator"] = _INSTANTIATOR
         token = _file_instantiator.set(own)
         try:
