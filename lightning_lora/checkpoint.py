@@ -336,7 +336,7 @@ def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
         write(targets[name], tensors[name])
     if others:
         own = {clean_name(name): name for name in module.state_dict()}
-        module.load_state_dict({own[name]: value for name, value in others.items()}, strict=False)
+        module.load_state_dict({own.get(name, name): value for name, value in others.items()}, strict=False)
 
 
 def complete_state(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
