@@ -161,8 +161,8 @@ def _planned(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> _Pla
         name: (mixins[name].features(layer)[0], parts[name].rows) if name in parts else mixins[name].features(layer)
         for name, layer in layers.items()
     }
-    # with the scale of the rank that was asked for: the product B A can be the same ones
-    capped = _capped(config, ranks, sizes) if check_ranks else {}
+    # at the scale of the rank that was asked for: B A can be the same matrices
+    capped = _capped(config, ranks, sizes)
     ranks |= capped
     for name, layer in layers.items():
         if check_ranks:
