@@ -226,7 +226,7 @@ def _adapting(load_state: Any) -> Any:
         if own is not None and allowed is None:
             raise ValueError(
                 f"the checkpoint names the function that builds its module, {own!r}, and lightning {pl.__version__} "
-                "would run any function that a file names: pip install 'lightning>=2.6.6', which runs LightningCLI's alone"
+                "would run any function that a file names: pip install 'lightning>=2.6.6', which runs LightningCLI's"
             )
         if own is None or own in allowed:  # any other is for Lightning to refuse
             kwargs["_instantiator"] = _INSTANTIATOR
