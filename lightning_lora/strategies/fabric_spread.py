@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
+from lightning_lora.parts import guard_state
 from lightning_lora.strategies.fabric import FabricAdapterOnly
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.strategies.launched import Launched, check_adapted, reduced
@@ -93,6 +94,7 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
                 "call fabric.setup(model, optimizer) with both, or make the optimizer after fabric.setup(model)"
             )
         watch_steps(optimizer, self._before_step)
+        guard_state(optimizer)
         return super().setup_optimizer(optimizer)
 
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
