@@ -27,9 +27,9 @@ _WRITERS = {
 def guard_save_pretrained() -> None:
     """Let ``save_pretrained`` of the classes that are imported look for adapters. Calling it twice does nothing more.
 
-    While the adapters are merged or disabled, the model is written as it computes, without them. While they are active,
-    and of a model that is spread over ranks, it is an error that says what to write instead. A model without adapters,
-    and a ``state_dict=`` without any, is written as ever.
+    While the adapters are merged or disabled, the model is written as it computes; without their tensors, if the method
+    takes ``state_dict=``. While they are active, and of a model that is spread over ranks, it is an error that says
+    what to write instead. A model without adapters, and a ``state_dict=`` without any, is written as ever.
     """
     for module, name in _WRITERS.items():
         cls: Any = getattr(sys.modules.get(module), name, None)
