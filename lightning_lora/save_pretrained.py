@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers import LoRALayer
+from lightning_lora.parts import WHAT_TO_WRITE
 from lightning_lora.root import clean_name
-from lightning_lora.sharded import WHAT_TO_WRITE, class_name, is_sharded
+from lightning_lora.sharded import class_name, is_part
 
 # the classes that models inherit the method from, by the modules that define them
 _WRITERS = {
@@ -26,9 +27,9 @@ _WRITERS = {
 def guard_save_pretrained() -> None:
     """Let ``save_pretrained`` of the classes that are imported look for adapters. Calling it twice does nothing more.
 
-    While the adapters are merged or disabled, the model is written as it computes, without them. While they are active,
-    and of a model that is spread over ranks, it is an error that says what to write instead. A model without adapters,
-    and a ``state_dict=`` without any, is written as ever.
+    While the adapters are merged or disabled, the model is written as it computes; without their tensors, if the method
+    takes ``state_dict=``. While they are active, and of a model that is spread over ranks, it is an error that says
+    what to write instead. A model without adapters, and a ``state_dict=`` without any, is written as ever.
     """
     for module, name in _WRITERS.items():
         cls: Any = getattr(sys.modules.get(module), name, None)
@@ -59,7 +60,7 @@ def _without_adapters(model: nn.Module, state: Mapping[str, Any] | None) -> dict
     Raises:
         ValueError: the adapters are active, or the model is spread over ranks.
     """
-    if state is None and any(is_sharded(parameter) for parameter in model.parameters()):
+    if state is None and any(is_part(parameter) for parameter in model.parameters()):
         raise ValueError(
             f"save_pretrained would write this rank's parts of {class_name(model)}, which is spread over ranks. "
             + WHAT_TO_WRITE

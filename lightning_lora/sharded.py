@@ -1,8 +1,7 @@
 """Tensors that are spread over ranks: read whole, written from whole ones, looked at in part.
 
 FSDP2's are DTensors. What tensor parallelism splits are ordinary tensors, one part each, with a tag that says of what
-(:func:`split_over`): the layers multiply by them, and optimizers and scalers see nothing unusual. No part passes for
-the whole: :func:`guard_parts` makes copies and files of one rank an error, and gives ``state_dict()`` DTensors.
+(:func:`split_over`): the layers multiply by them, and optimizers and scalers see nothing unusual.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,12 +21,6 @@ if torch.distributed.is_available():
 else:
     DTensor = None  # type: ignore[assignment, misc]  # a torch without distributed has none
 
-WHAT_TO_WRITE = (
-    "To write the adapter, call save_peft(model, directory), trainer.save_checkpoint(path) or fabric.save(path, state) "
-    "on all ranks. To write the whole model, load that checkpoint in one process, "
-    "merge(YourModule.load_from_checkpoint(path), remove=True), and save the result"
-)
-
 
 def split_over(part: Any, mesh: Any, dim: int, stripes: int = 1) -> None:
     """Note on a tensor that it is this rank's part, along ``dim``, of one that is split evenly over ``mesh``.
@@ -36,58 +29,16 @@ def split_over(part: Any, mesh: Any, dim: int, stripes: int = 1) -> None:
         stripes: of how many equal pieces along ``dim`` each rank has its share, one behind the other.
     """
     part.lora_split = (mesh, dim, stripes)
-    part.__dict__.update(dict.fromkeys(_COPIES, _refuse))
-
-
-def guard_parts(module: nn.Module) -> None:
-    """Let no part that ``module`` holds pass for the whole. Calling it twice does nothing more.
-
-    ``pickle``, ``torch.save`` and ``deepcopy`` of a module with parts raise ``ValueError``. Its ``state_dict()`` holds
-    DTensors of the whole shape, FSDP2's or made of tagged parts: they can be kept, copied, gathered and loaded again,
-    and writing one to a file raises. ``load_state_dict`` takes them, or whole tensors.
-    """
-    for part in module.modules():
-        if any(is_sharded(parameter) for parameter in part.parameters()):
-            part.__dict__.update(dict.fromkeys(_COPIES, _refuse))
-        own = [parameter for parameter in part._parameters.values() if is_sharded(parameter)]
-        for parameter in own:
-            parameter.__dict__["__reduce_ex__"] = _refuse
-        if own and _show_whole not in part._state_dict_hooks.values():
-            part.register_state_dict_post_hook(_show_whole)
-            part.register_load_state_dict_pre_hook(_take_parts)
-
-
-_COPIES = ("__deepcopy__", "__reduce_ex__")  # looked up on the instance by copy and pickle
-_FILES = ("__reduce_ex__", "untyped_storage", "storage")  # what torch.save and safetensors begin with
-
-
-def _refuse(*_: Any) -> Any:
-    raise ValueError(
-        "the model is spread over ranks, and a copy or a file of this rank would hold its parts alone. " + WHAT_TO_WRITE
-    )
-
-
-def _show_whole(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    for name, parameter in module._parameters.items():
-        value = state_dict.get(f"{prefix}{name}")
-        if not is_sharded(parameter) or value is None or value is parameter:  # keep_vars=True asks for what is there
-            continue
-        shown = value if is_dtensor(value) else logical(parameter)
-        shown.__dict__.update(dict.fromkeys(_FILES, _refuse))
-        state_dict[f"{prefix}{name}"] = shown
-
-
-def _take_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, parameter in module._parameters.items():
-        value = state_dict.get(f"{prefix}{name}")
-        if is_sharded(parameter) and isinstance(value, Tensor) and value.shape == logical(parameter).shape:
-            value = spread_like(value, parameter)
-            state_dict[f"{prefix}{name}"] = value if is_dtensor(parameter) else local_part(value)
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is spread over ranks."""
     return is_dtensor(tensor) or (DTensor is not None and hasattr(tensor, "lora_split"))
+
+
+def is_part(tensor: Any) -> bool:
+    """Whether a tensor is to be told from a whole one: tensor parallelism over one rank leaves it whole."""
+    return is_dtensor(tensor) or (is_sharded(tensor) and tensor.lora_split[0].size() > 1)
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -125,6 +76,14 @@ def spread_like(tensor: Tensor, like: Any) -> Tensor:
     tensor = tensor.to(local_part(like).device)
     spread = distribute_tensor(tensor, described.device_mesh, described.placements, src_data_rank=None)
     return spread if described is like else spread.to_local()
+
+
+def part_of(value: Tensor, like: Any) -> Tensor:
+    """Return this rank's part of a whole tensor, or of a DTensor, as ``like`` is a part; anything else as it is."""
+    if not is_sharded(like) or value.shape != logical(like).shape:
+        return value
+    spread = spread_like(value, like)
+    return spread if is_dtensor(like) else local_part(spread)
 
 
 @torch.no_grad()

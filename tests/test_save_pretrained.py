@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,24 @@ class TestActiveAdapters:
             model.save_pretrained(tmp_path)
         remove(model).save_pretrained(tmp_path)
         torch.testing.assert_close(Net.from_pretrained(tmp_path).linear.weight, model.linear.weight, **EXACT)
+
+    def test_are_refused_by_diffusers_models(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        class ModelMixin(nn.Module):  # takes no state_dict=, as diffusers' does not
+            def save_pretrained(self, save_directory: Path, is_main_process: bool = True) -> None:
+                torch.save(self.state_dict(), save_directory / "model.pt")
+
+        module: Any = types.ModuleType("diffusers.models.modeling_utils")
+        module.ModelMixin = ModelMixin
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        net = ModelMixin()
+        net.linear = nn.Linear(8, 8)
+        inject(net, LoRAConfig(r=2))
+        with pytest.raises(ValueError, match="save_peft"):
+            net.save_pretrained(tmp_path)
+        with merged(net):
+            net.save_pretrained(tmp_path)
+            expected = net.linear.weight.clone()
+        torch.testing.assert_close(torch.load(tmp_path / "model.pt")["linear.weight"], expected, **EXACT)
 
     def test_do_not_keep_others_from_being_saved(self, tmp_path: Path):
         adapted()

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_lora.frozen import look_for_moved
+from lightning_lora.parts import guard_state
 from lightning_lora.strategies.elementwise import check_steps_on_parts
 from lightning_lora.strategies.fabric import FabricAdapterOnly
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
@@ -97,6 +98,7 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
             )
         check_steps_on_parts(optimizer)
         watch_steps(optimizer, self._before_step)
+        guard_state(optimizer)
         return super().setup_optimizer(optimizer)
 
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:

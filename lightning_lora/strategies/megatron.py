@@ -20,8 +20,9 @@ from lightning_lora.inject import injected_roots, injection_of
 from lightning_lora.megatron.core import check_contract, megatron_core, parallel_state
 from lightning_lora.megatron.split import check_built, keep_parts, let_gradients_through_recomputed, mesh_of
 from lightning_lora.megatron.weights import load_hf_weights
+from lightning_lora.parts import guard_parts
 from lightning_lora.root import is_megatron
-from lightning_lora.sharded import guard_parts, is_sharded, shard_group
+from lightning_lora.sharded import is_sharded, shard_group
 from lightning_lora.strategies import megatron_cpu
 from lightning_lora.strategies.base_weights import materialize
 from lightning_lora.strategies.fsdp import gathering_dtype

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.inject import injected_roots, named_adapter_parameters, named_trained_whole
+from lightning_lora.parts import as_whole
 from lightning_lora.root import clean_name
-from lightning_lora.sharded import is_sharded, logical, on_rank_zero, split_over, spread_like
+from lightning_lora.sharded import is_sharded, logical, on_rank_zero, spread_like
 
 
 def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
@@ -157,11 +158,7 @@ def _gathered(value: Any, parameter: Any, *, is_zero: bool) -> Any:
         return {name: _gathered(one, parameter, is_zero=is_zero) for name, one in value.items()}
     if isinstance(value, (list, tuple)):  # LBFGS's past steps
         return type(value)(_gathered(one, parameter, is_zero=is_zero) for one in value)
-    split = getattr(parameter, "lora_split", None)
-    if split is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
-        value = value.detach()  # a part, of what its parameter is a part of
-        split_over(value, *split)
-    return on_rank_zero(value, is_zero=is_zero)
+    return on_rank_zero(as_whole(value, parameter), is_zero=is_zero)
 
 
 def spread_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from torch.distributed.tensor import Shard
 from lightning_lora.fingerprint import remember_fingerprint
 from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
 from lightning_lora.layers.read_weight import is_read_by
+from lightning_lora.parts import guard_parts
 from lightning_lora.root import clean_name, is_inside, is_pretrained
 from lightning_lora.sharded import (
     class_name,
-    guard_parts,
     is_sharded,
     local_part,
     reshard,

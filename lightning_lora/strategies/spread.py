@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.parts import guard_state
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.elementwise import check_steps_on_parts
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
@@ -82,6 +83,7 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 watch_steps(optimizer, self._before_step)
+                guard_state(optimizer)
             if sharded_trainables(self.model):
                 self._clip_over_ranks()
         self.setup_precision_plugin()

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from lightning_lora import LoRAConfig, inject, merge
 from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
-from lightning_lora.sharded import is_sharded
+from lightning_lora.sharded import is_sharded, whole
 from tests import models
 from tests.distributed.gpt_script import hugging_face
 from tests.distributed.launch import report
@@ -48,6 +48,7 @@ def ways(model: Any, path: Path) -> dict[str, Callable[[], Any]]:
         "deepcopy(model)": lambda: copy.deepcopy(model),
         "deepcopy(layer)": lambda: copy.deepcopy(holder),
         "deepcopy(wrapper)": lambda: copy.deepcopy(nn.Sequential(model)),
+        "pickle.dumps(parameters)": lambda: pickle.dumps(list(model.parameters())),
         "AveragedModel": lambda: torch.optim.swa_utils.AveragedModel(model),
         "safetensors.save_file": lambda: safetensors.torch.save_file(tensors_of(model), path),
         "safetensors.save_model": lambda: safetensors.torch.save_model(model, str(path)),
@@ -88,7 +89,8 @@ def tried(kind: str, directory: Path, rank: int) -> dict[str, Any]:
     fabric.launch()
     model = inject(built(kind, directory / "hugging face"), LoRAConfig(r=4))
     models.fill_adapters(model)  # of a GPTModel this rank's parts: both ranks' are alike
-    model = fabric.setup_module(model).module
+    wrapped, optimizer = fabric.setup(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    model = wrapped.module
     path = directory / f"{kind}{rank}.pt"
     found: dict[str, Any] = {
         "refusals": {name: refusal(way) for name, way in ways(model, path).items()},
@@ -103,6 +105,7 @@ def tried(kind: str, directory: Path, rank: int) -> dict[str, Any]:
     state = {name: torch.full(shape, 0.5) for name, shape in found["shapes"].items()}
     model.load_state_dict(state, strict=False)  # Megatron-core's extra state aside
     found["from whole tensors"] = gathered(model)
+    found |= optimizer_states(optimizer.optimizer, path)  # Fabric's own wrapper gathers to rank 0
     model.load_state_dict(kept)
     merge(model)
     found["merged refusals"] = {name: refusal(way) for name, way in ways(model, path).items()}
@@ -118,6 +121,46 @@ def tried(kind: str, directory: Path, rank: int) -> dict[str, Any]:
     return found
 
 
+def optimizer_states(optimizer: Any, path: Path) -> dict[str, Any]:
+    """Step on gradients of one, and put the moments back after another step."""
+    step(optimizer, 1.0)
+    found = {
+        "moments": moments(optimizer),
+        "torch.save(moments)": refusal(lambda: torch.save(optimizer.state_dict(), path)),
+    }
+    kept = copy.deepcopy(optimizer.state_dict())
+    step(optimizer, 3.0)
+    found["later moments"] = moments(optimizer)
+    optimizer.load_state_dict(kept)
+    found["moments put back"] = moments(optimizer)
+    state = {index: {**entry, "exp_avg": found["moments"][index] * 2} for index, entry in kept["state"].items()}
+    optimizer.load_state_dict({**kept, "state": state})
+    found["moments from whole tensors"] = moments(optimizer)
+    return found
+
+
+def step(optimizer: Any, gradient: float) -> None:
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimizer.step()
+
+
+def moments(optimizer: Any) -> dict[int, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {index: whole(entry["exp_avg"]).clone() for index, entry in state.items()}
+
+
+def alone(directory: Path) -> dict[str, Any]:
+    """One rank under ``megatron_lora``, which holds the whole of every part."""
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=MegatronLoRAStrategy())
+    fabric.launch()
+    model = inject(four_heads(), LoRAConfig(r=4))
+    models.fill_adapters(model)
+    model = fabric.setup_module(model).module
+    torch.save(model.state_dict(), directory / "alone.pt")
+    return {"state": torch.load(directory / "alone.pt")}
+
+
 @torch.no_grad()
 def scale_trained(model: nn.Module, factor: float) -> None:
     for parameter in model.parameters():
@@ -127,6 +170,9 @@ def scale_trained(model: nn.Module, factor: float) -> None:
 
 if __name__ == "__main__":
     directory, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    if rank == 0:
-        hugging_face().save_pretrained(directory / "hugging face")
-    report(directory, {kind: tried(kind, directory, rank) for kind in ("fsdp", "tp", "gpt")})
+    if os.environ["WORLD_SIZE"] == "1":
+        report(directory, alone(directory))
+    else:
+        if rank == 0:
+            hugging_face().save_pretrained(directory / "hugging face")
+        report(directory, {kind: tried(kind, directory, rank) for kind in ("fsdp", "tp", "gpt")})

@@ -98,3 +98,29 @@ def test_merged_for_good_the_gathered_state_is_the_merged_model(kind: str, ranks
     torch.testing.assert_close(ranks[0][kind]["plain"], merged, rtol=1e-6, atol=1e-6)
     again = type(model).from_pretrained(ranks[0]["directory"] / f"given {kind}")
     torch.testing.assert_close(dict(again.state_dict()), ranks[0][kind]["plain"], **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_are_whole_in_an_optimizers_state(kind: str, ranks: list[Any]):
+    # the first moment of gradients of one; Hugging Face's and Megatron's layers have other numbers of parameters
+    shapes = ranks[0][kind]["shapes"]
+    trained = [torch.full(shape, 0.1) for name, shape in shapes.items() if "lora_" in name]
+    for rank in ranks:
+        torch.testing.assert_close(list(rank[kind]["moments"].values()), trained)
+        torch.testing.assert_close(rank[kind]["moments put back"], rank[kind]["moments"], **EXACT)
+        assert not any(map(torch.equal, rank[kind]["later moments"].values(), trained))
+        doubled = {index: 2 * value for index, value in rank[kind]["moments"].items()}
+        torch.testing.assert_close(rank[kind]["moments from whole tensors"], doubled, **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["tp", "gpt"])
+def test_moments_of_parts_are_not_written_by_one_rank(kind: str, ranks: list[Any]):
+    for rank in ranks:
+        assert "fabric.save(path, state)" in rank[kind]["torch.save(moments)"]
+
+
+def test_one_rank_of_tensor_parallelism_writes_the_whole_model(
+    tmp_path_factory: pytest.TempPathFactory, one_process: Any
+):
+    (rank,) = launch("copies_script.py", 1, tmp_path_factory.mktemp("alone"))
+    torch.testing.assert_close(rank["state"], dict(one_process.state_dict()), **EXACT)
