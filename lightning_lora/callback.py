@@ -30,6 +30,7 @@ from lightning_lora.inject import (
     named_trained_whole,
     remove,
 )
+from lightning_lora.layerdrop import skipped_at_random
 from lightning_lora.layers.statistics import freeze_statistics
 from lightning_lora.matching import is_all_linear, left_out_towers
 from lightning_lora.megatron.weights import load_hf_weights
@@ -57,7 +58,8 @@ class LoRACallback(Callback):
             epoch start anew. Other settings than the defaults are then checked against the file.
         save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with
             it.
-        strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step.
+        strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step. Layers
+            that ``layerdrop`` may skip are left out of both.
 
     Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`.
 
@@ -224,10 +226,12 @@ class LoRACallback(Callback):
         self._checked.add(id(optimizer))
         _, root = find_root(pl_module, self.module)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        skipped = skipped_at_random(root)
         idle = [
             name
             for name, layer in named_lora_layers(root).items()
-            if any(id(p) in held for _, p in layer.named_adapter_tensors())
+            if name not in skipped
+            and any(id(p) in held for _, p in layer.named_adapter_tensors())
             and all(p.grad is None for _, p in layer.named_adapter_tensors())
         ]
         if idle:
