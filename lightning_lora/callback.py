@@ -47,6 +47,7 @@ from lightning_lora.inject import (
     named_trained_whole,
     remove,
 )
+from lightning_lora.layerdrop import skipped_at_random
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import freeze_statistics
 from lightning_lora.left_out import listed, trained_outside
@@ -78,7 +79,8 @@ class LoRACallback(Callback):
             error where the file's tensors do not fit them, such as another ``r``. A ``config`` gives all settings.
         save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with
             it.
-        strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step.
+        strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step. Layers
+            that ``layerdrop`` may skip are left out of both.
         on_nonfinite: what to do about adapters that hold NaN or infinity, where files are written and read. ``None``
             warns where a checkpoint is written, so that no save ends a run, and refuses to read one. "error" ends a run
             that diverged at its next save, and the former file stays.
@@ -233,10 +235,12 @@ class LoRACallback(Callback):
         self._checked.add(id(optimizer))
         _, root = find_root(pl_module, self.module)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        skipped = skipped_at_random(root)
         idle = [
             name
             for name, layer in named_lora_layers(root).items()
-            if any(id(p) in held for _, p in layer.named_adapter_tensors())
+            if name not in skipped
+            and any(id(p) in held for _, p in layer.named_adapter_tensors())
             and all(p.grad is None for _, p in layer.named_adapter_tensors())
         ]
         if idle:

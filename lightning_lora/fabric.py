@@ -40,6 +40,7 @@ class FSDPLoRAStrategy(FSDPRanks, FabricSpread):
 
     @override
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
+        self.refuse_layerdrop(model)
         self._trained_in_shards |= set(map(id, sharded_trainables(model)))
         return [GradientReducer(model.parameters(), names=names_of(model))]
 

@@ -5,6 +5,7 @@ but its checkpoints hold the adapters and whatever else trains, and loading chec
 copied.
 """
 
+import contextlib
 import functools
 import inspect
 import io
@@ -66,7 +67,7 @@ from lightning_lora.strategies.optimizers import (
 )
 from lightning_lora.strategies.overflow import check_scalable
 from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
-from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
+from lightning_lora.strategies.reduction import Reduction, prepare_ddp, reduce_in_fixed_order
 
 S = TypeVar("S")
 STATE_KEY = "state_dict"
@@ -82,6 +83,7 @@ class AdapterOnly(Strategy):
     shards: bool = False
     peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
     on_nonfinite: OnNonfinite | None = None
+    _reduction: Reduction | None = None  # under DDP
     _checked_readable: bool = False
     _said_left_out: bool = False
     _loaded: dict[str, Any] | None = None
@@ -313,8 +315,22 @@ class AdapterOnly(Strategy):
         if not self.shards:
             check_whole(model, type(self).__name__)
         wrapped = super()._setup_model(model)
-        reduce_in_fixed_order(wrapped, self)
+        self._reduction = reduce_in_fixed_order(wrapped, self)
         return wrapped
+
+    @override
+    def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Any:
+        """Run backward; under DDP, what this rank did not use counts as zero before any hook can read gradients."""
+        self.pre_backward(closure_loss)
+        if self._reduction is not None:
+            self._reduction.begin()
+        module = self._adapted_module()
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        with contextlib.nullcontext() if self._reduction is None else self._reduction.filled():
+            self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

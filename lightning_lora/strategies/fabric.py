@@ -1,5 +1,6 @@
 """Adapter-only ``fabric.save`` and ``fabric.load`` for Fabric's own strategies, which are adopted in place."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -44,20 +45,22 @@ from lightning_lora.strategies.optimizers import (
     spread_state,
 )
 from lightning_lora.strategies.overflow import check_scalable
-from lightning_lora.strategies.reduction import prepare_ddp, reduce_in_fixed_order
+from lightning_lora.strategies.reduction import Reduction, prepare_ddp, reduce_in_fixed_order
 
 
 class FabricAdapterOnly(Strategy):
     """Mixin for a Fabric strategy whose checkpoints hold the adapters alone."""
 
     shards: bool = False  # over ranks, so that looking at the model takes all of them
+    _reductions: tuple[Reduction, ...] = ()  # of the models under DDP
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         check_whole(module, type(self).__name__)
         wrapped = super().setup_module(module)
         if injected_roots(module):
-            reduce_in_fixed_order(wrapped, self)
+            reduction = reduce_in_fixed_order(wrapped, self)
+            self._reductions += () if reduction is None else (reduction,)
             look_for_moved(module)
         return wrapped
 
@@ -65,6 +68,14 @@ class FabricAdapterOnly(Strategy):
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         check_scalable(getattr(self.precision, "scaler", None), [optimizer])
         return super().setup_optimizer(optimizer)
+
+    @override
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Run backward; under DDP, what this rank did not use counts as zero."""
+        with contextlib.ExitStack() as stack:
+            for reduction in self._reductions:
+                stack.enter_context(reduction.filled())
+            super().backward(tensor, module, *args, **kwargs)
 
     @override
     def save_checkpoint(

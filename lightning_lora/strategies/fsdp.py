@@ -15,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.inject import injected_roots
+from lightning_lora.layerdrop import drops_layers
 from lightning_lora.sharded import is_sharded, reshard
 from lightning_lora.strategies.gradients import GradientReducer, drop_unused
 from lightning_lora.strategies.launched import Launched, check_keywords
@@ -77,6 +79,19 @@ class FSDPRanks(Launched):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._trained_in_shards: set[int] = set()
+
+    def refuse_layerdrop(self, model: nn.Module) -> None:
+        """Raise ``ValueError`` for a model in training whose ranks would skip, and so gather, each its own layers."""
+        if self.device_mesh.size() == 1:
+            return
+        for root in injected_roots(model).values():
+            for name, probability in drops_layers(root).items():
+                raise ValueError(
+                    f"{name or type(root).__name__!r} has layerdrop={probability:g} and would skip other layers on "
+                    "every rank, which gather each layer's weights together: set layerdrop to 0 in the model's config "
+                    "(from_pretrained(..., layerdrop=0.0); encoder_layerdrop and decoder_layerdrop where it has them), "
+                    "or use strategy='ddp'"
+                )
 
     def setup_environment(self) -> None:
         """Find the other ranks and lay them out: ``("data_parallel",)``, or ``("replicate", "data_parallel")``."""
@@ -141,6 +156,7 @@ class FSDPLoRAStrategy(FSDPRanks, SpreadStrategy):
 
     @override
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
+        self.refuse_layerdrop(model)
         self._trained_in_shards = set(map(id, sharded_trainables(model)))
         return [GradientReducer(model.parameters(), names=names_of(model))]
 

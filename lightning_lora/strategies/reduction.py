@@ -3,9 +3,15 @@
 DDP sorts its buckets anew after its first backward, by the order in which gradients came. A ring all-reduce sums in an
 order that depends on a number's place in the bucket, so a run that resumed would differ in the last bit from one that
 never stopped. Here all gradients share a bucket, and are summed in the order of the model's parameters.
+
+DDP also waits for the gradient of every parameter, and fails in the next forward when a rank did not use one: a layer
+that is skipped at random, or that the loss does not depend on. Here an unused one counts as zero, and one that no rank
+used keeps its gradient of ``None``.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,27 +28,102 @@ def prepare_ddp(strategy: Any) -> None:
     strategy._ddp_kwargs.setdefault("bucket_cap_mb", BUCKET_CAP_MB)
 
 
-def reduce_in_fixed_order(model: nn.Module, strategy: Any) -> None:
-    """Make a wrapped model sum its gradients in parameter order, unless the user set a communication hook."""
-    if not isinstance(model, DistributedDataParallel) or getattr(strategy, "_ddp_comm_hook", None) is not None:
-        return
-    order = {id(parameter): index for index, parameter in enumerate(model.module.parameters())}
-    model.register_comm_hook((order, weakref.ref(model)), _mean_in_order)
+class Reduction:
+    """How a wrapped model sums its gradients: in parameter order, zeros for what a rank did not use.
+
+    A communication hook of the user's stays in its place; an unused gradient is then zero on every rank.
+    """
+
+    def __init__(self, model: DistributedDataParallel, *, sums: bool) -> None:
+        self._model = weakref.ref(model)
+        self._order = {id(parameter): index for index, parameter in enumerate(model.module.parameters())}
+        self._used: set[int] = set()
+        self._absent: set[int] = set()  # on this rank
+        self._unused: list[nn.Parameter] = []  # on every rank
+        self._is_filled = False  # since the last forward
+        ignored = set(getattr(model, "parameters_to_ignore", ()))
+        self._parameters = [p for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored]
+        used = self._used
+        hooks = [p.register_post_accumulate_grad_hook(lambda one: used.add(id(one))) for p in self._parameters]
+        hooks.append(model.register_forward_pre_hook(lambda *_: self.begin()))
+        weakref.finalize(model, _remove, hooks)
+        if sums:
+            model.register_comm_hook(self, _mean_in_order)
+
+    def begin(self) -> None:
+        """Expect the next backward to reduce: a forward came before it, or DDP was prepared for it."""
+        self._is_filled = False
+
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """Give what the backward inside the block does not reach a gradient of zero, so that DDP reduces all.
+
+        Raises:
+            ValueError: the last backward was filled, and no forward came since: DDP would not reduce this one.
+        """
+        self._used.clear()
+        yield
+        model = self._model()
+        if model is None or not model.require_backward_grad_sync or not self._used:
+            return
+        if self._is_filled:
+            raise ValueError(
+                "two backwards came after one forward under DDP, and the first did not reach all parameters: their "
+                "gradients are reduced already. Add the losses up and call backward once, or run forward for each"
+            )
+        missed = [parameter for parameter in self._parameters if id(parameter) not in self._used]
+        if missed and not model.find_unused_parameters and not model.static_graph:
+            self._fill(missed)
+
+    def _fill(self, missed: list[nn.Parameter]) -> None:
+        self._is_filled = True
+        self._absent = {id(parameter) for parameter in missed if parameter.grad is None}
+        frozen = [parameter for parameter in missed if not parameter.requires_grad]  # for a while, by toggle_optimizer
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        torch.autograd.backward(missed, [torch.zeros_like(parameter) for parameter in missed])
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for parameter in self._unused:
+            parameter.grad = None
+        self._absent, self._unused = set(), []
+
+    def mean(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Average one bucket over all ranks: one all-reduce of what it has and a flag for each tensor."""
+        model = self._model()
+        assert model is not None
+        group = model.process_group
+        parameters, gradients = bucket.parameters(), bucket.gradients()
+        fixed = sorted(range(len(parameters)), key=lambda index: self._order[id(parameters[index])])
+        present = [id(parameters[index]) not in self._absent for index in fixed]
+        flags = torch.tensor(present, dtype=bucket.buffer().dtype).to(bucket.buffer().device, non_blocking=True)
+        flat = torch.cat([flags, *(gradients[index].reshape(-1) for index in fixed)]).div_(group.size())
+        future: torch.futures.Future[Any] = torch.distributed.all_reduce(flat, group=group, async_op=True).get_future()
+
+        def put_back(_: Any) -> Tensor:
+            flags, *pieces = flat.split([len(fixed), *(gradients[index].numel() for index in fixed)])
+            for index, piece in zip(fixed, pieces, strict=True):
+                gradients[index].copy_(piece.view_as(gradients[index]))
+            if not all(present):  # a look at the flags waits for the device: only a rank that lacks some needs it
+                for index, flag in zip(fixed, flags.tolist(), strict=True):
+                    if flag == 0:
+                        self._unused.append(parameters[index])  # type: ignore[arg-type]  # DDP's are parameters
+            return bucket.buffer()
+
+        return future.then(put_back)
 
 
-def _mean_in_order(state: tuple[dict[int, int], Any], bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Average one bucket over all ranks: one all-reduce of as many bytes as the bucket has. Called on all ranks."""
-    order, model = state
-    group = model().process_group
-    parameters, gradients = bucket.parameters(), bucket.gradients()
-    fixed = sorted(range(len(parameters)), key=lambda index: order[id(parameters[index])])
-    flat = torch.cat([gradients[index].reshape(-1) for index in fixed]).div_(group.size())
-    future: torch.futures.Future[Any] = torch.distributed.all_reduce(flat, group=group, async_op=True).get_future()
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
 
-    def put_back(_: Any) -> Tensor:
-        pieces = flat.split([gradients[index].numel() for index in fixed])
-        for index, piece in zip(fixed, pieces, strict=True):
-            gradients[index].copy_(piece.view_as(gradients[index]))
-        return bucket.buffer()
 
-    return future.then(put_back)
+def _mean_in_order(reduction: Reduction, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    return reduction.mean(bucket)
+
+
+def reduce_in_fixed_order(model: nn.Module, strategy: Any) -> Reduction | None:
+    """Make a model that DDP wraps sum its gradients as :class:`Reduction` does; another model has none."""
+    if not isinstance(model, DistributedDataParallel):
+        return None
+    return Reduction(model, sums=getattr(strategy, "_ddp_comm_hook", None) is None)
