@@ -4,7 +4,6 @@ import functools
 import io
 import pickle
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -20,6 +19,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint import config_of, copy_tensors, fitting_tensors, one_adapter, read_checkpoint
 from lightning_lora.config import LoRAConfig, answers_peft_names
+from lightning_lora.files import location
 from lightning_lora.finite import OnNonfinite
 from lightning_lora.frozen import look_for_moved
 from lightning_lora.inject import (
@@ -56,8 +56,8 @@ class LoRACallback(Callback):
         module: name of the pretrained model inside the LightningModule, such as ``"model"`` or ``"student.encoder"``.
             ``None`` finds the one transformers model there, or else takes the whole module. What lies outside is left
             as it is: it trains, and is saved, if it requires grad.
-        init_from: start from the weights and config of an adapter checkpoint or PEFT directory; optimizer, step and
-            epoch start anew. Other settings than the defaults are then checked against the file.
+        init_from: start from the weights and config of an adapter checkpoint or PEFT directory, local or a URL;
+            optimizer, step and epoch start anew. Other settings than the defaults are then checked against the file.
         save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with
             it.
         strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step.
@@ -348,7 +348,7 @@ def adapt_module(
         remove(root)
     if init_from is None:
         inject(root, config)
-    elif Path(init_from).is_dir():
+    elif location(init_from).is_dir():
         load_peft(root, init_from, on_nonfinite=on_nonfinite)
     else:
         _adapt_from_checkpoint(root, root_path, config, init_from, on_nonfinite)

@@ -4,7 +4,7 @@ An adapter checkpoint is an ordinary ``torch.save`` file. Its tensors are the ad
 their names in the module that was saved; a section ``"lightning_lora"`` says how they were made.
 """
 
-import os
+import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.files import RemotePath, location
 from lightning_lora.fingerprint import fingerprint, first_difference
 from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.inject import (
@@ -452,4 +453,6 @@ def _relative(name: str, path: str) -> str:
 
 
 def _torch_load(path: Any) -> Any:
-    return torch.load(os.fspath(path), map_location="cpu", weights_only=True)
+    where = location(path)
+    source = io.BytesIO(where.read_bytes()) if isinstance(where, RemotePath) else where
+    return torch.load(source, map_location="cpu", weights_only=True)

@@ -17,7 +17,8 @@ def convert(
     """Turn an adapter checkpoint into a PEFT directory, with neither the base nor the model's code at hand.
 
     Args:
-        checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``.
+        checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``. It and the directory
+            may be URLs.
         portable: as in :func:`save_peft`.
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
 

@@ -4,12 +4,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.files import local_directory, location
 from lightning_lora.fingerprint import fingerprint, renamed
 from lightning_lora.finite import OnNonfinite
 from lightning_lora.inject import (
@@ -65,6 +65,7 @@ def save_peft(
     On a model that is spread over ranks, call on all of them: rank 0 writes, and all return when the files are there.
 
     Args:
+        directory: a local one or a URL that fsspec knows, such as ``"s3://bucket/adapter"``.
         portable: for readers that know one rank and one scale, such as vLLM, SGLang and llama.cpp: pad every layer with
             zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``.
         tokenizer: saved beside the adapter with its ``save_pretrained``; ``None`` takes ``model.tokenizer`` if there is
@@ -88,7 +89,8 @@ def save_peft(
             write_described(description, named, directory, portable=portable, on_nonfinite=on_nonfinite)
             tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
             if callable(save := getattr(tokenizer, "save_pretrained", None)):
-                save(Path(directory))
+                with local_directory(location(directory)) as folder:
+                    save(folder)
         except Exception as error:
             if not spread:
                 raise

@@ -11,7 +11,6 @@ import io
 import os
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -35,6 +34,7 @@ from lightning_lora.checkpoint import (
     section_of,
     trained_tensors,
 )
+from lightning_lora.files import Location, location, remove_files
 from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.frozen import (
     count_as_moved,
@@ -132,9 +132,7 @@ class AdapterOnly(Strategy):
             _check_readable(checkpoint)
             self._checked_readable = True
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self.peft_roots and "://" in str(filepath):
-            raise ValueError(f"save_peft=True writes directories on local disks only; the checkpoint is at {filepath}")
-        if self.peft_roots and (self.is_global_zero or self.shards) and not Path(filepath).name.startswith("."):
+        if self.peft_roots and (self.is_global_zero or self.shards) and not location(filepath).name.startswith("."):
             roots = injected_roots(module)
             wanted = (
                 roots if None in self.peft_roots else {path: roots[path] for path in roots if path in self.peft_roots}
@@ -165,12 +163,7 @@ class AdapterOnly(Strategy):
         super().remove_checkpoint(filepath)
         directory = peft_directory(filepath)
         if self.peft_roots and self.is_global_zero and directory.is_dir():
-            for config in [*directory.rglob(CONFIG_NAME)]:
-                config.unlink()
-                config.with_name(WEIGHTS_NAME).unlink(missing_ok=True)
-            for folder in sorted((directory, *directory.rglob("*")), reverse=True):
-                if folder.is_dir() and not any(folder.iterdir()):  # files of the user's stay
-                    folder.rmdir()
+            remove_files(directory, (CONFIG_NAME, WEIGHTS_NAME))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -418,8 +411,8 @@ def unsupported(name: str) -> str:
     )
 
 
-def peft_directory(filepath: Any, path: str = "") -> Path:
+def peft_directory(filepath: Any, path: str = "") -> Location:
     """Return where the PEFT directory beside a checkpoint file is: ``last.ckpt`` has ``last-peft``."""
     stem = os.fspath(filepath).removesuffix(".ckpt")
-    directory = Path(f"{stem}-peft")
+    directory = location(f"{stem}-peft")
     return directory / path if path else directory
