@@ -131,11 +131,12 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
     return _without_second_names(state)
 
 
-def describe(module: nn.Module, state_key: str) -> dict[str, Any]:
+def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> dict[str, Any]:
     """Return the section ``"lightning_lora"`` of a checkpoint of ``module``, in plain values and tensors.
 
     Args:
         state_key: the checkpoint's key that the module's tensors are under.
+        moved: identities of frozen parameters that the checkpoint holds, since they moved: no part of the base.
     """
     adapters = []
     for path, root in injected_roots(module).items():
@@ -148,7 +149,7 @@ def describe(module: nn.Module, state_key: str) -> dict[str, Any]:
                 "layers": {name: (pair.r, pair.scaling) for name, pair in named_pairs(root).items()},
                 "token_rows": named_token_rows(root),
                 "trained_whole": list(named_trained_whole(root)),
-                "base": fingerprint(root),
+                "base": fingerprint(root, moved),
                 "peft": _for_peft(root),
             }
         )

@@ -108,7 +108,8 @@ class AdapterOnly(Strategy):
         module = self._adapted_module()
         section = {}
         if self.is_global_zero or self.shards:
-            section = {**describe(module, STATE_KEY), "left_out": {STATE_KEY: describe_left_out(module)}}
+            section = describe(module, STATE_KEY, moved_tensors(module))
+            section["left_out"] = {STATE_KEY: describe_left_out(module)}
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
             position = self._position or self._collect_position()
@@ -213,11 +214,14 @@ class AdapterOnly(Strategy):
         copy_tensors(checkpoint[STATE_KEY], module)
         count_as_moved(module, checkpoint[STATE_KEY])
         if module.trainer.state.fn == TrainerFn.FITTING:
-            # base parameters are in the file because they trained: BaseFinetuning freezes them again at setup
+            # base parameters are in the file because they moved, or trained: BaseFinetuning freezes them again at setup
+            rename = renaming(checkpoint, module, self._loaded_from, STATE_KEY)
+            recorded = section_of(checkpoint, self._loaded_from).get("left_out", {}).get(STATE_KEY, {})
+            moved = {rename(name) for name in recorded.get("moved", ())}
             adapters = {id(parameter) for _, parameter in named_adapter_parameters(module)}
             inside = {id(p) for root in injected_roots(module).values() for p in root.parameters()} - adapters
             for name, parameter in module.named_parameters():
-                if clean_name(name) in checkpoint[STATE_KEY] and id(parameter) in inside:
+                if clean_name(name) in checkpoint[STATE_KEY].keys() - moved and id(parameter) in inside:
                     parameter.requires_grad_(True)
 
     @override
