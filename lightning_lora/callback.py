@@ -5,7 +5,6 @@ import functools
 import io
 import pickle
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -32,6 +31,7 @@ from lightning_lora.checkpoint import (
     trained_tensors,
 )
 from lightning_lora.config import LoRAConfig
+from lightning_lora.files import location
 from lightning_lora.finite import OnNonfinite
 from lightning_lora.frozen import look_for_moved
 from lightning_lora.inject import (
@@ -74,9 +74,10 @@ class LoRACallback(Callback):
         module: name of the pretrained model inside the LightningModule, such as ``"model"`` or ``"student.encoder"``.
             ``None`` finds the one transformers model there, or else takes the whole module. What lies outside is left
             as it is: it trains, and is saved, if it requires grad.
-        init_from: start from the weights and config of an adapter checkpoint or PEFT directory; optimizer, step and
-            epoch start anew. Settings that are given beside it replace the file's, such as ``dropout``, and are an
-            error where the file's tensors do not fit them, such as another ``r``. A ``config`` gives all settings.
+        init_from: start from the weights and config of an adapter checkpoint or PEFT directory, local or a URL;
+            optimizer, step and epoch start anew. Settings that are given beside it replace the file's, such as
+            ``dropout``, and are an error where the file's tensors do not fit them, such as another ``r``. A ``config``
+            gives all settings.
         save_peft: write a PEFT directory ``<name>-peft`` beside every checkpoint ``<name>.ckpt``, and remove it with
             it.
         strict_idle: make it an error, not a warning, when adapted layers got no gradient before the first step. Layers
@@ -350,7 +351,7 @@ def adapt_module(
                 "remove(model) first, or leave init_from out to go on with them"
             )
         remove(root)
-    if Path(init_from).is_dir():
+    if location(init_from).is_dir():
         _adapt_from_directory(root, given, init_from, on_nonfinite)
     else:
         _adapt_from_checkpoint(root, root_path, given, init_from, on_nonfinite)

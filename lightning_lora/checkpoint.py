@@ -4,7 +4,7 @@ An adapter checkpoint is an ordinary ``torch.save`` file. Its tensors are the ad
 their names in the module that was saved; a section ``"lightning_lora"`` says how they were made.
 """
 
-import os
+import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.all_ranks import meet
 from lightning_lora.config import LoRAConfig
+from lightning_lora.files import RemotePath, location
 from lightning_lora.fingerprint import fingerprint, first_difference
 from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.inject import (
@@ -137,11 +138,12 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
     return _without_second_names(state)
 
 
-def describe(module: nn.Module, state_key: str) -> dict[str, Any]:
+def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> dict[str, Any]:
     """Return the section ``"lightning_lora"`` of a checkpoint of ``module``, in plain values and tensors.
 
     Args:
         state_key: the checkpoint's key that the module's tensors are under.
+        moved: identities of frozen parameters that the checkpoint holds, since they moved: no part of the base.
     """
     adapters = []
     for path, root in injected_roots(module).items():
@@ -152,7 +154,7 @@ def describe(module: nn.Module, state_key: str) -> dict[str, Any]:
                 "root": path,
                 "config": _injection(root).config.to_dict(),
                 **structure(root),
-                "base": fingerprint(root),
+                "base": fingerprint(root, moved),
                 "peft": _for_peft(root),
             }
         )
@@ -485,4 +487,6 @@ def _relative(name: str, path: str) -> str:
 
 
 def _torch_load(path: Any) -> Any:
-    return torch.load(os.fspath(path), map_location="cpu", weights_only=True)
+    where = location(path)
+    source = io.BytesIO(where.read_bytes()) if isinstance(where, RemotePath) else where
+    return torch.load(source, map_location="cpu", weights_only=True)

@@ -6,11 +6,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_lora.files import Location, location
 from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.peft_format import CONFIG_NAME, read_tensors, write_directory
 from lightning_lora.portable import Factors, folded, read_factors, write_factors
@@ -50,13 +50,13 @@ def combine(
             base models, with layers of different shapes, or with NaN or infinity, or r above what is there.
     """
     factor_of = _checked_weights(directories, weights)
-    adapters = {Path(directory): _read(Path(directory), on_nonfinite) for directory in directories}
+    adapters = {location(directory): _read(location(directory), on_nonfinite) for directory in directories}
     configs = {path: config for path, (config, _, _) in adapters.items()}
     _check_shared(configs)
     metadata = _shared_metadata({path: metadata for path, (_, _, metadata) in adapters.items()})
-    layers: dict[str, list[tuple[Path, Factors]]] = {}
+    layers: dict[str, list[tuple[Location, Factors]]] = {}
     for directory, factor in zip(directories, factor_of, strict=True):
-        path = Path(directory)
+        path = location(directory)
         for layer, factors in adapters[path][1].items():
             weighted = replace(factors, scaling=factors.scaling * factor)
             layers.setdefault(layer, []).append((path, weighted))
@@ -81,7 +81,7 @@ def _checked_weights(directories: Sequence[_Path], weights: Sequence[float] | No
     return weights
 
 
-def _check_shared(configs: Mapping[Path, Mapping[str, Any]]) -> None:
+def _check_shared(configs: Mapping[Location, Mapping[str, Any]]) -> None:
     for field in _SHARED:
         given = {path: config[field] for path, config in configs.items() if config.get(field)}
         # the name of the base may be left out, a field that changes the model may not
@@ -91,9 +91,9 @@ def _check_shared(configs: Mapping[Path, Mapping[str, Any]]) -> None:
             raise ValueError(f"the adapters differ in {field}: {there}; expected adapters of one base model")
 
 
-def _shared_metadata(recorded: Mapping[Path, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _shared_metadata(recorded: Mapping[Location, Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return what lightning_lora recorded about the base of the adapters, which must be one base."""
-    first: tuple[Path, Mapping[str, Any]] | None = None
+    first: tuple[Location, Mapping[str, Any]] | None = None
     for path, metadata in recorded.items():
         base = metadata.get("base")
         if not base:
@@ -113,7 +113,7 @@ def _shared_metadata(recorded: Mapping[Path, Mapping[str, Any]]) -> Mapping[str,
     return None if first is None else first[1]
 
 
-def _concatenated(layer: str, parts: Sequence[tuple[Path, Factors]]) -> Factors:
+def _concatenated(layer: str, parts: Sequence[tuple[Location, Factors]]) -> Factors:
     """Return one pair of factors whose product is the sum of the parts' scaled products."""
     first_path, first = parts[0]
     for path, part in parts:
@@ -194,7 +194,7 @@ def _selection(config: Mapping[str, Any]) -> list[Any]:
     return [sorted(value, key=str) if isinstance(value, list) else value for value in values]
 
 
-def _read(directory: Path, on_nonfinite: OnNonfinite) -> tuple[dict[str, Any], dict[str, Factors], dict[str, Any]]:
+def _read(directory: Location, on_nonfinite: OnNonfinite) -> tuple[dict[str, Any], dict[str, Factors], dict[str, Any]]:
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not an adapter directory: it has no {CONFIG_NAME}")

@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from reprlib import Repr
 from typing import Any, Literal, ParamSpec, TypeVar
+
+from lightning_lora.files import location
 
 PEFT_FIELD_NAMES = {
     "lora_alpha": "alpha",
@@ -278,7 +279,7 @@ class LoRAConfig:
 
 def _peft_values(config: Any) -> dict[str, Any]:
     if isinstance(config, (str, os.PathLike)):
-        path = Path(config)
+        path = location(config)
         path = path / "adapter_config.json" if path.is_dir() else path
         values = json.loads(path.read_text())
     else:

@@ -22,7 +22,8 @@ def convert(
     What trained outside the adapted model is left out, and named in one line.
 
     Args:
-        checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``.
+        checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``. It and the directory
+            may be URLs.
         portable: as in :func:`save_peft`.
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
 

@@ -4,12 +4,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
+
+from lightning_lora.files import Location
+from lightning_lora.peft_format import load_safetensors
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"  # JSON of PEFT's configs, each field behind its component's name
@@ -21,7 +21,7 @@ _FACTORS = re.compile(
 )
 
 
-def read_diffusers(directory: Path, component: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_diffusers(directory: Location, component: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the config and the tensors of one component, as a PEFT directory would have them.
 
     Args:
@@ -32,9 +32,8 @@ def read_diffusers(directory: Path, component: str | None) -> tuple[dict[str, An
     """
     path = directory / DIFFUSERS_NAME
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-        tensors = safetensors.torch.load_file(path)
+        tensors, strings = load_safetensors(path)
+        metadata = json.loads(strings.get(_METADATA, "{}"))
     except Exception as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(metadata, dict):
@@ -57,7 +56,7 @@ def read_diffusers(directory: Path, component: str | None) -> tuple[dict[str, An
     return _config(pairs, alphas, recorded), pairs
 
 
-def _peft_key(key: str, path: Path) -> str:
+def _peft_key(key: str, path: Location) -> str:
     if key.endswith((".lora_magnitude_vector", ".lora_magnitude_vector.weight")):
         return f"base_model.model.{key.removesuffix('.weight')}"
     if key.endswith(".lora_B.bias"):

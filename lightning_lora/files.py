@@ -1,22 +1,109 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, on local disks and behind URLs.
+
+What is behind a URL (``s3://``, ``gs://``, ``hf://``, ``memory://``) is read and written through fsspec, as Lightning
+does.
+"""
 
 import contextlib
 import hashlib
 import os
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
+from fsspec.core import url_to_fs
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+@dataclass(frozen=True)
+class RemotePath:
+    """A file or directory behind a URL, with as much of :class:`pathlib.Path` as is used here."""
+
+    url: str
+
+    def __fspath__(self) -> str:
+        return self.url
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.url.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> "RemotePath":
+        """The directory that it lies in."""
+        return RemotePath(self.url.rstrip("/").rpartition("/")[0])
+
+    def is_file(self) -> bool:
+        """Whether there is a file."""
+        fs, path = self._opened()
+        return bool(fs.isfile(path))
+
+    def is_dir(self) -> bool:
+        """Whether there is a directory; where a store knows none, whether any file lies below."""
+        fs, path = self._opened()
+        return bool(fs.isdir(path))
+
+    def iterdir(self) -> Iterator["RemotePath"]:
+        """Yield what lies in a directory."""
+        fs, path = self._opened()
+        for child in fs.ls(path, detail=False):
+            yield self / child.rstrip("/").rpartition("/")[2]
+
+    def read_bytes(self) -> bytes:
+        """Return a file's content."""
+        fs, path = self._opened()
+        content: bytes = fs.cat_file(path)
+        return content
+
+    def read_text(self) -> str:
+        """Return a file's content, decoded."""
+        return self.read_bytes().decode()
+
+    def write_bytes(self, content: bytes | memoryview) -> None:
+        """Write a file, and the directories that it lies in."""
+        fs, path = self._opened()
+        fs.makedirs(fs._parent(path), exist_ok=True)
+        fs.pipe_file(path, bytes(content))
+
+    def _opened(self) -> tuple[Any, str]:
+        fs, path = url_to_fs(self.url)
+        fs.invalidate_cache()  # other processes write there too
+        return fs, path
+
+
+Location: TypeAlias = Path | RemotePath
+
+
+def location(path: str | os.PathLike[str]) -> Location:
+    """Return a local path as a ``Path``, and a URL as a :class:`RemotePath`."""
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return RemotePath(text) if "://" in text else Path(text)
+
+
+def write_atomically(path: Location, content: bytes | memoryview) -> None:
     """Write ``content`` to ``path`` so that at any moment the former or the new file is there in full.
 
     The bytes go to a hidden file in the same directory, are flushed to the disk, and replace the former file in one
-    step. Every rank has a hidden file of its own, so that all may write to one path.
+    step. Every rank has a hidden file of its own, so that all may write to one path. Behind a URL they are handed over
+    in one call, which object stores make visible in one step.
 
     Raises:
         OSError: it could not be written (disk full, no permission). The former file is untouched.
     """
+    if isinstance(path, RemotePath):
+        path.write_bytes(content)
+        return
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
     temporary = path.with_name(f".{hashlib.blake2b(path.name.encode(), digest_size=8).hexdigest()}.{rank}.part")
@@ -34,3 +121,36 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             error.errno,
             f"cannot write {len(content):,} bytes to {path}: {error.strerror}; a former file of that name is untouched",
         ) from error
+
+
+@contextlib.contextmanager
+def local_directory(directory: Location) -> Iterator[Path]:
+    """Give code that knows local files alone a directory to write into; behind a URL its files are there afterwards."""
+    if isinstance(directory, Path):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                (directory / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
+
+
+def remove_files(directory: Location, names: Collection[str]) -> None:
+    """Remove the files of these names in a directory and below it, and what folders are empty then; others stay."""
+    if isinstance(directory, RemotePath):
+        fs, path = directory._opened()
+        for file in fs.find(path) if fs.exists(path) else ():
+            if file.rpartition("/")[2] in names:
+                fs.rm_file(file)
+        folders = [path, *fs.find(path, withdirs=True)] if fs.isdir(path) else []
+        for folder in sorted(folders, reverse=True):
+            if fs.isdir(folder) and not fs.ls(folder):
+                fs.rmdir(folder)
+        return
+    for file in [*directory.rglob("*")]:
+        if file.name in names and file.is_file():
+            file.unlink()
+    for folder in sorted((directory, *directory.rglob("*")), reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):  # files of the user's stay
+            folder.rmdir()

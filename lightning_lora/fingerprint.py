@@ -20,7 +20,7 @@ _MASK = 2**62 - 1
 _CHUNK = 2**18
 
 
-def fingerprint(root: nn.Module) -> dict[str, Any]:
+def fingerprint(root: nn.Module, moved: Collection[int] = ()) -> dict[str, Any]:
     """Return one integer per frozen tensor of the base, as ``{"source", "names", "hashes", "dtypes", "embeddings"}``.
 
     Each integer is a sum, over up to 64 positions that depend on the tensor's size alone, of a hash of the position and
@@ -30,6 +30,9 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
     of the last one are kept too: rows that a resize added hold values of their own.
 
     Of a sharded base each rank hashes its own part, and the integers are summed: call on all ranks then.
+
+    Args:
+        moved: identities of parameters to leave out, since a file holds them.
     """
     reshard(root)
     tables = {id(m._parameters.get("weight")) for m in root.modules() if isinstance(m, nn.Embedding)}
@@ -38,6 +41,7 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
         name: (tensor, parameters.get(name, tensor))
         for name, tensor in named_base_tensors(root)
         if stored_as(tensor) is None and tensor.device.type != "meta" and parameters.get(name, tensor).numel() > 0
+        if id(parameters.get(name, tensor)) not in moved
     }
     resizable = [name for name in held if id(parameters.get(name)) in tables]
     sums = [_hash(tensor, like) for tensor, like in held.values()]

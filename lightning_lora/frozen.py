@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoint import trained_tensors
 from lightning_lora.fingerprint import exact_hashes, first_other_name, sampled
-from lightning_lora.inject import injected_roots
+from lightning_lora.inject import injected_roots, named_lora_layers
 from lightning_lora.layers.statistics import FrozenStatistics
-from lightning_lora.root import clean_name
+from lightning_lora.root import clean_name, is_megatron, is_pretrained
 from lightning_lora.sharded import reshard
 
 
@@ -32,8 +32,9 @@ _WATCHES: "WeakKeyDictionary[nn.Module, _Watch]" = WeakKeyDictionary()
 def look_for_moved(module: nn.Module) -> None:
     """Compare the frozen tensors of ``module`` with what they were at the first call. Called on all ranks.
 
-    Looked at are parameters outside the adapted models, and buffers that a checkpoint leaves out. What has moved once
-    counts as moved for good: a file without it would be resumed with what a new process builds.
+    Looked at are parameters outside the adapted models, the user's own besides adapted layers, and buffers that a
+    checkpoint leaves out. What has moved once counts as moved for good: a file without it would be resumed with what a
+    new process builds.
     """
     watch = _WATCHES.setdefault(module, _Watch())
     now = exact_hashes({name: tensor for name, tensor in _left_out(module).items() if name not in watch.moved})
@@ -53,9 +54,15 @@ def count_as_moved(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def describe_left_out(module: nn.Module) -> dict[str, Any]:
-    """Return by what a resume knows the frozen parameters that a file of ``module`` leaves out. Called on all ranks."""
-    moved = _moved(module)
-    return sampled({name: tensor for name, tensor in _parameters_outside(module).items() if name not in moved})
+    """Return by what a resume knows the frozen parameters that a file of ``module`` leaves out, and which moved.
+
+    Called on all ranks.
+    """
+    moved, frozen = _moved(module), _frozen_parameters(module)
+    return {
+        **sampled({name: tensor for name, tensor in frozen.items() if name not in moved}),
+        "moved": [name for name in frozen if name in moved],
+    }
 
 
 def other_left_out(recorded: Mapping[str, Any], module: nn.Module, rename: Callable[[str], str]) -> str | None:
@@ -66,8 +73,8 @@ def other_left_out(recorded: Mapping[str, Any], module: nn.Module, rename: Calla
         rename: the function from a name in the file to the name in ``module``.
     """
     names = [rename(name) for name in recorded["names"]]
-    outside = _parameters_outside(module)
-    own = sampled({name: outside[name] for name in names if name in outside})
+    frozen = _frozen_parameters(module)
+    own = sampled({name: frozen[name] for name in names if name in frozen})
     return first_other_name(own, {**recorded, "names": names})
 
 
@@ -94,13 +101,20 @@ def _left_out(module: nn.Module) -> dict[str, Tensor]:
         for name, buffer in owner._buffers.items()
         if buffer is not None and name not in owner._non_persistent_buffers_set
     }
-    tensors = {name: tensor for name, tensor in {**_parameters_outside(module), **buffers}.items() if name not in held}
+    tensors = {name: tensor for name, tensor in {**_frozen_parameters(module), **buffers}.items() if name not in held}
     return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel() > 0}
 
 
-def _parameters_outside(module: nn.Module) -> dict[str, Tensor]:
-    """Return the frozen parameters outside the adapted models, by clean name."""
+def _frozen_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Return the frozen parameters that are no part of a pretrained base, by clean name.
+
+    Of a user's own module that is adapted as a whole, the base are the adapted layers.
+    """
     reshard(module)
-    inside = {id(p) for root in injected_roots(module).values() for p in root.parameters()}
+    base: set[int] = set()
+    for root in injected_roots(module).values():
+        is_own = root is module and not is_pretrained(root) and not is_megatron(root)
+        parts = named_lora_layers(root).values() if is_own else [root]
+        base |= {id(parameter) for part in parts for parameter in part.parameters()}
     named = {clean_name(name): parameter for name, parameter in module.named_parameters()}
-    return {name: p for name, p in named.items() if id(p) not in inside and not p.requires_grad}
+    return {name: p for name, p in named.items() if id(p) not in base and not p.requires_grad}

@@ -222,13 +222,13 @@ def _adapting(load_state: Any) -> Any:
         if SECTION not in checkpoint or not issubclass(cls, pl.LightningModule):
             return load_state(cls, checkpoint, *args, **kwargs)
         own = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_instantiator")
-        allowed = getattr(saving, "_ALLOWED_INSTANTIATORS", None)
+        allowed: set[str] | None = getattr(saving, "_ALLOWED_INSTANTIATORS", None)
         if own is not None and allowed is None:
             raise ValueError(
                 f"the checkpoint names the function that builds its module, {own!r}, and lightning {pl.__version__} "
                 "would run any function that a file names: pip install 'lightning>=2.6.6', which runs LightningCLI's"
             )
-        if own is None or own in allowed:  # any other is for Lightning to refuse
+        if own is None or own in (allowed or ()):  # any other is for Lightning to refuse
             kwargs["_instantiator"] = _INSTANTIATOR
         token = _file_instantiator.set(own)
         try:

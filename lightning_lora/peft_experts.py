@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.files import Location
 from lightning_lora.matching import pattern_value
 from lightning_lora.peft_format import Adapter
 
@@ -16,7 +16,7 @@ _GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 
 
 def fuse_experts(
-    adapter: Adapter, peft_config: dict[str, Any], modules: Mapping[str, nn.Module], directory: Path
+    adapter: Adapter, peft_config: dict[str, Any], modules: Mapping[str, nn.Module], directory: Location
 ) -> dict[str, Any]:
     """Put the adapters of single experts into the layout of fused ones, in place. Returns the config that goes with it.
 
@@ -56,7 +56,7 @@ def _fuse_one(
     config: dict[str, Any],
     container: str,
     stacked: Mapping[str, tuple[Tensor, Tensor, float]],
-    directory: Path,
+    directory: Location,
 ) -> None:
     gate, up, down = (next((stacked[n] for n in names if n in stacked), None) for names in (_GATE, _UP, _DOWN))
     if (gate is None) != (up is None):
@@ -80,7 +80,7 @@ def _fuse_one(
 
 
 def _stack(
-    by_index: Mapping[int, Mapping[str, Any]], experts: int, what: str, directory: Path
+    by_index: Mapping[int, Mapping[str, Any]], experts: int, what: str, directory: Location
 ) -> tuple[Tensor, Tensor, float]:
     """Return A ``[E, r, in]``, B ``[E, out, r]`` and the scale of one projection of all experts."""
     if set(by_index) != set(range(experts)):

@@ -4,13 +4,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.all_ranks import meet
+from lightning_lora.files import local_directory, location
 from lightning_lora.fingerprint import known_fingerprint, renamed
 from lightning_lora.finite import OnNonfinite
 from lightning_lora.inject import (
@@ -72,6 +72,7 @@ def save_peft(
     all return when the files are there. The fingerprint of a base in shards is that from when it was sharded.
 
     Args:
+        directory: a local one or a URL that fsspec knows, such as ``"s3://bucket/adapter"``.
         portable: for readers that know one rank and one scale, such as vLLM, SGLang and llama.cpp: pad every layer with
             zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``.
         tokenizer: saved beside the adapter with its ``save_pretrained``; ``None`` takes ``model.tokenizer`` if there is
@@ -108,7 +109,8 @@ def save_peft(
 def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
     """Save a tokenizer beside an adapter, if it is one."""
     if callable(save := getattr(tokenizer, "save_pretrained", None)):
-        save(Path(directory))
+        with local_directory(location(directory)) as folder:
+            save(folder)
 
 
 def _needed(root: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
 Names and layouts of tensors only; nothing here knows a model.
 """
 
+import io
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.config import PEFT_UNSUPPORTED, brief
-from lightning_lora.files import write_atomically
+from lightning_lora.files import Location, RemotePath, location, write_atomically
 from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.root import clean_name
 
@@ -150,7 +150,7 @@ def write_directory(
         ValueError: a tensor holds NaN or infinity, unless ``on_nonfinite`` is "warn". Nothing is written then.
     """
     check_finite(tensors, directory, on_nonfinite)
-    directory = Path(directory)
+    directory = location(directory)
     strings = {"format": "pt"}
     if metadata:
         strings[METADATA] = json.dumps(metadata, sort_keys=True)
@@ -169,7 +169,7 @@ def _in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Location) -> dict[str, Any]:
     """Return the config of a directory with a LoRA adapter for the original base.
 
     Raises:
@@ -189,7 +189,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return checked_config(config, path)
 
 
-def checked_config(config: Any, path: Path) -> dict[str, Any]:
+def checked_config(config: Any, path: Location) -> dict[str, Any]:
     """Return PEFT's config after checking that it is of a kind that is read here, with fields of the right kinds."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -216,18 +216,15 @@ def checked_config(config: Any, path: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(directory: Location) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a directory by key, and lightning_lora's metadata. No code of the file is run."""
     path, legacy = directory / WEIGHTS_NAME, directory / LEGACY_WEIGHTS_NAME
     try:
         if path.is_file():
-            with safetensors.safe_open(path, framework="pt") as file:
-                strings = file.metadata() or {}
-            metadata = json.loads(strings[METADATA]) if METADATA in strings else {}
-            return safetensors.torch.load_file(path), metadata
+            tensors, strings = load_safetensors(path)
+            return tensors, json.loads(strings[METADATA]) if METADATA in strings else {}
         if legacy.is_file():
-            tensors = torch.load(legacy, map_location="cpu", weights_only=True)
-            return dict(tensors), {}
+            return dict(torch.load(io.BytesIO(legacy.read_bytes()), map_location="cpu", weights_only=True)), {}
     except Exception as error:
         raise ValueError(
             f"{path if path.is_file() else legacy} is damaged or holds more than tensors: {error}"
@@ -235,7 +232,18 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     raise FileNotFoundError(f"{directory} has neither {WEIGHTS_NAME} nor {LEGACY_WEIGHTS_NAME}")
 
 
-def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], directory: Path) -> Adapter:
+def load_safetensors(path: Location) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a file's tensors and its metadata."""
+    if isinstance(path, RemotePath):
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return safetensors.torch.load(content), header.get("__metadata__", {})
+    with safetensors.safe_open(path, framework="pt") as file:
+        strings: dict[str, str] = file.metadata() or {}
+    return safetensors.torch.load_file(path), strings
+
+
+def sorted_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], directory: Location) -> Adapter:
     """Sort a file's tensors by their keys.
 
     Raises:
@@ -285,7 +293,7 @@ def _without_wrapper(key: str, tensors: Mapping[str, Tensor]) -> str:
     return re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
 
 
-def _check_pair(layer: str, pair: Mapping[str, Tensor], directory: Path) -> None:
+def _check_pair(layer: str, pair: Mapping[str, Tensor], directory: Location) -> None:
     if not {"A", "B"} <= set(pair):
         raise ValueError(f"{directory}: {layer!r} has only {', '.join(f'lora_{part}' for part in pair)}")
     A, B = pair["A"], pair["B"]

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.checkpoint import copy_tensors
 from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.diffusers_format import DIFFUSERS_NAME, read_diffusers
+from lightning_lora.files import Location, location
 from lightning_lora.fingerprint import fingerprint, first_difference, first_other_value, renamed
 from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.inject import inject_anew, injection_of, remove
@@ -41,6 +41,7 @@ def load_peft(
     unless everything fits. Rows that a resized embedding has beyond those it shares with the model's are copied.
 
     Args:
+        directory: a local one or a URL that fsspec knows, such as ``"s3://bucket/adapter"``.
         component: which model's adapter to take from a directory of diffusers (``pytorch_lora_weights.safetensors``),
             such as ``"unet"`` or ``"text_encoder"``; not needed where it holds one.
         check_base: compare the model with the fingerprint of the base that :func:`save_peft` left in the file.
@@ -51,7 +52,7 @@ def load_peft(
         ValueError: the adapter is of another kind, does not fit the model, or holds NaN or infinity, or its files are
             damaged.
     """
-    directory = Path(directory)
+    directory = location(directory)
     if is_megatron(model):
         return _load_megatron(model, directory, check_base=check_base, on_nonfinite=on_nonfinite)
     if (directory / DIFFUSERS_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
@@ -89,7 +90,7 @@ def load_peft(
     return model
 
 
-def _refuse_base(model: nn.Module, directory: Path, recorded: Mapping[str, Any], difference: str | None) -> None:
+def _refuse_base(model: nn.Module, directory: Location, recorded: Mapping[str, Any], difference: str | None) -> None:
     """Give the model back and raise ``ValueError`` where its base is not the recorded one."""
     if difference is None:
         return
@@ -101,7 +102,7 @@ def _refuse_base(model: nn.Module, directory: Path, recorded: Mapping[str, Any],
     )
 
 
-def _load_megatron(model: nn.Module, directory: Path, *, check_base: bool, on_nonfinite: OnNonfinite) -> nn.Module:
+def _load_megatron(model: nn.Module, directory: Location, *, check_base: bool, on_nonfinite: OnNonfinite) -> nn.Module:
     """Read a directory that names Hugging Face's layers into a Megatron-core model, by way of a skeleton of those."""
     view = load_peft(skeleton(model), directory, check_base=False, on_nonfinite=on_nonfinite)
     injection = injection_of(view)
@@ -131,7 +132,7 @@ def _check_ties(
     adapter: Adapter,
     peft_config: Mapping[str, Any],
     modules: Mapping[str, nn.Module],
-    directory: Path,
+    directory: Location,
 ) -> None:
     """Raise ``ValueError`` where PEFT trained a copy of a tensor that is tied to another module's in this model.
 
@@ -191,7 +192,7 @@ def _by_our_names(
     peft_config: Mapping[str, Any],
     modules: Mapping[str, nn.Module],
     model: nn.Module,
-    directory: Path,
+    directory: Location,
 ) -> dict[str, Tensor]:
     """Return the adapter's tensors under our names and in our layout, after checking their shapes; renames
     ``adapter.factors`` to the names of layers and parameters.
@@ -241,7 +242,9 @@ def _owner(
     return f"{layer}.{part}", layer, part
 
 
-def _unstacked(pair: dict[str, Tensor], module: nn.Module, part: str, layer: str, directory: Path) -> dict[str, Tensor]:
+def _unstacked(
+    pair: dict[str, Tensor], module: nn.Module, part: str, layer: str, directory: Location
+) -> dict[str, Tensor]:
     """Return A ``[E, r, in]`` and B ``[E, out, r]`` from PEFT's expert-major rows and rank-major columns."""
     if set(pair) != {"A", "B"}:
         raise ValueError(f"{directory} adapts {part!r} of {layer!r} with {sorted(pair)}; expected A and B alone")
@@ -259,7 +262,7 @@ def _unstacked(pair: dict[str, Tensor], module: nn.Module, part: str, layer: str
 
 
 def _check_layer(
-    layer: str, pair: Mapping[str, Tensor], modules: Mapping[str, nn.Module], model: nn.Module, directory: Path
+    layer: str, pair: Mapping[str, Tensor], modules: Mapping[str, nn.Module], model: nn.Module, directory: Location
 ) -> None:
     mixin = mixin_for(modules[layer]) if layer in modules else None
     if mixin is None:
@@ -285,7 +288,7 @@ def _check_layer(
         )
 
 
-def _check_parts(path: str, pair: Mapping[str, Tensor], asked: Mapping[str, bool], directory: Path) -> None:
+def _check_parts(path: str, pair: Mapping[str, Tensor], asked: Mapping[str, bool], directory: Location) -> None:
     """Raise ``ValueError`` where a magnitude or a bias lacks that the config tells of, or is there untold."""
     fields = {"magnitude": ("use_dora", "lora_magnitude_vector"), "bias": ("lora_bias", "lora_B.bias")}
     for part, is_asked in asked.items():
@@ -297,7 +300,7 @@ def _check_parts(path: str, pair: Mapping[str, Tensor], asked: Mapping[str, bool
             )
 
 
-def _check_more(layer: str, pair: Mapping[str, Tensor], module: nn.Module, directory: Path) -> None:
+def _check_more(layer: str, pair: Mapping[str, Tensor], module: nn.Module, directory: Location) -> None:
     """Check the shapes of a magnitude or a bias, and that the layer can have one."""
     given = {f"lora_{part}": tuple(value.shape) for part, value in pair.items() if part not in "AB"}
     mixin = mixin_for(module)
@@ -328,7 +331,7 @@ def _config_for(
     adapter: Adapter,
     tensors: Mapping[str, Tensor],
     modules: Mapping[str, nn.Module],
-    directory: Path,
+    directory: Location,
 ) -> LoRAConfig:
     """Return our config for a directory, after checking that it describes the layers that there are tensors for."""
     r = int(peft_config["r"])
@@ -436,7 +439,7 @@ def _without_projections(pairs: Mapping[str, Any], modules: Mapping[str, nn.Modu
 
 
 def _token_rows(
-    peft_config: Mapping[str, Any], adapter: Adapter, model: nn.Module, directory: Path
+    peft_config: Mapping[str, Any], adapter: Adapter, model: nn.Module, directory: Location
 ) -> dict[str, list[int]] | None:
     """Return the trained rows' indices by embedding, which must be those that the file has rows for."""
     wanted = peft_config.get("trainable_token_indices")
@@ -472,7 +475,7 @@ def _token_rows(
     return found
 
 
-def _check_trained(model: nn.Module, adapter: Adapter, directory: Path) -> list[tuple[Tensor, int, Tensor]]:
+def _check_trained(model: nn.Module, adapter: Adapter, directory: Location) -> list[tuple[Tensor, int, Tensor]]:
     """Check the base tensors in a directory: those that trained must fit, untrained copies must be the model's own.
 
     Returns:
@@ -507,7 +510,7 @@ def _check_trained(model: nn.Module, adapter: Adapter, directory: Path) -> list[
 
 
 def _trained_modules(
-    peft_config: Mapping[str, Any], adapter: Adapter, modules: Mapping[str, nn.Module], directory: Path
+    peft_config: Mapping[str, Any], adapter: Adapter, modules: Mapping[str, nn.Module], directory: Location
 ) -> list[str]:
     """Return the modules that PEFT's ``modules_to_save`` means here; the directory must have all of their tensors."""
     entries = peft_config.get("modules_to_save") or []

@@ -12,11 +12,11 @@ import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lightning_lora.files import Location, location
 from lightning_lora.finite import first_nonfinite
 from lightning_lora.matching import pattern_value
 from lightning_lora.peft_format import CONFIG_NAME, PREFIX, read_tensors
@@ -87,7 +87,7 @@ def check_portable(directory: str | os.PathLike[str], reader: str, *, max_lora_r
     """
     if reader not in _READERS:
         raise ValueError(f"reader={reader!r} is not known; there are: {', '.join(_READERS)}")
-    adapter = _read(Path(directory))
+    adapter = _read(location(directory))
     kind = adapter.config.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
         return [f"peft_type={kind!r}: {reader} serves LoRA only, and rejects or misreads other tensors. {_MERGE}"]
@@ -312,7 +312,7 @@ def _several(names: Sequence[str], noun: str) -> str:
     return f"{noun} {names[0]!r}{more}"
 
 
-def _read(directory: Path) -> _Adapter:
+def _read(directory: Location) -> _Adapter:
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not an adapter directory: it has no {CONFIG_NAME}")
@@ -356,7 +356,7 @@ def _kind(name: str, config: Mapping[str, Any]) -> str:
 
 
 def _layers(
-    name: str, pair: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], r: int, alpha: float, path: Path
+    name: str, pair: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], r: int, alpha: float, path: Location
 ) -> Iterator[_Layer]:
     """Yield the layer of a pair of factors, or the parameters that a fused pair can stand for."""
     if set(pair) != {"A", "B"} or len(pair["A"]) < 2 or len(pair["A"]) != len(pair["B"]):

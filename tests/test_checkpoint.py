@@ -704,6 +704,43 @@ class TestWhatChangesIsKept:
         saved = torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"]
         assert torch.equal(saved["teacher.weight"], module.teacher.weight)
 
+    @pytest.mark.parametrize("factor", [1 + 1e-6, 2.0])
+    def test_a_teacher_inside_a_module_that_is_adapted_as_a_whole_resumes(self, tmp_path: Path, factor: float) -> None:
+        class Whole(pl.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.student, self.teacher = (models._seeded(lambda: nn.Linear(4, 4)) for _ in range(2))
+                self.losses: list[float] = []
+
+            def training_step(self, batch, batch_idx):
+                x = batch.float()[:, :4] / 100
+                loss = (self.student(x) - self.teacher(x)).square().mean() + self.student(x).sum()
+                self.losses.append(loss.item())
+                return loss
+
+            def on_train_batch_end(self, outputs, batch, batch_idx):
+                if self.global_step == 4:
+                    self.teacher.weight.data.mul_(factor)
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+        def fit(module: Whole, epochs: int, **settings):
+            run = trainer(tmp_path, LoRACallback(r=2, target_modules=["student"]), max_epochs=epochs)
+            run.fit(module, loader(), **settings)
+            return run
+
+        straight, module, twin = Whole(), Whole(), Whole()
+        fit(straight, 2)
+        fit(module, 1).save_checkpoint(tmp_path / "x.ckpt")
+        assert torch.equal(
+            torch.load(tmp_path / "x.ckpt")["state_dict"]["teacher.weight"], Whole().teacher.weight * factor
+        )
+        fit(twin, 2, ckpt_path=tmp_path / "x.ckpt")
+        assert twin.losses == straight.losses[4:]
+        assert not twin.teacher.weight.requires_grad
+        assert "student.weight" not in torch.load(tmp_path / "x.ckpt")["state_dict"]
+
     def test_a_buffer_beside_frozen_weights_of_the_base_resumes(self, tmp_path: Path) -> None:
         class Routed(LanguageModule):
             def __init__(self) -> None:

@@ -12,7 +12,6 @@ import io
 import os
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -39,6 +38,7 @@ from lightning_lora.checkpoint import (
     trained_tensors,
 )
 from lightning_lora.convert import write_adapter
+from lightning_lora.files import Location, location, remove_files
 from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.frozen import (
     count_as_moved,
@@ -122,7 +122,8 @@ class AdapterOnly(Strategy):
         module = self._adapted_module()
         section = {}
         if self.is_global_zero or self.shards:
-            section = {**describe(module, STATE_KEY), "left_out": {STATE_KEY: describe_left_out(module)}}
+            section = describe(module, STATE_KEY, moved_tensors(module))
+            section["left_out"] = {STATE_KEY: describe_left_out(module)}
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
             position = self._position or self._collect_position()
@@ -147,9 +148,7 @@ class AdapterOnly(Strategy):
             _check_readable(checkpoint)
             self._checked_readable = True
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self.peft_roots and "://" in str(filepath):
-            raise ValueError(f"save_peft=True writes directories on local disks only; the checkpoint is at {filepath}")
-        if self.peft_roots and not Path(filepath).name.startswith("."):
+        if self.peft_roots and not location(filepath).name.startswith("."):
             self._write_peft_directories(checkpoint, filepath)
             self._say_left_out(checkpoint, filepath)
 
@@ -201,12 +200,7 @@ class AdapterOnly(Strategy):
         super().remove_checkpoint(filepath)
         directory = peft_directory(filepath)
         if self.peft_roots and self.is_global_zero and directory.is_dir():
-            for config in [*directory.rglob(CONFIG_NAME)]:
-                config.unlink()
-                config.with_name(WEIGHTS_NAME).unlink(missing_ok=True)
-            for folder in sorted((directory, *directory.rglob("*")), reverse=True):
-                if folder.is_dir() and not any(folder.iterdir()):  # files of the user's stay
-                    folder.rmdir()
+            remove_files(directory, (CONFIG_NAME, WEIGHTS_NAME))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -259,11 +253,14 @@ class AdapterOnly(Strategy):
         for holder, key in _model_states(checkpoint):  # averaging callbacks load them next, strictly
             holder[key] = complete_state(holder[key], module)
         if module.trainer.state.fn == TrainerFn.FITTING:
-            # base parameters are in the file because they trained: BaseFinetuning freezes them again at setup
+            # base parameters are in the file because they moved, or trained: BaseFinetuning freezes them again at setup
+            rename = renaming(checkpoint, module, self._loaded_from, STATE_KEY)
+            recorded = section_of(checkpoint, self._loaded_from).get("left_out", {}).get(STATE_KEY, {})
+            moved = {rename(name) for name in recorded.get("moved", ())}
             adapters = {id(parameter) for _, parameter in named_adapter_parameters(module)}
             inside = {id(p) for root in injected_roots(module).values() for p in root.parameters()} - adapters
             for name, parameter in module.named_parameters():
-                if clean_name(name) in trained and id(parameter) in inside:
+                if clean_name(name) in trained - moved and id(parameter) in inside:
                     parameter.requires_grad_(True)
 
     @override
@@ -487,8 +484,8 @@ def unsupported(name: str) -> str:
     )
 
 
-def peft_directory(filepath: Any, path: str = "") -> Path:
+def peft_directory(filepath: Any, path: str = "") -> Location:
     """Return where the PEFT directory beside a checkpoint file is: ``last.ckpt`` has ``last-peft``."""
     stem = os.fspath(filepath).removesuffix(".ckpt")
-    directory = Path(f"{stem}-peft")
+    directory = location(f"{stem}-peft")
     return directory / path if path else directory

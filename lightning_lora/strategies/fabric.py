@@ -95,7 +95,8 @@ class FabricAdapterOnly(Strategy):
             random = random_state.collect()  # before anything can draw
             for module in modules.values():
                 look_for_moved(module)
-            section = merge_sections([describe(module, key) for key, module in modules.items()])
+            sections = [describe(module, key, moved_tensors(module)) for key, module in modules.items()]
+            section = merge_sections(sections)
             section["left_out"] = {key: describe_left_out(module) for key, module in modules.items()}
             optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
             names = _parameter_names(state)

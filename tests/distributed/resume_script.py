@@ -36,23 +36,63 @@ class Follower(LanguageModule):
             self.get_parameter(MOVES).data.mul_(1 + 1e-6)
 
 
+def trainer_of(strategy: str, num_ranks: int, *callbacks: Any, **settings: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=num_ranks,
+        strategy=strategy,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        callbacks=list(callbacks),
+        **settings,
+    )
+
+
 def fit_follower(
     directory: Path, strategy: str, num_ranks: int, epochs: int, ckpt_path: Path | None = None
 ) -> dict[str, Tensor]:
     """Train with ``last.ckpt`` in ``directory``; return the whole teacher."""
-    module = Follower()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=num_ranks,
-        strategy=strategy,
-        max_epochs=epochs,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[LoRACallback(r=2, module="model"), ModelCheckpoint(directory, save_last=True, save_top_k=0)],
-    )
+    module, saving = Follower(), ModelCheckpoint(directory, save_last=True, save_top_k=0)
+    trainer = trainer_of(strategy, num_ranks, LoRACallback(r=2, module="model"), saving, max_epochs=epochs)
     trainer.fit(module, loader(), ckpt_path=ckpt_path)
     return {name: parameter.detach() for name, parameter in module.teacher.named_parameters()}
+
+
+def losses_around_an_end(directory: Path, strategy: str, num_ranks: int) -> dict[str, list[float]]:
+    """Return the losses of three epochs in one go, and of two runs of which the first ends with an epoch."""
+
+    def fit(ckpt_path: Path | None = None, **settings: Any) -> tuple[pl.Trainer, list[float]]:
+        pl.seed_everything(7, verbose=False)  # also of DistributedSampler's order
+        torch.manual_seed(7 if ckpt_path is None else 98)
+        module = LanguageModule(dropout=0.1)
+        trainer = trainer_of(strategy, num_ranks, LoRACallback(r=2, dropout=0.2), **{**limits, **settings})
+        trainer.fit(module, loader(shuffle=True), ckpt_path=ckpt_path)
+        return trainer, module.losses
+
+    limits = {"max_epochs": -1, "max_steps": 3 * 4 // num_ranks}
+    path = directory / f"{strategy}_end.ckpt"
+    _, straight = fit()
+    trainer, first = fit(max_steps=2 * 4 // num_ranks)
+    trainer.save_checkpoint(path)
+    return {"straight": straight, "parts": first + fit(path)[1]}
+
+
+def refusal_of_nan(directory: Path, strategy: str, num_ranks: int) -> str:
+    """Return the error of a save after an adapter became NaN on every rank."""
+
+    class Diverging(LanguageModule):
+        def on_train_end(self) -> None:
+            self.model.get_parameter("model.layers.1.mlp.up_proj.lora_B").data.fill_(torch.nan)
+
+    trainer = trainer_of(strategy, num_ranks, LoRACallback(r=2, on_nonfinite="error"), max_epochs=1)
+    trainer.fit(Diverging(), loader())
+    try:
+        trainer.save_checkpoint(directory / f"{strategy}_nan.ckpt")
+    except ValueError as error:
+        return str(error)
+    return "none"
 
 
 class Loop:
@@ -112,6 +152,9 @@ def main(directory: Path) -> None:
         teacher = fit_follower(directory / strategy, strategy, num_ranks, 1)
         resumed = fit_follower(directory / f"{strategy}2", strategy, num_ranks, 2, directory / strategy / "last.ckpt")
         found[strategy] = {"teacher": teacher, "resumed": resumed}
+    for strategy in ("ddp", "fsdp_lora"):
+        found[strategy]["end"] = losses_around_an_end(directory, strategy, num_ranks)
+        found[strategy]["nan"] = refusal_of_nan(directory, strategy, num_ranks)
     found["loops"] = {one: epochs_of_loop(directory, one, num_ranks) for one in ("ddp", "fsdp_lora")}
     found["hashes"] = hashes_of_shards(num_ranks)
     report(directory, found)

@@ -33,6 +33,21 @@ def test_a_teacher_that_moved_by_a_millionth_is_in_every_later_file(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp_lora"])
+def test_a_run_that_max_steps_ended_goes_on_with_the_next_batch(run: dict[str, Any], strategy: str) -> None:
+    for rank in run["ranks"]:
+        losses = rank[strategy]["end"]
+        assert len(losses["straight"]) == 6
+        assert losses["parts"] == losses["straight"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp_lora"])
+def test_nan_ends_all_ranks_before_anything_is_written(run: dict[str, Any], strategy: str) -> None:
+    for rank in run["ranks"]:
+        assert "layers.1.mlp.up_proj.lora_B' holds NaN or infinity" in rank[strategy]["nan"]
+    assert not (run["directory"] / f"{strategy}_nan.ckpt").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp_lora"])
 def test_a_loop_with_dropout_goes_on_bit_for_bit(run: dict[str, Any], strategy: str) -> None:
     losses = [rank["loops"][strategy] for rank in run["ranks"]]
     for rank in losses:
