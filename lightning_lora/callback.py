@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora import lightning_cli
 from lightning_lora.checkpoint import (
     check_structure,
     check_tensors,
@@ -134,6 +135,7 @@ class LoRACallback(Callback):
         self.on_nonfinite = on_nonfinite
         self._random_state: dict[str, Any] | None = None
         self._checked: set[int] = set()
+        lightning_cli.install(LoRACallback)
 
     @property
     @override

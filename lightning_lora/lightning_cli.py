@@ -1,35 +1,39 @@
 """``LightningCLI --optimizer=...``: built when the model has its adapters.
 
 LightningCLI builds the optimizer that its arguments describe from ``model.parameters()`` before the Trainer runs, when
-no adapters are there, and a model of ``configure_model`` has no parameters at all.
+no adapters are there, and a model of ``configure_model`` has no parameters at all. ``LoRACallback`` calls
+:func:`install`: a command line makes its callbacks before that optimizer.
 """
 
 import contextlib
 import copy
 import functools
+import sys
 import warnings
 from types import MethodType
 from typing import Any
 
-from lightning.pytorch.cli import LightningCLI
 
-from lightning_lora.callback import LoRACallback
+def install(callback: type) -> None:
+    """Wrap the method that builds the optimizer, where LightningCLI is imported; a second call does nothing.
+
+    Args:
+        callback: the class of callbacks that put adapters into a model.
+    """
+    module = sys.modules.get("lightning.pytorch.cli")  # importing it takes longer than all of lightning_lora
+    if module is not None and not hasattr(
+        module.LightningCLI._add_configure_optimizers_method_to_model, "knows_adapters"
+    ):
+        method = module.LightningCLI._add_configure_optimizers_method_to_model
+        module.LightningCLI._add_configure_optimizers_method_to_model = _building_late(method, callback)
 
 
-def install() -> None:
-    """Wrap the method that builds the optimizer; a second call does nothing."""
-    if not hasattr(LightningCLI._add_configure_optimizers_method_to_model, "knows_adapters"):
-        LightningCLI._add_configure_optimizers_method_to_model = _building_late(  # type: ignore[method-assign]
-            LightningCLI._add_configure_optimizers_method_to_model
-        )
-
-
-def _building_late(add: Any) -> Any:
+def _building_late(add: Any, callback: type) -> Any:
     """Return the method, which gives the model a ``configure_optimizers``, with one that builds when it is called."""
 
     @functools.wraps(add)
     def adding(cli: Any, subcommand: str | None) -> None:
-        if not any(isinstance(callback, LoRACallback) for callback in _callbacks(cli)):
+        if not any(isinstance(one, callback) for one in _callbacks(cli)):
             add(cli, subcommand)
             return
         with contextlib.suppress(Exception):  # what is wrong without adapters, or will be said when it is built again

@@ -23,7 +23,6 @@ from lightning.pytorch.trainer import trainer
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch import nn
 
-from lightning_lora import lightning_cli
 from lightning_lora.callback import hyperparameters
 from lightning_lora.checkpoint import (
     SECTION,
@@ -68,7 +67,6 @@ def install() -> None:
             saving._ALLOWED_INSTANTIATORS.add(_INSTANTIATOR)
     if not hasattr(trainer._log_hyperparams, "knows_adapters"):
         trainer._log_hyperparams = _logging_adapters(trainer._log_hyperparams)
-    lightning_cli.install()
     if not hasattr(_CheckpointConnector.restore_model, "knows_adapters"):
         _CheckpointConnector.restore_model = _restoring(_CheckpointConnector.restore_model)  # type: ignore[method-assign]
 
