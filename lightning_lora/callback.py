@@ -405,7 +405,7 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         f"LoRA on {class_name(root)}{f' at {path!r}' if path else ''}: {len(layers)} layers adapted ({adapted})",
         f"  adapters      {count['adapter_parameters']:>15,}  {_percent(count, 'adapter_parameters')}",
         f"  trained whole {count['whole_parameters']:>15,}  {_percent(count, 'whole_parameters')}"
-        + (f"  ({', '.join(whole)})" if 0 < len(whole) <= 6 else ""),
+        + (f"  ({listed(list(whole))})" if whole else ""),
         f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}"
         f"  ({listed(trained_outside(pl_module, path, root))})",
         f"  frozen        {count['frozen_parameters']:>15,}  {_percent(count, 'frozen_parameters')}",

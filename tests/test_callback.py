@@ -30,6 +30,7 @@ from lightning_lora import (
     named_adapter_parameters,
     remove,
 )
+from lightning_lora.callback import summary
 from lightning_lora.inject import named_lora_layers, named_pairs
 from lightning_lora.layers import LoRALayer
 from lightning_lora.strategies.adapter_only import adopt
@@ -465,6 +466,14 @@ def test_start_line_names_what_trains_outside(tmp_path: Path, caplog: pytest.Log
     assert "at 'around.model'" in line
     (outside,) = [one for one in line.splitlines() if "outside" in one]
     assert outside.split() == ["outside", "34", "0.12", "%", "(temperature,", "around.score)"]
+
+
+def test_start_line_names_the_first_of_many_that_train_whole() -> None:
+    module = LanguageModule()
+    inject(module.model, LoRAConfig(r=4, modules_to_save=["mlp", "input_layernorm"]))  # 8 tensors
+    (line,) = [one for one in summary(module, "model", module.model).splitlines() if "trained whole" in one]
+    assert "(model.layers.0.mlp.gate_proj.weight, " in line
+    assert line.endswith(" and 2 more)")
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.layers.megatron import LoRAMegatronLinear, is_column, is_parallel_linear
 from lightning_lora.megatron.names import stacks
+from lightning_lora.parts import guard_parts
 from lightning_lora.root import clean_name, is_megatron
 from lightning_lora.sharded import is_sharded, split_over
 
@@ -33,6 +34,7 @@ def keep_parts(root: nn.Module) -> None:
     for module in modules.values():
         if is_megatron(module):
             _mark_addends(module)
+            guard_parts(module)
 
 
 def check_built(model: nn.Module, size: int) -> None:

@@ -89,10 +89,12 @@ def tried(kind: str, directory: Path, rank: int) -> dict[str, Any]:
     fabric.launch()
     model = inject(built(kind, directory / "hugging face"), LoRAConfig(r=4))
     models.fill_adapters(model)  # of a GPTModel this rank's parts: both ranks' are alike
+    unplaced = refusal(lambda: copy.deepcopy(model)) if kind == "gpt" else None  # it is built in parts
     wrapped, optimizer = fabric.setup(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
     model = wrapped.module
     path = directory / f"{kind}{rank}.pt"
     found: dict[str, Any] = {
+        "unplaced": unplaced,
         "refusals": {name: refusal(way) for name, way in ways(model, path).items()},
         "shapes": shapes(model),
         "whole": gathered(model),

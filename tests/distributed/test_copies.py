@@ -59,6 +59,10 @@ def test_what_would_hold_parts_says_what_to_write(when: str, kind: str, ranks: l
     assert not (ranks[0]["directory"] / "saved").exists()
 
 
+def test_megatrons_model_is_in_parts_before_it_is_placed(ranks: list[Any]):
+    assert all("save_peft(model, directory)" in rank["gpt"]["unplaced"] for rank in ranks)
+
+
 @pytest.mark.parametrize("kind", ["fsdp", "tp"])
 def test_state_dict_has_the_shapes_of_one_process(kind: str, ranks: list[Any], one_process: Any):
     expected = {name: list(value.shape) for name, value in one_process.state_dict().items()}
