@@ -34,6 +34,7 @@ from lightning_lora.matching import (
 from lightning_lora.megatron.names import by_layer, megatron_parts, stacks
 from lightning_lora.megatron.served import check_biases, check_options
 from lightning_lora.megatron.split import keep_parts
+from lightning_lora.recomputation import keep_state_of_forward
 from lightning_lora.root import clean_name, new_heads
 from lightning_lora.sharded import forget, gathered, reshard, write
 
@@ -157,6 +158,7 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     _keep_off_fused_paths(model, injection)
     model.register_load_state_dict_pre_hook(_complete_state_dict)
     model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
+    keep_state_of_forward()
     return given
 
 
