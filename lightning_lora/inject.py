@@ -36,6 +36,7 @@ from lightning_lora.matching import (
 from lightning_lora.megatron.names import by_layer, megatron_parts, stacks
 from lightning_lora.megatron.served import check_biases, check_options
 from lightning_lora.megatron.split import keep_parts
+from lightning_lora.recomputation import keep_state_of_forward
 from lightning_lora.root import clean_name, new_heads
 from lightning_lora.save_pretrained import guard_save_pretrained
 from lightning_lora.sharded import forget, gathered, reshard, write
@@ -221,6 +222,7 @@ def _carry_out(plan: _Plan, model: nn.Module, config: LoRAConfig) -> None:
     _keep_off_fused_paths(model, injection)
     model.register_load_state_dict_pre_hook(_complete_state_dict)
     guard_save_pretrained()
+    keep_state_of_forward()
     model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
 
 

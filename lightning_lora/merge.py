@@ -18,6 +18,7 @@ from lightning_lora.inject import (
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.quantized import stored_as
+from lightning_lora.recomputation import keep_state_of_forward, switch_off, switch_on, switched
 from lightning_lora.sharded import gathered, is_sharded, local_part, reshard, write
 
 
@@ -88,19 +89,64 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Make the model its base inside the ``with`` block: no adapters, and the first values of heads and biases.
 
-    No tensor is written: graphs built before, inside or after the block keep what they were built from.
+    No tensor is written: graphs built before, inside or after the block keep what they were built from, and so does
+    what activation checkpointing recomputes of them.
     """
     roots = require_roots(model)
+    keep_state_of_forward()
     with ExitStack() as stack:
         for root in roots.values():
             if is_merged(root):
                 unmerge(root)
                 stack.callback(merge, root)
-            stack.enter_context(_originals_in_place(root))
-            layers = [layer for layer in named_lora_layers(root).values() if layer.lora_active]
-            stack.callback(_set_active, layers, True)
-            _set_active(layers, False)
+            if id(root) not in switched:
+                stack.enter_context(_sharded_originals(root))
+                switch_on(id(root), _AsBase(root))
+                stack.callback(switch_off, id(root))
         yield model
+
+
+class _AsBase:
+    """A model without its adapters, and with the first values of what trains whole in its place."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.layers: list[LoRALayer] = []
+        self.swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def enter(self) -> None:
+        """Disable the adapters, and put frozen parameters where the trained ones are, under every name of each."""
+        first = {
+            id(parameter): nn.Parameter(original.to(parameter.device, parameter.dtype), requires_grad=False)
+            for parameter, original in trained_with_originals(self.root)
+            if not is_sharded(parameter)
+        }
+        self.layers = [layer for layer in named_lora_layers(self.root).values() if layer.lora_active]
+        self.swapped = [
+            (module, name, parameter)
+            for module in (self.root.modules() if first else ())
+            for name, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in first
+        ]
+        for module, name, parameter in self.swapped:
+            module._parameters[name] = first[id(parameter)]
+        for layer in self.layers:
+            layer.lora_active = False
+
+    def leave(self) -> None:
+        """Give both back."""
+        for module, name, parameter in self.swapped:
+            module._parameters[name] = parameter
+        for layer in self.layers:
+            layer.lora_active = True
+
+    def check_in_backward(self) -> None:
+        """Raise ``RuntimeError`` where tensors in shards would have to be written."""
+        if any(is_sharded(parameter) for parameter, _ in trained_with_originals(self.root)):
+            raise RuntimeError(
+                f"backward recomputes a part of {type(self.root).__name__} whose forward ran on the other side of "
+                "disabled(model), and what trains whole in it is in shards: call backward where forward ran"
+            )
 
 
 def _merge_layer(layer: LoRALayer, originals: dict[int, Tensor]) -> None:
@@ -118,40 +164,17 @@ def _merge_layer(layer: LoRALayer, originals: dict[int, Tensor]) -> None:
     layer.lora_original, layer.lora_active = kept, False
 
 
-def _set_active(layers: list[LoRALayer], active: bool) -> None:
-    for layer in layers:
-        layer.lora_active = active
-
-
 @contextmanager
-def _originals_in_place(root: nn.Module) -> Iterator[None]:
-    """Put frozen parameters with the first values where the trained ones are, under every name of each.
-
-    Sharded ones are written to and back: their units hold on to the tensors themselves.
-    """
+def _sharded_originals(root: nn.Module) -> Iterator[None]:
+    """Write first values to trained parameters that are in shards: their units hold on to the tensors themselves."""
     reshard(root)
-    trained = trained_with_originals(root)
-    first = {
-        id(parameter): nn.Parameter(original.to(parameter.device, parameter.dtype), requires_grad=False)
-        for parameter, original in trained
-        if not is_sharded(parameter)
-    }
-    sharded = [(parameter, original) for parameter, original in trained if is_sharded(parameter)]
+    sharded = [(parameter, original) for parameter, original in trained_with_originals(root) if is_sharded(parameter)]
     present = [local_part(parameter.detach()).clone() for parameter, _ in sharded]
-    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for module in root.modules() if first else ():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in first:
-                swapped.append((module, name, parameter))
     try:
-        for module, name, parameter in swapped:
-            module._parameters[name] = first[id(parameter)]
         for parameter, original in sharded:
             write(parameter, original)
         yield
     finally:
-        for module, name, parameter in swapped:
-            module._parameters[name] = parameter
         if sharded:
             reshard(root)
         for (parameter, _), values in zip(sharded, present, strict=True):

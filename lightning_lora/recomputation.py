@@ -1,0 +1,83 @@
+"""Activation checkpointing beside ``disabled(model)``: a block is recomputed with the adapters that its forward had.
+
+Backward may run when the block of ``disabled`` was entered or left since. torch keeps the random state and autocast's
+for what is recomputed; of a state like this one it knows nothing.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch.utils.checkpoint as torch_checkpoint
+
+
+class Switch(Protocol):
+    """A change of a model that can be made and undone any number of times."""
+
+    def enter(self) -> None:
+        """Make the change."""
+
+    def leave(self) -> None:
+        """Undo it."""
+
+    def check_in_backward(self) -> None:
+        """Raise ``RuntimeError`` if it cannot be made or undone while backward runs."""
+
+
+switched: dict[int, Switch] = {}  # the changes that are made at present, by the identity of the model
+
+
+def switch_on(key: int, switch: Switch) -> None:
+    """Make a change, and note that it is made."""
+    switch.enter()
+    switched[key] = switch
+
+
+def switch_off(key: int) -> None:
+    """Undo a change that is made."""
+    switched.pop(key).leave()
+
+
+def keep_state_of_forward() -> None:
+    """Let what torch's and Megatron-core's checkpoints recompute run with the changes that were made in forward.
+
+    They have no hook for this that serves both of torch's variants, so that a method of their classes is wrapped, once
+    in a process. What is checkpointed runs as before where nothing was switched in between.
+    """
+    frame: Any = torch_checkpoint._CheckpointFrame
+    if not hasattr(frame.__init__, "lora_original"):
+        frame.__init__ = _with_present_state(frame.__init__)
+    megatron = sys.modules.get("megatron.core.tensor_parallel.random")
+    for module in (torch_checkpoint, megatron):
+        function: Any = getattr(module, "CheckpointFunction", None)
+        if function is not None and not hasattr(function.forward, "lora_original"):
+            function.forward = staticmethod(_with_present_state(function.forward))
+
+
+def _with_present_state(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that is given the function to recompute, and makes it keep the state that there is then."""
+
+    @functools.wraps(method)
+    def wrapped(own: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return method(own, functools.partial(_run_as_then, dict(switched), function), *args, **kwargs)
+
+    wrapped.lora_original = method  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _run_as_then(then: dict[int, Switch], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if then.keys() == switched.keys():
+        return function(*args, **kwargs)
+    now = dict(switched)
+    for key in now.keys() ^ then.keys():
+        (now | then)[key].check_in_backward()
+    with ExitStack() as stack:
+        for key in now.keys() - then.keys():
+            switch_off(key)
+            stack.callback(switch_on, key, now[key])
+        for key in then.keys() - now.keys():
+            switch_on(key, then[key])
+            stack.callback(switch_off, key)
+        return function(*args, **kwargs)
