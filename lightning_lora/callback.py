@@ -170,6 +170,9 @@ class LoRACallback(Callback):
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         pl_module.__dict__.pop("configure_model", None)
+        lockstep = getattr(trainer.strategy, "lockstep", None)
+        if lockstep is not None:
+            lockstep.fail(exception)  # before a callback saves on the exception
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -56,7 +56,7 @@ from lightning_lora.root import clean_name
 from lightning_lora.sharded import is_sharded, on_rank_zero
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.atomic_io import make_atomic
-from lightning_lora.strategies.lockstep import keep_in_step
+from lightning_lora.strategies.lockstep import Lockstep
 from lightning_lora.strategies.optimizers import (
     gathered_state,
     match_by_name,
@@ -67,7 +67,13 @@ from lightning_lora.strategies.optimizers import (
 )
 from lightning_lora.strategies.overflow import check_scalable
 from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
-from lightning_lora.strategies.reduction import Reduction, prepare_ddp, reduce_in_fixed_order
+from lightning_lora.strategies.reduction import (
+    Reduction,
+    prepare_ddp,
+    reduce_in_fixed_order,
+    share_buffers_again,
+    share_buffers_once,
+)
 
 S = TypeVar("S")
 STATE_KEY = "state_dict"
@@ -78,11 +84,13 @@ class AdapterOnly(Strategy):
 
     Attributes:
         shards: whether the strategy spreads the model over ranks, so that looking at it takes all of them.
+        lockstep: what keeps the ranks of a run together.
     """
 
     shards: bool = False
     peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
     on_nonfinite: OnNonfinite | None = None
+    lockstep: Lockstep | None = None  # of a run
     _reduction: Reduction | None = None  # under DDP
     _checked_readable: bool = False
     _said_left_out: bool = False
@@ -96,8 +104,24 @@ class AdapterOnly(Strategy):
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
-        keep_in_step(trainer)
+        self.lockstep = Lockstep(trainer)
         super().setup(trainer)
+
+    @override
+    def on_validation_start(self) -> None:
+        share_buffers_once(self.model)
+        super().on_validation_start()
+
+    @override
+    def on_validation_end(self) -> None:
+        share_buffers_again(self.model)
+        super().on_validation_end()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self.lockstep is not None:
+            self.lockstep.fail(exception)
+        super().on_exception(exception)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -301,6 +325,8 @@ class AdapterOnly(Strategy):
 
     @override
     def teardown(self) -> None:
+        if self.lockstep is not None:
+            self.lockstep.close()
         try:
             super().teardown()
         except NotImplementedError:  # a model without values cannot go back to CPU, and was refused with a reason

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -18,6 +19,7 @@ from typing_extensions import override
 from lightning_lora.inject import injected_roots
 from lightning_lora.layerdrop import drops_layers
 from lightning_lora.sharded import is_sharded, reshard
+from lightning_lora.strategies.evaluation import UnequalEvaluation
 from lightning_lora.strategies.gradients import GradientReducer, drop_unused
 from lightning_lora.strategies.launched import Launched, check_keywords
 from lightning_lora.strategies.optimizers import names_of
@@ -142,6 +144,28 @@ class FSDPLoRAStrategy(FSDPRanks, SpreadStrategy):
     """
 
     strategy_name = "fsdp_lora"
+    _evaluation: UnequalEvaluation
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        super().setup(trainer)
+        assert self.model is not None
+        self._evaluation = UnequalEvaluation(trainer, self.model)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluation.before_batch()
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluation.before_batch()
+        return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluation.before_batch()
+        return super().predict_step(*args, **kwargs)
 
     @override
     def setup_environment(self) -> None:

@@ -7,6 +7,7 @@ import os
 from datetime import timedelta
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -25,6 +26,7 @@ from lightning_lora.root import is_megatron
 from lightning_lora.sharded import is_sharded, shard_group
 from lightning_lora.strategies import megatron_cpu
 from lightning_lora.strategies.base_weights import materialize
+from lightning_lora.strategies.evaluation import check_equal_evaluation
 from lightning_lora.strategies.fsdp import gathering_dtype
 from lightning_lora.strategies.gradients import GradientReducer
 from lightning_lora.strategies.launched import Launched, check_keywords
@@ -230,6 +232,11 @@ class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         self.form_groups(self.lightning_module)
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        super().setup(trainer)
+        check_equal_evaluation(trainer, self.device_mesh.get_group())
 
     @override
     def _own_random_state(self) -> dict[str, Any]:

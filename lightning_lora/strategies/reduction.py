@@ -100,7 +100,8 @@ class Reduction:
         flat = torch.cat([flags, *(gradients[index].reshape(-1) for index in fixed)]).div_(group.size())
         future: torch.futures.Future[Any] = torch.distributed.all_reduce(flat, group=group, async_op=True).get_future()
 
-        def put_back(_: Any) -> Tensor:
+        def put_back(done: torch.futures.Future[Any]) -> Tensor:
+            done.value()  # raises what the collective did: a step would go on with gradients of this rank alone
             flags, *pieces = flat.split([len(fixed), *(gradients[index].numel() for index in fixed)])
             for index, piece in zip(fixed, pieces, strict=True):
                 gradients[index].copy_(piece.view_as(gradients[index]))
@@ -127,3 +128,20 @@ def reduce_in_fixed_order(model: nn.Module, strategy: Any) -> Reduction | None:
     if not isinstance(model, DistributedDataParallel):
         return None
     return Reduction(model, sums=getattr(strategy, "_ddp_comm_hook", None) is None)
+
+
+def share_buffers_once(model: object) -> None:
+    """Give all ranks rank 0's buffers now, and not before every forward until :func:`share_buffers_again`.
+
+    In an evaluation ranks may have unequal numbers of forwards. Called on all ranks.
+    """
+    if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
+        model._sync_buffers()
+        model.broadcast_buffers = False
+        model.__dict__["lora_shares_buffers"] = True
+
+
+def share_buffers_again(model: object) -> None:
+    """Let DDP share buffers before every forward again, if it did."""
+    if isinstance(model, DistributedDataParallel) and model.__dict__.pop("lora_shares_buffers", False):
+        model.broadcast_buffers = True

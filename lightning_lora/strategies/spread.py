@@ -18,7 +18,7 @@ from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.elementwise import check_steps_on_parts
 from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.strategies.launched import Launched, check_adapted
-from lightning_lora.strategies.lockstep import keep_in_step
+from lightning_lora.strategies.lockstep import Lockstep
 from lightning_lora.strategies.overflow import keep_overflows, share_overflows
 from lightning_lora.strategies.replication import broadcast_together, changing_buffers
 from lightning_lora.strategies.sharding import sharded_trainables
@@ -67,7 +67,7 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         check_adapted(self.model, self.strategy_name)
-        keep_in_step(trainer)
+        self.lockstep = Lockstep(trainer)
         evaluating = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
         for loop in (*evaluating, trainer.predict_loop):
             loop.inference_mode = False  # FSDP2's first forward in it leaves tensors that cannot train
@@ -142,9 +142,9 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
         return super().training_step(*args, **kwargs)
 
     @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._share_buffers()
-        return super().validation_step(*args, **kwargs)
+    def on_validation_start(self) -> None:
+        self._share_buffers()  # once: ranks may have unequal numbers of batches
+        super().on_validation_start()
 
     def _share_buffers(self) -> None:
         """Give every rank rank 0's running statistics of the user's own layers, as DDP does."""
@@ -206,6 +206,8 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
     @override
     def teardown(self) -> None:
         # the model stays where it is: its shards belong to this device
+        if self.lockstep is not None:
+            self.lockstep.close()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
