@@ -49,8 +49,8 @@ def moved_tensors(module: nn.Module) -> set[int]:
 
 
 def count_as_moved(module: nn.Module, names: Iterable[str]) -> None:
-    """Keep tensors that a file brought in the files to come, though they move no more."""
-    _WATCHES.setdefault(module, _Watch()).moved.update(names)
+    """Keep frozen tensors that a file brought in the files to come, though they move no more."""
+    _WATCHES.setdefault(module, _Watch()).moved.update(_left_out(module).keys() & set(names))
 
 
 def describe_left_out(module: nn.Module) -> dict[str, Any]:
