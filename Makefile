@@ -19,7 +19,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 .PHONY: help venv quickstart test format lint types versions check benchmarks clean
 
 help:
-	@echo "make quickstart  fine-tune SmolLM2-135M to write dictionary definitions, in about two minutes"
+	@echo "make quickstart  fine-tune SmolLM2-135M to write dictionary definitions, in two to five minutes on two CPU cores"
 	@echo "make test        run the tests"
 	@echo "make check       what every commit passes: format, lint, types, versions, tests"
 	@echo "make format      rewrite the code in the project's format"

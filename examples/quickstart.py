@@ -1,4 +1,4 @@
-"""Teach SmolLM2-135M to write dictionary definitions with LoRA: about two minutes on two CPU cores.
+"""Teach SmolLM2-135M to write dictionary definitions with LoRA: two to five minutes on two CPU cores.
 
 What makes it LoRA is one line, ``LoRACallback(r=8)``; the LightningModule and the LightningDataModule are plain ones.
 The run stops early, resumes from its own adapter-only checkpoint, is merged, and travels through a PEFT directory.

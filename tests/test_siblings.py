@@ -671,20 +671,17 @@ def test_a_frozen_or_unfrozen_layer_among_its_siblings_keeps_its_say() -> None:
 def test_equal_blocks_compile_once_and_give_eager_numbers() -> None:
     from torch._dynamo.utils import counters
 
-    graphs = {}
-    for layers in (2, 3):
-        torch._dynamo.reset()
-        counters.clear()
-        model = adapted(models.llama(layers=layers))
-        expected = loss_and_gradients(copy.deepcopy(model), run_without_cache)
-        for block in model.model.layers:
-            block.compile(fullgraph=True, backend="aot_eager")
-        for _ in range(2):
-            got = loss_and_gradients(model, run_without_cache)
-        assert_same(got, expected)
-        graphs[layers] = counters["stats"]["unique_graphs"]
-    # the first block's input needs no gradient, the others' do
-    assert graphs == {2: 2, 3: 2}
+    torch._dynamo.reset()
+    counters.clear()
+    model = adapted(models.llama(layers=4))
+    expected = loss_and_gradients(copy.deepcopy(model), run_without_cache)
+    for block in model.model.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        got = loss_and_gradients(model, run_without_cache)
+    assert_same(got, expected)
+    # of four blocks: the first block's input needs no gradient, the others' do
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @COMPILES

@@ -29,7 +29,7 @@ def work() -> None:
 
 
 def write() -> None:
-    for _ in range(40):
+    for _ in range(60):
         print("still here", flush=True)
         time.sleep(0.1)
 

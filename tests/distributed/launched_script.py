@@ -104,6 +104,11 @@ def main(directory: Path, strategy: str, dies: bool) -> None:
     torch.save(adapters, directory / f"rank{trainer.global_rank}.pt")
 
 
+def train_all(directory: Path, strategies: str, dies: bool = False) -> None:
+    """Train with each of the strategies in a folder of its own."""
+    for strategy in strategies.split(","):
+        main(directory / strategy, strategy, dies)
+
+
 if __name__ == "__main__":
-    for strategy in sys.argv[2].split(","):
-        main(Path(sys.argv[1], strategy), strategy, "dies" in sys.argv)
+    train_all(Path(sys.argv[1]), sys.argv[2])

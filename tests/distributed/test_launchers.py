@@ -62,12 +62,9 @@ def test_workers_of_another_launcher_have_one_device_each(undisturbed: Path, tmp
 
 @pytest.fixture(scope="module")
 def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with each strategy, one after the other, by torchrun: a rank of each is killed once."""
+    """A run with each strategy, one after the other, by torchrun's agent: a rank of each is killed once."""
     directory = tmp_path_factory.mktemp("disturbed")
-    script = directory / "torchrun.py"
-    script.write_text("from torch.distributed.run import main\n\nmain()\n")
-    options = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=2"]
-    run(str(script), [{}], directory, *options, str(Path(__file__).parent / SCRIPT), str(directory), BOTH, "dies")
+    run("elastic_script.py", [{}], directory, str(directory), BOTH)
     return directory
 
 
