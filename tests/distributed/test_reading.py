@@ -33,6 +33,12 @@ def test_what_reads_a_part_as_if_it_were_whole_is_refused_with_the_remedy(ranks:
         assert "fabric.clip_gradients" in error
 
 
+def test_torchs_error_about_gradients_in_shards_beside_whole_ones_names_the_remedy(ranks: list[Any]) -> None:
+    for rank in ranks:
+        assert "mixed torch.Tensor and DTensor" in rank["refused"]["in shards"]
+        assert "clip with Trainer(gradient_clip_val=...)" in rank["refused"]["in shards"]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_reads_a_gradient_before_it_is_averaged_is_refused(ranks: list[Any], strategy: str) -> None:
     for rank in ranks:
