@@ -41,8 +41,8 @@ _READ_IN_SHARDS = (
     "that the tensor stays whole"
 )
 _GRADIENTS_IN_SHARDS = (
-    " Or gradients of adapters in shards were read beside whole ones, as torch.nn.utils.clip_grad_norm_ does: clip with "
-    "Trainer(gradient_clip_val=...), self.clip_gradients(...) or fabric.clip_gradients(...)"
+    " Or gradients of adapters in shards were read beside whole ones, as torch.nn.utils.clip_grad_norm_ does: clip "
+    "with Trainer(gradient_clip_val=...), self.clip_gradients(...) or fabric.clip_gradients(...)"
 )
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.gradient_norm import total_norm
 from lightning_lora.guarded import PartOfGradient, UnreducedGradient, bare, guard
-from lightning_lora.sharded import collective_device, is_dtensor, is_sharded, local_part
+from lightning_lora.sharded import collective_device, is_sharded, local_part, shard_group
 from lightning_lora.strategies.replication import drifted
 
 # a step that ranks take differently shows at the next reduction
@@ -48,7 +48,7 @@ class GradientReducer:
     ) -> None:
         self._group = group
         self._parts = parts
-        self._kind: type[Tensor] = PartOfGradient if parts else Tensor
+        self._kind: type[Tensor] = Tensor  # of gradients that are averaged
         self._names = names or {}
         self._ranks_of = ranks_of
         self._unchecked = _CHECKED_REDUCTIONS
@@ -66,6 +66,8 @@ class GradientReducer:
         for parameter in parameters:
             belongs = is_sharded(parameter) is self._parts
             if parameter.requires_grad and id(parameter) not in self._known and belongs:
+                if self._parts and torch.distributed.get_world_size(shard_group([parameter])) > 1:
+                    self._kind = PartOfGradient
                 self._known.add(id(parameter))
                 self._parameters.append(parameter)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note))
@@ -290,8 +292,16 @@ def watch_steps(optimizer: Optimizer, before_step: Callable[..., None]) -> None:
     backward reduces them.
     """
 
+    lifted: list[Tensor] = []
+
     def lift() -> None:
-        guard(_parts_in_tags(optimizer), Tensor)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        lifted.extend(parameter for parameter in parameters if isinstance(parameter.grad, PartOfGradient))
+        guard(lifted, Tensor)
+
+    def after(*_: Any) -> None:
+        guard(lifted, PartOfGradient)  # they stay until zero_grad, and may be read until then
+        lifted.clear()
 
     def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
@@ -310,11 +320,4 @@ def watch_steps(optimizer: Optimizer, before_step: Callable[..., None]) -> None:
         return args, {**kwargs, "closure": lifting}
 
     optimizer.register_step_pre_hook(before)
-    # they stay until zero_grad, and may be read until then
-    optimizer.register_step_post_hook(lambda *_: guard(_parts_in_tags(optimizer), PartOfGradient))
-
-
-def _parts_in_tags(optimizer: Optimizer) -> list[Any]:
-    """Return the parameters that tensor parallelism split."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return [parameter for parameter in parameters if is_sharded(parameter) and not is_dtensor(parameter)]
+    optimizer.register_step_post_hook(after)

@@ -151,6 +151,9 @@ def main(directory: Path) -> None:
         last = scaled_by_rank(after=7)  # the last step of two epochs
         found["drift"][f"{name} late"] = error_of(run, directory / "late", Reader.doing(last), name, max_epochs=2)
     found["refused"] = refused
+    # each rank has all of every tensor, and torch's own clipping is right
+    alone = MegatronLoRAStrategy(tensor_parallel_size=1)
+    found["clipped"] = state(run(directory / "one", Reader.doing(READINGS["clip_grad_norm_"]), alone))
     found["clamped"] = state(run(directory / "clamped", Reader.doing(clamped)))
     found["norms"] = [
         float(norm) for norm in run(directory / "norms", Reader.doing(lambda m: total_norm(m.parameters()))).found

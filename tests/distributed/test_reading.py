@@ -66,6 +66,12 @@ def test_clamping_every_entry_equals_one_process(ranks: list[Any], tmp_path: Pat
         torch.testing.assert_close(rank["clamped"], expected, **STEP_TOLERANCE)
 
 
+def test_torchs_clipping_is_served_where_a_part_is_all(ranks: list[Any], tmp_path: Path) -> None:
+    expected = state(alone(tmp_path, Reader.doing(READINGS["clip_grad_norm_"])))
+    for rank in ranks:
+        torch.testing.assert_close(rank["clipped"], expected, **STEP_TOLERANCE)
+
+
 def test_the_norm_of_the_whole_equals_one_process(ranks: list[Any], tmp_path: Path) -> None:
     norm = alone(
         tmp_path,
