@@ -83,6 +83,14 @@ class Lookahead(Optimizer):
                 parameter.copy_(slow)
 
 
+class Holding(torch.optim.SGD):
+    """Knows a model, which may be large."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.model = nn.Linear(1, 1)
+
+
 class Locked(torch.optim.SGD):
     """Cannot be copied."""
 
@@ -140,6 +148,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     ),
     "lookahead": lambda params: Lookahead(torch.optim.SGD(params, lr=0.1)),
     "locked": Locked,
+    "holding": Holding,
     "warming up": warming_up,
     "grouped": grouped,
 }  # fmt: skip

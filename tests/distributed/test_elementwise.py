@@ -18,8 +18,8 @@ RIGHT_ON_PARTS = {
     "Adagrad lr_decay", "LoRAAdamW ", "LoRAAdamW flat", "LoRAAdamW max_norm", "LoRAAdamW max_norm flat",
     "NeedsClosure ", "special", "grouped",
 }  # fmt: skip
-# wants sparse gradients; cannot be copied; keeps tensors of the parameters' sizes outside of its state
-NOT_TRIED = {"SparseAdam": "SparseAdam", "locked": "Locked", "lookahead": "Lookahead"}
+# wants sparse gradients; cannot be copied; knows a model; keeps tensors of the parameters' sizes outside of its state
+NOT_TRIED = {"SparseAdam": "SparseAdam", "locked": "Locked", "holding": "Holding", "lookahead": "Lookahead"}
 
 
 @pytest.fixture(scope="module")
