@@ -159,7 +159,13 @@ def _trial(like: Any, generator: torch.Generator) -> _Trial:
 
 
 def _copied(optimizer: Optimizer, twins: Mapping[int, nn.Parameter]) -> Optimizer:
-    """Return an optimizer with the same settings for other tensors, without state and hooks."""
+    """Return an optimizer with the same settings for other tensors, in its first state and without hooks.
+
+    Raises:
+        TypeError: it holds a model.
+    """
+    if any(isinstance(value, nn.Module) for value in vars(optimizer).values()):
+        raise TypeError("it holds a model, which is not copied")
     copied: Optimizer = object.__new__(type(optimizer))
     memo: dict[int, Any] = {**twins, id(optimizer): copied}
     groups: list[dict[str, Any]] = []

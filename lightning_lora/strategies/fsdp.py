@@ -42,6 +42,10 @@ _READ_IN_SHARDS = (
     "the strategy shard_modules=[...] with a module whose forward is around the reading, or raise min_shard_numel, so "
     "that the tensor stays whole"
 )
+_GRADIENTS_IN_SHARDS = (
+    " Or gradients of adapters in shards were read beside whole ones, as torch.nn.utils.clip_grad_norm_ does: clip "
+    "with Trainer(gradient_clip_val=...), self.clip_gradients(...) or fabric.clip_gradients(...)"
+)
 
 
 class FSDPRanks(Launched):
@@ -209,7 +213,8 @@ class FSDPLoRAStrategy(FSDPRanks, SpreadStrategy):
         unfrozen = self.model is not None and any(
             id(parameter) not in self._trained_in_shards for parameter in sharded_trainables(self.model)
         )
-        explain_mixed_tensors(exception, _UNFROZEN if unfrozen else _READ_IN_SHARDS)
+        read = _READ_IN_SHARDS + (_GRADIENTS_IN_SHARDS if self._trained_in_shards else "")
+        explain_mixed_tensors(exception, _UNFROZEN if unfrozen else read)
         super().on_exception(exception)
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.gradient_norm import total_norm
 from lightning_lora.guarded import PartOfGradient, UnreducedGradient, bare, guard
-from lightning_lora.sharded import collective_device, is_dtensor, is_sharded, local_part
+from lightning_lora.sharded import collective_device, is_sharded, local_part, shard_group
 from lightning_lora.strategies.replication import drifted
 
 # a step that ranks take differently shows at the next reduction
@@ -47,8 +47,9 @@ class GradientReducer:
         names: Mapping[int, str] | None = None,
     ) -> None:
         self._group = group
+        self._size = torch.distributed.get_world_size(group) if torch.distributed.is_initialized() else 1
         self._parts = parts
-        self._kind: type[Tensor] = PartOfGradient if parts else Tensor
+        self._kind: type[Tensor] = Tensor  # of gradients that are averaged
         self._names = names or {}
         self._ranks_of = ranks_of
         self._unchecked = _CHECKED_REDUCTIONS
@@ -64,8 +65,10 @@ class GradientReducer:
     def add(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take in those of further parameters that train and belong here, in this order, the same on all ranks."""
         for parameter in parameters:
-            belongs = is_sharded(parameter) is self._parts
-            if parameter.requires_grad and id(parameter) not in self._known and belongs:
+            is_new = parameter.requires_grad and id(parameter) not in self._known
+            if is_new and is_sharded(parameter) is self._parts:
+                if self._parts and torch.distributed.get_world_size(shard_group([parameter])) > 1:
+                    self._kind = PartOfGradient
                 self._known.add(id(parameter))
                 self._parameters.append(parameter)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note))
@@ -75,11 +78,7 @@ class GradientReducer:
 
     def _note(self, parameter: Tensor) -> None:
         self._pending = True
-        guard([parameter], self._kind if self._blocked or self._size() == 1 else UnreducedGradient)
-
-    def _size(self) -> int:
-        """Return the number of ranks that the gradients are averaged over."""
-        return torch.distributed.get_world_size(self._group) if torch.distributed.is_initialized() else 1
+        guard([parameter], self._kind if self._blocked or self._size == 1 else UnreducedGradient)
 
     def release(self) -> None:
         """Watch the parameters no more."""
@@ -107,10 +106,9 @@ class GradientReducer:
         if self._ranks_of is None or not self._is_reduced:
             return
         self._is_reduced = False
-        size = torch.distributed.get_world_size(self._group)
         for parameter in self._parameters:
-            if parameter.grad is not None and self._ranks_of(parameter) != size:
-                parameter.grad.mul_(self._ranks_of(parameter) / size)
+            if parameter.grad is not None and self._ranks_of(parameter) != self._size:
+                parameter.grad.mul_(self._ranks_of(parameter) / self._size)
 
     def after_backward(self) -> None:
         """Reduce at once, or after the accumulation. Called on all ranks after every backward."""
@@ -131,28 +129,27 @@ class GradientReducer:
             ValueError: at one of the first steps, the parameters are no longer equal on all ranks.
         """
         self._pending, self._is_reduced = False, True
-        size = self._size()
-        if self._parameters and size > 1:
+        if self._parameters and self._size > 1:
             if self._unchecked > 0:
                 self._unchecked -= 1
                 self.check_equal()
-            self._reduce_over(size)
+            self._average()
         guard(self._parameters, self._kind)
 
     def check_equal(self) -> None:
         """Raise ``ValueError`` if the parameters are not equal on all ranks of the group. Called on all of them."""
-        drift = drifted(self._parameters, self._group) if self._size() > 1 else []
+        drift = drifted(self._parameters, self._group) if self._size > 1 and torch.distributed.is_initialized() else []
         if drift:
             raise ValueError(_drift_error({self._names.get(id(parameter), "?"): by for parameter, by in drift}))
 
-    def _reduce_over(self, size: int) -> None:
+    def _average(self) -> None:
         parameters, present = self._parameters, [parameter.grad is not None for parameter in self._parameters]
         dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         # flags first, so that the gradients' place does not depend on what is absent
         flags = torch.tensor(present, dtype=dtype).to(parameters[0].device, non_blocking=True)
         flat = torch.cat([flags, *(_flat_gradient(parameter, dtype) for parameter in parameters)])
         if self._ranks_of is None:
-            flat.div_(size)
+            flat.div_(self._size)
         else:
             sizes = [self._ranks_of(parameter) for parameter in parameters]
             pieces = flat[len(parameters) :].split([parameter.numel() for parameter in parameters])
@@ -290,8 +287,16 @@ def watch_steps(optimizer: Optimizer, before_step: Callable[..., None]) -> None:
     backward reduces them.
     """
 
+    lifted: list[Tensor] = []
+
     def lift() -> None:
-        guard(_parts_in_tags(optimizer), Tensor)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        lifted.extend(parameter for parameter in parameters if isinstance(parameter.grad, PartOfGradient))
+        guard(lifted, Tensor)
+
+    def after(*_: Any) -> None:
+        guard(lifted, PartOfGradient)  # they stay until zero_grad, and may be read until then
+        lifted.clear()
 
     def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
@@ -310,11 +315,4 @@ def watch_steps(optimizer: Optimizer, before_step: Callable[..., None]) -> None:
         return args, {**kwargs, "closure": lifting}
 
     optimizer.register_step_pre_hook(before)
-    # they stay until zero_grad, and may be read until then
-    optimizer.register_step_post_hook(lambda *_: guard(_parts_in_tags(optimizer), PartOfGradient))
-
-
-def _parts_in_tags(optimizer: Optimizer) -> list[Any]:
-    """Return the parameters that tensor parallelism split."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return [parameter for parameter in parameters if is_sharded(parameter) and not is_dtensor(parameter)]
+    optimizer.register_step_post_hook(after)

@@ -91,8 +91,11 @@ class MegatronRanks(Launched):
 
     @property
     def data_parallel_group(self) -> Any:
-        """The ranks that have the same part of the model, and together all data: what sums and metrics go over."""
-        return parallel_state().get_data_parallel_group() if torch.distributed.is_initialized() else None
+        """The ranks that have the same part of the model, and together all data: what sums and metrics go over.
+
+        ``None``, all ranks, before there are groups.
+        """
+        return None if self._device_mesh is None else parallel_state().get_data_parallel_group()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
-from lightning_lora import LoRAAdamW
+from lightning_lora import FSDPLoRAStrategy, LoRAAdamW, LoRAConfig, MegatronLoRAStrategy, inject
+from lightning_lora import fabric as twins
 from lightning_lora.sharded import local_part, split_over, spread_like
 from lightning_lora.strategies.elementwise import check_steps_on_parts
+from tests import models
+from tests.distributed.ddp_script import rank_loader
+from tests.distributed.fsdp_script import fit
 from tests.distributed.launch import report
+from tests.distributed.reading_script import error_of
+from tests.runs import LanguageModule
 
 NUM_STEPS = 4
 
@@ -74,6 +81,14 @@ class Lookahead(Optimizer):
             if self.count % 2 == 0:
                 slow += 0.5 * (parameter - slow)
                 parameter.copy_(slow)
+
+
+class Holding(torch.optim.SGD):
+    """Knows a model, which may be large."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.model = nn.Linear(1, 1)
 
 
 class Locked(torch.optim.SGD):
@@ -133,6 +148,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     ),
     "lookahead": lambda params: Lookahead(torch.optim.SGD(params, lr=0.1)),
     "locked": Locked,
+    "holding": Holding,
     "warming up": warming_up,
     "grouped": grouped,
 }  # fmt: skip
@@ -205,6 +221,41 @@ def tried(mesh: Any, build: Callable[[list[nn.Parameter]], Optimizer], *, tagged
     return found
 
 
+class Factored(LanguageModule):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adafactor([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+STRATEGIES: dict[str, tuple[Any, Any]] = {
+    "megatron_lora": (
+        lambda: MegatronLoRAStrategy(tensor_parallel_size=2),
+        lambda: twins.MegatronLoRAStrategy(tensor_parallel_size=2),
+    ),
+    "shard_adapters": (
+        lambda: FSDPLoRAStrategy(shard_adapters=True),
+        lambda: twins.FSDPLoRAStrategy(shard_adapters=True),
+    ),
+    "fsdp_lora": (lambda: "fsdp_lora", lambda: "fsdp_lora"),
+}
+
+
+def in_runs(directory: Path) -> dict[str, list[str]]:
+    """Return the errors of Trainer and Fabric with Adafactor, under every strategy."""
+    found: dict[str, list[str]] = {}
+    for name, (strategy, twin) in STRATEGIES.items():
+        data = rank_loader(0, 1) if name == "megatron_lora" else rank_loader(torch.distributed.get_rank(), 2)
+        settings = {"loaders": {"train_dataloaders": data}, "limit_train_batches": 1}
+        found[name] = [error_of(fit, directory / name, Factored(), strategy(), **settings), error_of(in_fabric, twin())]
+    return found
+
+
+def in_fabric(strategy: Any) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    model = inject(models.llama(), LoRAConfig(r=4))
+    fabric.setup(model, torch.optim.Adafactor([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+
+
 def main(directory: Path) -> None:
     torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
@@ -212,7 +263,7 @@ def main(directory: Path) -> None:
         kind: {name: tried(mesh, build, tagged=kind == "tagged") for name, build in OPTIMIZERS.items()}
         for kind in ("tagged", "DTensor")
     }
-    report(directory, found)
+    report(directory, {**found, "runs": in_runs(directory)})
 
 
 if __name__ == "__main__":

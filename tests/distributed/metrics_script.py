@@ -70,6 +70,9 @@ def counted(directory: Path, module: Counting, strategy: Any, loader: Any) -> di
 
 
 def in_fabric(num_ranks: int) -> dict[str, Any]:
+    early = Fabric(accelerator="cpu", devices=num_ranks, strategy=FabricStrategy())
+    early.launch()
+    ranks = early.all_reduce(torch.ones(()), reduce_op="sum")  # no model says yet which of them share one
     fabric = Fabric(accelerator="cpu", devices=num_ranks, strategy=FabricStrategy(tensor_parallel_size=2))
     fabric.launch()
     fabric.setup(inject(models.llama(layers=1), LoRAConfig(r=2)))
@@ -79,6 +82,7 @@ def in_fabric(num_ranks: int) -> dict[str, Any]:
     metric = SumMetric(process_group=group)
     metric.update(mine.float())
     return {
+        "ranks": float(ranks),
         "sum": float(fabric.all_reduce(mine.sum().float(), reduce_op="sum")),
         "mean": float(fabric.all_reduce(mine.float().mean())),
         "gathered": fabric.all_gather(mine).reshape(-1, 3),

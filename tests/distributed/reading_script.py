@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, MegatronLoRAStrategy, inject
+from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy, inject
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
 from lightning_lora.gradient_norm import total_norm
 from tests import models
@@ -105,19 +105,21 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "megatron_lora": lambda: MegatronLoRAStrategy(tensor_parallel_size=2),
     "fsdp_lora": lambda: "fsdp_lora",
 }
+IN_SHARDS = {"shard_adapters": True, "min_shard_numel": 1000}
 
 
-def run(directory: Path, module: Reader, strategy: str = "megatron_lora", **settings: Any) -> Reader:
+def run(directory: Path, module: Reader, strategy: Any = "megatron_lora", **settings: Any) -> Reader:
     # ranks that share a model see the same batches
     data = rank_loader(0, 1) if strategy == "megatron_lora" else rank_loader(int(os.environ["RANK"]), 2)
-    fit(directory, module, STRATEGIES[strategy](), loaders={"train_dataloaders": data}, **settings)
+    built = STRATEGIES[strategy]() if strategy in STRATEGIES else strategy
+    fit(directory, module, built, loaders={"train_dataloaders": data}, **settings)
     return module
 
 
 def error_of(act: Callable[..., Any], *arguments: Any, **settings: Any) -> str:
     try:
         act(*arguments, **settings)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return "none"
 
@@ -140,12 +142,18 @@ def main(directory: Path) -> None:
     twice = {"limit_train_batches": 2, "accumulate_grad_batches": 2}
     refused["accumulating"] = error_of(run, no, Reader.doing(by_hand), **twice)
     refused["Fabric"] = error_of(in_fabric, READINGS["clip_grad_norm_"])
+    beside = {"lora": {"modules_to_save": ["norm"]}, **one}  # a norm stays whole beside adapters in shards
+    strategy = FSDPLoRAStrategy(**IN_SHARDS)
+    refused["in shards"] = error_of(run, no, Reader.doing(READINGS["clip_grad_norm_"]), strategy, **beside)
     for name in STRATEGIES:
         refused[f"past {name}"] = error_of(run, no, Manual.doing(by_hand), name, **one)
         found["drift"][f"{name} at once"] = error_of(run, no, Reader.doing(scaled_by_rank(after=0)), name)
         last = scaled_by_rank(after=7)  # the last step of two epochs
         found["drift"][f"{name} late"] = error_of(run, directory / "late", Reader.doing(last), name, max_epochs=2)
     found["refused"] = refused
+    # each rank has all of every tensor, and torch's own clipping is right
+    alone = MegatronLoRAStrategy(tensor_parallel_size=1)
+    found["clipped"] = state(run(directory / "one", Reader.doing(READINGS["clip_grad_norm_"]), alone))
     found["clamped"] = state(run(directory / "clamped", Reader.doing(clamped)))
     found["norms"] = [
         float(norm) for norm in run(directory / "norms", Reader.doing(lambda m: total_norm(m.parameters()))).found

@@ -18,8 +18,8 @@ RIGHT_ON_PARTS = {
     "Adagrad lr_decay", "LoRAAdamW ", "LoRAAdamW flat", "LoRAAdamW max_norm", "LoRAAdamW max_norm flat",
     "NeedsClosure ", "special", "grouped",
 }  # fmt: skip
-# wants sparse gradients; cannot be copied; keeps tensors of the parameters' sizes outside of its state
-NOT_TRIED = {"SparseAdam": "SparseAdam", "locked": "Locked", "lookahead": "Lookahead"}
+# wants sparse gradients; cannot be copied; knows a model; keeps tensors of the parameters' sizes outside of its state
+NOT_TRIED = {"SparseAdam": "SparseAdam", "locked": "Locked", "holding": "Holding", "lookahead": "Lookahead"}
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +72,12 @@ def test_neither_the_optimizer_nor_the_random_state_is_touched(ranks: list[Any],
     for rank in ranks:
         assert rank["tagged"][name]["untouched"]
         assert rank["DTensor"][name]["untouched"]
+
+
+def test_a_run_with_a_factored_optimizer_is_refused_at_the_start_where_adapters_are_in_parts(ranks: list[Any]) -> None:
+    for rank in ranks:
+        for strategy, remedy in (("megatron_lora", "strategy='fsdp_lora'"), ("shard_adapters", "shard_adapters=False")):
+            for error in rank["runs"][strategy]:
+                assert "Adafactor with these settings does not step on parts" in error
+                assert remedy in error
+        assert rank["runs"]["fsdp_lora"] == ["none", "none"]

@@ -57,3 +57,8 @@ def test_fabric_counts_every_row_once(run: dict[str, Any]) -> None:
         assert rank["fabric"]["sum"] == rank["fabric"]["metric"] == float(ids.sum())
         assert rank["fabric"]["mean"] == pytest.approx(float(ids.float().mean()))
         assert torch.equal(rank["fabric"]["gathered"], ids)
+
+
+def test_before_a_model_is_there_a_sum_is_over_all_ranks(run: dict[str, Any]) -> None:
+    for rank in run["ranks"]:
+        assert rank["fabric"]["ranks"] == len(run["ranks"])

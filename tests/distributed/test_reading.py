@@ -33,6 +33,12 @@ def test_what_reads_a_part_as_if_it_were_whole_is_refused_with_the_remedy(ranks:
         assert "fabric.clip_gradients" in error
 
 
+def test_torchs_error_about_gradients_in_shards_beside_whole_ones_names_the_remedy(ranks: list[Any]) -> None:
+    for rank in ranks:
+        assert "mixed torch.Tensor and DTensor" in rank["refused"]["in shards"]
+        assert "clip with Trainer(gradient_clip_val=...)" in rank["refused"]["in shards"]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_reads_a_gradient_before_it_is_averaged_is_refused(ranks: list[Any], strategy: str) -> None:
     for rank in ranks:
@@ -58,6 +64,12 @@ def test_clamping_every_entry_equals_one_process(ranks: list[Any], tmp_path: Pat
     expected = state(alone(tmp_path, Reader.doing(clamped)))
     for rank in ranks:
         torch.testing.assert_close(rank["clamped"], expected, **STEP_TOLERANCE)
+
+
+def test_torchs_clipping_is_served_where_a_part_is_all(ranks: list[Any], tmp_path: Path) -> None:
+    expected = state(alone(tmp_path, Reader.doing(READINGS["clip_grad_norm_"])))
+    for rank in ranks:
+        torch.testing.assert_close(rank["clipped"], expected, **STEP_TOLERANCE)
 
 
 def test_the_norm_of_the_whole_equals_one_process(ranks: list[Any], tmp_path: Path) -> None:
