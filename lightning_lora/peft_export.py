@@ -54,7 +54,8 @@ def save_peft(
 
     Rank and alpha that differ from most layers' are written as anchored patterns of full names, so that no order of
     patterns can change their meaning. A tied tensor that trains is written under each of its modules. PiSSA and OLoRA
-    adapters are written as their difference from the original base, at twice the rank.
+    adapters are written as their difference from the original base, at twice the rank. Heads and biases are written in
+    the dtype that they train in, and PEFT rounds them to its model's.
 
     On a model that is spread over ranks, call on all of them: rank 0 writes, and all return when the files are there.
 
