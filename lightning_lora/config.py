@@ -91,7 +91,8 @@ class LoRAConfig:
     """Settings of one adapter: ``y = x W^T + b + scaling * dropout(x) A^T B^T`` (Hu et al. 2021, sec. 4.1).
 
     Attributes:
-        r: rank, the number of rows of A and of columns of B.
+        r: rank, the number of rows of A and of columns of B. A layer that is smaller is an error by name; under
+            ``"all-linear"`` its rank is its size, at the scale of the rank that was asked for, and a line names it.
         alpha: numerator of the scale, ``scaling = alpha / r``. ``None`` is twice each layer's own rank (scaling 2).
         dropout: probability in ``[0, 1)`` of zeroing an entry of the adapter's input while training.
         target_modules: which layers to adapt. A list names modules exactly or by a dotted suffix; a string is a regular
@@ -123,8 +124,9 @@ class LoRAConfig:
         init_rng: ``"name"`` seeds each adapter's own generator from its name, so that values do not depend on the order
             of layers or the number of processes; ``"peft"`` draws from the default generator exactly as PEFT does.
         init_seed: mixed into the seed of ``init_rng="name"``; ``None`` takes the seed of ``seed_everything``, else 0.
-        adapter_dtype: dtype that adapters are created in and never fall below: ``"float32"``, ``"bfloat16"``,
-            ``"float16"``, ``"float64"``, or ``"auto"`` for the dtype of each base weight.
+        adapter_dtype: dtype that adapters are created in, and that whatever trains (heads and biases of the base too)
+            never falls below: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, or ``"auto"`` for the dtype
+            of each base weight. Heads and biases are cast to the base's dtype where they are read.
 
     Raises:
         ValueError, TypeError: a value is out of range or of the wrong type; the message says what was expected.

@@ -36,7 +36,8 @@ def merge(model: nn.Module, remove: bool = False) -> nn.Module:
     Args:
         model: the adapted model, or a module around it.
         remove: take the adapters out for good and keep no copies: a plain model with the merged weights remains, in
-            shards if it was. Heads and biases that trained keep their trained values.
+            shards if it was. Heads and biases that trained keep their trained values, rounded once to the base's dtype;
+            those that are in shards themselves stay in ``adapter_dtype``, and are cast where they are read.
 
     Raises:
         ValueError: a weight is tied to another layer, which would change too; a layer's own forward is such that a

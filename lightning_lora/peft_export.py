@@ -63,7 +63,8 @@ def save_peft(
 
     Rank and alpha that differ from most layers' are written as anchored patterns of full names, so that no order of
     patterns can change their meaning. A tied tensor that trains is written under each of its modules. PiSSA and OLoRA
-    adapters are written as their difference from the original base, at twice the rank.
+    adapters are written as their difference from the original base, at twice the rank. Heads and biases are written in
+    the dtype that they train in, and PEFT rounds them to its model's.
 
     Of a module around the adapted model, what else trains is left out, and named in one line.
 
