@@ -202,9 +202,15 @@ def is_transformed() -> bool:
 
     Layers are then computed by torch's own operations: they can be transformed, an autograd function cannot.
     """
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or forward_ad._current_level >= 0)
+    if torch.compiler.is_compiling():
+        return bool(_has_transforms())
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_transforms() -> bool:
+    """Return the same where code is compiled: in a graph, transforms are fixed."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def plain_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:

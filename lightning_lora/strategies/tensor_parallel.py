@@ -181,7 +181,7 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
     if isinstance(layer, LoRALayer) and type(layer).__bases__[0] is not LoRALinear:
         raise ValueError(
             f"{name!r} is adapted by {type(layer).__bases__[0].__name__}, which tensor parallelism does not serve "
-            "(DoRA, lora_bias, PiSSA, OLoRA, token rows): leave the option or the layer out, or use "
+            "(DoRA, lora_bias, PiSSA, OLoRA, token rows, a weight that is read): leave the option or layer out, or use "
             "strategy='fsdp_lora'"
         )
     if not isinstance(layer, LoRALayer) and type(layer).forward is not nn.Linear.forward:
