@@ -1,5 +1,6 @@
 """One rank of a launch that hangs, works or writes for longer than a test lets it."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +24,13 @@ def stay_away() -> None:
     threading.Event().wait()
 
 
+def start_another() -> None:
+    """Wait for a process of this one's own, which never ends."""
+    child = subprocess.Popen(["sleep", "infinity"])
+    print(f"started {child.pid}", flush=True)
+    child.wait()
+
+
 def work() -> None:
     while True:
         sum(range(1000))
@@ -34,9 +42,10 @@ def write() -> None:
         time.sleep(0.1)
 
 
-WAYS = {function.__name__: function for function in (wait_for_the_other, work, write)}
+WAYS = {function.__name__: function for function in (wait_for_the_other, start_another, work, write)}
 
 
 if __name__ == "__main__":
-    WAYS[sys.argv[2]]()
-    report(Path(sys.argv[1]), "ended")
+    if sys.argv[2] != "say_nothing":
+        WAYS[sys.argv[2]]()
+        report(Path(sys.argv[1]), "ended")

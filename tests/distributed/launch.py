@@ -39,9 +39,12 @@ def launch(
         idle_s: they are killed after so long without progress, see :class:`Watch`.
         fresh: the ranks share no memory with a process that was there before.
     """
+    results = [directory / f"rank{rank}.pt" for rank in range(num_ranks)]
+    for result in results:  # of an earlier launch
+        result.unlink(missing_ok=True)
     limits = {"timeout_s": timeout_s, "idle_s": idle_s}
     run(script, torchrun_variables(num_ranks), directory, str(directory), *arguments, fresh=fresh, **limits)
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+    return [torch.load(result, weights_only=True) for result in results]
 
 
 def run(
@@ -144,7 +147,7 @@ def _obeyed(order: dict[str, Any], timeout_s: float, idle_s: float) -> tuple[lis
     try:
         codes: list[int] = json.loads(zygote.stdout.readline())
     except BaseException:  # pytest's own time limit
-        _kill(children, signal.SIGKILL)
+        watch.kill(signal.SIGKILL)
         _zygote.cache_clear()
         raise
     finally:
@@ -154,10 +157,10 @@ def _obeyed(order: dict[str, Any], timeout_s: float, idle_s: float) -> tuple[lis
 
 
 class Watch(threading.Thread):
-    """Aborts ranks that hang, and keeps why in ``hang``.
+    """Aborts ranks that hang, with the processes that they have started, and keeps why in ``hang``.
 
-    Progress is a longer output, or processor time: of all ranks together at least a hundredth of one core's, which
-    ranks that wait for one another do not use.
+    Progress is a longer output, or processor time: of all together at least a hundredth of one core's, which ranks that
+    wait for one another do not use.
     """
 
     def __init__(self, processes: list[int], outputs: list[str], timeout_s: float, idle_s: float) -> None:
@@ -179,15 +182,34 @@ class Watch(threading.Thread):
                 return self._abort(f"the ranks made no progress for {self.idle_s:g} s")
 
     def _progress(self) -> tuple[float, int]:
-        """Return the processor time of all ranks, in seconds, and the number of bytes that they have written."""
-        used_s = sum(map(processor_time_s, self.processes))
+        """Return the processor time of all processes, in seconds, and the number of bytes that they have written."""
+        used_s = sum(map(processor_time_s, self.family()))
         return used_s, sum(Path(output).stat().st_size for output in self.outputs if Path(output).exists())
 
     def _abort(self, hang: str) -> None:
         self.hang = hang
-        _kill(self.processes, signal.SIGABRT)
+        self.kill(signal.SIGABRT)
         if not self.done.wait(10):
-            _kill(self.processes, signal.SIGKILL)
+            self.kill(signal.SIGKILL)
+
+    def kill(self, by: signal.Signals) -> None:
+        for process in self.family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, by)
+
+    def family(self) -> list[int]:
+        """Return the ranks and, behind them, all processes that they have started and that are alive."""
+        family = [*self.processes]
+        for process in family:  # which grows
+            family += children_of(process)
+        return family
+
+
+def children_of(process: int) -> list[int]:
+    with contextlib.suppress(OSError):  # it has ended
+        lists = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children")]
+        return [int(number) for numbers in lists for number in numbers.split()]
+    return []
 
 
 def processor_time_s(process: int) -> float:
@@ -195,7 +217,7 @@ def processor_time_s(process: int) -> float:
     try:
         # behind the name, which may hold spaces; the first of these fields is the third of the line
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:  # it has ended
         return 0.0
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
@@ -210,12 +232,6 @@ def _zygote() -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         text=True,
     )
-
-
-def _kill(processes: list[int], by: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, by)
 
 
 def free_port() -> int:
