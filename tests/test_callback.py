@@ -670,7 +670,7 @@ class TestCompany:
             def __init__(self) -> None:
                 super().__init__()
                 self.model = torch.compile(models.llama(tied=True, layers=1), backend="eager")
-                self.teacher = nn.Linear(3, 3).requires_grad_(False)
+                self.teacher = models._seeded(lambda: nn.Linear(3, 3)).requires_grad_(False)
 
         straight, resumed = Compiled(), Compiled()
         callback = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
