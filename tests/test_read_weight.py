@@ -48,7 +48,8 @@ def in_table(read: Read) -> bool:
 
 @pytest.fixture(scope="module")
 def found() -> set[Read]:
-    return reads(Path(transformers.__file__).parent / "models", "modeling_*.py")
+    root = Path(transformers.__file__).parent
+    return reads(root, "modeling_*.py") | reads(root / "generation", "*.py") | reads(root / "loss", "*.py")
 
 
 def test_whatever_transformers_reads_is_served_or_refused(found: set[Read]) -> None:
@@ -86,6 +87,8 @@ class Parent(nn.Module):
         return torch.matmul(y, other.weight)
 class Own(nn.Linear):
     pass
+def project(layer, x):
+    return x @ layer.weight.t()
 """
     (tmp_path / "modeling_own.py").write_text(code)
     assert {(read.path, read.kind) for read in reads(tmp_path, "modeling_*.py")} == {
@@ -93,6 +96,7 @@ class Own(nn.Linear):
         ("c.*", "embedding"),
         ("d", "linear"),
         ("other", "unknown"),
+        ("layer", "unknown"),
     }
 
 
@@ -142,6 +146,15 @@ def sam_prompts() -> nn.Module:
     from transformers.models.sam.modeling_sam import SamPromptEncoder
 
     return SamPromptEncoder(config)
+
+
+def layoutlm() -> nn.Module:
+    return transformers.LayoutLMv3Model(
+        transformers.LayoutLMv3Config(
+            vocab_size=32, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            visual_embed=False, coordinate_size=2, shape_size=2,
+        )
+    )  # fmt: skip
 
 
 class Scaled(nn.Module):
@@ -253,6 +266,18 @@ def test_what_is_called_beside_being_read_keeps_its_dropout() -> None:
     x = torch.ones(4, 32, dtype=torch.float64)
     assert not torch.equal(model.train() and layer(x), layer(x))
     assert torch.equal(model.eval() and layer(x), layer(x))
+
+
+def test_a_table_that_is_read_without_gradients_has_the_adapter_in_it() -> None:
+    torch.manual_seed(0)
+    model = inject(layoutlm().eval(), LoRAConfig(r=2, target_modules=["rel_pos_bias", "rel_pos_x_bias"]))
+    with torch.no_grad():
+        before = model(input_ids=IDS).last_hidden_state
+        models.fill_adapters(model, std=2.0)
+        output = model(input_ids=IDS).last_hidden_state
+        assert not torch.allclose(before, output)
+        with merged(model):
+            torch.testing.assert_close(model(input_ids=IDS).last_hidden_state, output)
 
 
 def test_reformer_generates_with_its_cache_as_without() -> None:

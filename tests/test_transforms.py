@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from lightning_lora import LoRAConfig, inject, linear_cross_entropy, save_peft
+from lightning_lora.dropout_mask import keep_mask
 from lightning_lora.inject import named_lora_layers
 from tests import models, zoo
 
@@ -176,6 +177,12 @@ def test_dropout_under_vmap_is_one_mask_or_one_for_each_sample(name: str, option
     assert not torch.equal(a[1], a[2])
     with pytest.raises(RuntimeError, match="randomness"):
         per_sample(module, kind.x)
+
+
+def test_a_mask_for_each_sample_is_made_where_the_input_is() -> None:
+    x = torch.ones(3, 4, device="meta")  # as on a GPU: seeds are drawn on CPU
+    masks = vmap(lambda seed: keep_mask(seed, x, 0.5))(torch.arange(2))
+    assert (masks.shape, masks.device.type) == ((2, 3, 4), "meta")
 
 
 def test_llama_with_dropout_draws_for_each_sample() -> None:

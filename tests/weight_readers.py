@@ -13,7 +13,7 @@ KINDS |= {f"Conv{n}d": "convolution" for n in (1, 2, 3)}
 FACTS = {"data_ptr", "device", "dim", "dtype", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
 # what runs when a model is built, and what is called to change its size
 NOT_IN_FORWARD = ("__init__", "init", "_init", "reset", "_reset", "resize", "_resize", "_get_resized", "tie", "set_")
-NOT_IN_FORWARD += ("_copy", "initialize", "_set_", "_get_qa")
+NOT_IN_FORWARD += ("_copy", "initialize", "_set_", "_get_qa", "replace_", "_make_linear", "my_convert", "prune")
 # a line that may read one: no name of a tensor in quotes, no random start, no parameter of the module's own
 _ASKED = "|".join(sorted(FACTS))
 MAY_READ = re.compile(
@@ -37,7 +37,14 @@ def reads(directory: Path, pattern: str) -> set[Read]:
     trees = [ast.parse(text) for text in texts if any(map(MAY_READ.match, text.splitlines()))]
     own = [{node.name: node for node in tree.body if isinstance(node, ast.ClassDef)} for tree in trees]
     all_classes = {name: node for classes in own for name, node in classes.items()}
-    return {read for classes in own for node in classes.values() for read in _of(node, ChainMap(classes, all_classes))}
+    found = {read for classes in own for node in classes.values() for read in _of(node, ChainMap(classes, all_classes))}
+    functions = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return found | {
+        Read(f"{function.name}()", path, "unknown")
+        for function in functions
+        if not function.name.startswith(NOT_IN_FORWARD)
+        for path in _paths(function)
+    }
 
 
 def _of(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> Iterator[Read]:
