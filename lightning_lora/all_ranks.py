@@ -4,7 +4,8 @@ import time
 
 import torch
 
-PATIENCE_S = 30.0  # ranks of a run are apart by what one of them does alone
+PATIENCE_S = 30.0  # of rank 0, which `if trainer.is_global_zero:` lets in alone
+WAIT_S = 600.0  # of the others: what one rank does alone before all meet, rank 0 does
 _POLL_S = 0.02
 
 
@@ -15,7 +16,8 @@ def meet(function: str) -> None:
     something else would take part in by mistake, and which a rank alone could not leave.
 
     Raises:
-        ValueError: not all came within half a minute. Those that come later are told the same.
+        ValueError: not all came within half a minute of rank 0, or within ten minutes of another. Those that come
+            later are told the same.
     """
     if torch.distributed.get_world_size() == 1:
         return
@@ -29,7 +31,7 @@ def meet(function: str) -> None:
     store.set(f"{meeting}/{rank}", "")
     if store.add(f"{meeting}/count", 1) == size:
         store.compare_set(f"{meeting}", "", "all here")
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + (PATIENCE_S if rank == 0 else WAIT_S)
     while not store.check([f"{meeting}"]):
         if time.monotonic() > deadline:
             store.compare_set(f"{meeting}", "", "given up")
@@ -39,7 +41,7 @@ def meet(function: str) -> None:
         absent = [other for other in range(size) if not store.check([f"{meeting}/{other}"])]
         raise ValueError(
             f"{function} was called on rank {rank}, and not on {'rank' if len(absent) == 1 else 'ranks'} "
-            f"{', '.join(map(str, absent)) or 'the others'} within {PATIENCE_S:g} s. The adapters are spread over "
-            "ranks (by tensor parallelism, or shard_adapters=True), so all ranks must call it: take it out of "
+            f"{', '.join(map(str, absent)) or 'the others'} in time. The adapters are spread over ranks (by "
+            "tensor parallelism, or shard_adapters=True), so all ranks must call it: take it out of "
             "`if trainer.is_global_zero:`. Rank 0 alone writes files all the same"
         )

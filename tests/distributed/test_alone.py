@@ -38,8 +38,8 @@ def test_rank_zero_alone_is_told_that_all_must_call_where_adapters_are_spread(
     run: dict[str, Any], strategy: str
 ) -> None:
     first, second = run["ranks"][0][strategy]["errors"]
-    assert "save_peft was called on rank 0, and not on rank 1 within" in first
-    assert "adapter_state_dict was called on rank 0, and not on rank 1 within" in second
+    assert "save_peft was called on rank 0, and not on rank 1 in time" in first
+    assert "adapter_state_dict was called on rank 0, and not on rank 1 in time" in second
     assert "all ranks must call it" in first
     assert run["ranks"][1][strategy]["errors"] == []
     assert not (run["directory"] / strategy / "alone").exists()
