@@ -165,17 +165,24 @@ def _planned(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> _Pla
     # at the scale of the rank that was asked for: B A can be the same matrices
     capped = _capped(config, ranks, sizes)
     ranks |= capped
-    for name, layer in layers.items():
+    plan = _Plan(modules, layers, mixins, ranks, scales, capped, parts, parameters, rows, trained_whole)
+    _check_pairs(plan, sizes, config, check_ranks=check_ranks)
+    return plan
+
+
+def _check_pairs(plan: _Plan, sizes: Mapping[str, tuple[int, int]], config: LoRAConfig, *, check_ranks: bool) -> None:
+    """Raise ``ValueError`` for a rank that a layer or parameter cannot have."""
+    for name, layer in plan.layers.items():
         if check_ranks:
-            _check_rank(name, type(layer).__name__, sizes[name], ranks[name])
-        _check_shapes(name, layer, mixins[name], ranks[name], config)
-    for name, locals_ in parameters.items():
+            _check_rank(name, type(layer).__name__, sizes[name], plan.ranks[name])
+        _check_shapes(name, layer, plan.mixins[name], plan.ranks[name], config)
+    for name, locals_ in plan.parameters.items():
         for local in locals_:
-            pair, (experts, *features) = _join(name, local), sizes_of_parameter(modules[name], local)
+            pair = _join(name, local)
+            experts, *own = sizes_of_parameter(plan.modules[name], local)
             if check_ranks:
-                _check_rank(pair, "matrix", (features[0], features[1]), ranks[pair])
-            _check_start(pair, ranks[pair], 2 if experts == 1 else 3, config)
-    return _Plan(modules, layers, mixins, ranks, scales, capped, parts, parameters, rows, trained_whole)
+                _check_rank(pair, "matrix", (own[0], own[1]), plan.ranks[pair])
+            _check_start(pair, plan.ranks[pair], 2 if experts == 1 else 3, config)
 
 
 def _carry_out(plan: _Plan, model: nn.Module, config: LoRAConfig) -> None:
@@ -186,6 +193,22 @@ def _carry_out(plan: _Plan, model: nn.Module, config: LoRAConfig) -> None:
         parameter.requires_grad = False
     dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
     _train_whole(model, plan, injection, dtype)
+    initialize(_adapt(plan, model, config, dtype), config)
+    keep_parts(model)
+    fuse(model)
+    read = {module for name, module in plan.modules.items() if plan.rows and reader_of(plan.modules, name) is not None}
+    for embedding, heads, token_ids in plan.rows.values():
+        train_rows(embedding, heads, token_ids, dtype=dtype, read=read)
+    freeze_statistics(model, plan.trained_whole)
+    _keep_off_fused_paths(model, injection)
+    model.register_load_state_dict_pre_hook(_complete_state_dict)
+    guard_save_pretrained()
+    keep_state_of_forward()
+    model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
+
+
+def _adapt(plan: _Plan, model: nn.Module, config: LoRAConfig, dtype: torch.dtype | None) -> dict[str, LoRALayer]:
+    """Turn the layers of the plan, and the modules of its parameters, into adapted ones, whose pairs hold zeros."""
     how_stacked = stacks(model)
     adapted: dict[str, LoRALayer] = {}
     for name, wanted in by_layer(plan.parts, plan.layers).items():
@@ -212,18 +235,7 @@ def _carry_out(plan: _Plan, model: nn.Module, config: LoRAConfig) -> None:
     for name, locals_ in plan.parameters.items():
         own = {local: (plan.ranks[_join(name, local)], plan.scales[_join(name, local)]) for local in locals_}
         adapted[name] = adapt_parameters(plan.modules[name], own, dtype=dtype)
-    initialize(adapted, config)
-    keep_parts(model)
-    fuse(model)
-    read = {module for name, module in plan.modules.items() if plan.rows and reader_of(plan.modules, name) is not None}
-    for embedding, heads, token_ids in plan.rows.values():
-        train_rows(embedding, heads, token_ids, dtype=dtype, read=read)
-    freeze_statistics(model, plan.trained_whole)
-    _keep_off_fused_paths(model, injection)
-    model.register_load_state_dict_pre_hook(_complete_state_dict)
-    guard_save_pretrained()
-    keep_state_of_forward()
-    model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
+    return adapted
 
 
 def capped_ranks(root: nn.Module) -> str:

@@ -174,6 +174,14 @@ def _check_trained_whole(root: nn.Module) -> None:
                 f"{name!r} trains whole, and PEFT trains whole modules with a forward alone: keep the adapter in "
                 "checkpoints, or leave it frozen with modules_to_save=[...] that does not name it"
             )
+    beside = _hit_by_endings(root, modules)
+    hidden = [name for name in named_lora_layers(root) if _lies_in(name, beside)]
+    if hidden:
+        raise ValueError(
+            f"{hidden[0]!r} is adapted and lies in a module whose name ends as that of one which trains whole "
+            f"({', '.join(modules)}), so that PEFT would train that whole too and adapt nothing in it: keep the "
+            "adapter in checkpoints, or give the head another name"
+        )
 
 
 def _check_experts(root: nn.Module, view: nn.Module) -> str | None:

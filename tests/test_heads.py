@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, inject, load_peft, named_adapter_parameters, save_peft
+from lightning_lora import LoRAConfig, inject, load_peft, named_adapter_parameters, remove, save_peft
 from lightning_lora.callback import summary
 from lightning_lora.inject import named_lora_layers, named_trained_whole
 from lightning_lora.root import is_new_head_task, new_heads
@@ -196,6 +196,22 @@ def test_peft_and_we_read_the_heads_of_models_of_sound(name: str, tmp_path: Path
     torch.testing.assert_close(theirs(**sound()).logits, model(**sound()).logits, **close)
     assert torch.equal(ours(**sound()).logits, model(**sound()).logits)
     assert set(named_trained_whole(ours)) == set(named_trained_whole(model))
+
+
+def test_a_parameter_of_the_model_itself_trains_in_a_wider_dtype_than_the_base() -> None:
+    name, cls = "Wav2Vec2ForSequenceClassification", transformers.Wav2Vec2ForSequenceClassification
+    plain: Any = build(name, HEADS[name][0]).bfloat16()
+    inputs = {key: value.bfloat16() for key, value in sound().items()}
+    model: Any = inject(build(name, HEADS[name][0]).bfloat16(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    assert isinstance(model, cls)
+    assert type(model).__name__ == name
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=0, atol=0)
+    model(**inputs, labels=torch.tensor([0, 1])).loss.backward()
+    (weights,) = [p for n, p in model.named_parameters() if n == "layer_weights"]
+    assert weights.dtype == weights.grad.dtype == torch.float32
+    remove(model)
+    assert type(model) is cls
+    assert model.layer_weights.dtype == torch.bfloat16
 
 
 def test_a_directory_is_refused_for_a_parameter_that_trains_and_is_in_no_module(tmp_path: Path) -> None:

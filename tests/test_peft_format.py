@@ -446,16 +446,38 @@ def test_mica_leaves_the_base_alone_and_is_read(tmp_path: Path) -> None:
     torch.testing.assert_close(load_peft(models.llama(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
 
 
-def test_a_head_whose_name_ends_anothers_reaches_peft_alone(tmp_path: Path) -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.ModuleDict({"score": nn.Linear(8, 8), "prescore": nn.Linear(8, 8), "body": nn.Linear(8, 8)})
+class Scored(nn.Module):
+    """Two heads of which one's name ends the other's."""
 
-    model = inject(build(), LoRAConfig(r=2, target_modules=["body", "prescore"], modules_to_save=["score"]))
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.prescore, self.body = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(self.prescore(self.body(x)))
+
+
+def scored() -> nn.Module:
+    torch.manual_seed(0)
+    return Scored()
+
+
+def test_a_head_whose_name_ends_anothers_is_read_alone(tmp_path: Path) -> None:
+    model = inject(scored(), LoRAConfig(r=2, target_modules=["body"], modules_to_save=["score"]))
+    assert set(named_trained_whole(model)) == {"score.weight", "score.bias"}
     give_values(model)
     save_peft(model, tmp_path)
-    again = load_peft(build(), tmp_path)
+    again = load_peft(scored(), tmp_path)
+    assert set(named_trained_whole(again)) == {"score.weight", "score.bias"}
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    theirs = peft.PeftModel.from_pretrained(scored(), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x), **CLOSE)
+    torch.save(adapter_checkpoint(model), tmp_path / "file.ckpt")
+    with pytest.raises(
+        ValueError, match=r"PEFT reads 'prescore.weight' as trained.*call save_peft\(model, directory\)"
+    ):
+        convert(tmp_path / "file.ckpt", tmp_path / "converted")
 
 
 class Heads(nn.Module):
@@ -506,6 +528,16 @@ def test_heads_in_containers_that_peft_trained_are_read(container: str, tmp_path
     save_peft(ours, tmp_path / "again")
     again = peft.PeftModel.from_pretrained(heads(container), tmp_path / "again")
     torch.testing.assert_close(again(x), wrapped(x), **CLOSE)
+
+
+def test_a_head_whose_name_hides_adapters_from_peft_is_refused(tmp_path: Path) -> None:
+    model = inject(scored(), LoRAConfig(r=2, target_modules=["body", "prescore"], modules_to_save=["score"]))
+    with pytest.raises(ValueError, match=r"'prescore' is adapted and lies in a module whose name ends as that of one"):
+        save_peft(model, tmp_path)
+    net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))), nn.Linear(8, 2))
+    inject(net, LoRAConfig(r=2, target_modules=["0.1.0"], modules_to_save=["1"]))
+    with pytest.raises(ValueError, match=r"'0.1.0' is adapted and lies in a module whose name ends as that of one"):
+        save_peft(net, tmp_path)
 
 
 def test_parameters_in_a_container_are_refused_for_peft(tmp_path: Path) -> None:
