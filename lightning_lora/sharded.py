@@ -53,7 +53,7 @@ def logical(tensor: Any) -> Any:
         return tensor
     mesh, dim, stripes = split
     placement = Shard(dim) if stripes == 1 else _StridedShard(dim, split_factor=stripes)
-    return DTensor.from_local(tensor.detach(), mesh, [placement], run_check=False)
+    return DTensor.from_local(bare(tensor).detach(), mesh, [placement], run_check=False)
 
 
 def whole(tensor: Any) -> Tensor:

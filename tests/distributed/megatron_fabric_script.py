@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, named_adapter_parameters
 from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
-from lightning_lora.guarded import bare
 from lightning_lora.megatron.core import parallel_state
 from lightning_lora.sharded import is_sharded, local_part, split_over, whole
 from tests import models, runs
@@ -60,10 +59,10 @@ def loss_of(model: Any, batch: Tensor) -> Tensor:
 
 
 def gradients(model: Any) -> dict[str, Tensor | None]:
-    """Return every adapter's gradient, parts put together."""
+    """Return every adapter's gradient as anyone reads it, parts put together."""
     found: dict[str, Tensor | None] = {}
     for name, parameter in named_adapter_parameters(model.module):
-        gradient = None if parameter.grad is None else bare(parameter.grad).clone()
+        gradient = None if parameter.grad is None else parameter.grad.clone()
         if gradient is not None and hasattr(parameter, "lora_split"):
             split_over(gradient, *parameter.lora_split)
         found[name] = None if gradient is None else whole(gradient).clone()
