@@ -1,5 +1,6 @@
 """One rank of runs in which one rank does something that the other does not; it says what it was told of it."""
 
+import fcntl
 import os
 import sys
 import warnings
@@ -87,10 +88,18 @@ def fit(directory: Path, strategy: str, case: str) -> dict[str, Any]:
 
 
 def main(directory: Path, strategy: str, *cases: str) -> None:
-    """Run the cases in turn; after one in which ranks part there can be no other."""
-    notes.PATIENCE_S = 1.0
-    found = {case: fit(directory, strategy, case) for case in cases}
-    report(directory, found)
+    """Run the cases in turn; after one in which ranks part there can be no other.
+
+    The word ``"stays"`` behind it lets rank 1, which failed, live on until rank 0 has ended.
+    """
+    notes.PATIENCE_S = notes.END_S = 1.0
+    with (directory / "lock").open("w") as lock:
+        if os.environ["RANK"] == "0":
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends
+        found = {case: fit(directory, strategy, case) for case in cases if case != "stays"}
+        report(directory, found)
+        if "stays" in cases:
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 if __name__ == "__main__":

@@ -110,3 +110,11 @@ def test_a_rank_that_fails_alone_keeps_its_error_and_what_can_be_saved(runs: Any
     else:
         assert not path.exists()
         assert ranks[0]["warned"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp_lora"])
+def test_a_rank_ends_that_waits_for_one_whose_script_goes_on(tmp_path: Path, strategy: str) -> None:
+    with pytest.raises(AssertionError, match=r"ranks \[0\] failed with \[1, 0\]") as failed:
+        launch("parting_script.py", 2, tmp_path, strategy, "step", "stays")
+    words = "rank 1 raised ValueError: a batch of rank 1 (in batch 1 of epoch 0). Rank 0 waits for it in vain and ends"
+    assert words in str(failed.value)
