@@ -492,7 +492,7 @@ def _adapt_from_checkpoint(
 ) -> None:
     """Adapt ``root`` with the file's config, and what is given besides, and copy the weights that lie inside it."""
     checkpoint = one_adapter(read_checkpoint(path), root_path, path)
-    inject(root, dataclasses.replace(config_of(checkpoint, path), **given))
+    inject_anew(root, dataclasses.replace(config_of(checkpoint, path), **given), check_ranks=False)
     try:
         tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=on_nonfinite)
     except ValueError:

@@ -35,7 +35,7 @@ from lightning_lora.checkpoint import (
 from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricMegatronLoRAStrategy
-from lightning_lora.inject import inject, injected_roots
+from lightning_lora.inject import inject, inject_anew, injected_roots, injection_of
 from lightning_lora.root import find_root
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
@@ -266,7 +266,11 @@ def _adapt(module: pl.LightningModule, own_hook: Any, checkpoint: dict[str, Any]
         module.on_load_checkpoint = own_hook  # type: ignore[method-assign]
     source = "the checkpoint"
     for adapter in section_of(checkpoint, source)["adapters"]:
-        inject(module.get_submodule(adapter["root"]), LoRAConfig.from_dict(adapter["config"]))
+        root, config = module.get_submodule(adapter["root"]), LoRAConfig.from_dict(adapter["config"])
+        if injection_of(root) is None:  # PEFT makes ranks above a layer's size too, which inject refuses
+            inject_anew(root, config, check_ranks=False)
+        else:
+            inject(root, config)  # an error where it was adapted otherwise
     # names and shapes are checked after the user's hook, which may put back what its twin changed
     checkpoint["state_dict"] = fitting_tensors(checkpoint, module, source, check_names=False)
     module.on_load_checkpoint(checkpoint)

@@ -197,6 +197,18 @@ class TestWarmStart:
         assert run.global_step == 4
         assert twin.losses[0] < module.losses[0]
 
+    def test_a_rank_above_a_layer_that_peft_made_goes_on(self, tmp_path: Path) -> None:
+        large = peft.LoraConfig(r=40, target_modules=["q_proj"])  # of 32 x 32
+        peft.get_peft_model(models.llama(), large).save_pretrained(tmp_path / "peft")
+        module, twin = LanguageModule(), LanguageModule()
+        run = trainer(tmp_path, LoRACallback(init_from=str(tmp_path / "peft")))
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "large.ckpt")
+        trainer(tmp_path, LoRACallback(init_from=str(tmp_path / "large.ckpt")), max_epochs=0).fit(twin, loader())
+        assert adapter_state_dict(module)["model.layers.0.self_attn.q_proj.lora_A"].shape == (40, 32)
+        assert same_adapters(LanguageModule.load_from_checkpoint(tmp_path / "large.ckpt"), module)
+        assert same_adapters(twin, module)
+
     @pytest.fixture
     def source(self, request: pytest.FixtureRequest, tmp_path: Path) -> str:
         _, module = fitted(tmp_path, rank_pattern={"v_proj": 2})
