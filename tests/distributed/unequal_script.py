@@ -15,7 +15,7 @@ from tests import models
 from tests.distributed.launch import report
 from tests.runs import LanguageModule
 
-NUM_BATCHES = ((3, 1), (1, 2))  # of each of two dataloaders on rank 0 and rank 1
+NUM_BATCHES = ((3, 1), (1, 4))  # of each of two dataloaders on rank 0 and rank 1
 
 
 class Evaluated(LanguageModule):
