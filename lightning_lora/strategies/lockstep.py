@@ -17,7 +17,7 @@ from lightning_lora.strategies.notes import Notes, common_notes
 from lightning_lora.strategies.signals import NotedSignals, Request
 
 _BEGINS, _VALIDATES, _LEAVES = range(3)
-_OF_ALL_RANKS = ("barrier", "broadcast", "reduce", "_gather")  # methods of a strategy
+_OF_ALL_RANKS = ("barrier", "broadcast", "reduce", "_num_ranks")  # methods of a strategy
 _REMEDY = (
     "Give every rank the same number of batches (a DistributedSampler does), limit them alike, and set "
     "trainer.should_stop on all ranks: trainer.strategy.reduce_boolean_decision(...) makes one decision of theirs"
@@ -154,7 +154,7 @@ class Lockstep:
         trainer.save_checkpoint = self._save_alone
         trainer.strategy.barrier = _nothing
         trainer.strategy.broadcast = trainer.strategy.reduce = _first
-        trainer.strategy._gather = _alone
+        trainer.strategy._num_ranks = _one
 
     def _save_alone(self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None) -> None:
         """Stand for ``trainer.save_checkpoint`` where ranks have parted."""
@@ -175,5 +175,5 @@ def _first(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
 
-def _alone(value: Any) -> list[Any]:
-    return [value]
+def _one() -> int:
+    return 1
