@@ -77,12 +77,14 @@ def new_heads(root: nn.Module) -> list[str]:
 
     These are modules, and parameters that a model holds itself. A head that lies under several names has its first.
     """
-    names = {id(module): name for name, module in root.named_modules()}
-    names |= {id(parameter): name for name, parameter in root.named_parameters()}
     heads: dict[int, None] = {}
     for model in root.modules():
         if is_pretrained(model) and is_new_head_task(type(model).__name__):
             heads |= dict.fromkeys(map(id, _heads_of(model)))
+    if not heads:
+        return []
+    names = {id(module): name for name, module in root.named_modules()}
+    names |= {id(parameter): name for name, parameter in root.named_parameters()}
     return [clean_name(names[key]) for key in heads if key in names]
 
 

@@ -64,7 +64,9 @@ def run(
         directory: what they write is kept in it.
         folder: where they run.
     """
-    kept = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES and "SLURM" not in key}
+    # nor a seed that an earlier run in this process left
+    strange = ("SLURM", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    kept = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and not k.startswith(strange)}
     kept |= {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),

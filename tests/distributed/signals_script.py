@@ -152,13 +152,13 @@ def counted(trainer: pl.Trainer) -> list[int]:
     return [trainer.global_step, trainer.current_epoch, batches.completed, loop.epoch_loop._batches_that_stepped]
 
 
-def main(directory: Path, strategy: str) -> None:
+def main(directory: Path, strategy: str, stopped: str) -> None:
     rank = os.environ["RANK"]
     slurm = {"PROCID": rank, "LOCALID": rank, "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_ID": "4711"}
     os.environ.update({f"SLURM_{key}": value for key, value in slurm.items()} | {"SLURM_JOB_NAME": "train"})
     os.environ["PATH"] = f"{directory}:{os.environ['PATH']}"  # the test's own scontrol
     found: dict[str, Any] = {}
-    for who in ("nobody", "one", "all", "straggler"):
+    for who in ("nobody", stopped):
         os.environ["REQUEUED"] = str(directory / who / "requeued.txt")
         if who == "nobody":
             module = fit(directory / who, strategy, None)
@@ -170,4 +170,4 @@ def main(directory: Path, strategy: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

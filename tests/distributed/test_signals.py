@@ -12,16 +12,21 @@ SCONTROL = '#!/bin/sh\necho "$@" >> "$REQUEUED"\n'
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp_lora", "megatron_lora"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp(request.param)
-    (directory / "scontrol").write_text(SCONTROL)
-    (directory / "scontrol").chmod(0o755)
-    return {"directory": directory, "ranks": launch("signals_script.py", 2, directory, request.param)}
+def strategy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.fixture(params=["one", "all", "straggler"])
+@pytest.fixture(scope="module", params=["one", "all", "straggler"])
 def who(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def run(strategy: str, who: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp(f"{strategy}-{who}")
+    (directory / "scontrol").write_text(SCONTROL)
+    (directory / "scontrol").chmod(0o755)
+    return {"directory": directory, "ranks": launch("signals_script.py", 2, directory, strategy, who)}
 
 
 def test_every_signal_stops_all_ranks_at_the_same_step(run: dict[str, Any], who: str) -> None:
