@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_lora.inject import injection_of, named_lora_layers, named_trained_whole
+from lightning_lora.inject import injection_of, named_lora_layers, named_trained_whole, require_injection
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.quantized import stored_as
 from lightning_lora.root import clean_name, name_or_path
@@ -62,8 +62,7 @@ def fingerprint(root: nn.Module, moved: Collection[int] = ()) -> dict[str, Any]:
 
 def remember_fingerprint(root: nn.Module) -> None:
     """Keep the fingerprint of a base that was just spread over ranks, for a rank that asks alone. Called on all."""
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     injection.fingerprint = fingerprint(root)
 
 

@@ -16,7 +16,7 @@ from lightning_lora.checkpoint import trained_tensors
 from lightning_lora.fingerprint import exact_hashes, first_other_name, sampled
 from lightning_lora.inject import injected_roots, named_lora_layers
 from lightning_lora.layers.statistics import FrozenStatistics
-from lightning_lora.root import clean_name, is_megatron, is_pretrained
+from lightning_lora.root import clean_name, is_megatron, is_pretrained, joined
 from lightning_lora.sharded import reshard
 
 
@@ -95,7 +95,7 @@ def _moved(module: nn.Module) -> set[str]:
 def _left_out(module: nn.Module) -> dict[str, Tensor]:
     held = trained_tensors(module)
     buffers = {
-        clean_name(f"{path}.{name}" if path else name): buffer
+        clean_name(joined(path, name)): buffer
         for path, owner in module.named_modules()
         if not isinstance(owner, FrozenStatistics)  # of the base, by which an adapter knows it
         for name, buffer in owner._buffers.items()

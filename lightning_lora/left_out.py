@@ -6,6 +6,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from lightning_lora.messages import listed
 from lightning_lora.root import clean_name, is_inside
 
 
@@ -25,11 +26,6 @@ def trained_outside(module: nn.Module, path: str, root: nn.Module) -> list[str]:
     inside = {id(parameter) for parameter in root.parameters()}
     named = module.named_parameters()
     return outside_names((clean_name(n) for n, p in named if p.requires_grad and id(p) not in inside), path)
-
-
-def listed(names: list[str]) -> str:
-    """Return names for a message, of many the first."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def say_left_out(directory: Any, names: list[str], where: str) -> None:

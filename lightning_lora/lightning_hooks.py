@@ -23,7 +23,6 @@ from lightning.pytorch.trainer import trainer
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch import nn
 
-from lightning_lora.callback import hyperparameters
 from lightning_lora.checkpoint import (
     SECTION,
     check_tensors,
@@ -32,11 +31,13 @@ from lightning_lora.checkpoint import (
     read_checkpoint,
     section_of,
 )
-from lightning_lora.config import LoRAConfig, brief
+from lightning_lora.config import LoRAConfig
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricMegatronLoRAStrategy
 from lightning_lora.inject import inject, inject_anew, injected_roots, injection_of
+from lightning_lora.messages import brief
 from lightning_lora.root import find_root
+from lightning_lora.start_line import hyperparameters
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy

@@ -16,11 +16,11 @@ from lightning_lora.finite import OnNonfinite
 from lightning_lora.inject import (
     check_not_disabled,
     injected_roots,
-    injection_of,
     named_lora_layers,
     named_pairs,
     named_token_rows,
     named_trained_whole,
+    require_injection,
     require_root,
 )
 from lightning_lora.layers import LoRALayer
@@ -35,7 +35,7 @@ from lightning_lora.megatron.names import hugging_face_name, megatron_parts
 from lightning_lora.megatron.view import adapted_view
 from lightning_lora.peft_format import PREFIX, Entry, laid_out, write_directory
 from lightning_lora.portable import make_portable
-from lightning_lora.root import clean_name, is_megatron, name_or_path
+from lightning_lora.root import clean_name, is_inside, is_megatron, name_or_path
 from lightning_lora.sharded import is_sharded, whole
 
 _TASK_TYPES = {
@@ -204,8 +204,7 @@ def _check_experts(root: nn.Module, view: nn.Module) -> str | None:
             f"{min(lacking)!r} is not adapted and other layers of those experts are, which no PEFT directory can say: "
             "adapt gate_proj, up_proj and down_proj of all experts, or keep the adapter in checkpoints"
         )
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     if injection.config.use_rslora or len({(pair.r, pair.scaling) for pair in named_pairs(view).values()}) > 1:
         return "use_rslora, rank_pattern or alpha_pattern"
     return None
@@ -289,7 +288,7 @@ def _entries(root: nn.Module) -> list[Entry]:
 
 
 def _lies_in(owner: str, modules: Iterable[str]) -> bool:
-    return any(owner == module or owner.startswith(f"{module}.") for module in modules)
+    return any(is_inside(owner, module) for module in modules)
 
 
 def _hit_by_endings(root: nn.Module, modules: Sequence[str]) -> list[str]:
@@ -346,8 +345,7 @@ def _modules_trained_whole(root: nn.Module) -> list[str]:
 
     PEFT wraps no containers without a forward: of these come their members.
     """
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     modules = list(injection.trained_whole)
     inside = {
         id(p)
@@ -369,8 +367,7 @@ def _with_forward(name: str, module: nn.Module | None) -> list[str]:
 
 
 def _peft_config(root: nn.Module) -> dict[str, Any]:
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     config, layers = injection.config, named_lora_layers(root)
     doubled = {name for name, layer in layers.items() if isinstance(layer, ResidualLinear)}
     pairs = {  # an attention's output projection goes with the attention

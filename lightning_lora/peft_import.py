@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint import copy_tensors
-from lightning_lora.config import LoRAConfig, brief
+from lightning_lora.config import LoRAConfig
 from lightning_lora.diffusers_format import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.files import Location, location
 from lightning_lora.fingerprint import fingerprint, first_difference, first_other_value, renamed
 from lightning_lora.finite import OnNonfinite, check_finite
-from lightning_lora.inject import inject_anew, injection_of, remove
+from lightning_lora.inject import inject_anew, injection_of, remove, require_injection
 from lightning_lora.layers import LoRALayer, mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.matching import is_all_linear, layer_index, pattern_value, select_layers, select_parameters
 from lightning_lora.megatron.names import hugging_face_name
 from lightning_lora.megatron.view import adapted_view, skeleton
+from lightning_lora.messages import brief
 from lightning_lora.peft_experts import fuse_experts
 from lightning_lora.peft_format import CONFIG_NAME, Adapter, checked_config, read_config, read_tensors, sorted_tensors
 from lightning_lora.root import clean_name, is_megatron, resize_advice
@@ -105,8 +106,7 @@ def _refuse_base(model: nn.Module, directory: Location, recorded: Mapping[str, A
 def _load_megatron(model: nn.Module, directory: Location, *, check_base: bool, on_nonfinite: OnNonfinite) -> nn.Module:
     """Read a directory that names Hugging Face's layers into a Megatron-core model, by way of a skeleton of those."""
     view = load_peft(skeleton(model), directory, check_base=False, on_nonfinite=on_nonfinite)
-    injection = injection_of(view)
-    assert injection is not None
+    injection = require_injection(view)
     recorded = read_tensors(directory)[1].get("base") if check_base else None
     inject_anew(model, injection.config, check_ranks=False)
     if recorded is not None:

@@ -55,6 +55,11 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def joined(path: str, name: str) -> str:
+    """Return the name that ``name`` inside ``path`` has; ``path`` may be empty."""
+    return f"{path}.{name}" if path else name
+
+
 def is_inside(name: str, path: str) -> bool:
     """Whether a clean name is ``path`` or lies below it; everything lies below ``""``."""
     return not path or name == path or name.startswith(f"{path}.")

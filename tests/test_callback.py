@@ -30,9 +30,9 @@ from lightning_lora import (
     named_adapter_parameters,
     remove,
 )
-from lightning_lora.callback import summary
 from lightning_lora.inject import named_lora_layers, named_pairs
 from lightning_lora.layers import LoRALayer
+from lightning_lora.start_line import summary
 from lightning_lora.strategies.adapter_only import adopt
 from lightning_lora.strategies.fabric import adopt_fabric
 from tests import models, zoo

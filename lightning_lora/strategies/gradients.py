@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.gradient_norm import total_norm
 from lightning_lora.guarded import PartOfGradient, UnreducedGradient, bare, guard
+from lightning_lora.messages import listed
 from lightning_lora.sharded import collective_device, is_sharded, local_part, shard_group
 from lightning_lora.strategies.replication import drifted
 
@@ -175,7 +176,7 @@ def _flat_gradient(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
 
 
 def _drift_error(drift: Mapping[str, float]) -> str:
-    some = ", ".join(list(drift)[:3]) + (f" and {len(drift) - 3} more" if len(drift) > 3 else "")
+    some = listed(list(drift), 3)
     return (
         f"the ranks train different adapters: {some} should be equal on all ranks and differ by up to "
         f"{max(drift.values()):.1e}. Something between backward and step changed gradients or parameters on each rank "
