@@ -2,12 +2,9 @@
 
 import dataclasses
 import functools
-import io
-import pickle
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -37,6 +34,7 @@ from lightning_lora.starting_point import adapt_module, configure_then_adapt
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
 from lightning_lora.strategies.progress import begin_after_last_batch
+from lightning_lora.strategies.refusals import check_readable
 
 _REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 
@@ -161,7 +159,11 @@ class LoRACallback(Callback):
             )
         for holder in (pl_module, getattr(trainer, "datamodule", None)):
             if holder is not None:
-                _check_hyperparameters(holder)
+                check_readable(
+                    dict(holder.hparams),
+                    "the module's hyperparameters hold objects that a safe load of the checkpoint would refuse: keep "
+                    "them out with self.save_hyperparameters(ignore=[...])",
+                )
         look_for_moved(pl_module)
         _let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, require_injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
@@ -170,7 +172,7 @@ class LoRACallback(Callback):
         if dropout and not all(layer.training for layer in named_lora_layers(root).values()):
             rank_zero_info(
                 f"{class_name(root)} is in eval mode, as from_pretrained leaves it: the adapters' dropout of {dropout} "
-                "is on all the same, the model's own dropout is off. To have both, call train() on the model"
+                "is on, the model's own dropout is off. To have both, call train() on the model"
             )
 
     @override
@@ -333,18 +335,3 @@ def _let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
     reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
     if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
         enable()
-
-
-def _check_hyperparameters(pl_module: Any) -> None:
-    """Find out at the start, not at the first save, that a checkpoint could not be read again."""
-    buffer = io.BytesIO()
-    torch.save(dict(pl_module.hparams), buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            "the module's hyperparameters hold objects that a safe load of the checkpoint would refuse: keep "
-            "them out with self.save_hyperparameters(ignore=[...]), or allow their class with "
-            f"torch.serialization.add_safe_globals. {error}"
-        ) from error

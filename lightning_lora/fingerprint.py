@@ -61,13 +61,13 @@ def fingerprint(root: nn.Module, moved: Collection[int] = ()) -> dict[str, Any]:
 
 
 def remember_fingerprint(root: nn.Module) -> None:
-    """Keep the fingerprint of a base that was just spread over ranks, for a rank that asks alone. Called on all."""
+    """Keep the fingerprint of a base that was just spread, so that one rank can ask for it. Called on all ranks."""
     injection = require_injection(root)
     injection.fingerprint = fingerprint(root)
 
 
 def known_fingerprint(root: nn.Module) -> dict[str, Any]:
-    """Return the fingerprint of a base, of one that is spread over ranks the one that was kept: no communication."""
+    """Return a base's fingerprint without communication: of a spread base, the one kept when it was spread."""
     injection = injection_of(root)
     kept = None if injection is None else injection.fingerprint
     return fingerprint(root) if kept is None or not any(map(is_sharded, root.parameters())) else kept

@@ -1,4 +1,4 @@
-"""``LightningCLI --optimizer=...``: built when the model has its adapters.
+"""``LightningCLI --optimizer=...``: the optimizer is built after the model has its adapters.
 
 LightningCLI builds the optimizer that its arguments describe from ``model.parameters()`` before the Trainer runs, when
 no adapters are there, and a model of ``configure_model`` has no parameters at all. ``LoRACallback`` calls
@@ -36,7 +36,9 @@ def _building_late(add: Any, callback: type) -> Any:
         if not any(isinstance(one, callback) for one in _callbacks(cli)):
             add(cli, subcommand)
             return
-        with contextlib.suppress(Exception):  # what is wrong without adapters, or will be said when it is built again
+        with contextlib.suppress(
+            Exception
+        ):  # it may fail without adapters; a real error is raised when it is built late
             add(cli, subcommand)
             if "configure_optimizers" not in vars(cli.model):
                 return  # the arguments describe no optimizer

@@ -1,10 +1,13 @@
 """The places where Lightning itself has to know about adapters and offers no hook.
 
-Importing the package registers ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and wraps Fabric's
-``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in time, the function
-behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most, what
-restores a Trainer's model, which without the callback would list every base weight as missing, and the function that
-logs hyperparameters. Each wrapper looks for adapters first and is Lightning's own where there are none.
+Importing the package registers ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and wraps:
+
+- Fabric's ``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in time;
+- the function behind ``LightningModule.load_from_checkpoint``, which would drop adapters with a warning at most;
+- the method that restores a Trainer's model, which without the callback would list every base weight as missing;
+- the function that logs hyperparameters.
+
+Each wrapper looks for adapters first and runs Lightning's own code where there are none.
 """
 
 import functools
@@ -94,7 +97,7 @@ def _adopting(method: Any) -> Any:
 
 
 def _loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load a file; one that holds adapters, for models without any, is an error that says what to do about it."""
+    """Load a file; raise an error that says what to do if it holds adapters and no model in the state does."""
     path, state, *_ = (*args, *(kwargs[name] for name in ("path", "state", "obj") if name in kwargs), None, None)
     holders = list(state.values()) if isinstance(state, dict) else [state]
     is_bare = any(isinstance(one, nn.Module) for one in holders) and not any(map(_has_adapters, holders))
@@ -176,7 +179,7 @@ def _has_adapters(value: Any) -> bool:
 
 
 def _logging_adapters(log_hyperparams: Any) -> Any:
-    """Return Lightning's ``_log_hyperparams(trainer)`` that tells of the adapters in the same call of each logger.
+    """Return Lightning's ``_log_hyperparams(trainer)``, which logs the adapters' hyperparameters in the same call.
 
     Some loggers keep one call alone, or refuse a key's second value.
     """
@@ -197,7 +200,7 @@ def _logging_adapters(log_hyperparams: Any) -> Any:
 
 
 class _Adding:
-    """Stands before a logger, and adds to the hyperparameters that Lightning found, if it found any."""
+    """Stands in for a logger, and adds the adapters' hyperparameters to those that Lightning found, if any."""
 
     def __init__(self, logger: Any, ours: dict[str, Any]) -> None:
         self.logger, self.values = logger, ours

@@ -171,16 +171,16 @@ def _check_trained_whole(root: nn.Module) -> None:
     for name in modules:
         if name not in owners or isinstance(owners[name], (nn.ParameterList, nn.ParameterDict)):
             raise ValueError(
-                f"{name!r} trains whole, and PEFT trains whole modules with a forward alone: keep the adapter in "
+                f"{name!r} trains whole, and PEFT trains only modules that have a forward: keep the adapter in "
                 "checkpoints, or leave it frozen with modules_to_save=[...] that does not name it"
             )
     beside = _hit_by_endings(root, modules)
     hidden = [name for name in named_lora_layers(root) if _lies_in(name, beside)]
     if hidden:
         raise ValueError(
-            f"{hidden[0]!r} is adapted and lies in a module whose name ends as that of one which trains whole "
-            f"({', '.join(modules)}), so that PEFT would train that whole too and adapt nothing in it: keep the "
-            "adapter in checkpoints, or give the head another name"
+            f"{hidden[0]!r} is adapted and lies in a module whose name ends like that of one that trains whole "
+            f"({', '.join(modules)}). PEFT would train both whole and adapt nothing in them: keep the adapter in "
+            "checkpoints, or give the head another name"
         )
 
 
@@ -236,8 +236,9 @@ def write_described(
     lacking = [name for _, _, names in description["entries"] for name in names if name not in named]
     if lacking:
         raise ValueError(
-            f"PEFT reads {lacking[0]!r} as trained, since its module's name ends as that of one which is, and the "
-            "checkpoint holds nothing frozen: load it into the model and call save_peft(model, directory)"
+            f"PEFT expects {lacking[0]!r} in the file, since its module's name ends like that of one that trains "
+            "whole, and the checkpoint holds no frozen tensors: load it into the model and call save_peft(model, "
+            "directory)"
         )
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}

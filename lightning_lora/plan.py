@@ -30,7 +30,7 @@ from lightning_lora.root import clean_name, joined, new_heads
 
 @dataclass
 class Plan:
-    """What an injection does to a model, with everything that can be checked before it checked.
+    """What an injection will do to a model. All that can be checked beforehand has been checked.
 
     Attributes:
         modules: all modules of the model, by clean name.
@@ -108,7 +108,7 @@ def _modules_trained_whole(model: nn.Module, config: LoRAConfig) -> list[str]:
 def _check_apart(
     layers: Mapping[str, nn.Module], parameters: Mapping[str, Any], rows: Mapping[str, tuple[Any, ...]]
 ) -> None:
-    """Raise ``ValueError`` for a module that is meant twice."""
+    """Raise ``ValueError`` for a module that two options name."""
     adapted = {id(layer): name for name, layer in layers.items()}
     for name in parameters:
         if name in layers:

@@ -120,7 +120,7 @@ def _heads_of(model: nn.Module) -> list[nn.Module | nn.Parameter]:
 
 
 def perhaps_new_heads(root: nn.Module) -> list[str]:
-    """Return the clean names of modules that may be a new head of the user's, which no name of a class tells.
+    """Return the clean names of modules that may be a new head of the user's; no class name tells for certain.
 
     In a transformers model they are the modules that transformers did not make; elsewhere they are what follows the
     last large child.

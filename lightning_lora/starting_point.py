@@ -80,7 +80,7 @@ def adapt_module(
 def _adapt_from_checkpoint(
     root: nn.Module, root_path: str, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite
 ) -> None:
-    """Adapt ``root`` with the file's config, and what is given besides, and copy the weights that lie inside it."""
+    """Adapt ``root`` with the file's config, in which ``given`` replaces settings, and copy the weights inside it."""
     checkpoint = one_adapter(read_checkpoint(path), root_path, path)
     inject_anew(root, dataclasses.replace(config_of(checkpoint, path), **given), check_ranks=False)
     try:
@@ -92,7 +92,7 @@ def _adapt_from_checkpoint(
 
 
 def _adapt_from_directory(root: nn.Module, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite) -> None:
-    """Adapt ``root`` as a PEFT directory says, then again with what is given besides, which the tensors must fit."""
+    """Adapt ``root`` as a PEFT directory says, or as it says but for the settings ``given``, if its tensors fit them."""
     load_peft(root, path, on_nonfinite=on_nonfinite)
     config = require_injection(root).config
     wanted = dataclasses.replace(config, **given)

@@ -89,7 +89,7 @@ class AdapterOnly(Strategy):
     """Mixin for a Trainer strategy whose checkpoints hold the adapters alone.
 
     Attributes:
-        shards: whether the strategy spreads the model over ranks, so that looking at it takes all of them.
+        shards: whether the strategy spreads the model over ranks, so that reading it takes all of them.
         lockstep: what keeps the ranks of a run together.
     """
 
@@ -175,7 +175,11 @@ class AdapterOnly(Strategy):
         self._check_finite(checkpoint[STATE_KEY], filepath)
         checkpoint[SECTION] = section
         if self.is_global_zero and not self._checked_readable:
-            check_readable(checkpoint)
+            check_readable(
+                checkpoint,
+                "the checkpoint would hold objects that a safe load refuses, from hyperparameters (keep them out with "
+                "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values",
+            )
             self._checked_readable = True
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.peft_roots and not location(filepath).name.startswith("."):
@@ -389,12 +393,12 @@ class AdapterOnly(Strategy):
         return self._random_states is not None
 
     def forget_random_state(self) -> None:
-        """Restore random states no more: the resumed run is under way."""
+        """Drop the loaded random states: the resumed run is under way."""
         self._random_states = self._loaders_to_restore = self._loaded = None
         self._position, self._loader_states, self._is_over = None, None, False
 
     def note_end(self) -> None:
-        """Keep where the run ends for files that are written later: its dataloaders will have lost their position."""
+        """Keep the position at the run's end for files written later, when its dataloaders have lost theirs."""
         combined = self._adapted_module().trainer.fit_loop._combined_loader
         self._position = self._collect_position()
         self._loader_states = None if combined is None else combined._state_dicts()

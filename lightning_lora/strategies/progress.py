@@ -1,4 +1,4 @@
-"""Where a run stood when its checkpoint was written, so that a resume goes on with the next batch and no other.
+"""Correct where a checkpoint says that its run stood, so that a resume begins with the next batch.
 
 Lightning counts epochs and batches as ready, started, processed and completed, and concludes at a resume from these
 counts in which hook the file was written. Three files mislead it: of a run that was ended in the middle of an epoch,

@@ -37,18 +37,20 @@ def check_reader(checkpoint_io: Any) -> None:
         )
 
 
-def check_readable(checkpoint: dict[str, Any]) -> None:
-    """Find out at the first save, not at the resume, that a file holds objects which a safe load refuses."""
+def check_readable(content: dict[str, Any], problem: str) -> None:
+    """Raise ``ValueError`` for objects that a safe load would refuse, before a file holds them.
+
+    Args:
+        problem: begins the error: where the objects come from, and how to leave them out.
+    """
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save(content, buffer)
     buffer.seek(0)
     try:
         torch.load(buffer, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            "the checkpoint would hold objects that a safe load refuses, from hyperparameters (keep them out with "
-            "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values, or "
-            f"allow their class with torch.serialization.add_safe_globals. {error}"
+            f"{problem}, or allow their class with torch.serialization.add_safe_globals. {error}"
         ) from error
 
 
