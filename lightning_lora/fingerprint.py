@@ -159,7 +159,7 @@ def exact_hashes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     itself at another time, in one layout: a sharded one is hashed part by part and the integers are summed over its
     ranks (call on all ranks then).
     """
-    hashes = summed([_exact_hash(tensor) for tensor in tensors.values()], list(tensors.values()))
+    hashes = summed([exact_hash(tensor) for tensor in tensors.values()], list(tensors.values()))
     return dict(zip(tensors, hashes.tolist(), strict=True))
 
 
@@ -233,7 +233,7 @@ def _hash(tensor: Tensor, like: Tensor, *, last_row: bool = False) -> Tensor:
     return ((mixed & _MASK) >> 20).sum().cpu()
 
 
-def _exact_hash(tensor: Tensor) -> Tensor:
+def exact_hash(tensor: Tensor) -> Tensor:
     """Return a scalar int64 on CPU: this rank's words of eight bytes, each times a number of its place, summed.
 
     The upper halves are summed once more, shifted down: a changed sign is the highest bit of a word, which two products
@@ -241,8 +241,8 @@ def _exact_hash(tensor: Tensor) -> Tensor:
     """
     part = local_part(tensor.detach())
     if is_traceable_wrapper_subclass(part):  # a quantised weight: its codes and its scales
-        inner = [_exact_hash(getattr(part, name)) for name in part.__tensor_flatten__()[0]]
-        return _exact_hash(torch.stack(inner))
+        inner = [exact_hash(getattr(part, name)) for name in part.__tensor_flatten__()[0]]
+        return exact_hash(torch.stack(inner))
     flat = part.contiguous().flatten()
     size = flat.element_size()
     num_whole = flat.numel() * size // 8 * 8 // size if flat.storage_offset() * size % 8 == 0 else 0

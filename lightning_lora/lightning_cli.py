@@ -36,9 +36,8 @@ def _building_late(add: Any, callback: type) -> Any:
         if not any(isinstance(one, callback) for one in _callbacks(cli)):
             add(cli, subcommand)
             return
-        with contextlib.suppress(
-            Exception
-        ):  # it may fail without adapters; a real error is raised when it is built late
+        # it may fail without adapters; a real error is raised when it is built late
+        with contextlib.suppress(Exception):
             add(cli, subcommand)
             if "configure_optimizers" not in vars(cli.model):
                 return  # the arguments describe no optimizer

@@ -67,9 +67,8 @@ def as_whole(value: Any, parameter: Any) -> Any:
 def _show_whole(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     for name, parameter in module._parameters.items():
         value = state_dict.get(f"{prefix}{name}")
-        if (
-            value is not None and value is not parameter and is_part(parameter)
-        ):  # keep_vars=True asks for the parameters themselves
+        # keep_vars=True asks for the parameters themselves
+        if value is not None and value is not parameter and is_part(parameter):
             state_dict[f"{prefix}{name}"] = _shown(value if is_dtensor(value) else logical(parameter))
 
 

@@ -92,7 +92,7 @@ def _adapt_from_checkpoint(
 
 
 def _adapt_from_directory(root: nn.Module, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite) -> None:
-    """Adapt ``root`` as a PEFT directory says, or as it says but for the settings ``given``, if its tensors fit them."""
+    """Adapt ``root`` as a PEFT directory says, or with other settings ``given`` if its tensors fit them."""
     load_peft(root, path, on_nonfinite=on_nonfinite)
     config = require_injection(root).config
     wanted = dataclasses.replace(config, **given)

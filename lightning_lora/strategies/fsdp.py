@@ -94,9 +94,9 @@ class FSDPRanks(Launched):
             for name, probability in drops_layers(root).items():
                 raise ValueError(
                     f"{name or type(root).__name__!r} has layerdrop={probability:g}, so each rank would skip "
-                    "other layers, and all ranks gather each layer's weights together: set layerdrop to 0 in the model's "
-                    "config (from_pretrained(..., layerdrop=0.0); encoder_layerdrop and decoder_layerdrop where it has "
-                    "them), or use strategy='ddp'"
+                    "other layers, and all ranks gather each layer's weights together: set layerdrop to 0 in the "
+                    "model's config (from_pretrained(..., layerdrop=0.0); encoder_layerdrop and decoder_layerdrop "
+                    "where it has them), or use strategy='ddp'"
                 )
 
     def setup_environment(self) -> None:
