@@ -116,7 +116,7 @@ def first_other_value(
 def first_other_name(
     own: dict[str, Any], recorded: dict[str, Any], skipped: Collection[str] = frozenset()
 ) -> str | None:
-    """Return the name of the first tensor of other values in two fingerprints."""
+    """Return the name of the first tensor whose values differ in two fingerprints."""
     own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
     rows = zip(recorded["names"], recorded["hashes"].tolist(), recorded["dtypes"], strict=True)
     for name, value, dtype in rows:

@@ -29,7 +29,7 @@ def install(callback: type) -> None:
 
 
 def _building_late(add: Any, callback: type) -> Any:
-    """Return the method, which gives the model a ``configure_optimizers``, with one that builds when it is called."""
+    """Wrap the method so that the model's ``configure_optimizers`` builds the optimizer when the run calls it."""
 
     @functools.wraps(add)
     def adding(cli: Any, subcommand: str | None) -> None:

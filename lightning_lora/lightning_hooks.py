@@ -152,7 +152,7 @@ def _check_not_bare(connector: Any) -> None:
 
 
 def _callback_of(adapter: Any, module: nn.Module) -> str:
-    """Return the call that gives an adapter of a file its callback: the settings that are not the defaults."""
+    """Return the ``LoRACallback(...)`` that an adapter of a file needs, with the settings that are not defaults."""
     defaults = LoRAConfig().to_dict()
     settings = {name: value for name, value in adapter["config"].items() if value != defaults.get(name)}
     try:

@@ -135,7 +135,7 @@ class _AsBase:
             layer.lora_active = False
 
     def leave(self) -> None:
-        """Give both back."""
+        """Put the trained parameters back and enable the adapters."""
         for module, name, parameter in self.swapped:
             module._parameters[name] = parameter
         for layer in self.layers:

@@ -92,7 +92,7 @@ def _take_parts_of_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[st
 def _changed(
     optimizer: Optimizer, state: dict[str, Any], change: Callable[[Tensor, nn.Parameter], Tensor]
 ) -> dict[str, Any]:
-    """Return an optimizer state with the tensors changed that are shaped as their parameters, or as the wholes."""
+    """Return an optimizer state in which tensors of their parameter's shape, or the whole's, are changed."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = dict(state["state"])
     for index, like in enumerate(parameters):

@@ -115,7 +115,7 @@ def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
 
 
 def _needed(root: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what is to be written, by name, each rank's part where it is spread."""
+    """Return the tensors to write by name; of spread ones, this rank's part."""
     needed = {name for _, _, names in description["entries"] for name in names}
     tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
     return {name: tensor for name, tensor in tensors.items() if name in needed}
@@ -293,7 +293,7 @@ def _lies_in(owner: str, modules: Iterable[str]) -> bool:
 
 
 def _hit_by_endings(root: nn.Module, modules: Sequence[str]) -> list[str]:
-    """Return the modules that did not train and whose names end as one that did: PEFT wants tensors for them too."""
+    """Return untrained modules whose names end like that of a trained one: PEFT wants tensors for them too."""
     names = (clean_name(name) for name, _ in root.named_modules(remove_duplicate=False))
     return [name for name in names if name.endswith(tuple(modules)) and not _lies_in(name, modules)] if modules else []
 

@@ -78,7 +78,7 @@ def is_megatron(module: nn.Module) -> bool:
 
 
 def new_heads(root: nn.Module) -> list[str]:
-    """Return the clean names of what transformers added new for a task to the models in ``root``, such as ``score``.
+    """Return the clean names of the new heads that transformers put on the models in ``root``, such as ``score``.
 
     These are modules, and parameters that a model holds itself. A head that lies under several names has its first.
     """
@@ -97,7 +97,7 @@ def is_new_head_task(class_name: str) -> bool:
 
 
 def _heads_of(model: nn.Module) -> list[nn.Module | nn.Parameter]:
-    """Return what a transformers model for a task has beside its body, but for what is tied to the body.
+    """Return the parts of a transformers model beside its body, but for those that are tied to the body.
 
     The body is what ``base_model`` names. Of a model that names none (T5's for answers, Whisper's for classes), it ends
     with the last child that is a transformers model, or else before the last child.

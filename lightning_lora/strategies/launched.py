@@ -120,7 +120,7 @@ class Launched:
         return gathered
 
     def _data_group(self, group: Any) -> Any:
-        """Return the group to go over; where its user gives none, Lightning gives that of all ranks."""
+        """Return ``group``, or the data-parallel group where the user gave none: Lightning passes all ranks then."""
         if group is None or group is torch.distributed.group.WORLD:
             return self.data_parallel_group
         return group

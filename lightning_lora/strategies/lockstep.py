@@ -149,7 +149,7 @@ class Lockstep:
         return f"in the validation of epoch {trainer.current_epoch}"
 
     def _part(self) -> None:
-        """Let callbacks save what this rank can save alone, and put stand-ins where it would wait for others."""
+        """Let callbacks save what this rank can save alone, and replace the collectives in which it would wait."""
         trainer: Any = self._trainer
         trainer.save_checkpoint = self._save_alone
         trainer.strategy.barrier = _nothing

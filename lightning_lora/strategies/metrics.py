@@ -10,7 +10,7 @@ from lightning_lora.megatron.core import parallel_state
 
 
 def gather_over_data(result: Tensor, group: Any = None) -> list[Tensor]:
-    """Return the tensors of all ranks of ``group``; without one, of one rank for each part of the data.
+    """Return the tensors of all ranks of ``group``, or without one, of all data-parallel ranks.
 
     As a ``dist_sync_fn`` it may be copied and pickled with its metric, which a process group may not.
     """

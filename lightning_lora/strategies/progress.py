@@ -13,7 +13,7 @@ from lightning.pytorch.loops.loop import _Loop
 
 
 def correct_progress(fit_loop: dict[str, Any], accumulate_grad_batches: int) -> None:
-    """Give a loaded file of an epoch that was ended halfway the counts of one that ``on_train_batch_end`` wrote.
+    """Set the counts of a loaded file whose epoch was ended halfway to those that ``on_train_batch_end`` writes.
 
     Of an epoch's last batch, the position of stateful dataloaders is dropped: they would go on behind their last batch,
     or shuffle by a state that an uninterrupted run has left behind.

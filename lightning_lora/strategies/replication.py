@@ -63,10 +63,10 @@ def differ(numbers: Tensor, group: ProcessGroup | None = None) -> list[bool]:
 
 @torch.no_grad()
 def drifted(tensors: Sequence[nn.Parameter], group: ProcessGroup | None = None) -> list[tuple[nn.Parameter, float]]:
-    """Return the tensors whose values differ between the ranks of ``group``, or all, by more than rounding, and by how
-    much. Called on all of them; exchanges one number per tensor, and the values of those that differ at all.
+    """Return the tensors that differ between the ranks of ``group``, or all, by more than rounding; and by how much.
 
-    Devices of other kinds may round one and the same step differently: a drift that small is no fault of the run's.
+    Called on all of them; exchanges one number per tensor, and the values of those that differ at all. Ranks on
+    devices of different kinds may round the same step differently, which is no fault of the run.
     """
     if not tensors:
         return []
