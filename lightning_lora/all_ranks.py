@@ -1,30 +1,30 @@
-"""Meeting of all ranks before they talk: who comes alone is told so in seconds, and not left waiting for the others."""
+"""Functions that all ranks must call: a rank that calls one alone gets an error instead of waiting for the others."""
 
 import time
 
 import torch
 
-PATIENCE_S = 30.0  # of rank 0, which `if trainer.is_global_zero:` lets in alone
-WAIT_S = 600.0  # of the others: what one rank does alone before all meet, rank 0 does
+PATIENCE_S = 30.0  # how long rank 0 waits, which `if trainer.is_global_zero:` lets call alone
+WAIT_S = 600.0  # how long another rank waits: rank 0 may do some work of its own before it calls
 _POLL_S = 0.02
 
 
 def meet(function: str) -> None:
-    """Return when all ranks have called this for ``function``.
+    """Wait until all ranks have called this for ``function``. Called on all ranks; exchanges a few bytes.
 
-    The ranks meet in the key-value store of the process group and not by a collective, which a rank that does
-    something else would take part in by mistake, and which a rank alone could not leave.
+    The ranks meet in the process group's key-value store, not in a collective: a rank that runs another collective
+    would take part in this one by mistake, and a rank that waits alone could not leave it.
 
     Raises:
-        ValueError: not all came within half a minute of rank 0, or within ten minutes of another. Those that come
-            later are told the same.
+        ValueError: some ranks did not call within half a minute of rank 0, or ten minutes of another rank. Ranks that
+            call later get the same error.
     """
     if torch.distributed.get_world_size() == 1:
         return
     everyones = torch.distributed.distributed_c10d._get_default_store()
     store = torch.distributed.PrefixStore(f"lightning_lora/meet/{function}", everyones)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    # meetings are counted in the store; one that was given up has no part in the count of those who did not come
+    # each rank counts its meetings in the store; one that was given up is not counted for ranks that were absent
     meeting = store.add(f"past/{rank}", 0)
     while store.check([f"{meeting}"]) and store.get(f"{meeting}") == b"given up":
         meeting += 1
@@ -43,5 +43,5 @@ def meet(function: str) -> None:
             f"{function} was called on rank {rank}, and not on {'rank' if len(absent) == 1 else 'ranks'} "
             f"{', '.join(map(str, absent)) or 'the others'} in time. The adapters are spread over ranks (by "
             "tensor parallelism, or shard_adapters=True), so all ranks must call it: take it out of "
-            "`if trainer.is_global_zero:`. Rank 0 alone writes files all the same"
+            "`if trainer.is_global_zero:`. Even so, only rank 0 writes the files"
         )

@@ -2,13 +2,9 @@
 
 import dataclasses
 import functools
-import io
-import pickle
-from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -20,46 +16,25 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora import lightning_cli
-from lightning_lora.checkpoint import (
-    check_structure,
-    check_tensors,
-    config_of,
-    copy_tensors,
-    fitting_tensors,
-    one_adapter,
-    read_checkpoint,
-    structure,
-    trained_tensors,
-)
 from lightning_lora.config import LoRAConfig
-from lightning_lora.files import location
-from lightning_lora.finite import OnNonfinite
 from lightning_lora.frozen import look_for_moved
 from lightning_lora.inject import (
-    capped_ranks,
-    has_trained,
-    inject,
-    inject_anew,
-    injected_roots,
     injection_of,
     is_merged,
-    named_adapter_parameters,
     named_lora_layers,
-    named_trained_whole,
-    remove,
+    require_injection,
 )
 from lightning_lora.layerdrop import skipped_at_random
-from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import freeze_statistics
-from lightning_lora.left_out import listed, trained_outside
-from lightning_lora.matching import is_all_linear, left_out_towers
-from lightning_lora.megatron.weights import load_hf_weights
-from lightning_lora.peft_import import load_peft
-from lightning_lora.root import clean_name, find_root, is_megatron, perhaps_new_heads
-from lightning_lora.sharded import class_name, logical
+from lightning_lora.messages import listed
+from lightning_lora.root import clean_name, find_root
+from lightning_lora.sharded import class_name
+from lightning_lora.start_line import summary
+from lightning_lora.starting_point import adapt_module, configure_then_adapt
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
 from lightning_lora.strategies.progress import begin_after_last_batch
+from lightning_lora.strategies.refusals import check_readable
 
 _REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 
@@ -184,16 +159,20 @@ class LoRACallback(Callback):
             )
         for holder in (pl_module, getattr(trainer, "datamodule", None)):
             if holder is not None:
-                _check_hyperparameters(holder)
+                check_readable(
+                    dict(holder.hparams),
+                    "the module's hyperparameters hold objects that a safe load of the checkpoint would refuse: keep "
+                    "them out with self.save_hyperparameters(ignore=[...])",
+                )
         look_for_moved(pl_module)
         _let_gradients_through_checkpointed_blocks(root)
-        freeze_statistics(root, _injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
+        freeze_statistics(root, require_injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
-        dropout = _injection(root).config.dropout
+        dropout = require_injection(root).config.dropout
         if dropout and not all(layer.training for layer in named_lora_layers(root).values()):
             rank_zero_info(
                 f"{class_name(root)} is in eval mode, as from_pretrained leaves it: the adapters' dropout of {dropout} "
-                "is on all the same, the model's own dropout is off. To have both, call train() on the model"
+                "is on, the model's own dropout is off. To have both, call train() on the model"
             )
 
     @override
@@ -250,7 +229,7 @@ class LoRACallback(Callback):
             and all(p.grad is None for _, p in layer.named_adapter_tensors())
         ]
         if idle:
-            some = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+            some = listed(idle, 5)
             message = (
                 f"{len(idle)} adapted layers got no gradient in the first step: {some}. Either their output does "
                 "not reach the loss, or the model reads their weight without calling them; leave them out with "
@@ -333,194 +312,6 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not spelled_out or value != defaults[name]}
 
 
-def adapt_module(
-    pl_module: nn.Module, given: dict[str, Any], path: str | None, init_from: str | None, on_nonfinite: OnNonfinite
-) -> None:
-    """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is.
-
-    Args:
-        given: settings that replace the defaults, or those of the file; what the file holds must fit them.
-    """
-    root_path, root = find_root(pl_module, path)
-    if init_from is None:
-        inject(root, LoRAConfig(**given))
-        return
-    injection = injection_of(root)
-    if injection is not None and injection.source == init_from:
-        inject(root, dataclasses.replace(injection.config, **given))  # an error where it was adapted otherwise
-        return
-    if injection is not None:
-        if has_trained(root):
-            raise ValueError(
-                f"init_from={init_from!r} is for a model without adapters; this one has adapters that trained. Call "
-                "remove(model) first, or leave init_from out to go on with them"
-            )
-        remove(root)
-    if location(init_from).is_dir():
-        _adapt_from_directory(root, given, init_from, on_nonfinite)
-    else:
-        _adapt_from_checkpoint(root, root_path, given, init_from, on_nonfinite)
-    injection = _injection(root)
-    injection.source = init_from
-    own = LoRAConfig().to_dict()
-    changed = [f"{name}={value!r}" for name, value in injection.config.to_dict().items() if value != own[name]]
-    rank_zero_info(f"LoRA starts from {init_from}: {', '.join(changed) or 'all settings at their defaults'}")
-
-
-def configure_then_adapt(
-    configure_model: Callable[[], None],
-    pl_module: nn.Module,
-    given: dict[str, Any],
-    path: str | None,
-    init_from: str | None,
-    on_nonfinite: OnNonfinite,
-) -> None:
-    """Stand in for ``configure_model``: build, then adapt."""
-    configure_model()
-    source = None if init_from is None else _read_base_first(pl_module, path)
-    adapt_module(pl_module, given, path, init_from, on_nonfinite)
-    if source is not None:
-        _injection(find_root(pl_module, path)[1]).base_weights = source
-
-
-def _read_base_first(pl_module: Any, path: str | None) -> str | None:
-    """Fill a Megatron-core model from the strategy's ``base_weights``: what is loaded into it looks at its base.
-
-    Returns:
-        What was read, if anything.
-    """
-    _, root = find_root(pl_module, path)
-    source: str | None = getattr(pl_module.trainer.strategy, "base_weights", None)
-    if not is_megatron(root) or source is None or injection_of(root) is not None:
-        return None
-    load_hf_weights(root, source)
-    return source
-
-
-def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
-    """Return what a run's first line says: what is adapted, what trains whole, what is frozen."""
-    layers, whole, count = named_lora_layers(root), named_trained_whole(root), counts(pl_module, root)
-    kinds: dict[str, int] = {}
-    for name in layers:
-        kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + 1
-    adapted = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
-    lines = [
-        f"LoRA on {class_name(root)}{f' at {path!r}' if path else ''}: {len(layers)} layers adapted ({adapted})",
-        f"  adapters      {count['adapter_parameters']:>15,}  {_percent(count, 'adapter_parameters')}",
-        f"  trained whole {count['whole_parameters']:>15,}  {_percent(count, 'whole_parameters')}"
-        + (f"  ({listed(list(whole))})" if whole else ""),
-        f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}"
-        f"  ({listed(trained_outside(pl_module, path, root))})",
-        f"  frozen        {count['frozen_parameters']:>15,}  {_percent(count, 'frozen_parameters')}",
-    ]
-    towers = left_out_towers(root) if is_all_linear(_injection(root).config.target_modules) else {}
-    if towers:
-        left = ", ".join(f"{name} ({number} linear layers)" for name, number in towers.items())
-        lines.append(
-            f'  left out: {left}; "all-linear" means the language model. Name them in target_modules to adapt them'
-        )
-    if capped := capped_ranks(root):
-        lines.append(f"  {capped}")
-    lines += _perhaps_new(root)
-    return "\n".join(line for line in lines if "outside" not in line or count["outside_parameters"])
-
-
-def _perhaps_new(root: nn.Module) -> list[str]:
-    """Return a line for each module that may be a new head and does not train whole: half of it would stay random."""
-    lines = []
-    for name in perhaps_new_heads(root):
-        module = root.get_submodule(name)
-        adapted = any(isinstance(part, LoRALayer) for part in module.modules())
-        base = [parameter for local, parameter in module.named_parameters() if ".lora_" not in f".{local}"]
-        if not all(parameter.requires_grad for parameter in base):
-            state = "adapted" if adapted else "frozen"
-            lines.append(
-                f"  {name!r} ({state}) may be new: train it whole with modules_to_save=[{name!r}] if no checkpoint "
-                "brought its weights"
-            )
-    return lines
-
-
-def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:
-    """Return the numbers of parameters: adapters, trained whole, training outside the root, frozen, all."""
-    adapters = _numel(p for _, p in named_adapter_parameters(root))
-    whole = _numel(named_trained_whole(root).values())
-    trainable = _numel(p for p in pl_module.parameters() if p.requires_grad)
-    total = _numel(pl_module.parameters())
-    return {
-        "adapter_parameters": adapters,
-        "whole_parameters": whole,
-        "outside_parameters": max(trainable - adapters - whole, 0),
-        "frozen_parameters": total - trainable,
-        "total_parameters": total,
-    }
-
-
-def hyperparameters(pl_module: nn.Module) -> dict[str, Any]:
-    """Return what loggers are told of the adapted models: settings and sizes, the same at a resume as in the first run.
-
-    Keys are ``"lora/r"``, or ``"lora/<name of the model>/r"`` where several models are adapted.
-    """
-    roots, values = injected_roots(pl_module), {}
-    for path, root in roots.items():
-        prefix = f"lora/{path}/" if len(roots) > 1 else "lora/"
-        for key, value in _injection(root).config.to_dict().items():
-            values[prefix + key] = str(value) if isinstance(value, (list, dict)) else value
-        count = counts(pl_module, root)
-        # what else trains, and what is frozen, may change during a run
-        values |= {prefix + key: count[key] for key in ("adapter_parameters", "whole_parameters", "total_parameters")}
-    return values
-
-
-def _numel(parameters: Iterable[nn.Parameter]) -> int:
-    """Return the number of elements of whole tensors, those of other ranks with this one's."""
-    return sum(logical(parameter).numel() for parameter in parameters)
-
-
-def _percent(count: dict[str, int], key: str) -> str:
-    return f"{100 * count[key] / max(count['total_parameters'], 1):6.2f} %"
-
-
-def _injection(root: nn.Module) -> Any:
-    injection = injection_of(root)
-    assert injection is not None
-    return injection
-
-
-def _adapt_from_checkpoint(
-    root: nn.Module, root_path: str, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite
-) -> None:
-    """Adapt ``root`` with the file's config, and what is given besides, and copy the weights that lie inside it."""
-    checkpoint = one_adapter(read_checkpoint(path), root_path, path)
-    inject_anew(root, dataclasses.replace(config_of(checkpoint, path), **given), check_ranks=False)
-    try:
-        tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=on_nonfinite)
-    except ValueError:
-        remove(root)
-        raise
-    copy_tensors(tensors, root)
-
-
-def _adapt_from_directory(root: nn.Module, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite) -> None:
-    """Adapt ``root`` as a PEFT directory says, then again with what is given besides, which the tensors must fit."""
-    load_peft(root, path, on_nonfinite=on_nonfinite)
-    config = _injection(root).config
-    wanted = dataclasses.replace(config, **given)
-    if wanted == config:
-        return
-    described = structure(root)
-    tensors = {name: tensor.clone() for name, tensor in trained_tensors(root).items()}
-    remove(root)
-    inject_anew(root, wanted, check_ranks=False)
-    try:
-        check_structure(described, root, path)
-        check_tensors(tensors, root, path)
-    except ValueError:
-        remove(root)
-        raise
-    copy_tensors(tensors, root)
-
-
 def _check_built_in_time(root: nn.Module) -> None:
     """Raise ``ValueError`` for a model, or a part of it, that was built after the callback adapted what was there."""
     injection = injection_of(root)
@@ -544,18 +335,3 @@ def _let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
     reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
     if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
         enable()
-
-
-def _check_hyperparameters(pl_module: Any) -> None:
-    """Find out at the start, not at the first save, that a checkpoint could not be read again."""
-    buffer = io.BytesIO()
-    torch.save(dict(pl_module.hparams), buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            "the module's hyperparameters hold objects that a safe load of the checkpoint would refuse: keep "
-            "them out with self.save_hyperparameters(ignore=[...]), or allow their class with "
-            f"torch.serialization.add_safe_globals. {error}"
-        ) from error

@@ -21,18 +21,19 @@ from lightning_lora.finite import OnNonfinite, check_finite
 from lightning_lora.inject import (
     check_not_disabled,
     injected_roots,
-    injection_of,
     is_merged,
     named_adapter_parameters,
     named_pairs,
     named_token_rows,
     named_trained_whole,
+    require_injection,
     require_root,
 )
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.statistics import FrozenStatistics
+from lightning_lora.messages import listed
 from lightning_lora.peft_export import describe_for_peft
-from lightning_lora.root import clean_name, is_inside, is_pretrained, resize_advice
+from lightning_lora.root import clean_name, is_inside, is_pretrained, joined, resize_advice
 from lightning_lora.sharded import is_sharded, local_part, logical, reshard, whole, write
 
 SECTION = "lightning_lora"
@@ -91,7 +92,7 @@ def adapter_checkpoint(model: nn.Module) -> dict[str, Any]:
 def adapters_in(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     """Return the adapters of ``module``, and the heads and biases that train with them, from tensors by name."""
     names = [
-        _join(path, name)
+        joined(path, name)
         for path, root in injected_roots(module).items()
         for name in (*(name for name, _ in named_adapter_parameters(root)), *named_trained_whole(root))
     ]
@@ -114,7 +115,7 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
     state: OrderedDict[str, Tensor] = OrderedDict()
     wanted = {id(p) for root in roots.values() for p in named_trained_whole(root).values()} | set(also)
     pretrained = [path for path, root in roots.items() if root is not module or is_pretrained(root)]
-    whole = [_join(path, name) for path, root in roots.items() for name in _injection(root).trained_whole]
+    whole = [joined(path, name) for path, root in roots.items() for name in require_injection(root).trained_whole]
     for name, owner in module.named_modules():
         clean = clean_name(name)
         adapters = owner.tensor_names if isinstance(owner, LoRALayer) else ()
@@ -122,7 +123,7 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
             if parameter is None:
                 continue
             if parameter.requires_grad or local in adapters or id(parameter) in wanted:
-                state[_join(clean, local)] = logical(parameter).detach()
+                state[joined(clean, local)] = logical(parameter).detach()
         own = [parameter for parameter in owner._parameters.values() if parameter is not None]
         keeps_buffers = any(parameter.requires_grad for parameter in own)
         if not any(is_inside(clean, path) for path in roots):
@@ -134,7 +135,7 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
             if buffer is None or local in owner._non_persistent_buffers_set:
                 continue
             if keeps_buffers or id(buffer) in wanted:
-                state[_join(clean, local)] = buffer.detach()
+                state[joined(clean, local)] = buffer.detach()
     return _without_second_names(state)
 
 
@@ -152,7 +153,7 @@ def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> 
                 "name": "default",
                 "state_key": state_key,
                 "root": path,
-                "config": _injection(root).config.to_dict(),
+                "config": require_injection(root).config.to_dict(),
                 **structure(root),
                 "base": fingerprint(root, moved),
                 "peft": _for_peft(root),
@@ -340,7 +341,7 @@ def _renaming(by_path: Mapping[str, Mapping[str, Any]]) -> Callable[[str], str]:
     def rename(name: str) -> str:
         for path, adapter in by_path.items():
             if is_inside(name, adapter["root"]):
-                return _join(path, _relative(name, adapter["root"]))
+                return joined(path, _relative(name, adapter["root"]))
         return name
 
     return rename
@@ -449,9 +450,7 @@ def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) ->
 
 
 def _some(names: list[str]) -> str:
-    if not names:
-        return "nothing"
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return listed([repr(name) for name in names], 3) or "nothing"
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -470,16 +469,6 @@ def _without_second_names(state: "OrderedDict[str, Tensor]") -> "OrderedDict[str
             seen.add(key)
             kept[name] = tensor
     return kept
-
-
-def _injection(root: nn.Module) -> Any:
-    injection = injection_of(root)
-    assert injection is not None
-    return injection
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _relative(name: str, path: str) -> str:

@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
-from reprlib import Repr
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from lightning_lora.files import location
+from lightning_lora.messages import brief
 
 PEFT_FIELD_NAMES = {
     "lora_alpha": "alpha",
@@ -57,17 +57,8 @@ _LISTS = (
     "layers_pattern",
 )
 
-_BRIEF = Repr()
-_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxset = _BRIEF.maxdict = 6
-_BRIEF.maxstring = _BRIEF.maxother = 120
-
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def brief(value: object) -> str:
-    """Return ``repr(value)`` for a message, of a long list or text its beginning."""
-    return _BRIEF.repr(value)
 
 
 def answers_peft_names(init: Callable[P, T]) -> Callable[P, T]:

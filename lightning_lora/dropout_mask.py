@@ -1,4 +1,4 @@
-"""Dropout masks that are made again instead of kept: a hash of a seed and of each entry's position."""
+"""Dropout masks recomputed in backward instead of stored: a hash of a seed and of each entry's position."""
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def _hashes(
 def _position_keys(seed: Tensor, num_positions: int, device: torch.device) -> Tensor:
     """Return one well mixed 32-bit key per position: int32, ``[num_positions]``."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        seed = seed.to(device)  # one for each sample, perhaps: those are no scalar, which alone may lie elsewhere
+        seed = seed.to(device)  # vmap may give one per sample, and only a scalar may be on another device
     z = torch.arange(1, num_positions + 1, dtype=torch.int64, device=device)
     z = (z + seed * 0x2545F4914F6CDD1D) * _GOLDEN
     z = (z ^ (z >> 32)) * 0x3F58476D1CE4E5B9

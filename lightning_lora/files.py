@@ -1,7 +1,6 @@
-"""Files that are whole or not there, on local disks and behind URLs.
+"""Atomic file writes, on local disks and behind URLs.
 
-What is behind a URL (``s3://``, ``gs://``, ``hf://``, ``memory://``) is read and written through fsspec, as Lightning
-does.
+URLs (``s3://``, ``gs://``, ``hf://``, ``memory://``) are read and written through fsspec, as in Lightning.
 """
 
 import contextlib
@@ -125,7 +124,7 @@ def write_atomically(path: Location, content: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def local_directory(directory: Location) -> Iterator[Path]:
-    """Give code that knows local files alone a directory to write into; behind a URL its files are there afterwards."""
+    """Yield a local directory for code that cannot write to URLs; its files are uploaded at the end of the block."""
     if isinstance(directory, Path):
         yield directory
         return
@@ -137,7 +136,7 @@ def local_directory(directory: Location) -> Iterator[Path]:
 
 
 def remove_files(directory: Location, names: Collection[str]) -> None:
-    """Remove the files of these names in a directory and below it, and what folders are empty then; others stay."""
+    """Remove the files of these names in and below a directory, and the folders that are empty then."""
     if isinstance(directory, RemotePath):
         fs, path = directory._opened()
         for file in fs.find(path) if fs.exists(path) else ():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_lora.inject import injection_of, named_lora_layers, named_trained_whole
+from lightning_lora.inject import injection_of, named_lora_layers, named_trained_whole, require_injection
 from lightning_lora.layers.statistics import FrozenStatistics
 from lightning_lora.quantized import stored_as
 from lightning_lora.root import clean_name, name_or_path
@@ -61,14 +61,13 @@ def fingerprint(root: nn.Module, moved: Collection[int] = ()) -> dict[str, Any]:
 
 
 def remember_fingerprint(root: nn.Module) -> None:
-    """Keep the fingerprint of a base that was just spread over ranks, for a rank that asks alone. Called on all."""
-    injection = injection_of(root)
-    assert injection is not None
+    """Keep the fingerprint of a base that was just spread, so that one rank can ask for it. Called on all ranks."""
+    injection = require_injection(root)
     injection.fingerprint = fingerprint(root)
 
 
 def known_fingerprint(root: nn.Module) -> dict[str, Any]:
-    """Return the fingerprint of a base, of one that is spread over ranks the one that was kept: no communication."""
+    """Return a base's fingerprint without communication: of a spread base, the one kept when it was spread."""
     injection = injection_of(root)
     kept = None if injection is None else injection.fingerprint
     return fingerprint(root) if kept is None or not any(map(is_sharded, root.parameters())) else kept
@@ -117,7 +116,7 @@ def first_other_value(
 def first_other_name(
     own: dict[str, Any], recorded: dict[str, Any], skipped: Collection[str] = frozenset()
 ) -> str | None:
-    """Return the name of the first tensor of other values in two fingerprints."""
+    """Return the name of the first tensor whose values differ in two fingerprints."""
     own_hashes = dict(zip(own["names"], zip(own["hashes"].tolist(), own["dtypes"], strict=True), strict=True))
     rows = zip(recorded["names"], recorded["hashes"].tolist(), recorded["dtypes"], strict=True)
     for name, value, dtype in rows:
@@ -160,7 +159,7 @@ def exact_hashes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     itself at another time, in one layout: a sharded one is hashed part by part and the integers are summed over its
     ranks (call on all ranks then).
     """
-    hashes = summed([_exact_hash(tensor) for tensor in tensors.values()], list(tensors.values()))
+    hashes = summed([exact_hash(tensor) for tensor in tensors.values()], list(tensors.values()))
     return dict(zip(tensors, hashes.tolist(), strict=True))
 
 
@@ -234,7 +233,7 @@ def _hash(tensor: Tensor, like: Tensor, *, last_row: bool = False) -> Tensor:
     return ((mixed & _MASK) >> 20).sum().cpu()
 
 
-def _exact_hash(tensor: Tensor) -> Tensor:
+def exact_hash(tensor: Tensor) -> Tensor:
     """Return a scalar int64 on CPU: this rank's words of eight bytes, each times a number of its place, summed.
 
     The upper halves are summed once more, shifted down: a changed sign is the highest bit of a word, which two products
@@ -242,8 +241,8 @@ def _exact_hash(tensor: Tensor) -> Tensor:
     """
     part = local_part(tensor.detach())
     if is_traceable_wrapper_subclass(part):  # a quantised weight: its codes and its scales
-        inner = [_exact_hash(getattr(part, name)) for name in part.__tensor_flatten__()[0]]
-        return _exact_hash(torch.stack(inner))
+        inner = [exact_hash(getattr(part, name)) for name in part.__tensor_flatten__()[0]]
+        return exact_hash(torch.stack(inner))
     flat = part.contiguous().flatten()
     size = flat.element_size()
     num_whole = flat.numel() * size // 8 * 8 // size if flat.storage_offset() * size % 8 == 0 else 0

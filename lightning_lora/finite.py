@@ -1,4 +1,4 @@
-"""Adapters that hold NaN or infinity, named where they are written or read: what computes with them says nothing."""
+"""Find adapters that hold NaN or infinity where files are written and read."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,8 +1,8 @@
-"""Frozen tensors that a checkpoint leaves out: those that moved all the same are found, and are in the file then.
+"""Frozen tensors, which a checkpoint leaves out until their values change.
 
-Teachers and target networks follow the model without requiring grad, in ways that leave no trace but their values:
-writing through ``.data``, replacing it, and fused kernels do not count up a tensor's version. So all bytes are hashed,
-when a run begins and at each save.
+Teachers and target networks follow the model without requiring grad, and often only their values show it: writing
+through ``.data``, replacing it, and fused kernels do not increase a tensor's version. So all bytes are hashed when a
+run begins and at each save.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ from lightning_lora.checkpoint import trained_tensors
 from lightning_lora.fingerprint import exact_hashes, first_other_name, sampled
 from lightning_lora.inject import injected_roots, named_lora_layers
 from lightning_lora.layers.statistics import FrozenStatistics
-from lightning_lora.root import clean_name, is_megatron, is_pretrained
+from lightning_lora.root import clean_name, is_megatron, is_pretrained, joined
 from lightning_lora.sharded import reshard
 
 
@@ -32,9 +32,9 @@ _WATCHES: "WeakKeyDictionary[nn.Module, _Watch]" = WeakKeyDictionary()
 def look_for_moved(module: nn.Module) -> None:
     """Compare the frozen tensors of ``module`` with what they were at the first call. Called on all ranks.
 
-    Looked at are parameters outside the adapted models, the user's own besides adapted layers, and buffers that a
-    checkpoint leaves out. What has moved once counts as moved for good: a file without it would be resumed with what a
-    new process builds.
+    Compared are parameters outside the adapted models, those of a user's own module outside of adapted layers, and
+    buffers that a checkpoint leaves out. What has moved once is in all later files: a resume from a file without it
+    would use the values that a new process builds.
     """
     watch = _WATCHES.setdefault(module, _Watch())
     now = exact_hashes({name: tensor for name, tensor in _left_out(module).items() if name not in watch.moved})
@@ -49,12 +49,12 @@ def moved_tensors(module: nn.Module) -> set[int]:
 
 
 def count_as_moved(module: nn.Module, names: Iterable[str]) -> None:
-    """Keep frozen tensors that a file brought in the files to come, though they move no more."""
+    """Count frozen tensors that a loaded file held as moved, so that later files hold them too."""
     _WATCHES.setdefault(module, _Watch()).moved.update(_left_out(module).keys() & set(names))
 
 
 def describe_left_out(module: nn.Module) -> dict[str, Any]:
-    """Return by what a resume knows the frozen parameters that a file of ``module`` leaves out, and which moved.
+    """Return fingerprints of the frozen parameters that a checkpoint leaves out, and the names of those that moved.
 
     Called on all ranks.
     """
@@ -95,7 +95,7 @@ def _moved(module: nn.Module) -> set[str]:
 def _left_out(module: nn.Module) -> dict[str, Tensor]:
     held = trained_tensors(module)
     buffers = {
-        clean_name(f"{path}.{name}" if path else name): buffer
+        clean_name(joined(path, name)): buffer
         for path, owner in module.named_modules()
         if not isinstance(owner, FrozenStatistics)  # of the base, by which an adapter knows it
         for name, buffer in owner._buffers.items()

@@ -214,7 +214,7 @@ def _has_transforms() -> bool:
 
 
 def plain_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:
-    """Return :func:`lora_linears` by operations that torch can transform."""
+    """Compute what :func:`lora_linears` does by operations that torch can transform."""
     rows = x.reshape(-1, x.shape[-1])
     kept = term.kept(rows)
     entering = (rows if kept is None else rows * kept).view(x.shape)

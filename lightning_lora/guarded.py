@@ -1,8 +1,9 @@
-"""Gradients that are not yet, or never, what a single process has: computing with them goes on, reading them raises.
+"""Gradients that differ between ranks: operations entry by entry run, reading a number out of them raises an error.
 
 A gradient is guarded by its class, which is swapped in place: it stays the same object in the same memory, so that
-autograd adds to it and nothing is copied. What is computed entry by entry (scaled, clamped, unscaled) is served, and
-its result is guarded too. What makes fewer numbers of it, or Python values, would be of one rank alone.
+autograd adds to it and nothing is copied. Operations that work entry by entry (scale, clamp, unscale) run, and their
+result is guarded too. Operations that reduce the gradient, or return Python values, would have another result on every
+rank, and raise.
 """
 
 import copy
@@ -21,7 +22,7 @@ class GuardedGradient(Tensor):
     """A gradient that must not be read as if it were whole.
 
     Attributes:
-        is_what: why, in words.
+        is_what: completes "the gradient of a parameter ..." in the error.
         remedy: what to do instead.
     """
 
@@ -61,9 +62,9 @@ class GuardedGradient(Tensor):
 
 
 class PartOfGradient(GuardedGradient):
-    """What this rank has of the gradient of a tensor that tensor parallelism split."""
+    """This rank's part of the gradient of a tensor that tensor parallelism split."""
 
-    is_what = "that is split over tensor-parallel ranks: each rank has a part of it, and would get another result"
+    is_what = "that is split over tensor-parallel ranks: each rank has a part of it, and would compute another result"
     remedy = (
         "To clip, set Trainer(gradient_clip_val=...), or call self.clip_gradients(optimizer, gradient_clip_val=...) or "
         "fabric.clip_gradients(model, optimizer, max_norm=...). For the norm of the whole, call "
@@ -72,9 +73,9 @@ class PartOfGradient(GuardedGradient):
 
 
 class UnreducedGradient(GuardedGradient):
-    """What this rank adds to a gradient, after a backward that the strategy did not run."""
+    """This rank's own gradient, not yet averaged, from a backward that the strategy did not run."""
 
-    is_what = "before it was averaged over the ranks: each rank has its own, and would get another result"
+    is_what = "before it was averaged over the ranks: each rank has its own, and would compute another result"
     remedy = (
         "Run backward with self.manual_backward(loss) or fabric.backward(loss), which average; or clip with "
         "self.clip_gradients(optimizer, gradient_clip_val=...) or fabric.clip_gradients(model, optimizer, max_norm=...)"
@@ -82,7 +83,7 @@ class UnreducedGradient(GuardedGradient):
 
 
 def bare(gradient: Tensor) -> Tensor:
-    """Return a gradient in the same memory that may be read."""
+    """Return a gradient without its guard, in the same memory."""
     if not isinstance(gradient, GuardedGradient):
         return gradient
     with torch._C.DisableTorchFunctionSubclass():
@@ -90,7 +91,7 @@ def bare(gradient: Tensor) -> Tensor:
 
 
 def guard(parameters: Iterable[Tensor], kind: type[Tensor]) -> None:
-    """Make the gradients of parameters of this class, ``Tensor`` for one without guard, in place."""
+    """Change the class of the parameters' gradients in place; ``Tensor`` lifts the guard."""
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None and type(gradient) is not kind and _is_plain(gradient):

@@ -1,7 +1,7 @@
 """Freeze a model, put adapters into it, take them out again."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,32 +12,23 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.functional import row_norms
 from lightning_lora.init import initialize
-from lightning_lora.layers import LoRALayer, Pair, adapt, mixin_for, read_mixin, unadapt, with_options
+from lightning_lora.layers import LoRALayer, Pair, adapt, unadapt
 from lightning_lora.layers.dora import DoRA
-from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.fusing import fuse, release
-from lightning_lora.layers.megatron import LoRAMegatronLinear, adapt_megatron
+from lightning_lora.layers.megatron import adapt_megatron
 from lightning_lora.layers.parallel import TensorParallel
-from lightning_lora.layers.parameters import adapt_parameters, sizes_of_parameter
-from lightning_lora.layers.read_weight import check_rescaled, reader_of
-from lightning_lora.layers.residual import RESIDUAL, ResidualLinear
+from lightning_lora.layers.parameters import adapt_parameters
+from lightning_lora.layers.read_weight import reader_of
+from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.statistics import freeze_statistics, unfreeze_statistics
-from lightning_lora.layers.token_rows import TokenRows, check_rows, train_rows
+from lightning_lora.layers.token_rows import TokenRows, train_rows
 from lightning_lora.layers.trained import give_back, keep_wide
-from lightning_lora.matching import (
-    check_patterns,
-    is_all_linear,
-    pattern_value,
-    select_layers,
-    select_parameters,
-    select_token_rows,
-    select_trained_whole,
-)
-from lightning_lora.megatron.names import by_layer, megatron_parts, stacks
-from lightning_lora.megatron.served import check_biases, check_options
+from lightning_lora.megatron.names import by_layer, stacks
 from lightning_lora.megatron.split import keep_parts
+from lightning_lora.messages import listed
+from lightning_lora.plan import Plan, planned
 from lightning_lora.recomputation import keep_state_of_forward
-from lightning_lora.root import clean_name, new_heads
+from lightning_lora.root import clean_name, joined
 from lightning_lora.save_pretrained import guard_save_pretrained
 from lightning_lora.sharded import forget, gathered, reshard, write
 from lightning_lora.undo import unchanged_on_error
@@ -93,39 +84,11 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     return inject_anew(model, config, check_ranks=True)
 
 
-@dataclass
-class _Plan:
-    """What an injection does to a model, with everything that can be checked before it checked.
-
-    Attributes:
-        layers: modules to adapt, by name; of a layer of Megatron-core each part that it stacks.
-        mixins: what adapts each of them.
-        ranks: by the name of the pair, a layer's or a parameter's.
-        scales: the factor of each pair, in the same way.
-        capped: the ranks of the layers that are smaller than the rank that was asked for.
-        parts: the parts of Megatron-core's layers, by name.
-        parameters: parameters to adapt, by the name of their module.
-        rows: tables with rows that train, as :func:`select_token_rows` gives them.
-        trained_whole: names of the modules, and of parameters of models, that train whole.
-    """
-
-    modules: dict[str, nn.Module]
-    layers: dict[str, nn.Module]
-    mixins: dict[str, type[LoRALayer]]
-    ranks: dict[str, int]
-    scales: dict[str, float]
-    capped: dict[str, int]
-    parts: dict[str, Any]
-    parameters: dict[str, list[str]]
-    rows: dict[str, tuple[nn.Module, list[nn.Module], list[int]]]
-    trained_whole: list[str]
-
-
 def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
     """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size."""
     given, model = model, _uncompiled(model)
     _check_untouched(model)
-    plan = _planned(model, config, check_ranks=check_ranks)
+    plan = planned(model, config, check_ranks=check_ranks)
     with unchanged_on_error(model):
         _carry_out(plan, model, config)
     if plan.capped:
@@ -133,59 +96,7 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     return given
 
 
-def _planned(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> _Plan:
-    trained_whole = _modules_trained_whole(model, config)
-    layers = select_layers(model, config, trained_whole)
-    parameters = select_parameters(model, config)
-    rows = select_token_rows(model, config)
-    _check_apart(layers, parameters, rows)
-    for table, _, token_ids in rows.values():
-        check_rows(table, token_ids)
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    mixins = {name: _mixin(modules, name, layer, config) for name, layer in layers.items()}
-    pairs = [*layers, *(_join(name, local) for name, locals_ in parameters.items() for local in locals_)]
-    parts = {part.name: part for found in megatron_parts(model, fused=config.fused_pairs).values() for part in found}
-    check_patterns(config, [*pairs, *(parts[name].layer for name in layers if name in parts)])
-    if config.bias == "all":
-        check_biases(model, {parts[name].layer for name in layers if name in parts})
-    keys = {
-        name: (parts[name].name, parts[name].layer) if name in parts else _rank_name(layers, name) for name in pairs
-    }
-    ranks = {name: pattern_value(config.rank_pattern, keys[name], config.r) for name in pairs}
-    scales = {
-        name: config.scaling(r, pattern_value(config.alpha_pattern, keys[name], config.alpha))
-        for name, r in ranks.items()
-    }
-    # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
-    scales |= {name: 2 * scales[name] for name in layers if _rank_name(layers, name) != name}
-    sizes = {
-        name: (mixins[name].features(layer)[0], parts[name].rows) if name in parts else mixins[name].features(layer)
-        for name, layer in layers.items()
-    }
-    # at the scale of the rank that was asked for: B A can be the same matrices
-    capped = _capped(config, ranks, sizes)
-    ranks |= capped
-    plan = _Plan(modules, layers, mixins, ranks, scales, capped, parts, parameters, rows, trained_whole)
-    _check_pairs(plan, sizes, config, check_ranks=check_ranks)
-    return plan
-
-
-def _check_pairs(plan: _Plan, sizes: Mapping[str, tuple[int, int]], config: LoRAConfig, *, check_ranks: bool) -> None:
-    """Raise ``ValueError`` for a rank that a layer or parameter cannot have."""
-    for name, layer in plan.layers.items():
-        if check_ranks:
-            _check_rank(name, type(layer).__name__, sizes[name], plan.ranks[name])
-        _check_shapes(name, layer, plan.mixins[name], plan.ranks[name], config)
-    for name, locals_ in plan.parameters.items():
-        for local in locals_:
-            pair = _join(name, local)
-            experts, *own = sizes_of_parameter(plan.modules[name], local)
-            if check_ranks:
-                _check_rank(pair, "matrix", (own[0], own[1]), plan.ranks[pair])
-            _check_start(pair, plan.ranks[pair], 2 if experts == 1 else 3, config)
-
-
-def _carry_out(plan: _Plan, model: nn.Module, config: LoRAConfig) -> None:
+def _carry_out(plan: Plan, model: nn.Module, config: LoRAConfig) -> None:
     """Freeze and adapt the model as planned."""
     injection = Injection(config, plan.trained_whole, capped=plan.capped)
     for name, parameter in model.named_parameters():
@@ -207,7 +118,7 @@ def _carry_out(plan: _Plan, model: nn.Module, config: LoRAConfig) -> None:
     model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
 
 
-def _adapt(plan: _Plan, model: nn.Module, config: LoRAConfig, dtype: torch.dtype | None) -> dict[str, LoRALayer]:
+def _adapt(plan: Plan, model: nn.Module, config: LoRAConfig, dtype: torch.dtype | None) -> dict[str, LoRALayer]:
     """Turn the layers of the plan, and the modules of its parameters, into adapted ones, whose pairs hold zeros."""
     how_stacked = stacks(model)
     adapted: dict[str, LoRALayer] = {}
@@ -233,19 +144,18 @@ def _adapt(plan: _Plan, model: nn.Module, config: LoRAConfig, dtype: torch.dtype
             dtype=dtype,
         )
     for name, locals_ in plan.parameters.items():
-        own = {local: (plan.ranks[_join(name, local)], plan.scales[_join(name, local)]) for local in locals_}
+        own = {local: (plan.ranks[joined(name, local)], plan.scales[joined(name, local)]) for local in locals_}
         adapted[name] = adapt_parameters(plan.modules[name], own, dtype=dtype)
     return adapted
 
 
 def capped_ranks(root: nn.Module) -> str:
     """Return a line that names the layers whose rank is their size, below the one asked for; empty without any."""
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     if not injection.capped:
         return ""
     names = [f"{name} (r={r})" for name, r in injection.capped.items()]
-    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    some = listed(names, 5)
     return f"r={injection.config.r} exceeds the size of these layers, whose rank is their size: {some}"
 
 
@@ -273,8 +183,7 @@ def remove(model: nn.Module) -> nn.Module:
 
 def take_out(root: nn.Module) -> None:
     """Undo an injection, but for the values of the base tensors."""
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     adapters = {id(p) for m in root.modules() if isinstance(m, LoRALayer) for _, p in m.named_adapter_tensors()}
     for layer in list(root.modules()):
         if isinstance(layer, LoRALayer):
@@ -298,6 +207,13 @@ def take_out(root: nn.Module) -> None:
 def injection_of(model: nn.Module) -> Injection | None:
     """Return the record that :func:`inject` left on this very module, or ``None``."""
     return _uncompiled(model).__dict__.get("lora_injection")
+
+
+def require_injection(root: nn.Module) -> Injection:
+    """Return :func:`injection_of` of a model that is known to be adapted."""
+    injection = injection_of(root)
+    assert injection is not None
+    return injection
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -340,7 +256,7 @@ def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Paramet
                 parameter = getattr(layer, local_name)
                 if id(parameter) not in seen:  # a tied head shares the rows of its embedding
                     seen.add(id(parameter))
-                    yield f"{name}.{local_name}" if name else local_name, parameter
+                    yield joined(name, local_name), parameter
 
 
 def named_pairs(root: nn.Module) -> dict[str, Pair]:
@@ -389,15 +305,14 @@ def check_not_disabled(root: nn.Module) -> None:
 
 def named_trained_whole(root: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base parameters that train by design, heads and biases, by clean name."""
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     if not injection.trained:
         return {}
     wanted = set(injection.trained)
     return {clean_name(name): p for name, p in root.named_parameters() if clean_name(name) in wanted}
 
 
-def _base_that_trains(model: nn.Module, plan: _Plan, config: LoRAConfig) -> dict[str, nn.Parameter]:
+def _base_that_trains(model: nn.Module, plan: Plan, config: LoRAConfig) -> dict[str, nn.Parameter]:
     """Return the base parameters that train by design, by clean name; tied ones by their first."""
     wanted = {id(p) for name in plan.trained_whole if name in plan.modules for p in plan.modules[name].parameters()}
     if config.bias == "lora_only":
@@ -413,7 +328,7 @@ def _base_that_trains(model: nn.Module, plan: _Plan, config: LoRAConfig) -> dict
     }
 
 
-def _train_whole(model: nn.Module, plan: _Plan, injection: Injection, dtype: torch.dtype | None) -> None:
+def _train_whole(model: nn.Module, plan: Plan, injection: Injection, dtype: torch.dtype | None) -> None:
     """Unfreeze heads and biases in ``dtype`` at least, and keep copies for ``disabled`` and ``remove``."""
     trained = _base_that_trains(model, plan, injection.config)
     injection.trained = list(trained)
@@ -426,8 +341,7 @@ def _train_whole(model: nn.Module, plan: _Plan, injection: Injection, dtype: tor
 
 def _with_originals(root: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Yield the base parameters that train, each with its first value."""
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     for name, parameter in named_trained_whole(root).items():
         if name not in injection.originals:
             raise ValueError(
@@ -440,12 +354,6 @@ def _with_originals(root: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
 def trained_with_originals(root: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     """Return the base parameters that train by design, each with its first value."""
     return list(_with_originals(root))
-
-
-def _modules_trained_whole(model: nn.Module, config: LoRAConfig) -> list[str]:
-    if config.modules_to_save is not None:
-        return select_trained_whole(model, config.modules_to_save)
-    return new_heads(model)
 
 
 def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:
@@ -481,106 +389,6 @@ def _check_untouched(model: nn.Module) -> None:
             )
 
 
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-def _rank_name(layers: Mapping[str, nn.Module], name: str) -> str:
-    """Return the name that patterns are matched with: an attention's output projection takes the attention's."""
-    parent = name.rpartition(".")[0]
-    return parent if isinstance(layers.get(parent), nn.MultiheadAttention) else name
-
-
-def _mixin(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALayer]:
-    """Return the mixin for a layer, by its type, by how its parent uses it and by how it starts."""
-    mixin = mixin_for(layer)
-    assert mixin is not None
-    if issubclass(mixin, LoRAMegatronLinear):
-        check_options(name, config)
-        return mixin
-    check_rescaled(modules, name)
-    reader = reader_of(modules, name)
-    if reader is not None:
-        try:
-            mixin = read_mixin(mixin, layer, reader)
-        except ValueError as error:
-            raise ValueError(f"{name!r} cannot be adapted: {error}") from None
-    try:
-        mixin = with_options(mixin, layer, use_dora=config.use_dora, lora_bias=config.lora_bias)
-    except ValueError as error:
-        option = "use_dora" if config.use_dora else "lora_bias"
-        raise ValueError(
-            f"{name!r} cannot be adapted with {option}=True: {error}. Leave the layer out with exclude_modules, or "
-            f"give {option}=False"
-        ) from None
-    if not config.starts_from_base or issubclass(mixin, LoRAEmbedding):
-        return mixin
-    residual = RESIDUAL.get(mixin)
-    weight = layer._parameters.get("weight")
-    if residual is None or weight is None or weight.device.type == "meta" or not weight.is_floating_point():
-        why = "its weight is on the meta device" if weight is not None and weight.is_meta else type(layer).__name__
-        raise ValueError(
-            f"init={config.init!r} starts from the weights of linear layers, and {name!r} has none to start from "
-            f"({why}): load the base first, or leave the layer out with exclude_modules"
-        )
-    return residual
-
-
-def _check_apart(
-    layers: Mapping[str, nn.Module], parameters: Mapping[str, Any], rows: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raise ``ValueError`` for a module that is meant twice."""
-    adapted = {id(layer): name for name, layer in layers.items()}
-    for name in parameters:
-        if name in layers:
-            raise ValueError(f"{name!r} is in target_modules and has a parameter in target_parameters: name it once")
-    for name, (embedding, heads, _) in rows.items():
-        for module in (embedding, *heads):
-            if id(module) in adapted:
-                raise ValueError(
-                    f"{adapted[id(module)]!r} is adapted, and trainable_token_indices trains rows of the same weight "
-                    f"(of {name!r}): leave it out with exclude_modules, or adapt it without trainable_token_indices"
-                )
-
-
-def _check_shapes(name: str, layer: nn.Module, mixin: type[LoRALayer], r: int, config: LoRAConfig) -> None:
-    try:
-        shape, _ = mixin.shapes(layer, r)
-    except ValueError as error:
-        raise ValueError(f"{name!r} cannot be adapted: {error}") from None
-    if not issubclass(mixin, LoRAEmbedding):  # which starts as PEFT's embeddings do, whatever the init
-        _check_start(name, r, len(shape), config)
-
-
-def _check_start(name: str, r: int, num_dimensions: int, config: LoRAConfig) -> None:
-    if config.init == "orthogonal" and (r % 2 or num_dimensions > 2):
-        what = f"r={r}" if num_dimensions == 2 else f"factors of {num_dimensions} dimensions"
-        raise ValueError(
-            f"init='orthogonal' needs matrices of even rank, and {name!r} has {what}: give it another rank with "
-            "rank_pattern, leave it out with exclude_modules, or take another init"
-        )
-
-
-def _capped(config: LoRAConfig, ranks: Mapping[str, int], sizes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Return the ranks of the layers that are smaller than what was asked for, if any may be that small.
-
-    A sweep over all linear layers may meet a gate with one output; a rank above all sizes is a mistake.
-    """
-    largest = max((size for pair in sizes.values() for size in pair), default=0)
-    if not is_all_linear(config.target_modules):
-        return {}
-    return {name: min(pair) for name, pair in sizes.items() if min(pair) < ranks[name] <= largest}
-
-
-def _check_rank(name: str, kind: str, sizes: tuple[int, int], r: int) -> None:
-    if r > min(sizes):
-        raise ValueError(
-            f"r={r} is larger than {name!r}, a {sizes[0]} -> {sizes[1]} {kind}: give it its own rank with "
-            f"rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it out with "
-            "exclude_modules"
-        )
-
-
 def _keep_off_fused_paths(model: nn.Module, injection: Injection) -> None:
     """Keep ``nn.TransformerEncoderLayer`` from its fused path in eval, which reads weights past the adapters."""
 
@@ -608,7 +416,7 @@ def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: st
         raise ValueError("the adapters are merged into the weights: call unmerge(model) before loading a state into it")
     own = {f"{prefix}{name}": tensor for name, tensor in root.state_dict(keep_vars=True).items()}
     adapters = {
-        f"{prefix}{name}.{local}" if name else f"{prefix}{local}"
+        prefix + joined(name, local)
         for name, layer in root.named_modules(remove_duplicate=False)
         if isinstance(layer, LoRALayer)
         for local in layer.tensor_names
@@ -635,9 +443,9 @@ def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: st
 def _restart_magnitudes(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Let magnitudes that have not trained start at the norms of the base that a state dict brings."""
     for name, layer in root.named_modules():
-        weight = state_dict.get(f"{prefix}{_join(name, 'weight')}")
+        weight = state_dict.get(f"{prefix}{joined(name, 'weight')}")
         if not isinstance(layer, DoRA) or not isinstance(weight, Tensor) or not layer.is_at_start():
             continue
         matrix = layer.as_matrix(weight.to(layer.base_weight))
         norms = row_norms(matrix, *layer.factors(), layer.lora_scaling)
-        state_dict[f"{prefix}{_join(name, 'lora_magnitude')}"] = norms.view_as(layer.lora_magnitude)
+        state_dict[f"{prefix}{joined(name, 'lora_magnitude')}"] = norms.view_as(layer.lora_magnitude)

@@ -18,7 +18,7 @@ def drops_layers(root: nn.Module) -> dict[str, float]:
 
 
 def skipped_at_random(root: nn.Module) -> set[str]:
-    """Return the names of the adapted layers that may have no part in a forward."""
+    """Return the names of the adapted layers that a forward may skip."""
     modules = {clean_name(name): module for name, module in root.named_modules()}
     lists = [
         f"{name}.{local}." if name else f"{local}."

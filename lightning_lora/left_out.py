@@ -1,4 +1,4 @@
-"""What trains outside an adapted model, which no PEFT directory holds: said in one line where one is written."""
+"""Parameters that train outside the adapted model: PEFT directories do not hold them, and one line says so."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from lightning_lora.messages import listed
 from lightning_lora.root import clean_name, is_inside
 
 
 def outside_names(names: Iterable[str], *paths: str) -> list[str]:
-    """Return, of tensors' clean names, those that lie in none of the roots ``paths``, by their outermost modules."""
+    """Return the outermost modules of the tensors (clean ``names``) that lie in none of the roots ``paths``."""
     found: dict[str, None] = {}
     for name in names:
         if not any(is_inside(name, path) for path in paths):
@@ -27,13 +28,8 @@ def trained_outside(module: nn.Module, path: str, root: nn.Module) -> list[str]:
     return outside_names((clean_name(n) for n, p in named if p.requires_grad and id(p) not in inside), path)
 
 
-def listed(names: list[str]) -> str:
-    """Return names for a message, of many the first."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
 def say_left_out(directory: Any, names: list[str], where: str) -> None:
-    """Say what a PEFT directory does not hold, if anything, and where it is. On rank 0 alone."""
+    """Log on rank 0 which trained tensors a PEFT directory lacks, if any, and where they are."""
     if names:
         rank_zero_info(
             f"{directory} holds the adapter alone: no PEFT directory has a place for what trains outside the adapted "

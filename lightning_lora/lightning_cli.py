@@ -1,4 +1,4 @@
-"""``LightningCLI --optimizer=...``: built when the model has its adapters.
+"""``LightningCLI --optimizer=...``: the optimizer is built after the model has its adapters.
 
 LightningCLI builds the optimizer that its arguments describe from ``model.parameters()`` before the Trainer runs, when
 no adapters are there, and a model of ``configure_model`` has no parameters at all. ``LoRACallback`` calls
@@ -29,14 +29,15 @@ def install(callback: type) -> None:
 
 
 def _building_late(add: Any, callback: type) -> Any:
-    """Return the method, which gives the model a ``configure_optimizers``, with one that builds when it is called."""
+    """Wrap the method so that the model's ``configure_optimizers`` builds the optimizer when the run calls it."""
 
     @functools.wraps(add)
     def adding(cli: Any, subcommand: str | None) -> None:
         if not any(isinstance(one, callback) for one in _callbacks(cli)):
             add(cli, subcommand)
             return
-        with contextlib.suppress(Exception):  # what is wrong without adapters, or will be said when it is built again
+        # it may fail without adapters; a real error is raised when it is built late
+        with contextlib.suppress(Exception):
             add(cli, subcommand)
             if "configure_optimizers" not in vars(cli.model):
                 return  # the arguments describe no optimizer

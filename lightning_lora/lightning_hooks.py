@@ -1,10 +1,13 @@
 """The places where Lightning itself has to know about adapters and offers no hook.
 
-Importing the package registers ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and wraps Fabric's
-``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in time, the function
-behind ``LightningModule.load_from_checkpoint``, which would drop adapters from a file with a warning at most, what
-restores a Trainer's model, which without the callback would list every base weight as missing, and the function that
-logs hyperparameters. Each wrapper looks for adapters first and is Lightning's own where there are none.
+Importing the package registers ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and wraps:
+
+- Fabric's ``setup``, ``setup_module``, ``save``, ``load`` and ``load_raw``, which no callback can reach in time;
+- the function behind ``LightningModule.load_from_checkpoint``, which would drop adapters with a warning at most;
+- the method that restores a Trainer's model, which without the callback would list every base weight as missing;
+- the function that logs hyperparameters.
+
+Each wrapper looks for adapters first and runs Lightning's own code where there are none.
 """
 
 import functools
@@ -23,7 +26,6 @@ from lightning.pytorch.trainer import trainer
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch import nn
 
-from lightning_lora.callback import hyperparameters
 from lightning_lora.checkpoint import (
     SECTION,
     check_tensors,
@@ -32,11 +34,13 @@ from lightning_lora.checkpoint import (
     read_checkpoint,
     section_of,
 )
-from lightning_lora.config import LoRAConfig, brief
+from lightning_lora.config import LoRAConfig
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricMegatronLoRAStrategy
 from lightning_lora.inject import inject, inject_anew, injected_roots, injection_of
+from lightning_lora.messages import brief
 from lightning_lora.root import find_root
+from lightning_lora.start_line import hyperparameters
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
@@ -93,7 +97,7 @@ def _adopting(method: Any) -> Any:
 
 
 def _loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load a file; one that holds adapters, for models without any, is an error that says what to do about it."""
+    """Load a file; raise an error that says what to do if it holds adapters and no model in the state does."""
     path, state, *_ = (*args, *(kwargs[name] for name in ("path", "state", "obj") if name in kwargs), None, None)
     holders = list(state.values()) if isinstance(state, dict) else [state]
     is_bare = any(isinstance(one, nn.Module) for one in holders) and not any(map(_has_adapters, holders))
@@ -148,7 +152,7 @@ def _check_not_bare(connector: Any) -> None:
 
 
 def _callback_of(adapter: Any, module: nn.Module) -> str:
-    """Return the call that gives an adapter of a file its callback: the settings that are not the defaults."""
+    """Return the ``LoRACallback(...)`` that an adapter of a file needs, with the settings that are not defaults."""
     defaults = LoRAConfig().to_dict()
     settings = {name: value for name, value in adapter["config"].items() if value != defaults.get(name)}
     try:
@@ -175,7 +179,7 @@ def _has_adapters(value: Any) -> bool:
 
 
 def _logging_adapters(log_hyperparams: Any) -> Any:
-    """Return Lightning's ``_log_hyperparams(trainer)`` that tells of the adapters in the same call of each logger.
+    """Return Lightning's ``_log_hyperparams(trainer)``, which logs the adapters' hyperparameters in the same call.
 
     Some loggers keep one call alone, or refuse a key's second value.
     """
@@ -196,7 +200,7 @@ def _logging_adapters(log_hyperparams: Any) -> Any:
 
 
 class _Adding:
-    """Stands before a logger, and adds to the hyperparameters that Lightning found, if it found any."""
+    """Stands in for a logger, and adds the adapters' hyperparameters to those that Lightning found, if any."""
 
     def __init__(self, logger: Any, ours: dict[str, Any]) -> None:
         self.logger, self.values = logger, ours

@@ -12,11 +12,12 @@ from typing import TypeVar
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig, brief
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import is_linear, mixin_for
 from lightning_lora.layers.megatron import is_parallel_linear
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.megatron.names import megatron_parts
+from lightning_lora.messages import brief
 from lightning_lora.quantized import check_plain
 from lightning_lora.root import clean_name, is_megatron, is_pretrained
 

@@ -108,7 +108,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _AsBase:
-    """A model without its adapters, and with the first values of what trains whole in its place."""
+    """The switch of :func:`disabled`: adapters off, first values in the place of heads and biases that train."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -135,7 +135,7 @@ class _AsBase:
             layer.lora_active = False
 
     def leave(self) -> None:
-        """Give both back."""
+        """Put the trained parameters back and enable the adapters."""
         for module, name, parameter in self.swapped:
             module._parameters[name] = parameter
         for layer in self.layers:
@@ -145,8 +145,9 @@ class _AsBase:
         """Raise ``RuntimeError`` where tensors in shards would have to be written."""
         if any(is_sharded(parameter) for parameter, _ in trained_with_originals(self.root)):
             raise RuntimeError(
-                f"backward recomputes a part of {type(self.root).__name__} whose forward ran on the other side of "
-                "disabled(model), and what trains whole in it is in shards: call backward where forward ran"
+                f"backward recomputes a part of {type(self.root).__name__}, and disabled(model) was entered or left "
+                "after its forward. Heads and biases in shards cannot be switched in backward: call backward on the "
+                "same side of disabled(model) as forward"
             )
 
 
@@ -167,7 +168,7 @@ def _merge_layer(layer: LoRALayer, originals: dict[int, Tensor]) -> None:
 
 @contextmanager
 def _sharded_originals(root: nn.Module) -> Iterator[None]:
-    """Write first values to trained parameters that are in shards: their units hold on to the tensors themselves."""
+    """Write first values into trained parameters in shards, which cannot be swapped: FSDP2 holds the very tensors."""
     reshard(root)
     sharded = [(parameter, original) for parameter, original in trained_with_originals(root) if is_sharded(parameter)]
     present = [local_part(parameter.detach()).clone() for parameter, _ in sharded]

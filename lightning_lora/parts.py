@@ -1,7 +1,7 @@
-"""Copies and files of a model that is spread over ranks: whole, or an error that says what to write; never a part.
+"""Copies and files of a model that is spread over ranks hold whole tensors, or raise an error that says what to write.
 
-What holds parts is told so once, when it is placed: every module, its parameters, and its optimizers. ``copy`` and
-``pickle`` look for their methods on the instance, so that nobody's class is changed.
+Modules, parameters and optimizers are guarded once, when the model is placed. ``copy`` and ``pickle`` look up their
+methods on the instance, so that no class has to change.
 """
 
 from collections.abc import Callable
@@ -31,17 +31,17 @@ _FILES = {"__reduce_ex__": refuse, "untyped_storage": refuse, "storage": refuse}
 
 
 def guard_parts(module: nn.Module) -> None:
-    """Let no part that ``module`` holds pass for the whole. Calling it twice does nothing more.
+    """Make copies and files of the parts in ``module`` an error, and its ``state_dict()`` whole.
 
     ``pickle``, ``torch.save`` and ``deepcopy`` of a module with parts raise ``ValueError``. Its ``state_dict()`` holds
-    DTensors of the whole shape, FSDP2's or made of tagged parts: they can be kept, copied, gathered and loaded again,
-    and writing one to a file raises. ``load_state_dict`` takes them, or whole tensors.
+    DTensors of the whole shape, FSDP2's or made from tagged parts: they can be kept, copied, gathered and loaded again,
+    and writing one to a file raises. ``load_state_dict`` takes them, or whole tensors. A second call does nothing.
     """
     for holder in module.modules():
         if any(is_sharded(parameter) for parameter in holder.parameters()):
             holder.__dict__.update(_COPIES)
         own = [parameter for parameter in holder._parameters.values() if is_part(parameter)]
-        for parameter in own:  # a DTensor's copy is one, too
+        for parameter in own:  # a copy of a DTensor is a DTensor too
             parameter.__dict__.update({"__reduce_ex__": refuse} if is_dtensor(parameter) else _COPIES)
         if own and _show_whole not in holder._state_dict_hooks.values():
             holder.register_state_dict_post_hook(_show_whole)
@@ -49,14 +49,14 @@ def guard_parts(module: nn.Module) -> None:
 
 
 def guard_state(optimizer: Optimizer) -> None:
-    """Let ``optimizer.state_dict()`` hold DTensors for what is kept of spread parameters, as the model's own does."""
+    """Make ``optimizer.state_dict()`` hold DTensors for the state of spread parameters, as the model's own does."""
     if _show_whole_state not in optimizer._optimizer_state_dict_post_hooks.values():
         optimizer.register_state_dict_post_hook(_show_whole_state)
         optimizer.register_load_state_dict_pre_hook(_take_parts_of_state)
 
 
 def as_whole(value: Any, parameter: Any) -> Any:
-    """Return a tensor that an optimizer keeps as a DTensor, if it is a part, of what its parameter is a part of."""
+    """Return a tensor of an optimizer's state as a DTensor of the whole shape, if its parameter is a part."""
     split = getattr(parameter, "lora_split", None)
     if split is not None and isinstance(value, Tensor) and not is_dtensor(value) and value.shape == parameter.shape:
         value = value.detach()
@@ -67,7 +67,8 @@ def as_whole(value: Any, parameter: Any) -> Any:
 def _show_whole(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     for name, parameter in module._parameters.items():
         value = state_dict.get(f"{prefix}{name}")
-        if value is not None and value is not parameter and is_part(parameter):  # keep_vars=True asks for what is there
+        # keep_vars=True asks for the parameters themselves
+        if value is not None and value is not parameter and is_part(parameter):
             state_dict[f"{prefix}{name}"] = _shown(value if is_dtensor(value) else logical(parameter))
 
 
@@ -91,7 +92,7 @@ def _take_parts_of_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[st
 def _changed(
     optimizer: Optimizer, state: dict[str, Any], change: Callable[[Tensor, nn.Parameter], Tensor]
 ) -> dict[str, Any]:
-    """Return an optimizer state with the tensors changed that are shaped as their parameters, or as the wholes."""
+    """Return an optimizer state in which tensors of their parameter's shape, or the whole's, are changed."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = dict(state["state"])
     for index, like in enumerate(parameters):

@@ -16,11 +16,11 @@ from lightning_lora.finite import OnNonfinite
 from lightning_lora.inject import (
     check_not_disabled,
     injected_roots,
-    injection_of,
     named_lora_layers,
     named_pairs,
     named_token_rows,
     named_trained_whole,
+    require_injection,
     require_root,
 )
 from lightning_lora.layers import LoRALayer
@@ -35,7 +35,7 @@ from lightning_lora.megatron.names import hugging_face_name, megatron_parts
 from lightning_lora.megatron.view import adapted_view
 from lightning_lora.peft_format import PREFIX, Entry, laid_out, write_directory
 from lightning_lora.portable import make_portable
-from lightning_lora.root import clean_name, is_megatron, name_or_path
+from lightning_lora.root import clean_name, is_inside, is_megatron, name_or_path
 from lightning_lora.sharded import is_sharded, whole
 
 _TASK_TYPES = {
@@ -115,7 +115,7 @@ def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
 
 
 def _needed(root: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what is to be written, by name, each rank's part where it is spread."""
+    """Return the tensors to write by name; of spread ones, this rank's part."""
     needed = {name for _, _, names in description["entries"] for name in names}
     tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
     return {name: tensor for name, tensor in tensors.items() if name in needed}
@@ -171,16 +171,16 @@ def _check_trained_whole(root: nn.Module) -> None:
     for name in modules:
         if name not in owners or isinstance(owners[name], (nn.ParameterList, nn.ParameterDict)):
             raise ValueError(
-                f"{name!r} trains whole, and PEFT trains whole modules with a forward alone: keep the adapter in "
+                f"{name!r} trains whole, and PEFT trains only modules that have a forward: keep the adapter in "
                 "checkpoints, or leave it frozen with modules_to_save=[...] that does not name it"
             )
     beside = _hit_by_endings(root, modules)
     hidden = [name for name in named_lora_layers(root) if _lies_in(name, beside)]
     if hidden:
         raise ValueError(
-            f"{hidden[0]!r} is adapted and lies in a module whose name ends as that of one which trains whole "
-            f"({', '.join(modules)}), so that PEFT would train that whole too and adapt nothing in it: keep the "
-            "adapter in checkpoints, or give the head another name"
+            f"{hidden[0]!r} is adapted and lies in a module whose name ends like that of one that trains whole "
+            f"({', '.join(modules)}). PEFT would train both whole and adapt nothing in them: keep the adapter in "
+            "checkpoints, or give the head another name"
         )
 
 
@@ -204,8 +204,7 @@ def _check_experts(root: nn.Module, view: nn.Module) -> str | None:
             f"{min(lacking)!r} is not adapted and other layers of those experts are, which no PEFT directory can say: "
             "adapt gate_proj, up_proj and down_proj of all experts, or keep the adapter in checkpoints"
         )
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     if injection.config.use_rslora or len({(pair.r, pair.scaling) for pair in named_pairs(view).values()}) > 1:
         return "use_rslora, rank_pattern or alpha_pattern"
     return None
@@ -237,8 +236,9 @@ def write_described(
     lacking = [name for _, _, names in description["entries"] for name in names if name not in named]
     if lacking:
         raise ValueError(
-            f"PEFT reads {lacking[0]!r} as trained, since its module's name ends as that of one which is, and the "
-            "checkpoint holds nothing frozen: load it into the model and call save_peft(model, directory)"
+            f"PEFT expects {lacking[0]!r} in the file, since its module's name ends like that of one that trains "
+            "whole, and the checkpoint holds no frozen tensors: load it into the model and call save_peft(model, "
+            "directory)"
         )
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
@@ -289,11 +289,11 @@ def _entries(root: nn.Module) -> list[Entry]:
 
 
 def _lies_in(owner: str, modules: Iterable[str]) -> bool:
-    return any(owner == module or owner.startswith(f"{module}.") for module in modules)
+    return any(is_inside(owner, module) for module in modules)
 
 
 def _hit_by_endings(root: nn.Module, modules: Sequence[str]) -> list[str]:
-    """Return the modules that did not train and whose names end as one that did: PEFT wants tensors for them too."""
+    """Return untrained modules whose names end like that of a trained one: PEFT wants tensors for them too."""
     names = (clean_name(name) for name, _ in root.named_modules(remove_duplicate=False))
     return [name for name in names if name.endswith(tuple(modules)) and not _lies_in(name, modules)] if modules else []
 
@@ -346,8 +346,7 @@ def _modules_trained_whole(root: nn.Module) -> list[str]:
 
     PEFT wraps no containers without a forward: of these come their members.
     """
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     modules = list(injection.trained_whole)
     inside = {
         id(p)
@@ -369,8 +368,7 @@ def _with_forward(name: str, module: nn.Module | None) -> list[str]:
 
 
 def _peft_config(root: nn.Module) -> dict[str, Any]:
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     config, layers = injection.config, named_lora_layers(root)
     doubled = {name for name, layer in layers.items() if isinstance(layer, ResidualLinear)}
     pairs = {  # an attention's output projection goes with the attention

@@ -17,9 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_lora.config import PEFT_UNSUPPORTED, brief
+from lightning_lora.config import PEFT_UNSUPPORTED
 from lightning_lora.files import Location, RemotePath, location, write_atomically
 from lightning_lora.finite import OnNonfinite, check_finite
+from lightning_lora.messages import brief
 from lightning_lora.root import clean_name
 
 CONFIG_NAME = "adapter_config.json"

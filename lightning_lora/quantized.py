@@ -1,4 +1,4 @@
-"""Weights that are stored otherwise than as plain floating-point numbers, which adapters multiply and add to."""
+"""Tell quantised weights from floating-point ones, which adapters need to train and to merge."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from lightning_lora.sharded import is_dtensor
 def stored_as(tensor: Tensor) -> str | None:
     """Return the dtype or the class that a quantised tensor is stored in; ``None`` for floating-point numbers.
 
-    torchao's tensors wrap integers and scales, and give themselves out as floating-point.
+    torchao's tensors wrap integers and scales, and report a floating-point dtype.
     """
     if is_traceable_wrapper_subclass(tensor) and not is_dtensor(tensor):
         return type(tensor).__name__
@@ -19,7 +19,7 @@ def stored_as(tensor: Tensor) -> str | None:
 
 
 def check_plain(what: str, tensor: Any) -> None:
-    """Raise ``ValueError`` for a quantised tensor; ``what`` names it. No tensor, such as a computed weight, passes."""
+    """Raise ``ValueError`` for a quantised tensor; ``what`` names it. ``None``, as for a computed weight, passes."""
     kind = None if tensor is None else stored_as(tensor)
     if kind is not None:
         raise ValueError(

@@ -95,7 +95,7 @@ def check_portable(directory: str | os.PathLike[str], reader: str, *, max_lora_r
 
 
 def _of_all(adapter: _Adapter, reader: str) -> Iterator[str]:
-    """Yield what none of the readers does: NaN, other layers than LoRA's, a changed base, convolutions."""
+    """Yield what no reader serves right: NaN, other layers than LoRA's, a changed base, convolutions."""
     if adapter.nonfinite is not None:
         yield (
             f"{adapter.nonfinite!r} holds NaN or infinity: {reader} serves it in silence, and every answer is wrong. "

@@ -1,7 +1,7 @@
 """Activation checkpointing beside ``disabled(model)``: a block is recomputed with the adapters that its forward had.
 
-Backward may run when the block of ``disabled`` was entered or left since. torch keeps the random state and autocast's
-for what is recomputed; of a state like this one it knows nothing.
+Backward may run after ``disabled`` was entered or left. torch restores the random state and autocast for what it
+recomputes; it knows nothing of adapters.
 """
 
 import functools
@@ -41,10 +41,10 @@ def switch_off(key: int) -> None:
 
 
 def keep_state_of_forward() -> None:
-    """Let what torch's and Megatron-core's checkpoints recompute run with the changes that were made in forward.
+    """Make torch's and Megatron-core's activation checkpoints recompute with the changes that were made in forward.
 
-    They have no hook for this that serves both of torch's variants, so that a method of their classes is wrapped, once
-    in a process. What is checkpointed runs as before where nothing was switched in between.
+    No hook serves both of torch's variants, so a method of their classes is wrapped, once in a process. Where nothing
+    was switched in between, they recompute as before.
     """
     frame: Any = torch_checkpoint._CheckpointFrame
     if not hasattr(frame.__init__, "lora_original"):
@@ -57,7 +57,7 @@ def keep_state_of_forward() -> None:
 
 
 def _with_present_state(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that is given the function to recompute, and makes it keep the state that there is then."""
+    """Wrap a method that takes the function to recompute: it will run with the changes that are made at the call."""
 
     @functools.wraps(method)
     def wrapped(own: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

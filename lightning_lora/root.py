@@ -55,6 +55,11 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def joined(path: str, name: str) -> str:
+    """Return the name that ``name`` inside ``path`` has; ``path`` may be empty."""
+    return f"{path}.{name}" if path else name
+
+
 def is_inside(name: str, path: str) -> bool:
     """Whether a clean name is ``path`` or lies below it; everything lies below ``""``."""
     return not path or name == path or name.startswith(f"{path}.")
@@ -73,7 +78,7 @@ def is_megatron(module: nn.Module) -> bool:
 
 
 def new_heads(root: nn.Module) -> list[str]:
-    """Return the clean names of what transformers added new for a task to the models in ``root``, such as ``score``.
+    """Return the clean names of the new heads that transformers put on the models in ``root``, such as ``score``.
 
     These are modules, and parameters that a model holds itself. A head that lies under several names has its first.
     """
@@ -94,7 +99,7 @@ def is_new_head_task(class_name: str) -> bool:
 
 
 def _heads_of(model: nn.Module) -> list[nn.Module | nn.Parameter]:
-    """Return what a transformers model for a task has beside its body, but for what is tied to the body.
+    """Return the parts of a transformers model beside its body, but for those that are tied to the body.
 
     The body is what ``base_model`` names. Of a model that names none (T5's for answers, Whisper's for classes), it ends
     with the last child that is a transformers model, or else before the last child.
@@ -117,7 +122,7 @@ def _heads_of(model: nn.Module) -> list[nn.Module | nn.Parameter]:
 
 
 def perhaps_new_heads(root: nn.Module) -> list[str]:
-    """Return the clean names of modules that may be a new head of the user's, which no name of a class tells.
+    """Return the clean names of modules that may be a new head of the user's; no class name tells for certain.
 
     In a transformers model they are the modules that transformers did not make; elsewhere they are what follows the
     last large child.

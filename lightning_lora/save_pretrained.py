@@ -25,7 +25,7 @@ _WRITERS = {
 
 
 def guard_save_pretrained() -> None:
-    """Let ``save_pretrained`` of the classes that are imported look for adapters. Calling it twice does nothing more.
+    """Wrap ``save_pretrained`` of imported model classes so that it looks for adapters. A second call does nothing.
 
     While the adapters are merged or disabled, the model is written as it computes; without their tensors, if the method
     takes ``state_dict=``. While they are active, and of a model that is spread over ranks, it is an error that says

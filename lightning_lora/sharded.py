@@ -37,12 +37,12 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def is_part(tensor: Any) -> bool:
-    """Whether a tensor is to be told from a whole one: tensor parallelism over one rank leaves it whole."""
+    """Whether a tensor is a DTensor, or a tagged part over more than one rank."""
     return is_dtensor(tensor) or (is_sharded(tensor) and tensor.lora_split[0].size() > 1)
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, whose parts only its own operations know to put together."""
+    """Whether a tensor is a DTensor. A torch without ``torch.distributed`` has none."""
     return DTensor is not None and isinstance(tensor, DTensor)
 
 
@@ -63,7 +63,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return what this rank holds of a tensor, sharing its storage, to be read by who knows that it is a part."""
+    """Return what this rank holds of a tensor, sharing its storage and without a guard."""
     part: Tensor = tensor.to_local() if is_dtensor(tensor) else bare(tensor)
     return part
 
@@ -79,7 +79,7 @@ def spread_like(tensor: Tensor, like: Any) -> Tensor:
 
 
 def part_of(value: Tensor, like: Any) -> Tensor:
-    """Return this rank's part of a whole tensor, or of a DTensor, as ``like`` is a part; anything else as it is."""
+    """Return this rank's part of ``value``, a whole tensor or a DTensor, split as ``like`` is; others as they are."""
     if not is_sharded(like) or value.shape != logical(like).shape:
         return value
     spread = spread_like(value, like)

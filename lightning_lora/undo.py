@@ -1,4 +1,4 @@
-"""All or nothing: a model that an error leaves as it was."""
+"""Restore a model when an error interrupts a change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-# what nn.Module keeps its parts and hooks in
+# the attributes in which nn.Module keeps children, tensors and hooks
 _CONTAINERS = tuple(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 
 

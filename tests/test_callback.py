@@ -30,9 +30,9 @@ from lightning_lora import (
     named_adapter_parameters,
     remove,
 )
-from lightning_lora.callback import summary
 from lightning_lora.inject import named_lora_layers, named_pairs
 from lightning_lora.layers import LoRALayer
+from lightning_lora.start_line import summary
 from lightning_lora.strategies.adapter_only import adopt
 from lightning_lora.strategies.fabric import adopt_fabric
 from tests import models, zoo
@@ -340,6 +340,17 @@ def test_start_line_and_loggers_say_what_trains(tmp_path: Path, caplog: pytest.L
     assert logger.experiment.hparams["lora/adapter_parameters"] == adapters
 
 
+class Unfreeze(BaseFinetuning):
+    """Unfreezes the embedding after the first epoch."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.model.model.embed_tokens)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.model.model.embed_tokens, optimizer)
+
+
 class Recorder(Logger):
     """Keeps every call, and refuses another value for a key, as MLflow does."""
 
@@ -399,14 +410,6 @@ def test_each_logger_is_told_once_what_lightning_tells_it_and_of_the_adapters(
 
 
 def test_a_resumed_run_tells_loggers_nothing_else(tmp_path: Path) -> None:
-    class Unfreeze(BaseFinetuning):
-        def freeze_before_training(self, pl_module):
-            self.freeze(pl_module.model.model.embed_tokens)
-
-        def finetune_function(self, pl_module, epoch, optimizer):
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(pl_module.model.model.embed_tokens, optimizer)
-
     class Filtered(LanguageModule):
         def configure_optimizers(self):
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
@@ -689,14 +692,6 @@ class TestCompany:
     def test_base_finetuning_unfreezes_beside_adapters_and_its_weights_are_kept(
         self, tmp_path: Path, ours_first: bool
     ) -> None:
-        class Unfreeze(BaseFinetuning):
-            def freeze_before_training(self, pl_module):
-                self.freeze(pl_module.model.model.embed_tokens)
-
-            def finetune_function(self, pl_module, epoch, optimizer):
-                if epoch == 1:
-                    self.unfreeze_and_add_param_group(pl_module.model.model.embed_tokens, optimizer)
-
         callbacks = [LoRACallback(r=4), Unfreeze()]
         module = LanguageModule()
         module.configure_optimizers = lambda: torch.optim.AdamW(

@@ -565,7 +565,7 @@ def test_a_layer_of_a_users_own_is_adapted_by_registration() -> None:
 
 
 def test_all_linear_means_the_language_model_of_a_multimodal_one_and_towers_can_be_named() -> None:
-    from lightning_lora.callback import summary
+    from lightning_lora.start_line import summary
 
     model = inject(family("llava")(), LoRAConfig(r=4))
     layers = named_lora_layers(model)

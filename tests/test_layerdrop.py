@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, inject
 from lightning_lora.layerdrop import drops_layers, skipped_at_random
-from tests import zoo
+from tests import runs, zoo
 
 TOWERS = {
     "whisper": ({"encoder_layerdrop": 1.0}, {"model.encoder"}),
@@ -40,10 +40,7 @@ class Speech(pl.LightningModule):
 
 
 def fit(directory: Path, module: pl.LightningModule) -> None:
-    trainer = pl.Trainer(
-        accelerator="cpu", callbacks=[LoRACallback(r=2, strict_idle=True)], max_steps=1, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=directory,
-    )  # fmt: skip
+    trainer = runs.trainer(directory, LoRACallback(r=2, strict_idle=True), max_steps=1)
     trainer.fit(module, DataLoader(torch.zeros(1), batch_size=1))
 
 

@@ -80,7 +80,7 @@ BIASED: dict[type[LoRALayer], type[Biased]] = {
 def biased_mixin(mixin: type[LoRALayer], layer: Any) -> type[Biased]:
     """Return the counterpart of ``mixin`` with a bias; none for layers of this kind is a ``ValueError``."""
     if issubclass(mixin, ReadWeight):
-        raise ValueError("its weight is read by a module around it, past a bias of the adapter's")
+        raise ValueError("a module around it reads its weight, and would miss the adapter's bias")
     if mixin not in BIASED:
         raise ValueError(f"{type(layer).__name__} is of a kind whose adapter cannot have a bias")
     return BIASED[mixin]

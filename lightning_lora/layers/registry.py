@@ -73,7 +73,7 @@ def read_mixin(mixin: type[LoRALayer], layer: nn.Module, reader: nn.Module) -> t
     if mixin not in _READ:
         raise ValueError(
             f"{type(reader).__name__} reads its weight instead of calling it, which would leave the adapter out, and "
-            f"the weight of a {type(layer).__name__} cannot be read with one: leave it out with exclude_modules"
+            f"the weight of a {type(layer).__name__} cannot include it: leave it out with exclude_modules"
         )
     weight = layer._parameters.get("weight")
     is_stored = weight is not None and weight.is_floating_point()

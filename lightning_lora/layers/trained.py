@@ -15,10 +15,10 @@ _NO_DTYPES: dict[str, torch.dtype] = {}
 
 
 class KeptWide(Made):
-    """Mixin of a module with parameters of its own that train, which are wider than its code takes them for.
+    """Mixin of a module whose trained parameters are stored in a wider dtype than its code computes in.
 
-    Reading ``module.weight`` gives the parameter in the dtype that the base would have it in; its gradient is summed,
-    and an optimizer updates it, in its own. Moving and converting the module changes the dtype that is read, and never
+    Reading ``module.weight`` gives the parameter in the dtype of the base; its gradient is summed, and the optimizer
+    updates it, in the wider one. Moving and converting the module changes the dtype that is read, and never
     narrows the parameter below ``_lora_floor``. What is read may be a copy: write to ``parameters()``.
     """
 
@@ -103,7 +103,7 @@ def keep_wide(model: nn.Module, parameters: Iterable[nn.Parameter], floor: torch
 
 @contextmanager
 def as_stored(module: nn.Module) -> Iterator[None]:
-    """Read the parameters inside ``module`` as they are inside the block, for code that writes to them."""
+    """Let ``module.weight`` give the stored parameter itself inside the block, for code that writes to it."""
     read = {part: part.__dict__.pop("_lora_read_dtypes", None) for part in module.modules()}
     try:
         yield

@@ -113,7 +113,7 @@ def linear_cross_entropy(
 def _plain(
     head: Any, rows: Tensor, targets: Tensor, softcap: float | None, ignore_index: int, num_items: float | Tensor | None
 ) -> Tensor:
-    """Return the loss by operations that torch can transform, of all rows: how many are learned is in the data."""
+    """Return the loss by operations that torch can transform: it keeps all rows, as only the data says which count."""
     logits: Tensor = head(rows)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)

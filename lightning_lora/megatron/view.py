@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.inject import Injection, injection_of, named_lora_layers, named_trained_whole
+from lightning_lora.inject import Injection, named_lora_layers, named_trained_whole, require_injection
 from lightning_lora.layers import adapt
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.megatron import LoRAMegatronLinear
@@ -40,8 +40,7 @@ def adapted_view(model: nn.Module) -> tuple[Skeleton, dict[str, tuple[str, str]]
     Raises:
         ValueError: what trains has no name in Hugging Face's model.
     """
-    injection = injection_of(model)
-    assert injection is not None
+    injection = require_injection(model)
     whole = list(named_trained_whole(model))
     if whole:
         raise ValueError(

@@ -7,10 +7,7 @@ copied.
 
 import contextlib
 import functools
-import inspect
-import io
 import os
-import pickle
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -53,7 +50,7 @@ from lightning_lora.left_out import outside_names, say_left_out
 from lightning_lora.peft_export import fail_together, write_tokenizer
 from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from lightning_lora.root import clean_name
-from lightning_lora.sharded import is_sharded, on_rank_zero
+from lightning_lora.sharded import on_rank_zero
 from lightning_lora.strategies import random_state
 from lightning_lora.strategies.atomic_io import make_atomic
 from lightning_lora.strategies.lockstep import Lockstep
@@ -74,6 +71,15 @@ from lightning_lora.strategies.reduction import (
     share_buffers_again,
     share_buffers_once,
 )
+from lightning_lora.strategies.refusals import (
+    check_has_values,
+    check_readable,
+    check_reader,
+    check_whole,
+    first_on_meta,
+    is_deepspeed,
+    unsupported,
+)
 
 S = TypeVar("S")
 STATE_KEY = "state_dict"
@@ -83,7 +89,7 @@ class AdapterOnly(Strategy):
     """Mixin for a Trainer strategy whose checkpoints hold the adapters alone.
 
     Attributes:
-        shards: whether the strategy spreads the model over ranks, so that looking at it takes all of them.
+        shards: whether the strategy spreads the model over ranks, so that reading it takes all of them.
         lockstep: what keeps the ranks of a run together.
     """
 
@@ -169,7 +175,11 @@ class AdapterOnly(Strategy):
         self._check_finite(checkpoint[STATE_KEY], filepath)
         checkpoint[SECTION] = section
         if self.is_global_zero and not self._checked_readable:
-            _check_readable(checkpoint)
+            check_readable(
+                checkpoint,
+                "the checkpoint would hold objects that a safe load refuses, from hyperparameters (keep them out with "
+                "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values",
+            )
             self._checked_readable = True
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.peft_roots and not location(filepath).name.startswith("."):
@@ -383,12 +393,12 @@ class AdapterOnly(Strategy):
         return self._random_states is not None
 
     def forget_random_state(self) -> None:
-        """Restore random states no more: the resumed run is under way."""
+        """Drop the loaded random states: the resumed run is under way."""
         self._random_states = self._loaders_to_restore = self._loaded = None
         self._position, self._loader_states, self._is_over = None, None, False
 
     def note_end(self) -> None:
-        """Keep where the run ends for files that are written later: its dataloaders will have lost their position."""
+        """Keep the position at the run's end for files written later, when its dataloaders have lost theirs."""
         combined = self._adapted_module().trainer.fit_loop._combined_loader
         self._position = self._collect_position()
         self._loader_states = None if combined is None else combined._state_dicts()
@@ -426,12 +436,12 @@ def adopt(strategy: Strategy) -> AdapterOnly:
         ValueError: the strategy shards or replaces the model in a way that is not served; the message says what to use.
     """
     if isinstance(strategy, AdapterOnly):
-        _check_reader(strategy.checkpoint_io)
+        check_reader(strategy.checkpoint_io)
         make_atomic(strategy.checkpoint_io)
         return strategy
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or is_deepspeed(strategy):
         raise ValueError(unsupported(type(strategy).__name__))
-    _check_reader(strategy.checkpoint_io)
+    check_reader(strategy.checkpoint_io)
     make_atomic(strategy.checkpoint_io)
     if isinstance(strategy, DDPStrategy):
         prepare_ddp(strategy)
@@ -444,70 +454,6 @@ def adopt(strategy: Strategy) -> AdapterOnly:
 def adopted_class(mixin: type[Any], base: type[Any]) -> type[Any]:
     """Return the class ``LoRA<Base>(mixin, Base)``."""
     return type(f"LoRA{base.__name__}", (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
-
-
-def is_deepspeed(strategy: object) -> bool:
-    """Whether a strategy is DeepSpeed's, which Lightning derives from DDP's."""
-    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)
-
-
-def _check_reader(checkpoint_io: Any) -> None:
-    """Raise ``ValueError`` for a ``CheckpointIO`` of the user's that cannot be told to read without running code."""
-    parameters = inspect.signature(checkpoint_io.load_checkpoint).parameters.values()
-    if not any(p.name == "weights_only" or p.kind is p.VAR_KEYWORD for p in parameters):
-        raise ValueError(
-            f"{type(checkpoint_io).__name__}.load_checkpoint takes no weights_only argument, so that its files could "
-            "not be read back safely: add `weights_only=None` to it and hand it to torch.load"
-        )
-
-
-def check_whole(model: nn.Module, strategy: str) -> None:
-    """Raise ``ValueError`` for a model that another strategy left in shards."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            f"the model is in shards, from a run with 'fsdp_lora', and {strategy} wants it whole: build it anew and "
-            "give ckpt_path= or init_from=, or go on with 'fsdp_lora'"
-        )
-
-
-def check_has_values(model: nn.Module, strategy: str) -> None:
-    """Raise ``ValueError`` for an adapted model on the meta device, under a strategy that does not fill it."""
-    name = first_on_meta(model)
-    if name is not None and injected_roots(model):
-        raise ValueError(
-            f"{name!r} is on the meta device, and {strategy} has nothing to fill it from: build the model with its "
-            "weights, as from_pretrained does, or use 'fsdp_lora', which reads them by base_weights="
-        )
-
-
-def first_on_meta(model: nn.Module) -> str | None:
-    """Return the name of a tensor without values, if there is one."""
-    named = (*model.named_parameters(), *model.named_buffers())
-    return next((clean_name(name) for name, tensor in named if tensor.device.type == "meta"), None)
-
-
-def _check_readable(checkpoint: dict[str, Any]) -> None:
-    """Find out at the first save, not at the resume, that a file holds objects which a safe load refuses."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            "the checkpoint would hold objects that a safe load refuses, from hyperparameters (keep them out with "
-            "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values, or "
-            f"allow their class with torch.serialization.add_safe_globals. {error}"
-        ) from error
-
-
-def unsupported(name: str) -> str:
-    """Return the error for a strategy that cannot keep adapter checkpoints exact."""
-    return (
-        f"{name} is not supported: its checkpoints would hold the base or lose the adapters. Use strategy='auto' or "
-        "'ddp' (every rank holds the frozen base, and only the adapters' gradients are exchanged), or 'fsdp_lora' "
-        "(each rank holds its share of the base)"
-    )
 
 
 def peft_directory(filepath: Any, path: str = "") -> Location:

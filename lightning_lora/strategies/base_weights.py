@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_lora.inject import injection_of, named_lora_layers
 from lightning_lora.layers.trained import as_stored
-from lightning_lora.root import clean_name, is_pretrained, name_or_path, resize_advice
+from lightning_lora.messages import listed
+from lightning_lora.root import clean_name, is_pretrained, joined, name_or_path, resize_advice
 from lightning_lora.sharded import (
     boxes,
     class_name,
@@ -140,12 +141,12 @@ def _allocate(root: nn.Module, device: torch.device) -> None:
 def _compute_buffers(root: nn.Module, empty: set[str]) -> None:
     """Fill buffers that are in no file. Weights that the module's code draws on the way are overwritten from disk."""
     for name, module in root.named_modules():
-        lost = [b for b in sorted(module._non_persistent_buffers_set) if _join(clean_name(name), b) in empty]
+        lost = [b for b in sorted(module._non_persistent_buffers_set) if joined(clean_name(name), b) in empty]
         for buffer in lost:
             _mark(module._buffers[buffer])
         if lost and (not _draw(root, name, module) or any(_is_marked(module._buffers[buffer]) for buffer in lost)):
             raise ValueError(
-                f"{_join(name, lost[0])!r} is a buffer that no checkpoint holds (persistent=False), it is on the meta "
+                f"{joined(name, lost[0])!r} is a buffer that no checkpoint holds (persistent=False), it is on the meta "
                 f"device, and {class_name(module)} has no reset_parameters() that computes it: build the model's "
                 "buffers on CPU, or make them persistent"
             )
@@ -199,7 +200,7 @@ def _fill(root: nn.Module, slices: Mapping[str, Any], adapters: set[int]) -> set
                 filled.add(target)
     unused = [key for key, (name, converter, _) in names.items() if converter is None and name not in targets]
     if unused:
-        some = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+        some = listed(unused, 3)
         rank_zero_info(f"base_weights: {class_name(root)} has no place for {some}")
     done = {id(targets[name]) for name in filled}
     return filled | {name for name, tensor in targets.items() if id(tensor) in done}
@@ -281,15 +282,15 @@ def _converted(
 def _finish(root: nn.Module, absent: set[str], adapters: set[int], source: str, keys: set[str]) -> None:
     """Draw new heads that are in no base checkpoint; raise ``ValueError`` for anything else that is missing."""
     tensors = {name: tensor for name, tensor in _named_tensors(root) if id(tensor) not in adapters}
-    ignored = {_join(clean_name(n), b) for n, m in root.named_modules() for b in m._non_persistent_buffers_set}
+    ignored = {joined(clean_name(n), b) for n, m in root.named_modules() for b in m._non_persistent_buffers_set}
     wanted = {name for name in absent if name in tensors} - ignored
     new = {name.rpartition(".")[0] for name in wanted if tensors[name].requires_grad}
     for path in sorted(new):
         module = root.get_submodule(path)
-        if not any(_join(path, n) not in wanted for n, _ in module.named_parameters()) and _draw(root, path, module):
+        if not any(joined(path, n) not in wanted for n, _ in module.named_parameters()) and _draw(root, path, module):
             wanted -= {name for name in wanted if name.startswith(f"{path}.")}
     if wanted:
-        some = ", ".join(sorted(wanted)[:3]) + (f" and {len(wanted) - 3} more" if len(wanted) > 3 else "")
+        some = listed(sorted(wanted), 3)
         advice = _prefix_advice(wanted, keys)
         raise ValueError(f"{source} lacks {len(wanted)} tensors of {class_name(root)}: {some}{advice}")
 
@@ -305,7 +306,3 @@ def _prefix_advice(wanted: set[str], keys: set[str]) -> str:
     prefixes = [key[: -len(name)] for key in keys if key.endswith(f".{name}")]
     prefixes = [prefix for prefix in prefixes if all(f"{prefix}{other}" in keys for other in wanted)]
     return f"; it has them behind {prefixes[0]!r}: save the weights under the model's own names" if prefixes else ""
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

@@ -96,7 +96,7 @@ class _Trial:
 
     @torch.no_grad()
     def backward(self, step: int, *, spread: bool) -> Tensor:
-        """Give one of both its gradient; return its loss, of a part that of the part alone."""
+        """Set the gradient of the whole tensor or of the spread one; return the loss, of a part that part's alone."""
         parameter = self.spread if spread else self.whole
         slope, goal = (spread_like(one, parameter) if spread else one for one in (self.slope, self.goals[step]))
         distance = parameter.detach() - goal
@@ -117,7 +117,7 @@ class _Trial:
 
 
 def _trials(optimizer: Optimizer) -> dict[int, _Trial]:
-    """Return what stands for each parameter of an optimizer, by its identity: one for each kind in each group."""
+    """Return a trial for each parameter of an optimizer, by its identity: one for each kind in each group."""
     trials: dict[int, _Trial] = {}
     generator = torch.Generator().manual_seed(0)
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Evaluations in which ranks have unequal numbers of batches, where a forward takes all ranks."""
+"""Let ranks evaluate unequal numbers of batches, though every forward gathers weights from all ranks."""
 
 import functools
 from collections.abc import Callable
@@ -74,7 +74,7 @@ class UnequalEvaluation:
 
 
 def check_equal_evaluation(trainer: "pl.Trainer", group: Any) -> None:
-    """Let evaluations begin with a ``ValueError`` where the ranks of ``group`` have unequal numbers of batches."""
+    """Make every evaluation begin with a check that the ranks of ``group`` have equal numbers of batches."""
     for loop in _loops(trainer):
         _do_before(loop, "on_run_start", functools.partial(_check_equal, loop, group))
 
@@ -95,7 +95,7 @@ def _loops(trainer: "pl.Trainer") -> list[Any]:
 
 
 def _do_before(loop: Any, name: str, first: Callable[[], None]) -> None:
-    """Let a loop's method do something first, instead of what an earlier run let it do."""
+    """Make a loop's method call ``first`` before its own code; the wrapper of an earlier run is dropped."""
     vars(loop).pop(name, None)
     setattr(loop, name, functools.partial(_one_after_the_other, first, getattr(loop, name)))
 

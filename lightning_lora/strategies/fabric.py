@@ -35,7 +35,7 @@ from lightning_lora.frozen import (
 from lightning_lora.inject import injected_roots
 from lightning_lora.sharded import on_rank_zero
 from lightning_lora.strategies import random_state
-from lightning_lora.strategies.adapter_only import adopted_class, check_whole, is_deepspeed, unsupported
+from lightning_lora.strategies.adapter_only import adopted_class
 from lightning_lora.strategies.atomic_io import make_atomic
 from lightning_lora.strategies.optimizers import (
     gathered_state,
@@ -46,6 +46,7 @@ from lightning_lora.strategies.optimizers import (
 )
 from lightning_lora.strategies.overflow import check_scalable
 from lightning_lora.strategies.reduction import Reduction, prepare_ddp, reduce_in_fixed_order
+from lightning_lora.strategies.refusals import check_whole, is_deepspeed, unsupported
 
 
 class FabricAdapterOnly(Strategy):

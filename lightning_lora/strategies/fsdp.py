@@ -87,16 +87,16 @@ class FSDPRanks(Launched):
         self._trained_in_shards: set[int] = set()
 
     def refuse_layerdrop(self, model: nn.Module) -> None:
-        """Raise ``ValueError`` for a model in training whose ranks would skip, and so gather, each its own layers."""
+        """Raise ``ValueError`` for a model with layerdrop: each rank would skip, and so not gather, other layers."""
         if self.device_mesh.size() == 1:
             return
         for root in injected_roots(model).values():
             for name, probability in drops_layers(root).items():
                 raise ValueError(
-                    f"{name or type(root).__name__!r} has layerdrop={probability:g} and would skip other layers on "
-                    "every rank, which gather each layer's weights together: set layerdrop to 0 in the model's config "
-                    "(from_pretrained(..., layerdrop=0.0); encoder_layerdrop and decoder_layerdrop where it has them), "
-                    "or use strategy='ddp'"
+                    f"{name or type(root).__name__!r} has layerdrop={probability:g}, so each rank would skip "
+                    "other layers, and all ranks gather each layer's weights together: set layerdrop to 0 in the "
+                    "model's config (from_pretrained(..., layerdrop=0.0); encoder_layerdrop and decoder_layerdrop "
+                    "where it has them), or use strategy='ddp'"
                 )
 
     def setup_environment(self) -> None:

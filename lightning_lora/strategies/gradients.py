@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.gradient_norm import total_norm
 from lightning_lora.guarded import PartOfGradient, UnreducedGradient, bare, guard
+from lightning_lora.messages import listed
 from lightning_lora.sharded import collective_device, is_sharded, local_part, shard_group
 from lightning_lora.strategies.replication import drifted
 
@@ -175,14 +176,14 @@ def _flat_gradient(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
 
 
 def _drift_error(drift: Mapping[str, float]) -> str:
-    some = ", ".join(list(drift)[:3]) + (f" and {len(drift) - 3} more" if len(drift) > 3 else "")
+    some = listed(list(drift), 3)
     return (
         f"the ranks train different adapters: {some} should be equal on all ranks and differ by up to "
-        f"{max(drift.values()):.1e}. Something between backward and step changed gradients or parameters on each rank "
-        "in another way: clipping or scaling by a norm that each rank took of its own part, random noise, or a step on "
-        "some ranks alone. Clip with Trainer(gradient_clip_val=...), self.clip_gradients(...) or "
-        "fabric.clip_gradients(...), and do all else on all ranks alike. The last checkpoint is from before or was "
-        "checked like this one"
+        f"{max(drift.values()):.1e}. Something between backward and step changed gradients or parameters "
+        "differently on each rank: clipping or scaling by a norm that each rank took of its own part, random noise, "
+        "or a step on some ranks alone. Clip with Trainer(gradient_clip_val=...), self.clip_gradients(...) or "
+        "fabric.clip_gradients(...), and do everything else alike on all ranks. Every checkpoint that was written "
+        "passed this check"
     )
 
 

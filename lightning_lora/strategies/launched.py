@@ -109,24 +109,24 @@ class Launched:
             torch.distributed.barrier(device_ids=[self.root_device.index] if on_gpu else None)
 
     def reduced(self, tensor: Any, group: Any, reduce_op: Any) -> Any:
-        """Return the sum, mean or other of the tensors of ``group``, or of all data; anything else as it is."""
+        """Return a tensor reduced over ``group``, or over all data-parallel ranks; other values as they are."""
         if not isinstance(tensor, Tensor):
             return tensor
         return _sync_ddp_if_available(tensor, self._data_group(group), reduce_op=reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Return the tensors of ``group``, or of all data, under one more dimension."""
+        """Return the tensors of ``group``, or of all data-parallel ranks, stacked along a new first dimension."""
         gathered: Tensor = _all_gather_ddp_if_available(tensor, self._data_group(group), sync_grads)
         return gathered
 
     def _data_group(self, group: Any) -> Any:
-        """Return the group to go over; where its user gives none, Lightning gives that of all ranks."""
+        """Return ``group``, or the data-parallel group where the user gave none: Lightning passes all ranks then."""
         if group is None or group is torch.distributed.group.WORLD:
             return self.data_parallel_group
         return group
 
     def reduce_boolean_decision(self: Any, decision: bool, all: bool = True) -> bool:
-        """Return whether all ranks say yes, or any."""
+        """Return True if all ranks decide True, or with ``all=False`` any of them. Called on all ranks."""
         if not _distributed_is_initialized():
             return decision
         votes = torch.tensor(int(decision), device=self.root_device)

@@ -25,7 +25,7 @@ _REMEDY = (
 
 
 class Lockstep:
-    """Stands around the places of a Trainer's loops that ranks pass together, for one run. Made on all ranks."""
+    """Wraps the methods of a Trainer's loops in which all ranks meet, for one run. Made on all ranks."""
 
     def __init__(self, trainer: "pl.Trainer") -> None:
         self._trainer = trainer
@@ -81,7 +81,7 @@ class Lockstep:
             self._stop()
 
     def fail(self, exception: BaseException) -> None:
-        """Find out whether all ranks raise, as one does; if not, let nothing wait for the others.
+        """Find out whether all ranks raise; if some do not, make this rank wait for them no longer.
 
         Called on every rank that raises; a second call does nothing.
         """
@@ -93,7 +93,7 @@ class Lockstep:
             self._part()
 
     def close(self) -> None:
-        """Look out for the other ranks no more."""
+        """Stop watching the other ranks."""
         if self._notes is not None:
             self._notes.close()
             self._notes = None
@@ -103,7 +103,7 @@ class Lockstep:
         self._signals.stop()
 
     def _meet(self, step: int) -> None:
-        """Compare with the other ranks what this one does next, and take over what they were asked for.
+        """Check that all ranks do the same next, and agree on the strongest request that any of them got by a signal.
 
         Called on all ranks; one all-reduce of three integers over all of them.
         """
@@ -149,7 +149,7 @@ class Lockstep:
         return f"in the validation of epoch {trainer.current_epoch}"
 
     def _part(self) -> None:
-        """Let callbacks save what this rank can save alone, and put stand-ins where it would wait for others."""
+        """Let callbacks save what this rank can save alone, and replace the collectives in which it would wait."""
         trainer: Any = self._trainer
         trainer.save_checkpoint = self._save_alone
         trainer.strategy.barrier = _nothing
@@ -157,18 +157,18 @@ class Lockstep:
         trainer.strategy._num_ranks = _one
 
     def _save_alone(self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None) -> None:
-        """Stand for ``trainer.save_checkpoint`` where ranks have parted."""
+        """Stand in for ``trainer.save_checkpoint`` after ranks have parted."""
         trainer: Any = self._trainer
         if trainer.strategy.shards:
             name = type(trainer.strategy).__name__
-            rank_zero_warn(f"{filepath} was not written: under {name} that takes all ranks, and not all are left")
+            rank_zero_warn(f"{filepath} was not written: under {name} a checkpoint takes all ranks, and some have left")
         elif trainer.is_global_zero:
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
             trainer.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stand for what all ranks would do together."""
+    """Stand in for a collective."""
 
 
 def _first(value: Any, *_: Any, **__: Any) -> Any:

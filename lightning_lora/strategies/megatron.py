@@ -91,7 +91,7 @@ class MegatronRanks(Launched):
 
     @property
     def data_parallel_group(self) -> Any:
-        """The ranks that have the same part of the model, and together all data: what sums and metrics go over.
+        """The group of ranks that hold the same part of the model and see different data: sums and metrics go over it.
 
         ``None``, all ranks, before there are groups.
         """

@@ -10,7 +10,7 @@ from lightning_lora.megatron.core import parallel_state
 
 
 def gather_over_data(result: Tensor, group: Any = None) -> list[Tensor]:
-    """Return the tensors of all ranks of ``group``; without one, of one rank for each part of the data.
+    """Return the tensors of all ranks of ``group``, or without one, of all data-parallel ranks.
 
     As a ``dist_sync_fn`` it may be copied and pickled with its metric, which a process group may not.
     """
@@ -21,7 +21,7 @@ def gather_over_data(result: Tensor, group: Any = None) -> list[Tensor]:
 
 
 def count_batches_once(module: nn.Module) -> None:
-    """Let the metrics inside a module sync over data-parallel ranks, unless their user chose how they do."""
+    """Make the metrics inside a module sync over data-parallel ranks, unless the user set how they sync."""
     for part in module.modules():
         if isinstance(part, Metric) and part.dist_sync_fn is None and part.process_group is None:
             part.dist_sync_fn = gather_over_data

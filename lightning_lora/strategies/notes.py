@@ -2,7 +2,7 @@
 
 A collective waits for all ranks. Gloo ends it when a rank's process ends, with an error that names an address; a rank
 that lives on, after its script caught the error, is waited for until the group's timeout. So a thread on every rank
-looks for notes, and keeps what they say for the error of whoever waits.
+looks for notes, and a rank that waits ends with an error that repeats them.
 """
 
 import os
@@ -16,8 +16,8 @@ import torch
 from torch.distributed import DistError, PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-PATIENCE_S = 5.0  # that a rank which failed waits for the others to fail with it
-END_S = 20.0  # that a rank has for leaving a collective in which a rank is missing for good
+PATIENCE_S = 5.0  # how long a rank that failed waits for the others to fail too
+END_S = 20.0  # how long a rank may stay in a collective that another rank has left for good
 _POLL_S = 0.5
 
 
@@ -25,10 +25,10 @@ class Notes:
     """The notes of one run. Made on all ranks.
 
     Args:
-        name: the same on all ranks, and of no other run.
+        name: the same on all ranks, another one in every run.
 
     Attributes:
-        parted: whether some rank has left without the others, so that nothing which takes all ranks can be done.
+        parted: whether some rank has left without the others, so that no collective can succeed.
     """
 
     def __init__(self, name: str, rank: int, world_size: int) -> None:
@@ -42,7 +42,7 @@ class Notes:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self) -> None:
-        """Look for notes no more."""
+        """Stop looking for notes."""
         self._closed.set()
 
     def leave(self, exception: BaseException, where: str) -> None:

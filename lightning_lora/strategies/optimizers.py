@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.inject import injected_roots, named_adapter_parameters, named_trained_whole
+from lightning_lora.messages import listed
 from lightning_lora.parts import as_whole
 from lightning_lora.root import clean_name
 from lightning_lora.sharded import is_sharded, logical, on_rank_zero, spread_like
@@ -52,7 +53,7 @@ def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> No
         wanted |= adapters | named_trained_whole(root)
     missing = [name for name, parameter in wanted.items() if parameter.requires_grad and id(parameter) not in held]
     if missing:
-        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        some = listed(missing, 3)
         raise ValueError(
             f"{len(missing)} of {len(wanted)} trainable tensors of the adapters are in no optimizer and would "
             f"never change: {some}. Build the optimizer in configure_optimizers (not in __init__, when there were "

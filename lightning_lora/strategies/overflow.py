@@ -46,7 +46,7 @@ def share_overflows(scaler: Any, reduce_gradients: Callable[[], None]) -> None:
 
 
 def check_scalable(scaler: Any, optimizers: Iterable[Any]) -> None:
-    """Raise ``ValueError`` for parameters in float16, whose gradients a ``GradScaler`` refuses to unscale.
+    """Raise ``ValueError`` for trained parameters in float16, whose gradients a ``GradScaler`` refuses to unscale.
 
     Args:
         scaler: ``None`` checks nothing.

@@ -1,4 +1,4 @@
-"""Where a run stood when its checkpoint was written, so that a resume goes on with the next batch and no other.
+"""Correct where a checkpoint says that its run stood, so that a resume begins with the next batch.
 
 Lightning counts epochs and batches as ready, started, processed and completed, and concludes at a resume from these
 counts in which hook the file was written. Three files mislead it: of a run that was ended in the middle of an epoch,
@@ -13,7 +13,7 @@ from lightning.pytorch.loops.loop import _Loop
 
 
 def correct_progress(fit_loop: dict[str, Any], accumulate_grad_batches: int) -> None:
-    """Give a loaded file of an epoch that was ended halfway the counts of one that ``on_train_batch_end`` wrote.
+    """Set the counts of a loaded file whose epoch was ended halfway to those that ``on_train_batch_end`` writes.
 
     Of an epoch's last batch, the position of stateful dataloaders is dropped: they would go on behind their last batch,
     or shuffle by a state that an uninterrupted run has left behind.

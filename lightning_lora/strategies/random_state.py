@@ -33,7 +33,7 @@ def gather(state: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
 
 
 def fitting_states(states: list[dict[str, Any]] | None, num_ranks: int, source: Any) -> list[dict[str, Any]] | None:
-    """Return a file's states if there is one for each rank of this run; say it if there is another number of them."""
+    """Return a file's states if there is one for each rank of this run; else log a line and return ``None``."""
     if states is None or len(states) == num_ranks:
         return states
     rank_zero_info(

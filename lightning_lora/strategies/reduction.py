@@ -29,7 +29,7 @@ def prepare_ddp(strategy: Any) -> None:
 
 
 class Reduction:
-    """How a wrapped model sums its gradients: in parameter order, zeros for what a rank did not use.
+    """Sums a wrapped model's gradients in parameter order, with zeros for what a rank did not use.
 
     A communication hook of the user's stays in its place; an unused gradient is then zero on every rank.
     """

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_lora.fingerprint import local_hashes
+from lightning_lora.fingerprint import exact_hash, local_hashes
 from lightning_lora.inject import injected_roots, injection_of
 from lightning_lora.root import clean_name, is_inside
 from lightning_lora.sharded import class_name, collective_device, is_sharded, local_part
 
 _BROADCAST_NUMEL = 2**26
-_DIGEST_NUMEL = 2**22
-_DIGEST_MULTIPLIER = 0x1E3779B97F4A7C15
 _ROUNDING = 1e-5  # of a tensor's largest value
 
 
@@ -65,16 +63,16 @@ def differ(numbers: Tensor, group: ProcessGroup | None = None) -> list[bool]:
 
 @torch.no_grad()
 def drifted(tensors: Sequence[nn.Parameter], group: ProcessGroup | None = None) -> list[tuple[nn.Parameter, float]]:
-    """Return the tensors whose values differ between the ranks of ``group``, or all, by more than rounding, and by how
-    much. Called on all of them; exchanges one number per tensor, and the values of those that differ at all.
+    """Return the tensors that differ between the ranks of ``group``, or all, by more than rounding; and by how much.
 
-    Devices of other kinds may round one and the same step differently: a drift that small is no fault of the run's.
+    Called on all of them; exchanges one number per tensor, and the values of those that differ at all. Ranks on
+    devices of different kinds may round the same step differently, which is no fault of the run.
     """
     if not tensors:
         return []
     device = collective_device(tensors[0], group)
     drift = []
-    others = differ(torch.stack([_digest(tensor).to(device) for tensor in tensors]), group)
+    others = differ(torch.stack([exact_hash(local_part(tensor.detach())).to(device) for tensor in tensors]), group)
     for tensor, is_other in zip(tensors, others, strict=True):
         if not is_other:
             continue
@@ -90,17 +88,6 @@ def drifted(tensors: Sequence[nn.Parameter], group: ProcessGroup | None = None) 
 
 def _real_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _digest(tensor: Tensor) -> Tensor:
-    """Return a number of all bits of a tensor, each weighted by its place: a scalar int64."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = local_part(tensor.detach()).contiguous().view(integers[tensor.element_size()]).reshape(-1)
-    digest = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(_DIGEST_NUMEL):
-        weights = torch.arange(1, 2 * chunk.numel(), 2, device=bits.device)
-        digest = digest * _DIGEST_MULTIPLIER + (chunk.to(torch.int64) * weights).sum()
-    return digest
 
 
 def broadcast_replicated(module: nn.Module, device: torch.device) -> None:

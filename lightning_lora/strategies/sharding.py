@@ -14,7 +14,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from lightning_lora.fingerprint import remember_fingerprint
-from lightning_lora.inject import injected_roots, injection_of, named_adapter_parameters, named_trained_whole
+from lightning_lora.inject import (
+    injected_roots,
+    named_adapter_parameters,
+    named_trained_whole,
+    require_injection,
+)
 from lightning_lora.layers.read_weight import is_read_by
 from lightning_lora.parts import guard_parts
 from lightning_lora.root import clean_name, is_inside, is_pretrained
@@ -320,8 +325,7 @@ def _check_served(root: nn.Module) -> None:
 
 def _keep_parts_of_originals(root: nn.Module) -> None:
     """Keep of the first values of what trains whole only this rank's parts, where it is sharded."""
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     for name, parameter in named_trained_whole(root).items():
         original = injection.originals.get(name)
         if original is None:

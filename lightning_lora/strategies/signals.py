@@ -36,7 +36,7 @@ class Request(IntEnum):
 
 
 class NotedSignals(_SignalConnector):
-    """Lightning's signal handlers, but for what they do at once.
+    """Lightning's signal handlers, which only note a signal here; the ranks act on it later, together.
 
     ``received_sigterm``, which Lightning and users read, is true when all ranks have agreed to stop.
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_lora.inject import injection_of
+from lightning_lora.inject import require_injection
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import lora_class
 from lightning_lora.layers.embedding import LoRAEmbedding
@@ -291,8 +291,7 @@ def _look_up_parts(table: nn.Embedding, mesh: DeviceMesh) -> None:
 
 def check_replicated(root: nn.Module) -> None:
     """Raise ``ValueError`` for adapters that tensor parallelism does not serve and that no plan names."""
-    injection = injection_of(root)
-    assert injection is not None
+    injection = require_injection(root)
     if injection.config.use_dora or injection.config.lora_bias or injection.config.starts_from_base:
         raise ValueError(
             "use_dora, lora_bias, PiSSA and OLoRA are not served under tensor parallelism: leave them out, or use "

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback
 from lightning_lora.strategies import notes
-from tests import models
+from tests import models, runs
 from tests.distributed.launch import report
 from tests.runs import LanguageModule
 
@@ -57,20 +57,19 @@ def fit(directory: Path, strategy: str, case: str) -> dict[str, Any]:
     seed = 1 if strategy == "megatron_lora" else 1 + rank
     loader = DataLoader(models.token_ids(2 * batches, 8, seed=seed), batch_size=2)
     path = directory / case / "on_exception.ckpt"
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = runs.trainer(
+        directory,
+        LoRACallback(r=4),
+        OddCallback(),
+        OnExceptionCheckpoint(path.parent),
         devices=2,
         strategy=strategy,
         use_distributed_sampler=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_checkpointing=True,
         num_sanity_val_steps=0,
-        default_root_dir=directory,
         max_epochs=2,
         limit_train_batches=2 if case == "limit" and rank == 0 else 3,
         limit_val_batches=1 + rank if case == "rows" else None,
-        callbacks=[LoRACallback(r=4), OddCallback(), OnExceptionCheckpoint(path.parent)],
     )
     raised: BaseException | None = None
     with warnings.catch_warnings(record=True) as said:

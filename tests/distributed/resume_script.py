@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_lora import LoRACallback, LoRAConfig, inject
 from lightning_lora.fingerprint import exact_hashes
-from tests import models
+from tests import models, runs
 from tests.distributed.launch import report
 from tests.runs import LanguageModule, loader
 
@@ -36,26 +36,14 @@ class Follower(LanguageModule):
             self.get_parameter(MOVES).data.mul_(1 + 1e-6)
 
 
-def trainer_of(strategy: str, num_ranks: int, *callbacks: Any, **settings: Any) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=num_ranks,
-        strategy=strategy,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        callbacks=list(callbacks),
-        **settings,
-    )
-
-
 def fit_follower(
     directory: Path, strategy: str, num_ranks: int, epochs: int, ckpt_path: Path | None = None
 ) -> dict[str, Tensor]:
     """Train with ``last.ckpt`` in ``directory``; return the whole teacher."""
     module, saving = Follower(), ModelCheckpoint(directory, save_last=True, save_top_k=0)
-    trainer = trainer_of(strategy, num_ranks, LoRACallback(r=2, module="model"), saving, max_epochs=epochs)
+    trainer = runs.trainer(
+        directory, LoRACallback(r=2, module="model"), saving, max_epochs=epochs, strategy=strategy, devices=num_ranks
+    )
     trainer.fit(module, loader(), ckpt_path=ckpt_path)
     return {name: parameter.detach() for name, parameter in module.teacher.named_parameters()}
 
@@ -67,7 +55,9 @@ def losses_around_an_end(directory: Path, strategy: str, num_ranks: int) -> dict
         pl.seed_everything(7, verbose=False)  # also of DistributedSampler's order
         torch.manual_seed(7 if ckpt_path is None else 98)
         module = LanguageModule(dropout=0.1)
-        trainer = trainer_of(strategy, num_ranks, LoRACallback(r=2, dropout=0.2), **{**limits, **settings})
+        trainer = runs.trainer(
+            directory, LoRACallback(r=2, dropout=0.2), strategy=strategy, devices=num_ranks, **{**limits, **settings}
+        )
         trainer.fit(module, loader(shuffle=True), ckpt_path=ckpt_path)
         return trainer, module.losses
 
@@ -86,7 +76,9 @@ def refusal_of_nan(directory: Path, strategy: str, num_ranks: int) -> str:
         def on_train_end(self) -> None:
             self.model.get_parameter("model.layers.1.mlp.up_proj.lora_B").data.fill_(torch.nan)
 
-    trainer = trainer_of(strategy, num_ranks, LoRACallback(r=2, on_nonfinite="error"), max_epochs=1)
+    trainer = runs.trainer(
+        directory, LoRACallback(r=2, on_nonfinite="error"), max_epochs=1, strategy=strategy, devices=num_ranks
+    )
     trainer.fit(Diverging(), loader())
     try:
         trainer.save_checkpoint(directory / f"{strategy}_nan.ckpt")

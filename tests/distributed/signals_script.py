@@ -18,7 +18,7 @@ from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_lora import LoRACallback, adapter_state_dict
-from tests import models
+from tests import models, runs
 from tests.distributed.launch import report
 from tests.runs import LanguageModule
 
@@ -98,21 +98,19 @@ def fit(directory: Path, strategy: str, ckpt_path: Path | None, *callbacks: Call
     pl.seed_everything(3, verbose=False)
     module = Recorded()
     saving = ModelCheckpoint(directory / "steps", save_last=True, save_top_k=0, every_n_train_steps=2)
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = runs.trainer(
+        directory,
+        LoRACallback(r=4, dropout=0.1),
+        *callbacks,
+        saving,
         devices=2,
         strategy=strategy,
         plugins=[SLURMEnvironment()],
         use_distributed_sampler=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
-        default_root_dir=directory,
         max_epochs=EPOCHS,
         accumulate_grad_batches=ACCUMULATED,
         val_check_interval=4,
-        callbacks=[LoRACallback(r=4, dropout=0.1), *callbacks, saving],
     )
     with suppress(SIGTERMException):
         trainer.fit(module, Rows(models.token_ids(64, 8, seed=1)), ckpt_path=ckpt_path)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, MegatronLoRAStrategy, adapter_state_dict
-from tests import models
+from tests import models, runs
 from tests.distributed.launch import report
 from tests.runs import LanguageModule
 
@@ -51,18 +51,13 @@ def loaders(rank: int) -> list[Any]:
 
 
 def trainer(directory: Path, strategy: Any, **settings: Any) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
+    return runs.trainer(
+        directory,
+        LoRACallback(r=4),
         devices=2,
         strategy=MegatronLoRAStrategy(tensor_parallel_size=1) if strategy == "megatron_lora" else strategy,
         use_distributed_sampler=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=directory,
         max_epochs=2,
-        callbacks=[LoRACallback(r=4)],
         **settings,
     )
 

@@ -17,7 +17,7 @@ from lightning_lora import FSDPLoRAStrategy, LoRACallback, LoRAConfig, adapter_s
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.inject import named_trained_whole
 from lightning_lora.sharded import whole
-from tests import models
+from tests import models, runs
 from tests.distributed.gpt_script import Module as GPTModule
 from tests.distributed.gpt_script import run
 from tests.distributed.launch import report
@@ -62,11 +62,15 @@ def train(directory: Path, strategy: Any, rank: int, num_ranks: int, dtype: torc
     module = Module(dtype, lr=1e-4)
     parts = 1 if strategy == "megatron_lora" else num_ranks  # ranks that share a model see the same rows
     file = ModelCheckpoint(directory, save_last=True, save_top_k=0)
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=num_ranks, strategy=strategy, use_distributed_sampler=False, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=directory, max_epochs=1,
-        callbacks=[LoRACallback(**CONFIG), file], **settings,
-    )  # fmt: skip
+    trainer = runs.trainer(
+        directory,
+        LoRACallback(**CONFIG),
+        file,
+        devices=num_ranks,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        **settings,
+    )
     trainer.fit(module, DataLoader(rows(rank % parts, parts), batch_size=BATCH // parts))
     return module
 
