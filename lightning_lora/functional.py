@@ -204,7 +204,7 @@ def is_transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return bool(_has_transforms())
-    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -94,9 +94,7 @@ def guard(parameters: Iterable[Tensor], kind: type[Tensor]) -> None:
     """Change the class of the parameters' gradients in place; ``Tensor`` lifts the guard."""
     for parameter in parameters:
         gradient = parameter.grad
-        if gradient is not None and type(gradient) is not kind and _is_plain(gradient):
+        if gradient is None or type(gradient) is kind:
+            continue
+        if type(gradient) is Tensor or isinstance(gradient, GuardedGradient):  # no DTensor
             gradient.__class__ = kind
-
-
-def _is_plain(gradient: Tensor) -> bool:
-    return type(gradient) is Tensor or isinstance(gradient, GuardedGradient)

@@ -201,7 +201,7 @@ def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
         and layer.lora_A.dtype == dtype
         and layer.lora_scaling == first.lora_scaling
         and layer.lora_dropout == first.lora_dropout
-        and layer.drops == first.drops
+        and (not layer.lora_dropout or layer.drops == first.drops)
         for layer in layers
     )
 
