@@ -217,7 +217,7 @@ def test_a_parameter_of_the_model_itself_trains_in_a_wider_dtype_than_the_base()
 def test_a_directory_is_refused_for_a_parameter_that_trains_and_is_in_no_module(tmp_path: Path) -> None:
     model = inject(build("TapasForQuestionAnswering", TEXT), LoRAConfig(r=2, target_modules=["query"]))
     assert {"output_weights", "column_output_bias"} <= set(named_trained_whole(model))
-    with pytest.raises(ValueError, match="'output_weights' trains whole, and PEFT trains whole modules"):
+    with pytest.raises(ValueError, match="'output_weights' trains whole, and PEFT trains only modules"):
         save_peft(model, tmp_path)
 
 

@@ -475,7 +475,7 @@ def test_a_head_whose_name_ends_anothers_is_read_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(x), model(x), **CLOSE)
     torch.save(adapter_checkpoint(model), tmp_path / "file.ckpt")
     with pytest.raises(
-        ValueError, match=r"PEFT reads 'prescore.weight' as trained.*call save_peft\(model, directory\)"
+        ValueError, match=r"PEFT expects 'prescore.weight' in the file.*call save_peft\(model, directory\)"
     ):
         convert(tmp_path / "file.ckpt", tmp_path / "converted")
 
@@ -532,18 +532,20 @@ def test_heads_in_containers_that_peft_trained_are_read(container: str, tmp_path
 
 def test_a_head_whose_name_hides_adapters_from_peft_is_refused(tmp_path: Path) -> None:
     model = inject(scored(), LoRAConfig(r=2, target_modules=["body", "prescore"], modules_to_save=["score"]))
-    with pytest.raises(ValueError, match=r"'prescore' is adapted and lies in a module whose name ends as that of one"):
+    with pytest.raises(
+        ValueError, match=r"'prescore' is adapted and lies in a module whose name ends like that of one"
+    ):
         save_peft(model, tmp_path)
     net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))), nn.Linear(8, 2))
     inject(net, LoRAConfig(r=2, target_modules=["0.1.0"], modules_to_save=["1"]))
-    with pytest.raises(ValueError, match=r"'0.1.0' is adapted and lies in a module whose name ends as that of one"):
+    with pytest.raises(ValueError, match=r"'0.1.0' is adapted and lies in a module whose name ends like that of one"):
         save_peft(net, tmp_path)
 
 
 def test_parameters_in_a_container_are_refused_for_peft(tmp_path: Path) -> None:
     net = nn.ModuleDict({"body": nn.Linear(4, 4), "scales": nn.ParameterList([nn.Parameter(torch.ones(4))])})
     inject(net, LoRAConfig(r=2, target_modules=["body"], modules_to_save=["scales"]))
-    with pytest.raises(ValueError, match="'scales' trains whole, and PEFT trains whole modules with a forward alone"):
+    with pytest.raises(ValueError, match="'scales' trains whole, and PEFT trains only modules that have a forward"):
         save_peft(net, tmp_path)
 
 
