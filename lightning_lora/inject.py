@@ -81,7 +81,10 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     if existing is not None:
         _check_same_config(existing.config, config)
         return model
-    return inject_anew(model, config, check_ranks=True)
+    inject_anew(model, config, check_ranks=True)
+    if capped := capped_ranks(model):
+        rank_zero_info(f"LoRA: {capped}")
+    return model
 
 
 def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
@@ -91,8 +94,6 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
     plan = planned(model, config, check_ranks=check_ranks)
     with unchanged_on_error(model):
         _carry_out(plan, model, config)
-    if plan.capped:
-        rank_zero_info(f"LoRA: {capped_ranks(model)}")
     return given
 
 

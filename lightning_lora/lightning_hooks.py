@@ -270,7 +270,7 @@ def _adapt(module: pl.LightningModule, own_hook: Any, checkpoint: dict[str, Any]
         module.on_load_checkpoint = own_hook  # type: ignore[method-assign]
     source = "the checkpoint"
     for adapter in section_of(checkpoint, source)["adapters"]:
-        root, config = module.get_submodule(adapter["root"]), LoRAConfig.from_dict(adapter["config"])
+        root, config = _root_named(module, adapter["root"]), LoRAConfig.from_dict(adapter["config"])
         if injection_of(root) is None:  # PEFT makes ranks above a layer's size too, which inject refuses
             inject_anew(root, config, check_ranks=False)
         else:
@@ -280,3 +280,13 @@ def _adapt(module: pl.LightningModule, own_hook: Any, checkpoint: dict[str, Any]
     module.on_load_checkpoint(checkpoint)
     check_tensors(checkpoint["state_dict"], module, source)
     checkpoint["state_dict"] = complete_state(checkpoint["state_dict"], module)
+
+
+def _root_named(module: pl.LightningModule, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"the checkpoint holds adapters for the model at {name!r}, and {type(module).__name__} has no module of "
+            "that name once it is built: build the pretrained model in __init__, under the name it had in training"
+        ) from None

@@ -52,10 +52,13 @@ def adapt_module(
         given: settings that replace the defaults, or those of the file; what the file holds must fit them.
     """
     root_path, root = find_root(pl_module, path)
-    if init_from is None:
-        inject(root, LoRAConfig(**given))
-        return
     injection = injection_of(root)
+    if init_from is None and injection is None:
+        inject_anew(root, LoRAConfig(**given), check_ranks=True)  # the first lines of the run say what inject would
+        return
+    if init_from is None:
+        inject(root, LoRAConfig(**given))  # an error where it was adapted otherwise
+        return
     if injection is not None and injection.source == init_from:
         inject(root, dataclasses.replace(injection.config, **given))  # an error where it was adapted otherwise
         return

@@ -404,6 +404,19 @@ class TestLoadFromCheckpoint:
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
 
 
+def test_a_module_without_the_adapted_model_is_told_its_name(tmp_path: Path) -> None:
+    class Renamed(LanguageModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = self._modules.pop("model")
+
+    run = trainer(tmp_path, LoRACallback(r=2), max_steps=1)
+    run.fit(LanguageModule(), loader())
+    run.save_checkpoint(tmp_path / "file.ckpt")
+    with pytest.raises(ValueError, match="adapters for the model at 'model', and Renamed has no module of that name"):
+        Renamed.load_from_checkpoint(tmp_path / "file.ckpt")
+
+
 class TestRefusals:
     """Each ends in one clear error, and the model is what it was."""
 

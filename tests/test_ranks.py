@@ -96,6 +96,12 @@ def test_the_smaller_layers_are_said_once_by_inject_and_by_the_first_line(caplog
     assert "exceeds" not in summary(other, "", other)
 
 
+def test_a_run_says_the_smaller_layers_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        runs.trainer(tmp_path, LoRACallback(r=R), max_steps=1).fit(runs.LanguageModule(), runs.loader())
+    assert "\n".join(record.message for record in caplog.records).count("exceeds the size") == 1
+
+
 @pytest.mark.parametrize("settings", [{}, {"alpha": 8}, {"use_rslora": True, "alpha": 8}, {"init": "pissa"}], ids=str)
 def test_peft_and_we_read_a_directory_with_smaller_layers(settings: dict[str, Any], tmp_path: Path) -> None:
     model = inject(models.llama(), LoRAConfig(r=R, **settings)).eval()

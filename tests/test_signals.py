@@ -77,6 +77,13 @@ def test_a_signal_in_the_last_step_lets_the_run_end_by_itself(tmp_path: Path) ->
     assert not module.trainer.received_sigterm
 
 
+@pytest.mark.filterwarnings("ignore:.*ckpt_path")
+def test_a_run_that_is_signalled_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_of(tmp_path, None, Signalled(0))
+    (record,) = [one for one in caplog.records if "Received SIGTERM: 15" in one.message]
+    assert record.name.startswith("lightning.pytorch.")  # the logger that Lightning gives a handler
+
+
 def test_the_handlers_of_the_script_are_back_after_a_run(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     run_of(tmp_path, None, Signalled(0))

@@ -14,17 +14,14 @@ A second signal changes nothing, but that SLURM's request to requeue comes befor
 from the file that was written.
 """
 
-import logging
 from enum import IntEnum
 from typing import Any
 
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector, log
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_prefixed_message
 from typing_extensions import override
-
-log = logging.getLogger(__name__)
 
 
 class Request(IntEnum):
