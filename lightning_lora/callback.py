@@ -231,8 +231,8 @@ class LoRACallback(Callback):
         if idle:
             some = listed(idle, 5)
             message = (
-                f"{len(idle)} adapted layers got no gradient in the first step: {some}. Their output does not reach the "
-                "loss: leave them out with exclude_modules"
+                f"{len(idle)} adapted layers got no gradient in the first step: {some}. Their output does not reach "
+                "the loss: leave them out with exclude_modules"
             )
             if self.strict_idle:
                 raise ValueError(message)
