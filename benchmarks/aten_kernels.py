@@ -15,8 +15,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from lightning_lora import LoRAConfig
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject
 
 HIDDEN, KEYS, INNER, TOKENS = 64, 32, 128, 16
 

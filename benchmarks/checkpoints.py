@@ -14,8 +14,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from whole_step import model_config
 
-from lightning_lora import LoRAConfig, adapter_checkpoint, named_adapter_parameters, save_peft
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, adapter_checkpoint, inject, named_adapter_parameters, save_peft
 
 
 class ByteCount:

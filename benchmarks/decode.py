@@ -10,8 +10,7 @@ from timing import timed
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig
-from lightning_lora.model import inject, merge
+from lightning_lora import LoRAConfig, inject, merge
 
 PROMPT, NEW_TOKENS = 16, 24
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 4096}

@@ -9,8 +9,7 @@ from blocks import ALPHA, RANK, TARGETS
 from timing import cpu_seconds, interleave, summary
 from torch import nn
 
-from lightning_lora import LoRAConfig
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject
 
 SIZE = 64
 NUM_FEW, NUM_MANY = 1_008, 18_432

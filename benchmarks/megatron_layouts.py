@@ -21,8 +21,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 SCALING = 2.0

@@ -24,9 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRAConfig, inject
 from lightning_lora.fabric import FSDPLoRAStrategy
-from lightning_lora.model import inject
 
 RESULTS = Path(__file__).with_name("sharded.json")
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "vocab_size": 8192}

@@ -14,8 +14,7 @@ from timing import timed
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject
 
 LR, MAX_NORM = 1e-4, 1.0
 # tokens of prompt and gloss of the first 16 pairs that the quickstart trains on, as its tokenizer counts them

@@ -18,9 +18,8 @@ from smollm2 import smollm2, tiny_llama
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_lora import LoRAAdamW, LoRAConfig, save_peft
+from lightning_lora import LoRAAdamW, LoRAConfig, inject, save_peft
 from lightning_lora.fabric import FSDPLoRAStrategy
-from lightning_lora.model import inject
 
 
 def main() -> None:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lora import LoRAAdamW, LoRACallback, LoRAConfig, adapter_state_dict, save_peft
-from lightning_lora.model import inject
+from lightning_lora import LoRAAdamW, LoRACallback, LoRAConfig, adapter_state_dict, inject, save_peft
 from lightning_lora.optim.flat import zeros_together
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer

@@ -22,13 +22,14 @@ from lightning_lora import (
     LoRAConfig,
     adapter_checkpoint,
     adapter_state_dict,
+    inject,
     load_adapter_state_dict,
     load_peft,
+    merge,
     save_peft,
 )
 from lightning_lora.checkpoint.storage import write_atomically
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model import inject, merge
 from tests import models
 from tests.distributed.launch import run, torchrun_variables
 from tests.runs import LanguageModule, LazyModule, fitted, loader, same_adapters, trainer

@@ -13,10 +13,8 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, check_portable, load_peft, save_peft
+from lightning_lora import LoRACallback, LoRAConfig, check_portable, combine, convert, inject, load_peft, save_peft
 from lightning_lora.checkpoint.storage import RemotePath, local_directory, location, remove_files, write_atomically
-from lightning_lora.model import inject
-from lightning_lora.peft import combine, convert
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer
 

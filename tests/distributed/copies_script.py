@@ -15,10 +15,9 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRAConfig, inject, merge
 from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
-from lightning_lora.model import inject, merge
 from lightning_lora.ops.sharded import is_sharded, whole
 from tests import models
 from tests.distributed.gpt_script import hugging_face

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.distributed import get_rank, get_world_size
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, named_adapter_parameters
-from lightning_lora.model import inject
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, inject, named_adapter_parameters
 from tests import models
 from tests.distributed.launch import report
 from tests.graph import joint_functions

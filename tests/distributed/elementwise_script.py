@@ -15,10 +15,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
-from lightning_lora import FSDPLoRAStrategy, LoRAAdamW, LoRAConfig, MegatronLoRAStrategy
+from lightning_lora import FSDPLoRAStrategy, LoRAAdamW, LoRAConfig, MegatronLoRAStrategy, inject
 from lightning_lora import fabric as twins
 from lightning_lora.distributed.elementwise import check_steps_on_parts
-from lightning_lora.model import inject
 from lightning_lora.ops.sharded import local_part, split_over, spread_like
 from tests import models
 from tests.distributed.ddp_script import rank_loader

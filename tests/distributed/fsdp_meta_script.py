@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lightning_lora import FSDPLoRAStrategy, LoRAConfig
-from lightning_lora.model import inject
+from lightning_lora import FSDPLoRAStrategy, LoRAConfig, inject
 from lightning_lora.model.gathered import gathered
 from lightning_lora.ops.sharded import is_sharded
 from tests.distributed.fsdp_models_script import GPT, start

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, adapter_state_dict, named_adapter_parameters, remove
+from lightning_lora import LoRAConfig, adapter_state_dict, inject, merge, named_adapter_parameters, remove
 from lightning_lora.fabric import FSDPLoRAStrategy
-from lightning_lora.model import inject, merge
 from lightning_lora.ops.sharded import is_sharded, whole
 from tests import models, zoo
 from tests.distributed.launch import report

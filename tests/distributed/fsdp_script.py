@@ -13,8 +13,16 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor
 
-from lightning_lora import FSDPLoRAStrategy, LoRACallback, adapter_state_dict, disabled, merged, save_peft, unmerge
-from lightning_lora.model import merge
+from lightning_lora import (
+    FSDPLoRAStrategy,
+    LoRACallback,
+    adapter_state_dict,
+    disabled,
+    merge,
+    merged,
+    save_peft,
+    unmerge,
+)
 from lightning_lora.ops.sharded import is_sharded
 from tests import models
 from tests.distributed.counting import counted_collectives

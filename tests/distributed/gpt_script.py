@@ -17,7 +17,9 @@ from lightning_lora import (
     LoRAConfig,
     MegatronLoRAStrategy,
     disabled,
+    inject,
     load_peft,
+    merge,
     merged,
     remove,
     save_peft,
@@ -27,7 +29,6 @@ from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.megatron.split import mesh_of
 from lightning_lora.megatron.view import adapted_view
-from lightning_lora.model import inject, merge
 from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.ops.sharded import is_sharded, split_over, whole
 from lightning_lora.peft.directory import laid_out

@@ -14,10 +14,9 @@ from lightning.pytorch.plugins import MixedPrecision as TrainerMixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRAConfig, adapter_state_dict, named_adapter_parameters
+from lightning_lora import LoRAConfig, adapter_state_dict, inject, named_adapter_parameters
 from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
 from lightning_lora.megatron.core import parallel_state
-from lightning_lora.model import inject
 from lightning_lora.ops.sharded import is_sharded, local_part, split_over, whole
 from tests import models, runs
 from tests.distributed import megatron_script

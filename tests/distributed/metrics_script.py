@@ -12,9 +12,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from lightning_lora import LoRAConfig, MegatronLoRAStrategy
+from lightning_lora import LoRAConfig, MegatronLoRAStrategy, inject
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
-from lightning_lora.model import inject
 from tests import models
 from tests.distributed.ddp_script import rank_loader
 from tests.distributed.fsdp_script import fit

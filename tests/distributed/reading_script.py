@@ -11,10 +11,9 @@ from lightning.fabric import Fabric
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 
-from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy
+from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy, inject
 from lightning_lora.distributed.gradient_norm import total_norm
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
-from lightning_lora.model import inject
 from tests import models
 from tests.distributed.ddp_script import rank_loader
 from tests.distributed.fsdp_script import fit, state

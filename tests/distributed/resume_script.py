@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora import LoRACallback, LoRAConfig, inject
 from lightning_lora.checkpoint.fingerprint import exact_hashes
-from lightning_lora.model import inject
 from tests import models, runs
 from tests.distributed.launch import report
 from tests.runs import LanguageModule, loader

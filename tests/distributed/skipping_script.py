@@ -11,8 +11,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRAConfig, adapter_state_dict
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, adapter_state_dict, inject
 from tests.distributed.counting import counted_collectives
 from tests.distributed.fsdp_script import fit, state
 from tests.distributed.launch import report

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRAConfig, inject
 from lightning_lora.distributed.base_weights import materialize
-from lightning_lora.model import inject
 from tests import models
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora import LoRAConfig
-from lightning_lora.model import inject, merge
+from lightning_lora import LoRAConfig, inject, merge
 from tests import models
 from tests.distributed import copies_script as script
 from tests.distributed.launch import launch

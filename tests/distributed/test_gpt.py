@@ -8,8 +8,7 @@ import peft
 import pytest
 import torch
 
-from lightning_lora import LoRAConfig, adapter_state_dict, load_peft, save_peft
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_peft, save_peft
 from tests import models
 from tests.distributed.ddp_script import Recorded
 from tests.distributed.fsdp_script import fit

@@ -10,8 +10,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRAConfig, linear_cross_entropy, named_adapter_parameters
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapter_parameters
 from tests import models, zoo
 from tests.distributed.ddp_script import BATCH
 from tests.distributed.fsdp_script import fit

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing import ProcessRaisedException
 
-from lightning_lora import LoRACallback, LoRAConfig, named_adapter_parameters
-from lightning_lora.model import inject
+from lightning_lora import LoRACallback, LoRAConfig, inject, named_adapter_parameters
 from tests.runs import LanguageModule, loader, trainer
 
 

@@ -13,9 +13,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lora import FSDPLoRAStrategy, LoRACallback, LoRAConfig, adapter_state_dict, remove
+from lightning_lora import FSDPLoRAStrategy, LoRACallback, LoRAConfig, adapter_state_dict, inject, merge, remove
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
-from lightning_lora.model import inject, merge
 from lightning_lora.model.state import named_trained_whole
 from lightning_lora.ops.sharded import whole
 from tests import models, runs

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lora import LoRAConfig
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject
 
 TOKENS, RANK = 256, 4
 # neither reads nor writes elements

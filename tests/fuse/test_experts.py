@@ -20,11 +20,10 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from lightning_lora import LoRAConfig, load_peft, remove, save_peft, unmerge
+from lightning_lora import LoRAConfig, inject, load_peft, merge, remove, save_peft, unmerge
 from lightning_lora.fuse.experts import LoRAExperts
 from lightning_lora.layers.base import lora_class
 from lightning_lora.layers.parameters import LoRAParameters
-from lightning_lora.model import inject, merge
 from lightning_lora.model.merge import disabled
 from lightning_lora.ops.experts import grouped
 from lightning_lora.ops.experts.function import lora_experts

@@ -7,10 +7,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, named_adapter_parameters, remove
+from lightning_lora import LoRAConfig, inject, named_adapter_parameters, remove
 from lightning_lora.fuse.fusing import release
 from lightning_lora.fuse.norms import LoRARMSNorm, form_of, release_norm
-from lightning_lora.model import inject
 from lightning_lora.ops.rms_norm import rms_norm
 from tests import models
 

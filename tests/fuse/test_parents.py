@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, merged, named_adapter_parameters, remove, unmerge
-from lightning_lora.model import inject, merge
+from lightning_lora import LoRAConfig, inject, merge, merged, named_adapter_parameters, remove, unmerge
 from lightning_lora.model.state import named_lora_layers
 from tests import models
 

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRAConfig, disabled, merged, named_adapter_parameters, remove
+from lightning_lora import LoRAConfig, disabled, inject, merged, named_adapter_parameters, remove
 from lightning_lora.fuse import gated_mlp, siblings
 from lightning_lora.fuse.gated_mlp import LoRAGatedMLP
 from lightning_lora.fuse.structure import called_alike
-from lightning_lora.model import inject
 from lightning_lora.model.state import named_lora_layers
 from tests import models
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from lightning_lora import LoRAConfig, linear_cross_entropy, save_peft
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject, linear_cross_entropy, save_peft
 from lightning_lora.model.state import named_lora_layers
 from lightning_lora.ops.dropout import keep_mask
 from tests import models, zoo

@@ -20,17 +20,19 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     adapter_checkpoint,
+    combine,
+    convert,
     disabled,
+    inject,
     load_adapter_state_dict,
     load_peft,
+    merge,
     named_adapter_parameters,
     remove,
     save_peft,
     unmerge,
 )
 from lightning_lora.layers.base import AdapterMode
-from lightning_lora.model import inject, merge
-from lightning_lora.peft import combine, convert
 from tests import models, runs
 from tests.layers.test_kinds import CLOSE, Attention, Convolution, family, give_values, keys, noise, run, seeded
 

@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from lightning_lora import (
     LoRAConfig,
     adapter_checkpoint,
+    convert,
+    inject,
     load_adapter_state_dict,
     load_peft,
+    merge,
     named_adapter_parameters,
     remove,
     save_peft,
     unmerge,
 )
 from lightning_lora.layers import LoRALayer, register
-from lightning_lora.model import inject, merge
 from lightning_lora.model.matching import all_linear, left_out_towers
 from lightning_lora.model.state import named_lora_layers
-from lightning_lora.peft import convert
 from tests import models, zoo
 
 # other order of float32 operations in the adapter's term

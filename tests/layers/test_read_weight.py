@@ -12,9 +12,8 @@ import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_lora import LoRAConfig, merged, remove
+from lightning_lora import LoRAConfig, inject, merge, merged, remove
 from lightning_lora.layers.read_weight import READERS
-from lightning_lora.model import inject, merge
 from lightning_lora.model.state import named_lora_layers
 from tests import models
 from tests.weight_readers import Read, reads

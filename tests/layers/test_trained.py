@@ -19,8 +19,17 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, disabled, load_peft, remove, save_peft
-from lightning_lora.model import inject, merge
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    disabled,
+    inject,
+    load_peft,
+    merge,
+    remove,
+    save_peft,
+)
 from lightning_lora.model.state import named_trained_whole
 from tests import models, runs
 

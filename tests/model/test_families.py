@@ -12,8 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, load_peft, named_adapter_parameters, remove, save_peft, unmerge
-from lightning_lora.model import inject, merge
+from lightning_lora import LoRAConfig, inject, load_peft, merge, named_adapter_parameters, remove, save_peft, unmerge
 from lightning_lora.model.state import named_lora_layers
 from tests import models, zoo
 from tests.zoo import Family

@@ -16,12 +16,13 @@ from lightning_lora import (
     adapter_checkpoint,
     adapter_state_dict,
     check_portable,
+    combine,
+    convert,
+    inject,
     load_adapter_state_dict,
     load_peft,
     save_peft,
 )
-from lightning_lora.model import inject
-from lightning_lora.peft import combine, convert
 from tests import models
 from tests.runs import LanguageModule, fitted, loader, trainer
 

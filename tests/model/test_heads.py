@@ -11,8 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, load_peft, named_adapter_parameters, remove, save_peft
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject, load_peft, named_adapter_parameters, remove, save_peft
 from lightning_lora.model.heads import is_new_head_task, new_heads
 from lightning_lora.model.start_line import summary
 from lightning_lora.model.state import named_lora_layers, named_trained_whole

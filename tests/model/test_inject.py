@@ -13,13 +13,13 @@ from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
     disabled,
+    inject,
     load_adapter_state_dict,
     named_adapter_parameters,
     remove,
 )
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import AdapterMode
-from lightning_lora.model import inject
 from lightning_lora.model.state import named_lora_layers
 from tests import models
 from tests.real_models import rxnmapper

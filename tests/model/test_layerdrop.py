@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAConfig
-from lightning_lora.model import inject
+from lightning_lora import LoRACallback, LoRAConfig, inject
 from lightning_lora.model.layerdrop import drops_layers, skipped_at_random
 from tests import runs, zoo
 

@@ -7,10 +7,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, save_peft
-from lightning_lora.model import inject
+from lightning_lora import LoRACallback, LoRAConfig, convert, inject, save_peft
 from lightning_lora.model.left_out import outside_names
-from lightning_lora.peft import convert
 from tests import models
 from tests.runs import LanguageModule, loader, trainer
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lora import LoRAConfig, linear_cross_entropy, named_adapter_parameters
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapter_parameters
 from lightning_lora.ops.cross_entropy import tiles
 from lightning_lora.ops.cross_entropy.chunked import losses_of_linear
 from tests import models, zoo

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject
 from lightning_lora.model.state import named_lora_layers, named_trained_whole
 from tests import models, zoo
 

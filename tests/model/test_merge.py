@@ -12,13 +12,14 @@ from lightning_lora import (
     adapter_checkpoint,
     adapter_state_dict,
     disabled,
+    inject,
+    merge,
     merged,
     named_adapter_parameters,
     remove,
     save_peft,
     unmerge,
 )
-from lightning_lora.model import inject, merge
 from lightning_lora.ops.linear import merged_weight
 from tests import models
 

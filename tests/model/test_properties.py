@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, load_peft, remove, save_peft, unmerge
+from lightning_lora import LoRAConfig, inject, load_peft, merge, remove, save_peft, unmerge
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model import inject, merge
 from lightning_lora.model.state import named_pairs
 from tests import models
 

@@ -15,15 +15,16 @@ from lightning_lora import (
     LoRAConfig,
     adapter_checkpoint,
     adapter_state_dict,
+    convert,
+    inject,
     load_adapter_state_dict,
     load_peft,
+    merge,
     remove,
     save_peft,
 )
-from lightning_lora.model import inject, merge
 from lightning_lora.model.start_line import summary
 from lightning_lora.model.state import named_lora_layers
-from lightning_lora.peft import convert
 from tests import models, runs
 
 INITS = ["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRAConfig, disabled
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, disabled, inject
 from lightning_lora.model.recomputation import keep_state_of_forward, switched
 from tests import models
 

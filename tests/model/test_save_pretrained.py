@@ -13,8 +13,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, disabled, merged, remove
-from lightning_lora.model import inject, merge
+from lightning_lora import LoRAConfig, disabled, inject, merge, merged, remove
 from tests import models
 
 EXACT = {"rtol": 0.0, "atol": 0.0}

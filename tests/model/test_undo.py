@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, remove
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject, remove
 from tests import models
 
 MODULE = importlib.import_module("lightning_lora.model.inject")  # the package has the function under this name

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRAConfig
-from lightning_lora.model import inject, merge
+from lightning_lora import LoRAConfig, inject, merge
 from lightning_lora.ops.dropout import dropped
 from lightning_lora.ops.linear import lora_linear, merged_weight
 

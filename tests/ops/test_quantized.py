@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, load_peft, merged, named_adapter_parameters, save_peft
+from lightning_lora import LoRAConfig, inject, load_peft, merged, named_adapter_parameters, save_peft
 from lightning_lora.checkpoint.fingerprint import fingerprint
-from lightning_lora.model import inject
 from tests import models
 
 ATTENTION = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])

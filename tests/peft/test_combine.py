@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, load_peft, save_peft
-from lightning_lora.model import inject
+from lightning_lora import LoRAConfig, inject, load_peft, save_peft
 from lightning_lora.peft.combine import combine
 from tests import models
 from tests.peft.test_portable import (

@@ -14,11 +14,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, adapter_checkpoint, load_peft, named_adapter_parameters, save_peft
+from lightning_lora import (
+    LoRAConfig,
+    adapter_checkpoint,
+    convert,
+    inject,
+    load_peft,
+    merge,
+    named_adapter_parameters,
+    save_peft,
+)
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model import inject, merge
 from lightning_lora.model.state import named_trained_whole
-from lightning_lora.peft import convert
 from tests import models
 
 # other order of float32 operations in the adapter's term: a few units in the last place of the logits

@@ -15,9 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, adapter_checkpoint, save_peft
-from lightning_lora.model import inject
-from lightning_lora.peft import convert
+from lightning_lora import LoRAConfig, adapter_checkpoint, convert, inject, save_peft
 from lightning_lora.peft.portable import make_portable
 from tests import models, zoo
 

@@ -20,9 +20,17 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, load_peft, named_adapter_parameters, remove
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    inject,
+    load_peft,
+    merge,
+    named_adapter_parameters,
+    remove,
+)
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model import inject, merge
 from lightning_lora.model.start_line import summary
 from lightning_lora.model.state import named_lora_layers, named_pairs
 from lightning_lora.strategies.adapter_only import adopt

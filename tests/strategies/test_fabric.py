@@ -9,8 +9,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import FSDPStrategy
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_checkpoint, adapter_state_dict
-from lightning_lora.model import inject
+from lightning_lora import LoRACallback, LoRAConfig, adapter_checkpoint, adapter_state_dict, inject
 from tests import models
 from tests.distributed.resume_script import Loop, epochs_of_loop
 from tests.runs import LanguageModule, fitted, loader, same_adapters, trainer
