@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import blocks
-import ours
 import peft
 import tables
 import torch
@@ -161,8 +160,7 @@ def _with_optimizer(name: str, work: Work) -> Callable[[], object]:
     trained = [parameter for parameter in work.block.parameters() if parameter.requires_grad]
     if not trained:
         return work.step
-    is_ours = name == "ours" and ours.LoRAAdamW is not None
-    optimizer = ours.LoRAAdamW(trained, lr=1e-9) if is_ours else torch.optim.AdamW(trained, lr=1e-9, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-9, fused=True)
 
     def run() -> None:
         work.step()

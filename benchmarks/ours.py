@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import lightning_lora
 
 IGNORED = -100  # the label of a position that is not learned
-LoRAAdamW: Any = getattr(lightning_lora, "LoRAAdamW", None)
 linear_cross_entropy: Any = getattr(lightning_lora, "linear_cross_entropy", None)
 
 
@@ -26,17 +25,12 @@ class Stepper(NamedTuple):
 
 
 def described() -> str:
-    optimizer = "LoRAAdamW(max_norm=...)" if LoRAAdamW is not None else "torch.optim.AdamW(fused=True)"
     loss = "linear_cross_entropy" if linear_cross_entropy is not None else "F.cross_entropy of the learned positions"
-    return f"{optimizer}, {loss}"
+    return f"torch.optim.AdamW(fused=True), {loss}"
 
 
 def stepper_of(parameters: Iterable[nn.Parameter], lr: float, max_norm: float) -> Stepper:
-    """Return our optimizer, which clips by itself, or torch's and torch's clipping."""
-    parameters = list(parameters)
-    if LoRAAdamW is not None:
-        optimizer = LoRAAdamW(parameters, lr=lr, max_norm=max_norm)
-        return Stepper(optimizer, optimizer.step)
+    """Return AdamW in one kernel, and torch's clipping."""
     return torch_stepper(parameters, lr, max_norm, fused=True)
 
 

@@ -32,7 +32,6 @@ ITEMS = {
     "whole_step": 9,
     "moe": 15,
     "loss": 5,
-    "optimizer": 21,
     "injection": 15,
     "decode": 15,
     "compiled": 15,

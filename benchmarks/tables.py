@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 RESULTS = Path(__file__).with_name("results.json")
 TERMINAL_WIDTH = 150
 MIB = 2**20
-REFERENCES = ("frozen", "PEFT", "AdamW(foreach)", "cross_entropy", "base")
+REFERENCES = ("frozen", "PEFT", "cross_entropy", "base")
 
 
 class Table(NamedTuple):

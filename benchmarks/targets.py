@@ -84,11 +84,6 @@ def _mixtures(figure: Callable[[Any], Any], *names: str) -> Callable[[Any], list
     return figures
 
 
-def _optimizer(name: str, clipped: str = "", *, threads: str = "") -> Callable[[Any], list[Any]]:
-    ratio = f"{name}{clipped} / AdamW(foreach){clipped}"
-    return lambda found: [found[f"after a backward{threads}"]["ratios"][ratio]]
-
-
 def _recompilations(compiled: Any) -> list[float]:
     ours = compiled["compiling"]["ours"]
     return [max(ours["graphs"], ours["graphs_after_a_second_step"])]
@@ -141,10 +136,6 @@ TARGETS = [
         "loss",
         lambda r: [case["of_full_logits"]["ours"] for case in r["memory"]],
     ),
-    Target("7", "LoRAAdamW(flat=True) / AdamW(foreach)", 0.15, "optimizer", _optimizer("LoRAAdamW(flat)")),
-    Target(*("7", "the same, two threads", 0.15, "optimizer"), _optimizer("LoRAAdamW(flat)", threads=", two threads")),
-    Target("7", "the same, both with clipping", 0.15, "optimizer", _optimizer("LoRAAdamW(flat)", " + clipping")),
-    Target("7", "LoRAAdamW() / AdamW(foreach)", 0.15, "optimizer", _optimizer("LoRAAdamW")),
     Target("8", "injection / PEFT", 0.10, "injection", lambda cases: [c["ratios"]["ours / PEFT"] for c in cases]),
     Target("9", "decoding, merged / base", 1.0, "decode", lambda r: [r["ratios"]["ours, merged / frozen"]], True),
     Target("10", "compiled / eager", 1.0, "compiled", lambda r: [r["ratios"]["ours, compiled / ours"]]),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores; before torch is imported
 
+import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from quickstart import Definitions
@@ -18,7 +19,7 @@ from smollm2 import smollm2, tiny_llama
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_lora import LoRAAdamW, LoRAConfig, inject, save_peft
+from lightning_lora import LoRAConfig, inject, save_peft
 from lightning_lora.fabric import FSDPLoRAStrategy
 
 
@@ -34,7 +35,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     model = inject(model, LoRAConfig(r=8))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model, optimizer = fabric.setup(model, LoRAAdamW(trained, lr=1e-3, weight_decay=0.0))
+    model, optimizer = fabric.setup(model, torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True))
 
     data = Definitions(str(base))
     fabric.seed_everything(0, verbose=False)

@@ -21,7 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics.text import Perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_lora import LoRAAdamW, LoRACallback, linear_cross_entropy, load_peft, merged, save_peft
+from lightning_lora import LoRACallback, linear_cross_entropy, load_peft, merged, save_peft
 
 DATA = Path(__file__).with_name("data") / "wordnet_nouns.tsv"
 PROMPT = 'Definition of the noun "{}":'
@@ -57,7 +57,8 @@ class DefinitionWriter(L.LightningModule):
         self.log("perplexity", self.perplexity, prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = LoRAAdamW(self.parameters(), lr=self.hparams["lr"], weight_decay=0.0)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=0.0, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.warm_up_then_decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -8,7 +8,6 @@ from lightning_lora.model.inject import inject, remove
 from lightning_lora.model.loss import linear_cross_entropy
 from lightning_lora.model.merge import disabled, merge, merged, unmerge
 from lightning_lora.model.state import named_adapter_parameters
-from lightning_lora.optim.adamw import LoRAAdamW
 from lightning_lora.peft.combine import combine
 from lightning_lora.peft.convert import convert
 from lightning_lora.peft.load import load_peft
@@ -21,7 +20,6 @@ from lightning_lora.strategies.megatron import MegatronLoRAStrategy
 __version__ = "0.1.0"
 __all__ = [
     "FSDPLoRAStrategy",
-    "LoRAAdamW",
     "LoRACallback",
     "LoRAConfig",
     "MegatronLoRAStrategy",

@@ -137,7 +137,7 @@ def match_by_name(
 
 
 def _way_of_stepping(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the kernels that the optimizer was made to use, where the file names none: LoRAAdamW's does not."""
+    """Return the optimizer's own ``foreach`` and ``fused`` where the file leaves both open, which torch would load."""
     names = ("foreach", "fused")
     is_open = all(name in saved and saved[name] is None for name in names)
     return {name: own[name] for name in names if name in own} if is_open else {}

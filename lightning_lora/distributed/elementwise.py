@@ -76,8 +76,8 @@ def check_steps_on_parts(optimizer: Optimizer) -> None:
         raise ValueError(
             f"{name} with these settings does not step on parts of tensors as on whole ones{reason}, and each rank "
             "holds a part of the adapters: the update of one entry must not read others, as factored, orthogonalised, "
-            "trust-ratio and quasi-Newton optimizers do. Take an optimizer that steps entry by entry, such as AdamW, "
-            f"SGD or LoRAAdamW, or {remedy}"
+            "trust-ratio and quasi-Newton optimizers do. Take an optimizer that steps entry by entry, such as AdamW or "
+            f"SGD, or {remedy}"
         ) from failure
 
 

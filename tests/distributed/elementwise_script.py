@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
-from lightning_lora import FSDPLoRAStrategy, LoRAAdamW, LoRAConfig, MegatronLoRAStrategy, inject
+from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy, inject
 from lightning_lora import fabric as twins
 from lightning_lora.distributed.elementwise import check_steps_on_parts
 from lightning_lora.ops.sharded import local_part, split_over, spread_like
@@ -134,10 +134,6 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
             (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
             (torch.optim.Adagrad, {"lr_decay": 0.1}),
             (torch.optim.LBFGS, {"line_search_fn": "strong_wolfe"}),
-            (LoRAAdamW, {}),
-            (LoRAAdamW, {"flat": True}),
-            (LoRAAdamW, {"max_norm": 0.5}),
-            (LoRAAdamW, {"max_norm": 0.5, "flat": True}),
             (TrustRatio, {}),
             (NeedsClosure, {}),
         ]

@@ -15,7 +15,7 @@ RIGHT_ON_PARTS = {
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
     "AdamW foreach", "AdamW fused", "AdamW amsgrad maximize", "Adam weight_decay decoupled_weight_decay",
     "SGD momentum nesterov weight_decay", "SGD momentum foreach", "SGD fused", "RMSprop centered momentum",
-    "Adagrad lr_decay", "LoRAAdamW ", "LoRAAdamW flat", "LoRAAdamW max_norm", "LoRAAdamW max_norm flat",
+    "Adagrad lr_decay",
     "NeedsClosure ", "special", "grouped",
 }  # fmt: skip
 # wants sparse gradients; cannot be copied; knows a model; keeps tensors of the parameters' sizes outside of its state
