@@ -13,7 +13,6 @@ FLOORS = [
 ]  # fmt: skip
 # the strategy for the Trainer, its twin for Fabric, and the names that users import
 SERVE_MEGATRON = {"strategies/megatron.py", "fabric.py", "__init__.py"}
-NEVER_AT_IMPORT = ("transformers", "peft", "megatron.core", "jsonargparse")
 
 
 def floor_of(path: Path) -> str:
@@ -44,15 +43,6 @@ def test_a_file_imports_from_its_own_floor_or_a_lower_one(path: Path) -> None:
                 assert floor_of(path) == "__init__", name
             if floor == "megatron" and floor_of(path) != "megatron":
                 assert str(path.relative_to(PACKAGE)) in SERVE_MEGATRON, name
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_optional_package_is_imported_at_the_top_of_a_file(path: Path) -> None:
-    for node in ast.parse(path.read_text()).body:
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        for name in names:
-            assert not any(name == other or name.startswith(f"{other}.") for other in NEVER_AT_IMPORT), name
 
 
 def test_every_floor_is_known() -> None:
