@@ -39,6 +39,23 @@ def subprocess_launcher(strategy: type) -> Any:
     return _lightning(f"lightning.{side}.strategies.launchers.subprocess_script", "_SubprocessScriptLauncher")
 
 
+def set_launcher(strategy: Any, launcher: Any) -> None:
+    """Give a strategy its launcher. Relies on the attribute behind ``launcher``."""
+    strategy._launcher = launcher
+
+
+def set_backward_sync(strategy: Any, control: Any) -> None:
+    """Give a strategy of Fabric what answers ``no_backward_sync``. Relies on its attribute; without it raises."""
+    _lightning(strategy, "_backward_sync_control")
+    strategy._backward_sync_control = control
+
+
+def set_device_mesh(module: Any, mesh: Any) -> None:
+    """Give a LightningModule the mesh that its ``device_mesh`` returns. Relies on its attribute; without it raises."""
+    _lightning(module, "_device_mesh")
+    module._device_mesh = mesh
+
+
 def is_forking(launcher: Any) -> bool:
     """Whether a Trainer's launcher runs fit in forked or spawned processes. Relies on its class; without it raises."""
     base = _lightning("lightning.pytorch.strategies.launchers.multiprocessing", "_MultiProcessingLauncher")

@@ -165,9 +165,9 @@ def convolve(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def padding_on_both_sides(module: nn.Module) -> list[int]:
+def padding_on_both_sides(module: nn.Module) -> Sequence[int]:
     """Return the padding of a convolution as ``F.pad`` takes it. Relies on the layer's own; without it raises."""
-    padding: list[int] = private("torch", module, "_reversed_padding_repeated_twice")
+    padding: Sequence[int] = private("torch", module, "_reversed_padding_repeated_twice")
     return padding
 
 

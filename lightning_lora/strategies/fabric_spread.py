@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.checkpoint.optimizer_state import follow_parameters
+from lightning_lora.compat.lightning import set_backward_sync
 from lightning_lora.distributed.elementwise import check_steps_on_parts
 from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
@@ -56,7 +57,7 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
         # some for each module: what is summed where must not depend on the company
         self._reducers: dict[nn.Module, list[GradientReducer]] = {}
         self._replaced = WeakTensorKeyDictionary()  # what trained before placing put another in its place
-        self._backward_sync_control = _NoSync(self)  # type: ignore[assignment]  # any object with its method
+        set_backward_sync(self, _NoSync(self))
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:

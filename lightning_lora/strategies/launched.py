@@ -14,7 +14,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_lora.compat.lightning import connect, gather_tensor, reduce_tensor, subprocess_launcher
+from lightning_lora.compat.lightning import connect, gather_tensor, reduce_tensor, set_launcher, subprocess_launcher
 from lightning_lora.model.state import injected_roots
 from lightning_lora.strategies.rendezvous import store_of_this_attempt
 
@@ -74,7 +74,7 @@ class Launched:
     def _configure_launcher(self: Any) -> None:
         if not self.cluster_environment.creates_processes_externally:
             launcher = subprocess_launcher(self._lightning_base)
-            self._launcher = launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+            set_launcher(self, launcher(self.cluster_environment, self.num_processes, self.num_nodes))
 
     def _set_world_ranks(self: Any) -> None:
         """Tell the cluster environment which rank this process is, unless it knows better."""
