@@ -329,6 +329,7 @@ def test_the_store_of_the_process_group_is_shared() -> None:
     assert distributed.default_store().get("key") == b"value"
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators")  # torch 2.6 says so on CPU
 @pytest.mark.usefixtures("one_rank")
 def test_parts_of_a_tensor_are_described() -> None:
     mesh = init_device_mesh("cpu", (1,))
@@ -361,7 +362,7 @@ def test_the_parameters_that_fsdp_gathers_are_found_and_forgotten() -> None:
     assert distributed.is_fsdp(model)
     assert not distributed.is_fsdp(model[1])
     assert isinstance(model, FSDPModule)
-    if not hasattr(FSDPModule, "set_unshard_in_backward"):  # such a torch is refused by the strategy
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:  # such a torch is refused by the strategy
         with pytest.raises(ImportError, match="_fsdp_param_groups, which torch"):
             distributed.fsdp_groups(model)
         return

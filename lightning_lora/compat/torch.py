@@ -115,11 +115,14 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks are registered for all modules. Relies on torch's own check; without it raises."""
-    try:
-        return bool(nn.modules.module._has_any_global_hook())
-    except AttributeError as error:
-        raise missing("torch", nn.modules.module, "_has_any_global_hook") from error
+    """Whether hooks are registered for all modules. Relies on torch's four dictionaries of them."""
+    all_modules = nn.modules.module
+    return bool(
+        all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or all_modules._global_backward_hooks
+        or all_modules._global_backward_pre_hooks
+    )
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from lightning_lora.compat.lightning import requeue, signal_connector_class
 
-log = logging.getLogger("lightning.pytorch")  # Lightning shows what it logs
+log = logging.getLogger("lightning.pytorch.trainer.connectors.signal_connector")  # it has a handler of Lightning's
 
 
 class Request(IntEnum):
