@@ -7,7 +7,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -17,6 +16,8 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint import random_state
 from lightning_lora.checkpoint.frozen import look_for_moved
+from lightning_lora.compat.lightning import is_forking, train_loader
+from lightning_lora.compat.transformers import checkpoint_function
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.gathered import class_name
 from lightning_lora.model.layerdrop import skipped_at_random
@@ -110,7 +111,7 @@ class LoRACallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(module=self.module)
+        return f"{type(self).__qualname__}{ {'module': self.module} }"
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -247,7 +248,7 @@ class LoRACallback(Callback):
                 f"{trainer.accumulate_grad_batches} accumulated batches: their gradients are not in the "
                 "file, so the first step is made of the others"
             )
-        loader = trainer.fit_loop._combined_loader
+        loader = train_loader(trainer)
         loaders = [] if loader is None else loader.flattened
         if not all(hasattr(one, "state_dict") and hasattr(one, "load_state_dict") for one in loaders):
             left = f"{int(total - progress.ready)} of {int(total)}" if total != float("inf") else "remaining"
@@ -289,7 +290,7 @@ class LoRACallback(Callback):
                 raise ValueError(
                     f"{name} copies the model at setup, before LoRACallback adapts it: list LoRACallback before {name}"
                 )
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if is_forking(trainer.strategy.launcher):
             _, root = find_root(pl_module, self.module)
             if injection_of(root) is None:
                 raise ValueError(
@@ -325,7 +326,7 @@ def _let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
 
     A reentrant checkpoint whose input needs no gradient gives its parameters none.
     """
-    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in root.modules()]
+    functions = [checkpoint_function(module) for module in root.modules()]
     reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
     if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
         enable()

@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from lightning_lora.compat.distributed import default_store
+
 PATIENCE_S = 30.0  # how long rank 0 waits, which `if trainer.is_global_zero:` lets call alone
 WAIT_S = 600.0  # how long another rank waits: rank 0 may do some work of its own before it calls
 _POLL_S = 0.02
@@ -21,7 +23,7 @@ def meet(function: str) -> None:
     """
     if torch.distributed.get_world_size() == 1:
         return
-    everyones = torch.distributed.distributed_c10d._get_default_store()
+    everyones = default_store()
     store = torch.distributed.PrefixStore(f"lightning_lora/meet/{function}", everyones)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     # each rank counts its meetings in the store; one that was given up is not counted for ranks that were absent

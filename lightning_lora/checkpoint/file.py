@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.checkpoint.all_ranks import meet
 from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference
 from lightning_lora.checkpoint.storage import RemotePath, location
+from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.finite import OnNonfinite, check_finite
@@ -134,7 +135,7 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
             keeps_buffers |= not own and not isinstance(owner, FrozenStatistics)
         keeps_buffers |= any(is_inside(clean, path) for path in whole)
         for local, buffer in owner._buffers.items():
-            if buffer is None or local in owner._non_persistent_buffers_set:
+            if buffer is None or local in non_persistent_buffers(owner):
                 continue
             if keeps_buffers or id(buffer) in wanted:
                 state[joined(clean, local)] = buffer.detach()

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.model.gathered import reshard
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.root import name_or_path
 from lightning_lora.model.state import injection_of, named_lora_layers, named_trained_whole, require_injection
 from lightning_lora.model.statistics import FrozenStatistics
-from lightning_lora.ops.quantized import stored_as
+from lightning_lora.ops.quantized import stored_as, wraps_tensors
 from lightning_lora.ops.sharded import boxes, collective_device, is_sharded, local_part, logical, shard_group
 
 NUM_SAMPLES = 64
@@ -242,8 +241,8 @@ def exact_hash(tensor: Tensor) -> Tensor:
     could lose together. Bytes that make no whole word are words of their own.
     """
     part = local_part(tensor.detach())
-    if is_traceable_wrapper_subclass(part):  # a quantised weight: its codes and its scales
-        inner = [exact_hash(getattr(part, name)) for name in part.__tensor_flatten__()[0]]
+    if wraps_tensors(part):  # a quantised weight: its codes and its scales
+        inner = [exact_hash(getattr(part, name)) for name in part.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
         return exact_hash(torch.stack(inner))
     flat = part.contiguous().flatten()
     size = flat.element_size()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoint.file import trained_tensors
 from lightning_lora.checkpoint.fingerprint import exact_hashes, first_other_name, sampled
+from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.model.gathered import reshard
 from lightning_lora.model.names import clean_name, joined
 from lightning_lora.model.root import is_megatron, is_pretrained
@@ -100,7 +101,7 @@ def _left_out(module: nn.Module) -> dict[str, Tensor]:
         for path, owner in module.named_modules()
         if not isinstance(owner, FrozenStatistics)  # of the base, by which an adapter knows it
         for name, buffer in owner._buffers.items()
-        if buffer is not None and name not in owner._non_persistent_buffers_set
+        if buffer is not None and name not in non_persistent_buffers(owner)
     }
     tensors = {name: tensor for name, tensor in {**_frozen_parameters(module), **buffers}.items() if name not in held}
     return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel() > 0}

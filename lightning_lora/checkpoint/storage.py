@@ -70,7 +70,7 @@ class RemotePath:
     def write_bytes(self, content: bytes | memoryview) -> None:
         """Write a file, and the directories that it lies in."""
         fs, path = self._opened()
-        fs.makedirs(fs._parent(path), exist_ok=True)
+        fs.makedirs(path.rpartition("/")[0] or "/", exist_ok=True)
         fs.pipe_file(path, bytes(content))
 
     def _opened(self) -> tuple[Any, str]:

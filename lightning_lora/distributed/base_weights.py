@@ -13,6 +13,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from lightning_lora.compat.torch import non_persistent_buffers
+from lightning_lora.compat.transformers import draw_weights
 from lightning_lora.layers.trained import as_stored
 from lightning_lora.model.gathered import class_name, sharded_parameters
 from lightning_lora.model.heads import resize_advice
@@ -134,7 +136,7 @@ def _allocate(root: nn.Module, device: torch.device) -> None:
 def _compute_buffers(root: nn.Module, empty: set[str]) -> None:
     """Fill buffers that are in no file. Weights that the module's code draws on the way are overwritten from disk."""
     for name, module in root.named_modules():
-        lost = [b for b in sorted(module._non_persistent_buffers_set) if joined(clean_name(name), b) in empty]
+        lost = [b for b in sorted(non_persistent_buffers(module)) if joined(clean_name(name), b) in empty]
         for buffer in lost:
             _mark(module._buffers[buffer])
         if lost and (not _draw(root, name, module) or any(_is_marked(module._buffers[buffer]) for buffer in lost)):
@@ -165,7 +167,7 @@ def _draw(root: nn.Module, name: str, module: nn.Module) -> bool:
     around = [n for n in owners if not n or path == n or path.startswith(f"{n}.")]
     with as_stored(module):
         if around:
-            owners[max(around, key=len)]._init_weights(module)
+            draw_weights(owners[max(around, key=len)], module)
             return True
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
@@ -275,7 +277,7 @@ def _converted(
 def _finish(root: nn.Module, absent: set[str], adapters: set[int], source: str, keys: set[str]) -> None:
     """Draw new heads that are in no base checkpoint; raise ``ValueError`` for anything else that is missing."""
     tensors = {name: tensor for name, tensor in _named_tensors(root) if id(tensor) not in adapters}
-    ignored = {joined(clean_name(n), b) for n, m in root.named_modules() for b in m._non_persistent_buffers_set}
+    ignored = {joined(clean_name(n), b) for n, m in root.named_modules() for b in non_persistent_buffers(m)}
     wanted = {name for name in absent if name in tensors} - ignored
     new = {name.rpartition(".")[0] for name in wanted if tensors[name].requires_grad}
     for path in sorted(new):

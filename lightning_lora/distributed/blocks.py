@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from lightning_lora.compat.transformers import block_classes
 from lightning_lora.model.names import clean_name, nearest_names
 
 
@@ -40,11 +41,7 @@ def find_blocks(root: nn.Module, shard_modules: Sequence[str] | None = None) -> 
                     )
             chosen |= hits
         return _outermost({name: module for name, module in modules.items() if name in chosen})
-    listed = {
-        class_name
-        for module in (root, *modules.values())
-        for class_name in getattr(module, "_no_split_modules", None) or ()
-    }
+    listed = {class_name for module in (root, *modules.values()) for class_name in block_classes(module)}
     found = {n: m for n, m in modules.items() if any(cls.__name__ in listed for cls in type(m).__mro__)}
     # transformers lists embeddings too, which are no blocks
     found = {n: m for n, m in found.items() if sum(type(o) is type(m) for o in found.values()) > 1}

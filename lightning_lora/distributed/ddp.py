@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
+from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
+
+from lightning_lora.compat.distributed import sync_buffers
+from lightning_lora.compat.lightning import ddp_options, has_communication_hook
 
 # adapters are tens of megabytes; a head or an embedding that trains whole may be more
 BUCKET_CAP_MB = 1024
@@ -25,7 +28,7 @@ BUCKET_CAP_MB = 1024
 
 def prepare_ddp(strategy: Any) -> None:
     """Let a DDP strategy, not yet set up, put all gradients in one bucket, unless its user chose a size."""
-    strategy._ddp_kwargs.setdefault("bucket_cap_mb", BUCKET_CAP_MB)
+    ddp_options(strategy).setdefault("bucket_cap_mb", BUCKET_CAP_MB)
 
 
 class Reduction:
@@ -127,7 +130,7 @@ def reduce_in_fixed_order(model: nn.Module, strategy: Any) -> Reduction | None:
     """Make a model that DDP wraps sum its gradients as :class:`Reduction` does; another model has none."""
     if not isinstance(model, DistributedDataParallel):
         return None
-    return Reduction(model, sums=getattr(strategy, "_ddp_comm_hook", None) is None)
+    return Reduction(model, sums=not has_communication_hook(strategy))
 
 
 def share_buffers_once(model: object) -> None:
@@ -136,7 +139,7 @@ def share_buffers_once(model: object) -> None:
     In an evaluation ranks may have unequal numbers of forwards. Called on all ranks.
     """
     if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
-        model._sync_buffers()
+        sync_buffers(model)
         model.broadcast_buffers = False
         model.__dict__["lora_shares_buffers"] = True
 

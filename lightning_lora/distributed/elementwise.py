@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.compat.torch import is_optimizer_hook
 from lightning_lora.ops.sharded import (
     collective_device,
     is_dtensor,
@@ -187,7 +188,7 @@ def _copied(optimizer: Optimizer, twins: Mapping[int, nn.Parameter]) -> Optimize
     memo |= {id(optimizer.param_groups): groups, id(optimizer.state): state}
     own = {key: value for key, value in vars(optimizer).items() if not _belongs_to_run(optimizer, key, value)}
     copied.__dict__.update(copy.deepcopy(own, memo))
-    hooks = [key for key in vars(optimizer) if key.startswith("_optimizer_")]
+    hooks = [key for key in vars(optimizer) if is_optimizer_hook(key)]
     copied.__dict__.update({key: OrderedDict() for key in hooks})
     return copied
 
@@ -200,7 +201,7 @@ def _state_like(value: Any, parameter: nn.Parameter, twin: nn.Parameter) -> Any:
 
 def _belongs_to_run(optimizer: Optimizer, key: str, value: Any) -> bool:
     """Whether an attribute is a hook, or a method that a schedule put in the place of the class's own."""
-    return key.startswith("_optimizer_") or (callable(value) and hasattr(type(optimizer), key))
+    return is_optimizer_hook(key) or (callable(value) and hasattr(type(optimizer), key))
 
 
 def _step(optimizer: Optimizer, trials: Mapping[int, _Trial], *, spread: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.compat.torch import foreach_norm
 from lightning_lora.ops.sharded import collective_device, is_sharded, local_part, shard_group
 
 
@@ -57,10 +58,7 @@ def _power_sum(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor:
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     device = filled[0].device
     norms = torch.cat(
-        [
-            torch.stack(torch._foreach_norm(alike, norm_type, dtype=_wide(alike[0]))).float().to(device)
-            for alike in by_kind.values()
-        ]
+        [torch.stack(foreach_norm(alike, norm_type, _wide(alike[0]))).float().to(device) for alike in by_kind.values()]
     )
     return norms.max() if math.isinf(norm_type) else (norms**norm_type).sum()
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lightning_lora.compat.distributed import fsdp_groups, gathered_parameter
+from lightning_lora.compat.torch import foreach_copy_, foreach_div_
 from lightning_lora.distributed.gradient_norm import total_norm
 from lightning_lora.distributed.replication import drifted
 from lightning_lora.model.names import listed
@@ -154,7 +156,7 @@ class GradientReducer:
         else:
             sizes = [self._ranks_of(parameter) for parameter in parameters]
             pieces = flat[len(parameters) :].split([parameter.numel() for parameter in parameters])
-            torch._foreach_div_(list(pieces), [float(ranks) for ranks in sizes])
+            foreach_div_(pieces, [float(ranks) for ranks in sizes])
         torch.distributed.all_reduce(flat, group=self._group)
         flags, *pieces = flat.split([len(parameters), *(parameter.numel() for parameter in parameters)])
         if not all(present):  # a look at the flags waits for the device: only a rank that lacks some needs it
@@ -166,7 +168,7 @@ class GradientReducer:
                 gradients.append(bare(parameter.grad))
                 averages.append(piece.view_as(parameter))
         if gradients:  # a backward may reach none of them
-            torch._foreach_copy_(gradients, averages)
+            foreach_copy_(gradients, averages)
 
 
 def _flat_gradient(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
@@ -196,7 +198,7 @@ def count_unused_as_zero(root: nn.Module) -> None:
     """
     for part in root.modules():
         if isinstance(part, FSDPModule):
-            for group in part._get_fsdp_state()._fsdp_param_groups:
+            for group in fsdp_groups(part):
                 if any(fsdp_parameter.sharded_param.requires_grad for fsdp_parameter in group.fsdp_params):
                     group.__dict__["lora_filled"] = set()
                     group.__dict__["pre_forward"] = functools.partial(_gather_as_flagged, group)
@@ -206,7 +208,7 @@ def count_unused_as_zero(root: nn.Module) -> None:
 def _gather_as_flagged(group: Any, *arguments: Any) -> Any:
     result = type(group).pre_forward(group, *arguments)
     for fsdp_parameter in group.fsdp_params:
-        gathered, trains = getattr(fsdp_parameter, "_unsharded_param", None), fsdp_parameter.sharded_param.requires_grad
+        gathered, trains = gathered_parameter(fsdp_parameter), fsdp_parameter.sharded_param.requires_grad
         if gathered is not None and gathered.requires_grad != trains:
             gathered.requires_grad_(trains)
     return result
@@ -214,7 +216,7 @@ def _gather_as_flagged(group: Any, *arguments: Any) -> Any:
 
 def _fill_and_reduce(group: Any, *unused: Any) -> None:
     for fsdp_parameter in group.fsdp_params if group.reduce_grads else ():
-        gathered = getattr(fsdp_parameter, "_unsharded_param", None)
+        gathered = gathered_parameter(fsdp_parameter)
         if gathered is None or not gathered.requires_grad:
             continue
         sharded = fsdp_parameter.sharded_param
@@ -233,7 +235,7 @@ def drop_unused(module: nn.Module) -> None:
         group
         for part in module.modules()
         if isinstance(part, FSDPModule)
-        for group in part._get_fsdp_state()._fsdp_param_groups
+        for group in fsdp_groups(part)
         if hasattr(group, "lora_filled")
     ]
     sharded = [(group, fsdp_parameter.sharded_param) for group in groups for fsdp_parameter in group.fsdp_params]

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lora.compat.torch import UNSCALE, unscaling_of
 from lightning_lora.ops.sharded import local_part
-
-_HOOK = "_unscale_grads_"
 
 
 def share_overflows(scaler: Any, reduce_gradients: Callable[[], None]) -> None:
@@ -26,12 +25,7 @@ def share_overflows(scaler: Any, reduce_gradients: Callable[[], None]) -> None:
     """
     if scaler is None:
         return
-    unscale = getattr(type(scaler), _HOOK, None)
-    if unscale is None:
-        raise ValueError(
-            f"precision='16-mixed' is not served with {type(scaler).__name__} of torch {torch.__version__}, which has "
-            f"no {_HOOK!r}: an overflow on one rank would make that rank alone skip its step. Use 'bf16-mixed'"
-        )
+    unscale = unscaling_of(scaler)
 
     def unscale_together(optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
         reduce_gradients()
@@ -42,7 +36,7 @@ def share_overflows(scaler: Any, reduce_gradients: Callable[[], None]) -> None:
             value.copy_(anywhere)
         return found
 
-    scaler.__dict__[_HOOK] = unscale_together
+    scaler.__dict__[UNSCALE] = unscale_together
 
 
 def check_scalable(scaler: Any, optimizers: Iterable[Any]) -> None:
@@ -67,7 +61,7 @@ def check_scalable(scaler: Any, optimizers: Iterable[Any]) -> None:
 def keep_overflows(scaler: Any) -> None:
     """Undo :func:`share_overflows`."""
     if scaler is not None:
-        scaler.__dict__.pop(_HOOK, None)
+        scaler.__dict__.pop(UNSCALE, None)
 
 
 class _LocalGradients:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from lightning_lora.checkpoint.fingerprint import remember_fingerprint
+from lightning_lora.compat.distributed import make_fsdp_root
 from lightning_lora.distributed.base_weights import materialize
 from lightning_lora.distributed.blocks import find_blocks, wrap_blocks
 from lightning_lora.distributed.gradients import count_unused_as_zero
@@ -98,7 +99,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
     broadcast_replicated(module, device)
     for root in roots.values():
         if isinstance(root, FSDPModule):
-            root._get_fsdp_state()._lazy_init()  # by itself it takes the first module that runs for the root
+            make_fsdp_root(root)
             _gather_once(root)
         remember_fingerprint(root)
     guard_parts(module)
@@ -178,9 +179,7 @@ def _shard_root(
         if not keeps and not trains and not any(p.requires_grad for p in unit[0].parameters()):
             sharded.set_unshard_in_backward(False)  # a frozen table has no part in backward
     trained -= {p for unit in members for part in unit for p in part.parameters()}
-    sharded_root: Any = fully_shard(root, reshard_after_forward=bool(trained), **settings)
-    if not hasattr(sharded_root._get_fsdp_state(), "_fsdp_param_groups"):
-        raise ValueError(f"'fsdp_lora' needs a newer torch than {torch.__version__}; 2.13 is what it is tested with")
+    fully_shard(root, reshard_after_forward=bool(trained), **settings)
     count_unused_as_zero(root)
 
 

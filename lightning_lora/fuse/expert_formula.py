@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.compat.transformers import experts_gate, experts_implementation
 from lightning_lora.fuse.gated_mlp import SCALES
 from lightning_lora.fuse.structure import facts
 from lightning_lora.layers.parameters import LoRAParameters
@@ -49,12 +50,12 @@ def names_of(module: LoRAParameters) -> Names | None:
 
 def implementation_of(module: nn.Module) -> str:
     """Return the name of the implementation that a module is set to."""
-    return getattr(module.config, "_experts_implementation", None) or "eager"
+    return experts_implementation(module.config)
 
 
 def gate_function(module: Any) -> Any:
     """Return the module's own ``G``."""
-    return module._apply_gate if module.has_gate else module.act_fn
+    return experts_gate(module) if module.has_gate else module.act_fn
 
 
 def gate_of(module: LoRAParameters, names: Names, known: dict[Any, Any]) -> str | None:

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
+from lightning_lora.compat.torch import has_global_hooks
+from lightning_lora.compat.transformers import is_expert_parallel
 from lightning_lora.fuse.expert_formula import GROUPED, OWN, Names, gate_function, gate_of, implementation_of, names_of
 from lightning_lora.fuse.gated_mlp import is_watched
 from lightning_lora.layers.base import lora_class
@@ -48,8 +49,8 @@ class LoRAExperts(LoRAParameters):
             and all(_is_plain(one) and one.device == x.device for one in own)
             and not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in base))
             and self._is_of_one_dtype(x)
-            and not self.__dict__.get("_is_expert_parallel", False)
-            and not (is_transformed() or _has_any_global_hook())
+            and not is_expert_parallel(self)
+            and not (is_transformed() or has_global_hooks())
             and not any(is_watched(child) for child in self._modules.values())
             and self._known_gate() is not None
         )

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from typing_extensions import override
 
+from lightning_lora.compat.torch import has_global_hooks, has_hooks
 from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, leave, term
 from lightning_lora.fuse.structure import Snapshot, facts, keeps_books
 from lightning_lora.layers.base import Made, lora_class
@@ -83,7 +83,7 @@ class LoRAGatedMLP(Made):
             isinstance(x, Tensor)
             and (can_fuse(gate, x) and can_fuse(up, x) and can_fuse(down, x))  # first: merged ones are to cost nothing
             and self._is_as_recognized()
-            and not _has_any_global_hook()
+            and not has_global_hooks()
             and not any(is_watched(child) for child in self._modules.values())
             and go_together([gate, up], gate)
             and _is_split_inside(gate, up, down)
@@ -124,9 +124,7 @@ def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
 
 def is_watched(module: nn.Module | None) -> bool:
     """Whether a hook of a module is to see its input or output."""
-    return module is not None and bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return module is not None and bool(has_hooks(module))
 
 
 def fuse_gated_mlp(module: nn.Module, known: dict[Any, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.compat.torch import version_of
 from lightning_lora.fuse.structure import Snapshot, facts, keeps_books
 from lightning_lora.layers.base import LoRALayer, Made, lora_class
 from lightning_lora.ops.linear import autocast_dtype, is_transformed
@@ -68,7 +69,7 @@ class LoRARMSNorm(Made):
 
 
 def _identity(weight: Tensor) -> tuple[Any, ...]:
-    return id(weight), weight.dtype, 0 if weight.is_inference() else weight._version
+    return id(weight), weight.dtype, 0 if weight.is_inference() else version_of(weight)
 
 
 def fuse_norms(parent: nn.Module, known: dict[Any, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.compat.torch import forward_pre_hooks, version_of
 from lightning_lora.fuse.structure import called_alike
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.megatron.parallel_layers import LoRAParallelLinear, RowParallelLinear, TensorParallel
@@ -147,7 +148,7 @@ def _num_changes(layers: list[LoRALinear]) -> int:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else version_of(tensor)
 
 
 def _is_as(layer: LoRALinear, former: tuple[Any, ...]) -> bool:
@@ -174,7 +175,7 @@ def group_siblings(parent: nn.Module) -> None:
 
 def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     """Whether the product of an adapted layer may be computed by another module, at the present moment."""
-    if not isinstance(layer, LoRALinear) or not layer.lora_active or layer._forward_pre_hooks:
+    if not isinstance(layer, LoRALinear) or not layer.lora_active or forward_pre_hooks(layer):
         return False  # a hook may make the weight
     if not _is_plain(layer) or "forward" in layer.__dict__:
         return False
@@ -207,7 +208,7 @@ def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
-    version = 0 if torch.compiler.is_compiling() else x._version
+    version = 0 if torch.compiler.is_compiling() else version_of(x)
     return version, torch.is_grad_enabled(), autocast_dtype(x), x.requires_grad
 
 

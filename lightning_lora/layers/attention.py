@@ -28,7 +28,7 @@ class LoRAMultiheadAttention(LoRALayer):
     @override
     def check(cls, layer: nn.Module) -> None:
         base: Any = layer
-        if not base._qkv_same_embed_dim:
+        if not base.embed_dim == base.kdim == base.vdim:
             raise ValueError(
                 f"its keys and values have other widths (kdim={base.kdim}, vdim={base.vdim}) than its queries "
                 f"({base.embed_dim}), so that it holds three weights; its out_proj can be adapted by name"

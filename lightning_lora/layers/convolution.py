@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.compat.torch import padding_on_both_sides
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.ops.dropout import keep_entries
 from lightning_lora.ops.quantized import check_plain
@@ -67,8 +68,7 @@ class LoRAConv(LoRALayer):
         convolve: Any = _CONVOLUTIONS[self.lora_A.ndim - 2]
         padding = self.padding
         if self.padding_mode != "zeros":
-            both: Any = self._reversed_padding_repeated_twice
-            x, padding = F.pad(x, both, mode=self.padding_mode), (0,) * (self.lora_A.ndim - 2)
+            x, padding = F.pad(x, padding_on_both_sides(self), mode=self.padding_mode), (0,) * (self.lora_A.ndim - 2)
         h = convolve(x, self.lora_A.to(x.dtype), None, self.stride, padding, self.dilation)
         # scale h, not the output: r channels instead of out_channels
         term: Tensor = convolve(h * self.lora_scaling, self.lora_B.to(h.dtype), groups=self.groups)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.compat.torch import convolve
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
@@ -116,8 +117,7 @@ class DoRAConv(DoRA, LoRAConv):
         y: Tensor = super(LoRAConv, self).forward(x)
         x = keep_entries(x, seed, self.lora_dropout)
         term = self._term(x).to(y.dtype)
-        base: Any = self
-        product = base._conv_forward(x, self.weight, None) + term
+        product = convolve(self, x, self.weight) + term
         return torch.addcmul(y + term, product, ratio - 1).to(y.dtype)
 
 

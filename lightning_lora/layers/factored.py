@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.compat.torch import plain_tensors
 from lightning_lora.ops.linear import lora_linear
 
 # what may be asked about the weight without its values
@@ -44,7 +45,7 @@ class FactoredWeight(Tensor):
 
     def dense(self) -> Tensor:
         """Return the sum, in W's dtype."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_tensors():
             weight = self.plain()
             delta = torch.matmul(self.left.to(weight.dtype), self.right.to(weight.dtype))
             return torch.add(weight, delta, alpha=self.scaling)
@@ -54,7 +55,7 @@ class FactoredWeight(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_tensors():
             name = _name_of(func)
             if name in _FACTS or name in ("as_subclass", "__repr__"):
                 return func(*args, **kwargs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from lightning_lora.compat.torch import collect_weights
 from lightning_lora.layers.base import Made, lora_class, not_narrower
 from lightning_lora.ops.sharded import is_dtensor
 
@@ -130,7 +131,7 @@ def give_back(model: nn.Module) -> None:
         for name, dtype in dtypes.items():
             _convert(module._parameters.get(name), dtype)
         if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()
+            collect_weights(module)
 
 
 def _widen(parameter: nn.Parameter | None, floor: torch.dtype) -> None:

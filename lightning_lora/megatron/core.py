@@ -1,11 +1,12 @@
 """Megatron-core itself, imported where it is served and nowhere else."""
 
-import inspect
 import sys
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from lightning_lora.compat.megatron import check_linear_product
 
 SERVED = ((0, 14), (0, 20))  # versions, from and below
 
@@ -45,17 +46,8 @@ def parallel_state() -> Any:
 
 
 def check_contract() -> None:
-    """Raise ``ImportError`` where Megatron-core's linear layers have no local product of their own to adapt.
-
-    ``_forward_impl`` is a method since 0.14; before, every forward set it anew on the instance.
-    """
+    """Raise ``ImportError`` where Megatron-core's linear layers have no local product of their own to adapt."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    for layer in (ColumnParallelLinear, RowParallelLinear):
-        method = vars(layer).get("_forward_impl")
-        names = inspect.signature(method).parameters if callable(method) else {}
-        if not {"self", "input", "weight"} <= set(names):
-            raise ImportError(
-                f"{layer.__name__} of this megatron-core has no method _forward_impl(input, weight, ...), in which "
-                "adapters are computed: install one of the versions that 'megatron_lora' is tested with, 0.14 to 0.16"
-            )
+    check_linear_product(ColumnParallelLinear)
+    check_linear_product(RowParallelLinear)

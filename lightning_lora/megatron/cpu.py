@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lightning_lora.compat.megatron import set_random_state_functions, skip_copies_to_host
+
 
 def install() -> None:
     """Let Megatron-core run on the CPU, for this process. A second call does nothing.
@@ -69,8 +71,9 @@ def _draw_from_the_cpu() -> None:
     )
     random.torch = _view(torch, cuda=cuda, get_rng_state=lambda: none, set_rng_state=lambda state: None)
     # both reach for torch.cuda.default_generators; their other arguments are a device and whether to clone
-    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda new_state, *_, **__: torch.set_rng_state(new_state)
+    set_random_state_functions(
+        lambda *_, **__: torch.get_rng_state(), lambda new_state, *_, **__: torch.set_rng_state(new_state)
+    )
 
 
 def _view(module: ModuleType, **replaced: Any) -> SimpleNamespace:
@@ -117,14 +120,8 @@ def _autocast_on_the_cpu() -> None:
 
 
 def _dispatch_without_streams() -> None:
-    """Let the ``alltoall`` dispatcher of experts make no ``torch.cuda.Stream()`` and copy nothing on it to the host.
-
-    What ``_maybe_dtoh_and_synchronize`` copies are the numbers of tokens per expert; with all experts on every rank
-    nothing else is read on the host.
-    """
+    """Let the ``alltoall`` dispatcher of experts make no ``torch.cuda.Stream()`` and copy nothing on it to the host."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()  # made where it is None
-    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = lambda self, point, tokens_per_expert=None: (
-        tokens_per_expert
-    )
+    skip_copies_to_host(MoEAlltoAllTokenDispatcher)

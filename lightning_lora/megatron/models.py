@@ -69,8 +69,8 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
         raise ValueError("sequence_parallel=True on CUDA devices needs Transformer Engine's norms: install it")
     config = TransformerConfig(**settings)
     # where transformers' models say it, so that a PEFT directory can name its base
-    source = str(path) if isinstance(path, str | Path) else getattr(path, "_name_or_path", "")
-    config.__dict__["_name_or_path"] = source
+    source = str(path) if isinstance(path, str | Path) else getattr(path, "name_or_path", "")
+    config.__dict__["name_or_path"] = source
     if not has_transformer_engine():
         name_te_general_gemm()
     _seed_random_states()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_lora.compat.torch import forward_hooks
 from lightning_lora.megatron.layers import LoRAMegatronLinear, is_column, is_parallel_linear
 from lightning_lora.megatron.names import stacks
 from lightning_lora.model.copies import guard_parts
@@ -67,7 +68,7 @@ def let_gradients_through_recomputed(model: Any) -> None:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    return list(module._forward_hooks.values())
+    return list(forward_hooks(module).values())
 
 
 def _require_grad(_: nn.Module, __: Any, output: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_lora.compat.transformers import tensor_parallel_plan
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import lora_class
 from lightning_lora.layers.embedding import LoRAEmbedding
@@ -68,7 +69,7 @@ def plan_of(root: nn.Module, plan: Mapping[str, str] | None) -> dict[str, str]:
             prefix = f"{clean_name(name)}." if name else ""
             found |= {f"{prefix}{pattern}": word for pattern, word in words.items()}
     if found and is_pretrained(root):
-        found |= getattr(type(root), "_tp_plan", None) or {}
+        found |= tensor_parallel_plan(root)
     # a family's plan also names what this model has none of, such as dense layers of a mixture of experts
     names = [clean_name(name) for name, _ in root.named_modules()]
     found = {pattern: word for pattern, word in found.items() if any(_matches(pattern, name) for name in names)}

@@ -68,7 +68,7 @@ def adapted_view(model: nn.Module) -> tuple[Skeleton, dict[str, tuple[str, str]]
             rows = "plain" if local or stack is None else "rows_" + "_".join(map(str, stack.place(part.part)))
             sources[f"{part.name}.lora_B"] = (rows, f"{name}.lora_B{local}")
     view.lora_injection = Injection(injection.config, [])  # type: ignore[assignment]  # a plain attribute
-    view.config = type("Config", (), {"_name_or_path": name_or_path(model)})()
+    view.config = type("Config", (), {"name_or_path": name_or_path(model)})()
     return view, sources
 
 

@@ -43,14 +43,16 @@ def guard_parts(module: nn.Module) -> None:
         own = [parameter for parameter in holder._parameters.values() if is_part(parameter)]
         for parameter in own:  # a copy of a DTensor is a DTensor too
             parameter.__dict__.update({"__reduce_ex__": refuse} if is_dtensor(parameter) else _COPIES)
-        if own and _show_whole not in holder._state_dict_hooks.values():
+        if own and "lora_shows_whole" not in vars(holder):
+            vars(holder)["lora_shows_whole"] = True
             holder.register_state_dict_post_hook(_show_whole)
             holder.register_load_state_dict_pre_hook(_take_parts)
 
 
 def guard_state(optimizer: Optimizer) -> None:
     """Make ``optimizer.state_dict()`` hold DTensors for the state of spread parameters, as the model's own does."""
-    if _show_whole_state not in optimizer._optimizer_state_dict_post_hooks.values():
+    if "lora_shows_whole" not in vars(optimizer):
+        vars(optimizer)["lora_shows_whole"] = True
         optimizer.register_state_dict_post_hook(_show_whole_state)
         optimizer.register_load_state_dict_pre_hook(_take_parts_of_state)
 

@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.compat.distributed import fsdp_groups, is_fsdp, set_parameters
 from lightning_lora.ops.sharded import is_sharded, whole
 
 
 def sharded_parameters(module: Any) -> list[Any]:
     """Return FSDP2's records of the parameters that it gathers for this very module; none for any other module."""
-    if not hasattr(module, "_get_fsdp_state"):
+    if not is_fsdp(module):
         return []
-    return [parameter for group in module._get_fsdp_state()._fsdp_param_groups for parameter in group.fsdp_params]
+    return [parameter for group in fsdp_groups(module) for parameter in group.fsdp_params]
 
 
 def forget(root: nn.Module, parameters: set[int]) -> None:
@@ -23,31 +24,26 @@ def forget(root: nn.Module, parameters: set[int]) -> None:
         parameters: identities of what is gone, as it is in shards.
     """
     for part in root.modules():
-        get_state = getattr(part, "_get_fsdp_state", None)
-        if get_state is None:
-            continue
-        state = get_state()
-        for group in list(state._fsdp_param_groups):
+        groups = fsdp_groups(part) if is_fsdp(part) else []
+        for group in list(groups):
             kept = [one for one in group.fsdp_params if id(one.sharded_param) not in parameters]
             if len(kept) == len(group.fsdp_params):
                 continue
-            group.fsdp_params[:] = kept
-            if kept:
-                group._init_mp_dtypes()
-            else:
-                state._fsdp_param_groups.remove(group)
+            set_parameters(group, kept)
+            if not kept:
+                groups.remove(group)
 
 
 def class_name(module: nn.Module) -> str:
     """Return the name of a module's class, without the prefix of the class that FSDP2 makes of it."""
     cls = type(module)
-    return cls.__name__.removeprefix("FSDP") if hasattr(module, "_get_fsdp_state") else cls.__name__
+    return cls.__name__.removeprefix("FSDP") if is_fsdp(module) else cls.__name__
 
 
 def reshard(module: nn.Module) -> None:
     """Drop the gathered copies that FSDP2 keeps after a forward, so that the parameters are the stored ones."""
     for part in module.modules():
-        if callable(getattr(part, "reshard", None)) and hasattr(part, "_get_fsdp_state"):
+        if callable(getattr(part, "reshard", None)) and is_fsdp(part):
             part.reshard()  # type: ignore[operator]  # an FSDPModule
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.compat.transformers import was_made
 from lightning_lora.model.names import clean_name, is_inside
 from lightning_lora.model.root import is_megatron, is_pretrained
 
@@ -77,12 +78,12 @@ def perhaps_new_heads(root: nn.Module) -> list[str]:
     if is_megatron(root):
         return []
     if is_pretrained(root):
-        if not hasattr(root, "_is_hf_initialized"):  # it marks what it gave values; on the meta device nothing
+        if not was_made(root):  # it marks what it gave values; on the meta device nothing
             return []
         return _outermost(
             clean_name(name)
             for name, module in root.named_modules()
-            if _has_matrix(module) and not any(hasattr(part, "_is_hf_initialized") for part in module.modules())
+            if _has_matrix(module) and not any(was_made(part) for part in module.modules())
         )
     prefix, children = "", [*root.named_children()]
     while len(children) == 1 and [*children[0][1].children()]:

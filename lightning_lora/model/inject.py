@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_lora.compat.torch import remove_load_hook
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse.fusing import fuse, release
 from lightning_lora.layers import LoRALayer, adapt, unadapt
@@ -169,9 +170,7 @@ def take_out(root: nn.Module) -> None:
     give_back(root)
     for module, name, former in injection.undo:
         setattr(module, name, former)
-    for key, hook in list(root._load_state_dict_pre_hooks.items()):
-        if getattr(hook, "hook", None) is _complete_state_dict:
-            del root._load_state_dict_pre_hooks[key]
+    remove_load_hook(root, _complete_state_dict)
     del root.lora_injection
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_lora.compat.torch import has_global_hooks, hooks_of, is_compiled
 from lightning_lora.megatron.parallel_layers import ColumnParallelLinear, parts_of_output
 from lightning_lora.model.root import is_megatron
 from lightning_lora.ops.cross_entropy.chunked import losses_of_linear
@@ -211,18 +212,12 @@ def _total(head: Any, rows: Tensor, targets: Tensor, softcap: float | None) -> T
 def _frozen_kind(head: Any) -> type[nn.Module] | None:
     """Return the class of a head whose output is its frozen weight's and bias's alone, FSDP's left out; else None."""
     kind = next(cls for cls in type(head).__mro__ if not issubclass(cls, FSDPModule))
-    if kind not in (nn.Linear, ColumnParallelLinear) or "forward" in vars(head) or head._compiled_call_impl is not None:
+    if kind not in (nn.Linear, ColumnParallelLinear) or "forward" in vars(head) or is_compiled(head):
         return None
-    if nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         return None
-    hooks = [
-        *head._forward_hooks.values(),
-        *head._forward_pre_hooks.values(),
-        *head._backward_hooks.values(),
-        *head._backward_pre_hooks.values(),
-    ]
     is_sharded = isinstance(head, FSDPModule)
-    if any(not is_sharded or not hook.__module__.startswith("torch.distributed.fsdp") for hook in hooks):
+    if any(not is_sharded or not hook.__module__.startswith("torch.distributed.fsdp") for hook in hooks_of(head)):
         return None
     tensors = [head.weight] if head.bias is None else [head.weight, head.bias]
     if any(tensor.requires_grad or not tensor.is_floating_point() for tensor in tensors):

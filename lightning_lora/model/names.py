@@ -3,12 +3,14 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+from lightning_lora.compat.torch import COMPILED
+
 
 def clean_name(name: str) -> str:
     """Return a parameter's or module's name without the parts that ``torch.compile`` puts in."""
-    if "_orig_mod" not in name:
+    if COMPILED not in name:
         return name
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def joined(path: str, name: str) -> str:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch.utils.checkpoint as torch_checkpoint
 
+from lightning_lora.compat.torch import checkpoint_frame
+
 
 class Switch(Protocol):
     """A change of a model that can be made and undone any number of times."""
@@ -46,7 +48,7 @@ def keep_state_of_forward() -> None:
     No hook serves both of torch's variants, so a method of their classes is wrapped, once in a process. Where nothing
     was switched in between, they recompute as before.
     """
-    frame: Any = torch_checkpoint._CheckpointFrame
+    frame = checkpoint_frame()
     if not hasattr(frame.__init__, "lora_original"):
         frame.__init__ = _with_present_state(frame.__init__)
     megatron = sys.modules.get("megatron.core.tensor_parallel.random")

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.compat.torch import compiled_module
 from lightning_lora.model.names import clean_name
 
 
@@ -19,7 +20,7 @@ def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modul
     if path is not None:
         try:
             root = module.get_submodule(path)
-            return path, root._modules.get("_orig_mod") or root  # what torch.compile wrapped
+            return path, compiled_module(root) or root
         except AttributeError:
             children = ", ".join(name for name, _ in module.named_children()) or "none"
             raise ValueError(
@@ -51,4 +52,4 @@ def is_megatron(module: nn.Module) -> bool:
 def name_or_path(root: nn.Module) -> str | None:
     """Return where a transformers model says that its weights came from."""
     config: Any = getattr(root, "config", None)
-    return getattr(config, "_name_or_path", None) or None
+    return getattr(config, "name_or_path", None) or None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.compat.torch import compiled_module
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, Pair
 from lightning_lora.layers.residual import ResidualLinear
@@ -68,7 +69,7 @@ def require_injection(root: nn.Module) -> Injection:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` wrapped, or ``model`` itself."""
-    return model._modules.get("_orig_mod") or model
+    return compiled_module(model) or model
 
 
 def injected_roots(model: nn.Module) -> dict[str, nn.Module]:

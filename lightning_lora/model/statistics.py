@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self, override
 
+from lightning_lora.compat.torch import batch_norm_class
 from lightning_lora.layers.base import Made, lora_class
 from lightning_lora.model.names import clean_name
 
@@ -33,8 +33,8 @@ def freeze_statistics(model: nn.Module, trained_whole: Sequence[str]) -> None:
         inside = any(clean == whole or clean.startswith(f"{whole}.") for whole in trained_whole)
         if inside or isinstance(module, FrozenStatistics):
             continue
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            module.__class__ = lora_class(FrozenStatistics, type(module))  # type: ignore[assignment]  # the class swap
+        if isinstance(module, batch_norm_class()) and module.running_mean is not None:
+            module.__class__ = lora_class(FrozenStatistics, type(module))
             module.train(module.training)
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_lora.compat.torch import has_transforms
+
 # odd multipliers of 32-bit integer mixers (Wellons' "lowbias32" search) that fit a signed 32-bit integer
 _MIX_1 = 0x21F0AAAD
 _MIX_2 = 0x735A2D97
@@ -73,7 +75,7 @@ def _hashes(
 
 def _position_keys(seed: Tensor, num_positions: int, device: torch.device) -> Tensor:
     """Return one well mixed 32-bit key per position: int32, ``[num_positions]``."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and has_transforms():
         seed = seed.to(device)  # vmap may give one per sample, and only a scalar may be on another device
     z = torch.arange(1, num_positions + 1, dtype=torch.int64, device=device)
     z = (z + seed * 0x2545F4914F6CDD1D) * _GOLDEN

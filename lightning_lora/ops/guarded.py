@@ -10,10 +10,10 @@ import copy
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
+
+from lightning_lora.compat.torch import plain_tensors, tree_leaves
 
 _VALUES = {"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "equal", "allclose"}
 
@@ -35,7 +35,7 @@ class GuardedGradient(Tensor):
         name = getattr(func, "__name__", "")
         if name in _VALUES:
             raise ValueError(cls._error(name))
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_tensors():
             result = func(*args, **(kwargs or {}))
             made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
             if made:
@@ -86,7 +86,7 @@ def bare(gradient: Tensor) -> Tensor:
     """Return a gradient without its guard, in the same memory."""
     if not isinstance(gradient, GuardedGradient):
         return gradient
-    with torch._C.DisableTorchFunctionSubclass():
+    with plain_tensors():
         return gradient.detach()
 
 

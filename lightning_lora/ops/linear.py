@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from lightning_lora.compat.torch import has_transforms, is_forward_mode, unsafe_view, unwrap_if_dead
 from lightning_lora.ops.dropout import keep_mask
 from lightning_lora.ops.products import down, grad_input, grad_of_B, inner_gradients, scaled_mm, sum_of_products
 
@@ -204,13 +204,13 @@ def is_transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return bool(_has_transforms())
-    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0
+    return has_transforms() or torch.jit.is_tracing() or is_forward_mode()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_transforms() -> bool:
     """Return the same where code is compiled: in a graph, transforms are fixed."""
-    return torch._C._are_functorch_transforms_active()
+    return has_transforms()
 
 
 def plain_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:
@@ -236,9 +236,6 @@ def run(function: Any, *inputs: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-_unwrap_if_dead: Any = torch._C._functorch.unwrap_if_dead
-
-
 def apply(function: Any, *inputs: Any) -> Any:
     """Return ``function.apply(*inputs)`` for an autograd function whose inputs are given by place.
 
@@ -247,7 +244,8 @@ def apply(function: Any, *inputs: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return function.apply(*inputs)
-    live = [_unwrap_if_dead(one) if isinstance(one, Tensor) else one for one in inputs]  # of ended transforms
+    unwrap = unwrap_if_dead()
+    live = [unwrap(one) if isinstance(one, Tensor) else one for one in inputs]  # of ended transforms
     return super(torch.autograd.Function, function).apply(*live)
 
 
@@ -267,13 +265,10 @@ def in_fours(flat: Sequence[Any]) -> list[Any]:
     return [Factors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
 
 
-_unsafe_view: Any = torch.ops.aten._unsafe_view.default
-
-
 def like(x: Tensor, y: Tensor) -> Tensor:
     """Return ``y`` ``[T, out]`` in the leading shape of ``x``."""
     # not a view to autograd: the caller may change the output in place, as nn.ReLU(inplace=True) does
-    return y if x.ndim == 2 else _unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return y if x.ndim == 2 else unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class _LoRALinears(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.ops.sharded import is_dtensor
 
@@ -13,9 +12,14 @@ def stored_as(tensor: Tensor) -> str | None:
 
     torchao's tensors wrap integers and scales, and report a floating-point dtype.
     """
-    if is_traceable_wrapper_subclass(tensor) and not is_dtensor(tensor):
+    if wraps_tensors(tensor) and not is_dtensor(tensor):
         return type(tensor).__name__
     return None if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def wraps_tensors(tensor: Tensor) -> bool:
+    """Whether a tensor is made of inner ones, which torch's protocol of such subclasses names."""
+    return hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__")
 
 
 def check_plain(what: str, tensor: Any) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.compat.distributed import is_striped, local_box, striped_shard
 from lightning_lora.ops.guarded import bare
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    from torch.distributed.tensor.placement_types import _StridedShard
 else:
     DTensor = None  # type: ignore[assignment, misc]  # a torch without distributed has none
 
@@ -51,7 +50,7 @@ def logical(tensor: Any) -> Any:
     if split is None:
         return tensor
     mesh, dim, stripes = split
-    placement = Shard(dim) if stripes == 1 else _StridedShard(dim, split_factor=stripes)
+    placement = Shard(dim) if stripes == 1 else striped_shard(dim, stripes)
     return DTensor.from_local(bare(tensor).detach(), mesh, [placement], run_check=False)
 
 
@@ -111,10 +110,8 @@ def boxes(tensor: Any) -> list[Box]:
         return [Box(tuple(tensor.shape), start, start)]
     described = logical(tensor)
     placement = described.placements[0]
-    if not isinstance(placement, _StridedShard):
-        mesh, placements = described.device_mesh, described.placements
-        shape, offset = compute_local_shape_and_global_offset(described.shape, mesh, placements)
-        return [Box(tuple(shape), tuple(offset), start)]
+    if not is_striped(placement):
+        return [Box(*local_box(described), start)]
     dim, stripes = placement.dim, placement.split_factor
     stripe, rank = described.shape[dim] // stripes, described.device_mesh.get_local_rank()
     size = stripe // described.device_mesh.size()

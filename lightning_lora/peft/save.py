@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.checkpoint.all_ranks import meet
 from lightning_lora.checkpoint.fingerprint import known_fingerprint, renamed
 from lightning_lora.checkpoint.storage import local_directory, location
+from lightning_lora.compat.transformers import revision
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding
@@ -389,7 +390,7 @@ def _peft_config(root: nn.Module) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": _task_type(root, trained_whole),
         "base_model_name_or_path": name_or_path(root),
-        "revision": getattr(getattr(root, "config", None), "_commit_hash", None),
+        "revision": revision(getattr(root, "config", None)),
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,

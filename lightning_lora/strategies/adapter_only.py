@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -53,6 +52,7 @@ from lightning_lora.checkpoint.optimizer_state import (
     spread_state,
 )
 from lightning_lora.checkpoint.storage import Location, location, remove_files
+from lightning_lora.compat.lightning import loader_states, set_epoch, train_loader
 from lightning_lora.distributed.ddp import (
     Reduction,
     prepare_ddp,
@@ -319,7 +319,7 @@ class AdapterOnly(Strategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state, whole on rank 0. Called on all ranks."""
-        inner = getattr(optimizer, "_optimizer", optimizer)  # of Lightning's wrapper
+        inner = getattr(optimizer, "optimizer", optimizer)  # of Lightning's wrapper
         return gathered_state(super().optimizer_state(optimizer), inner, is_zero=self.is_global_zero)
 
     @override
@@ -376,7 +376,7 @@ class AdapterOnly(Strategy):
                 random_state.restore_loader(dataloader, self._loaders_to_restore.pop(0))
             # Lightning tells samplers the epoch only after a resumed run has made its iterator
             epochs: Any = self._adapted_module().trainer.fit_loop.epoch_progress.current
-            _set_sampler_epoch(dataloader, epochs.processed)
+            set_epoch(dataloader, epochs.processed)
         return super().process_dataloader(dataloader)
 
     def restore_random_state(self) -> None:
@@ -399,13 +399,13 @@ class AdapterOnly(Strategy):
 
     def note_end(self) -> None:
         """Keep the position at the run's end for files written later, when its dataloaders have lost theirs."""
-        combined = self._adapted_module().trainer.fit_loop._combined_loader
+        combined = train_loader(self._adapted_module().trainer)
         self._position = self._collect_position()
-        self._loader_states = None if combined is None else combined._state_dicts()
+        self._loader_states = None if combined is None else loader_states(combined)
         self._is_over = True
 
     def _collect_position(self) -> dict[str, Any]:
-        combined = self._adapted_module().trainer.fit_loop._combined_loader
+        combined = train_loader(self._adapted_module().trainer)
         loaders = [] if combined is None else combined.flattened
         return {**random_state.collect(), "loaders": random_state.collect_loaders(loaders)}
 

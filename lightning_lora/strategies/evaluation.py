@@ -8,7 +8,9 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+from lightning_lora.compat.distributed import gather_once
+from lightning_lora.compat.lightning import outputs_method
 
 
 class UnequalEvaluation:
@@ -27,8 +29,8 @@ class UnequalEvaluation:
         self._unequal = False
         for loop in _loops(trainer):
             _do_before(loop, "on_run_start", functools.partial(self._begin, loop))
-            if hasattr(loop, "_store_dataloader_outputs"):  # reduces what was logged, after every dataloader
-                _do_before(loop, "_store_dataloader_outputs", self._join)
+            if name := outputs_method(loop):  # reduces what was logged, after every dataloader
+                _do_before(loop, name, self._join)
             _do_before(loop, "on_run_end", self._end)
 
     def before_batch(self) -> None:
@@ -53,13 +55,7 @@ class UnequalEvaluation:
         """Gather with the other ranks until none has a batch. Called on all ranks."""
         while self._unequal and self._any_has_a_batch(own=False):
             for unit in self._gathered:
-                for group in unit._get_fsdp_state()._fsdp_param_groups:
-                    group.lazy_init()
-                    group._training_state = TrainingState.FORWARD  # in which it keeps what a forward would keep
-                    group.unshard()
-                    group.wait_for_unshard()
-                    group.reshard()
-                    group._training_state = TrainingState.IDLE
+                gather_once(unit)
 
     def _end(self) -> None:
         self._join()

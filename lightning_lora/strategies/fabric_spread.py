@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.strategies import ParallelStrategy
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -14,6 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.checkpoint.optimizer_state import follow_parameters
+from lightning_lora.compat.lightning import set_backward_sync
 from lightning_lora.distributed.elementwise import check_steps_on_parts
 from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
@@ -32,7 +31,6 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
 
     shards = True
     strategy_name: str
-    _launcher_class = _SubprocessScriptLauncher
     _lightning_base = ParallelStrategy
 
     def place(self, model: nn.Module) -> None:
@@ -59,7 +57,7 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
         # some for each module: what is summed where must not depend on the company
         self._reducers: dict[nn.Module, list[GradientReducer]] = {}
         self._replaced = WeakTensorKeyDictionary()  # what trained before placing put another in its place
-        self._backward_sync_control = _NoSync(self)
+        set_backward_sync(self, _NoSync(self))
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -172,13 +170,12 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
         super().teardown()
 
 
-class _NoSync(_BackwardSyncControl):
-    """Accumulate gradients on each rank, without communication."""
+class _NoSync:
+    """Accumulate gradients on each rank, without communication. Fabric calls its one method."""
 
     def __init__(self, strategy: FabricSpread) -> None:
         self._strategy = strategy
 
-    @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
         stack = ExitStack()
         if enabled:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint.optimizer_state import names_of
+from lightning_lora.compat.lightning import set_device_mesh
 from lightning_lora.distributed.gradients import GradientReducer, drop_unused
 from lightning_lora.distributed.sharding import (
     MIN_SHARD_NUMEL,
@@ -176,7 +177,7 @@ class FSDPLoRAStrategy(FSDPRanks, SpreadStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
+        set_device_mesh(self.lightning_module, self._device_mesh)
 
     @override
     def place(self, model: nn.Module) -> None:

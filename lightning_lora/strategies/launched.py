@@ -9,18 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.distributed import (
-    _all_gather_ddp_if_available,
-    _distributed_is_initialized,
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-    _sync_ddp_if_available,
-)
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_lora.compat.lightning import connect, gather_tensor, reduce_tensor, set_launcher, subprocess_launcher
 from lightning_lora.model.state import injected_roots
 from lightning_lora.strategies.rendezvous import store_of_this_attempt
 
@@ -33,7 +27,7 @@ class Launched:
     Devices are looked up by the local rank in one place, ``root_device``, which another launcher may answer itself.
     """
 
-    _launcher_class: Any  # of Trainer's or Fabric's launchers
+    _lightning_base: type  # Trainer's or Fabric's ParallelStrategy
     _num_nodes: int = 1
     _device_mesh: DeviceMesh | None = None
     data_parallel_group: Any = None  # one rank for each part of the data; ``None`` is all ranks
@@ -79,7 +73,8 @@ class Launched:
 
     def _configure_launcher(self: Any) -> None:
         if not self.cluster_environment.creates_processes_externally:
-            self._launcher = self._launcher_class(self.cluster_environment, self.num_processes, self.num_nodes)
+            launcher = subprocess_launcher(self._lightning_base)
+            set_launcher(self, launcher(self.cluster_environment, self.num_processes, self.num_nodes))
 
     def _set_world_ranks(self: Any) -> None:
         """Tell the cluster environment which rank this process is, unless it knows better."""
@@ -94,17 +89,17 @@ class Launched:
         reset_seed()
         self._set_world_ranks()
         device = self.root_device
-        backend = self._process_group_backend or _get_default_process_group_backend_for_device(device)
+        backend = self._process_group_backend or _default_backend(device)
         self._process_group_backend = backend
         settings: dict[str, Any] = {"timeout": self._timeout, "device_id": device if device.type != "cpu" else None}
         if not torch.distributed.is_initialized():
             settings |= store_of_this_attempt(self.global_rank, self.world_size, self._timeout)
             atexit.register(_disconnect)  # left to the interpreter's end, gloo's threads now and then abort the process
-        _init_dist_connection(self.cluster_environment, backend, **settings)
+        connect(self.cluster_environment, backend, **settings)
 
     def barrier(self: Any, *_: Any, **__: Any) -> None:
         """Wait until all ranks are here."""
-        if _distributed_is_initialized():
+        if torch.distributed.is_initialized():
             on_gpu = torch.distributed.get_backend() == "nccl"
             torch.distributed.barrier(device_ids=[self.root_device.index] if on_gpu else None)
 
@@ -112,12 +107,11 @@ class Launched:
         """Return a tensor reduced over ``group``, or over all data-parallel ranks; other values as they are."""
         if not isinstance(tensor, Tensor):
             return tensor
-        return _sync_ddp_if_available(tensor, self._data_group(group), reduce_op=reduce_op)
+        return reduce_tensor(tensor, self._data_group(group), reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Return the tensors of ``group``, or of all data-parallel ranks, stacked along a new first dimension."""
-        gathered: Tensor = _all_gather_ddp_if_available(tensor, self._data_group(group), sync_grads)
-        return gathered
+        return gather_tensor(tensor, self._data_group(group), sync_grads)
 
     def _data_group(self, group: Any) -> Any:
         """Return ``group``, or the data-parallel group where the user gave none: Lightning passes all ranks then."""
@@ -127,7 +121,7 @@ class Launched:
 
     def reduce_boolean_decision(self: Any, decision: bool, all: bool = True) -> bool:
         """Return True if all ranks decide True, or with ``all=False`` any of them. Called on all ranks."""
-        if not _distributed_is_initialized():
+        if not torch.distributed.is_initialized():
             return decision
         votes = torch.tensor(int(decision), device=self.root_device)
         torch.distributed.all_reduce(votes)
@@ -135,7 +129,7 @@ class Launched:
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return rank ``src``'s object."""
-        if not _distributed_is_initialized():
+        if not torch.distributed.is_initialized():
             return obj
         objects = [obj]
         torch.distributed.broadcast_object_list(objects, src)
@@ -149,6 +143,11 @@ def check_adapted(model: nn.Module, name: str) -> None:
             f"{name!r} shards the frozen base of an adapted model, and {type(model).__name__} holds no adapters: add "
             "LoRACallback(...) to the Trainer's callbacks, or call inject(model, LoRAConfig(...)) first"
         )
+
+
+def _default_backend(device: torch.device) -> str:
+    backends: dict[str, str] = torch.distributed.Backend.default_device_backend_map
+    return backends.get(device.type, "gloo")
 
 
 def _disconnect() -> None:

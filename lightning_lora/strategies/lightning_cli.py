@@ -8,10 +8,11 @@ no adapters are there, and a model of ``configure_model`` has no parameters at a
 import contextlib
 import copy
 import functools
-import sys
 import warnings
 from types import MethodType
 from typing import Any
+
+from lightning_lora.compat.lightning import cli_callbacks, place_of_cli_optimizer
 
 
 def install(callback: type) -> None:
@@ -20,12 +21,9 @@ def install(callback: type) -> None:
     Args:
         callback: the class of callbacks that put adapters into a model.
     """
-    module = sys.modules.get("lightning.pytorch.cli")  # importing it takes longer than all of lightning_lora
-    if module is not None and not hasattr(
-        module.LightningCLI._add_configure_optimizers_method_to_model, "knows_adapters"
-    ):
-        method = module.LightningCLI._add_configure_optimizers_method_to_model
-        module.LightningCLI._add_configure_optimizers_method_to_model = _building_late(method, callback)
+    place = place_of_cli_optimizer()
+    if place is not None and not hasattr(getattr(*place), "knows_adapters"):
+        setattr(*place, _building_late(getattr(*place), callback))
 
 
 def _building_late(add: Any, callback: type) -> Any:
@@ -33,7 +31,7 @@ def _building_late(add: Any, callback: type) -> Any:
 
     @functools.wraps(add)
     def adding(cli: Any, subcommand: str | None) -> None:
-        if not any(isinstance(one, callback) for one in _callbacks(cli)):
+        if not any(isinstance(one, callback) for one in cli_callbacks(cli)):
             add(cli, subcommand)
             return
         # it may fail without adapters; a real error is raised when it is built late
@@ -60,11 +58,3 @@ def _building_late(add: Any, callback: type) -> Any:
 
     adding.knows_adapters = True  # type: ignore[attr-defined]
     return adding
-
-
-def _callbacks(cli: Any) -> list[Any]:
-    """Return the callbacks that a command line will give its Trainer."""
-    given = cli._get(cli.config_init, "trainer", default={}).get("callbacks")
-    own = [cli._get(cli.config_init, key) for key in cli._parser(cli.subcommand).callback_keys]
-    sources = (given, cli.trainer_defaults.get("callbacks"), own)
-    return [callback for one in sources for callback in (one if isinstance(one, list) else [one])]

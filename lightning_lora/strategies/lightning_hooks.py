@@ -19,11 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import STRATEGY_REGISTRY
-from lightning.fabric.wrappers import _unwrap_objects
-from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.trainer import trainer
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch import nn
 
 from lightning_lora.checkpoint.file import (
@@ -33,6 +29,15 @@ from lightning_lora.checkpoint.file import (
     fitting_tensors,
     read_checkpoint,
     section_of,
+)
+from lightning_lora.compat.lightning import (
+    INSTANTIATOR,
+    allowed_instantiators,
+    loaded_checkpoint,
+    place_of_load_state,
+    place_of_log_hyperparams,
+    place_of_restore_model,
+    unwrapped,
 )
 from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
@@ -65,14 +70,16 @@ def install() -> None:
         method = getattr(Fabric, name)
         if not hasattr(method, "knows_adapters"):
             setattr(Fabric, name, _adopting(method))
-    if not hasattr(saving._load_state, "knows_adapters"):
-        saving._load_state = _adapting(saving._load_state)
-        if hasattr(saving, "_ALLOWED_INSTANTIATORS"):  # before 2.6.6 Lightning allows all
-            saving._ALLOWED_INSTANTIATORS.add(_INSTANTIATOR)
-    if not hasattr(trainer._log_hyperparams, "knows_adapters"):
-        trainer._log_hyperparams = _logging_adapters(trainer._log_hyperparams)
-    if not hasattr(_CheckpointConnector.restore_model, "knows_adapters"):
-        _CheckpointConnector.restore_model = _restoring(_CheckpointConnector.restore_model)  # type: ignore[method-assign]
+    for place, wrap in (
+        (place_of_load_state(), _adapting),
+        (place_of_log_hyperparams(), _logging_adapters),
+        (place_of_restore_model(), _restoring),
+    ):
+        if not hasattr(getattr(*place), "knows_adapters"):
+            setattr(*place, wrap(getattr(*place)))
+    allowed = allowed_instantiators()
+    if allowed is not None:
+        allowed.add(_INSTANTIATOR)
 
 
 def _adopting(method: Any) -> Any:
@@ -80,9 +87,9 @@ def _adopting(method: Any) -> Any:
 
     @functools.wraps(method)
     def adopting(self: Fabric, *args: Any, **kwargs: Any) -> Any:
-        if any(_has_adapters(_unwrap_objects(value)) for value in (*args, *kwargs.values())):
-            adopt_fabric(self._strategy)
-        if getattr(self._strategy, "shards", False) and method.__name__ in ("setup", "setup_module"):
+        if any(_has_adapters(unwrapped(value)) for value in (*args, *kwargs.values())):
+            adopt_fabric(self.strategy)
+        if getattr(self.strategy, "shards", False) and method.__name__ in ("setup", "setup_module"):
             module = args[0] if args else kwargs["module"]
             if any(parameter.is_meta for parameter in module.parameters()):
                 kwargs.setdefault("move_to_device", False)  # the strategy does it, and Fabric would warn
@@ -127,7 +134,7 @@ def _restoring(restore_model: Any) -> Any:
     """Return the Trainer's ``restore_model`` that refuses a file with adapters for a module without any."""
 
     @functools.wraps(restore_model)
-    def restoring(self: _CheckpointConnector) -> None:
+    def restoring(self: Any) -> None:
         try:
             restore_model(self)
         except RuntimeError:
@@ -141,7 +148,7 @@ def _restoring(restore_model: Any) -> Any:
 
 def _check_not_bare(connector: Any) -> None:
     """Raise ``ValueError`` where a Trainer's checkpoint holds adapters, and its module none that take them."""
-    trainer, section = connector.trainer, (connector._loaded_checkpoint or {}).get(SECTION)
+    trainer, section = connector.trainer, loaded_checkpoint(connector).get(SECTION)
     if section is None or injected_roots(trainer.lightning_module):
         return
     callbacks = ", ".join(_callback_of(adapter, trainer.lightning_module) for adapter in section["adapters"])
@@ -168,7 +175,7 @@ def _check_top_level(state: Any) -> None:
     """Raise ``ValueError`` for an adapted model inside a nested container, which Fabric would pickle with its base."""
     for key, value in state.items() if isinstance(state, dict) else ():
         inner = list(value.values()) if isinstance(value, dict) else value
-        if isinstance(inner, (list, tuple)) and any(_has_adapters(_unwrap_objects(one)) for one in inner):
+        if isinstance(inner, (list, tuple)) and any(_has_adapters(unwrapped(one)) for one in inner):
             raise ValueError(
                 f"state[{key!r}] holds an adapted model inside a container: put it at the top of the state"
             )
@@ -223,15 +230,15 @@ def _adapting(load_state: Any) -> Any:
     def adapting(cls: type, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if SECTION not in checkpoint or not issubclass(cls, pl.LightningModule):
             return load_state(cls, checkpoint, *args, **kwargs)
-        own = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_instantiator")
-        allowed: set[str] | None = getattr(saving, "_ALLOWED_INSTANTIATORS", None)
+        own = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get(INSTANTIATOR)
+        allowed = allowed_instantiators()
         if own is not None and allowed is None:
             raise ValueError(
                 f"the checkpoint names the function that builds its module, {own!r}, and lightning {pl.__version__} "
                 "would run any function that a file names: pip install 'lightning>=2.6.6', which runs LightningCLI's"
             )
         if own is None or own in (allowed or ()):  # any other is for Lightning to refuse
-            kwargs["_instantiator"] = _INSTANTIATOR
+            kwargs[INSTANTIATOR] = _INSTANTIATOR
         token = _file_instantiator.set(own)
         try:
             module = load_state(cls, dict(checkpoint), *args, **kwargs)

@@ -13,8 +13,16 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_lora.compat.lightning import (
+    accumulates,
+    dump_checkpoint,
+    has_no_more_batches,
+    set_signal_connector,
+    silence_sigterm_broadcast,
+    uncount_batch,
+    validates_next,
+)
 from lightning_lora.strategies.notes import Notes, common_notes
-from lightning_lora.strategies.signals import NotedSignals, Request
 
 _BEGINS, _VALIDATES, _LEAVES = range(3)
 _OF_ALL_RANKS = ("barrier", "broadcast", "reduce", "_num_ranks")  # methods of a strategy
@@ -28,8 +36,11 @@ class Lockstep:
     """Wraps the methods of a Trainer's loops in which all ranks meet, for one run. Made on all ranks."""
 
     def __init__(self, trainer: "pl.Trainer") -> None:
+        from lightning_lora.strategies.signals import NotedSignals  # its base class is looked up by this import
+
         self._trainer = trainer
-        self._signals = trainer._signal_connector = NotedSignals(trainer)
+        self._signals = NotedSignals(trainer)
+        set_signal_connector(trainer, self._signals)
         loop, epoch_loop, val_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.val_loop
         wrapped: list[tuple[Any, str]] = [
             (loop, "on_advance_end"),
@@ -44,7 +55,7 @@ class Lockstep:
         self._advance, epoch_loop.advance = epoch_loop.advance, self.advance  # type: ignore[method-assign]
         self._run, epoch_loop.run = epoch_loop.run, self.run  # type: ignore[method-assign]
         self._validate, val_loop.run = val_loop.run, self.validate  # type: ignore[method-assign]
-        epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        silence_sigterm_broadcast(epoch_loop)
         self._notes: Notes | None = common_notes(trainer.strategy)
         self._all_raise = self._has_failed = False
 
@@ -53,10 +64,10 @@ class Lockstep:
         epoch_loop = self._trainer.fit_loop.epoch_loop
         self._meet(_BEGINS)
         # at an epoch's start, and in an accumulation, there is nothing that a run could go on from exactly
-        between_steps = epoch_loop.batch_progress.current.ready > 0 and not epoch_loop._should_accumulate()
+        between_steps = epoch_loop.batch_progress.current.ready > 0 and not accumulates(epoch_loop)
         if self._signals.agreed and between_steps and not epoch_loop.restarting:
-            if epoch_loop._should_check_val_fx(data_fetcher):
-                epoch_loop._batches_that_stepped -= 1  # a resumed run passes the end of this batch again, and counts it
+            if validates_next(epoch_loop, data_fetcher):
+                uncount_batch(epoch_loop)  # a resumed run passes the end of this batch again, and counts it
             self._stop()
         self._advance(data_fetcher)
 
@@ -119,7 +130,7 @@ class Lockstep:
         agreed, last, first = numbers.tolist()
         if last != -first:
             self._say_where_all_are(step)
-        signals.agreed = Request(agreed)
+        signals.agreed = type(signals.agreed)(agreed)
 
     def _say_where_all_are(self, step: int) -> None:
         epoch, epoch_loop = self._trainer.current_epoch, self._trainer.fit_loop.epoch_loop
@@ -127,7 +138,7 @@ class Lockstep:
         if self._trainer.should_stop:
             reason = " (trainer.should_stop is set on it)"
         else:
-            reason = " (it has no more)" if epoch_loop._num_ready_batches_reached() else ""
+            reason = " (it has no more)" if has_no_more_batches(epoch_loop) else ""
         own = {
             _BEGINS: f"begins batch {batches} of epoch {epoch}",
             _VALIDATES: f"validates after {batches} batches of epoch {epoch}{reason}",
@@ -163,7 +174,7 @@ class Lockstep:
             name = type(trainer.strategy).__name__
             rank_zero_warn(f"{filepath} was not written: under {name} a checkpoint takes all ranks, and some have left")
         elif trainer.is_global_zero:
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+            checkpoint = dump_checkpoint(trainer, weights_only)
             trainer.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
 

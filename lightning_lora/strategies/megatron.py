@@ -13,11 +13,11 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_lora.checkpoint.fingerprint import remember_fingerprint
 from lightning_lora.checkpoint.optimizer_state import names_of
+from lightning_lora.compat.torch import tree_leaves
 from lightning_lora.distributed.base_weights import materialize
 from lightning_lora.distributed.gradients import GradientReducer
 from lightning_lora.distributed.replication import broadcast_replicated, differ, make_equal, move_to, refuse_other_sizes

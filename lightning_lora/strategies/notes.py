@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch.distributed import DistError, PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
+
+from lightning_lora.compat.distributed import default_store
 
 PATIENCE_S = 5.0  # how long a rank that failed waits for the others to fail too
 END_S = 20.0  # how long a rank may stay in a collective that another rank has left for good
@@ -32,7 +33,7 @@ class Notes:
     """
 
     def __init__(self, name: str, rank: int, world_size: int) -> None:
-        store: Any = _get_default_store()
+        store = default_store()
         self._store: Any = PrefixStore(f"lightning_lora/notes/{name}", store.clone())  # a thread reads in it
         self._rank, self._world_size = rank, world_size
         self._notes: dict[int, str] = {}

@@ -9,7 +9,8 @@ batch, whose next epoch is not begun but gone on with.
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops.loop import _Loop
+
+from lightning_lora.compat.lightning import clear_restarting, uncount_saved_batch
 
 
 def correct_progress(fit_loop: dict[str, Any], accumulate_grad_batches: int) -> None:
@@ -28,14 +29,14 @@ def correct_progress(fit_loop: dict[str, Any], accumulate_grad_batches: int) -> 
             if counts["completed"] == counts["ready"]:
                 counts["completed"] -= 1
         if batch["current"]["ready"] % accumulate_grad_batches == 0:
-            fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+            uncount_saved_batch(fit_loop)
 
 
 def begin_after_finished_epoch(trainer: "pl.Trainer") -> None:
     """Let a resumed run that ``max_steps`` limits begin the next epoch if the loaded one is done, as other runs do."""
     epoch: Any = trainer.fit_loop.epoch_progress.current
     if epoch.ready == epoch.started == epoch.processed:
-        _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]  # past FitLoop's own setter
+        clear_restarting(trainer.fit_loop)
 
 
 def begin_after_last_batch(trainer: "pl.Trainer") -> None:

@@ -14,14 +14,18 @@ A second signal changes nothing, but that SLURM's request to requeue comes befor
 from the file that was written.
 """
 
+import logging
 from enum import IntEnum
 from typing import Any
 
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector, log
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_prefixed_message
 from typing_extensions import override
+
+from lightning_lora.compat.lightning import requeue, signal_connector_class
+
+log = logging.getLogger("lightning.pytorch.trainer.connectors.signal_connector")  # it has a handler of Lightning's
 
 
 class Request(IntEnum):
@@ -32,7 +36,7 @@ class Request(IntEnum):
     REQUEUE = 2  # SLURM's signal ahead of the time limit
 
 
-class NotedSignals(_SignalConnector):
+class NotedSignals(signal_connector_class()):  # type: ignore[misc]  # looked up when a run first needs it
     """Lightning's signal handlers, which only note a signal here; the ranks act on it later, together.
 
     ``received_sigterm``, which Lightning and users read, is true when all ranks have agreed to stop.
@@ -71,6 +75,6 @@ class NotedSignals(_SignalConnector):
             SIGTERMException: always; ``OnExceptionCheckpoint`` saves on it.
         """
         if self.agreed == Request.REQUEUE:
-            super()._slurm_sigusr_handler_fn(self.agreed, None)  # type: ignore[arg-type]  # it reads no frame
+            requeue(self, self.agreed)
         self.received_sigterm = True
         raise SIGTERMException

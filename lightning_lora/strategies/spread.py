@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,7 +32,6 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
 
     shards = True
     strategy_name: str
-    _launcher_class = _SubprocessScriptLauncher
     _lightning_base = ParallelStrategy
 
     # of a run

@@ -1,0 +1,202 @@
+"""Private names of torch: autograd, modules, optimizers, activation checkpoints."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from lightning_lora.compat.lookup import missing, private
+
+
+def has_transforms() -> bool:
+    """Whether ``torch.func`` transforms what runs. Relies on torch._C; without it raises."""
+    try:
+        return torch._C._are_functorch_transforms_active()
+    except AttributeError as error:
+        raise missing("torch", torch._C, "_are_functorch_transforms_active") from error
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode AD runs. Relies on forward_ad's level; without it raises."""
+    try:
+        return forward_ad._current_level >= 0
+    except AttributeError as error:
+        raise missing("torch", forward_ad, "_current_level") from error
+
+
+def unwrap_if_dead() -> Callable[[Tensor], Tensor]:
+    """Return what unwraps a tensor of an ended ``torch.func`` transform. Relies on torch._C; without it raises."""
+    unwrap: Callable[[Tensor], Tensor] = private("torch", torch._C._functorch, "unwrap_if_dead")
+    return unwrap
+
+
+def plain_tensors() -> AbstractContextManager[Any]:
+    """Treat tensor subclasses as tensors in a block. Relies on torch._C, as torch's documentation does; else raises."""
+    context: AbstractContextManager[Any] = private("torch", torch._C, "DisableTorchFunctionSubclass")()
+    return context
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place. Relies on Tensor; without it raises."""
+    try:
+        return tensor._version
+    except AttributeError as error:
+        raise missing("torch", Tensor, "_version") from error
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Return what lies in nested containers. Relies on torch's pytree, which has no public name; without it raises."""
+    leaves: list[Any] = private("torch", "torch.utils._pytree", "tree_leaves")(tree)
+    return leaves
+
+
+def unsafe_view(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a reshaped tensor that is no view to autograd. Relies on an aten operation; without it raises."""
+    try:
+        reshaped: Tensor = torch.ops.aten._unsafe_view.default(tensor, shape)
+    except AttributeError as error:
+        raise missing("torch", torch.ops.aten, "_unsafe_view") from error
+    return reshaped
+
+
+def foreach_norm(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
+    """Return the norm of each tensor, in few kernels. Relies on _foreach_norm; without it one kernel for each."""
+    norm = getattr(torch, "_foreach_norm", None)
+    if norm is None:
+        return [torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors]
+    return list(norm(tensors, order, dtype=dtype))
+
+
+def foreach_div_(tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
+    """Divide each tensor by its number, in few kernels. Relies on _foreach_div_; without it one kernel for each."""
+    divide = getattr(torch, "_foreach_div_", None)
+    if divide is not None:
+        divide(list(tensors), list(numbers))
+        return
+    for tensor, number in zip(tensors, numbers, strict=True):
+        tensor.div_(number)
+
+
+def foreach_copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value into its target, in few kernels. Relies on _foreach_copy_; without it one kernel for each."""
+    copy = getattr(torch, "_foreach_copy_", None)
+    if copy is not None:
+        copy(list(targets), list(values))
+        return
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return a module's own forward hooks. Relies on nn.Module's dictionary of them."""
+    return module._forward_hooks
+
+
+def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return a module's own forward pre-hooks. Relies on nn.Module's dictionary of them."""
+    return module._forward_pre_hooks
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Return the hooks that a call of a module runs. Relies on nn.Module's four dictionaries of them."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [hook for kind in kinds for hook in kind.values()]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module runs hooks of its own. Relies on nn.Module's four dictionaries of them."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for all modules. Relies on torch's four dictionaries of them."""
+    all_modules = nn.modules.module
+    return bool(
+        all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or all_modules._global_backward_hooks
+        or all_modules._global_backward_pre_hooks
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called. Relies on its attribute; without it no module counts as compiled."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def compiled_module(module: nn.Module) -> nn.Module | None:
+    """Return what ``torch.compile(module)`` wrapped, else ``None``. Relies on the child's name, :data:`COMPILED`."""
+    return module._modules.get(COMPILED)
+
+
+COMPILED = "_orig_mod"  # part of the names of a compiled model's parameters
+
+
+def remove_load_hook(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Remove a hook of ``load_state_dict``. Relies on nn.Module's dictionary of them; without it raises."""
+    hooks = private("torch", module, "_load_state_dict_pre_hooks")
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is function]:
+        del hooks[key]
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """Return the names of a module's own buffers that are not saved. Relies on nn.Module's set; without it raises."""
+    names: set[str] = private("torch", module, "_non_persistent_buffers_set")
+    return names
+
+
+def batch_norm_class() -> type[nn.Module]:
+    """Return the base class of every batch normalisation. Relies on torch's; without it raises."""
+    base: type[nn.Module] = private("torch", nn.modules.batchnorm, "_BatchNorm")
+    return base
+
+
+def collect_weights(module: nn.RNNBase) -> None:
+    """Let a recurrent layer read its weights again after a change. Relies on its own method; without it raises."""
+    private("torch", module, "_init_flat_weights")()
+
+
+def convolve(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """Return a convolution of ``x`` with another weight. Relies on the layer's own method; without it raises."""
+    y: Tensor = private("torch", module, "_conv_forward")(x, weight, None)
+    return y
+
+
+def padding_on_both_sides(module: nn.Module) -> Sequence[int]:
+    """Return the padding of a convolution as ``F.pad`` takes it. Relies on the layer's own; without it raises."""
+    padding: Sequence[int] = private("torch", module, "_reversed_padding_repeated_twice")
+    return padding
+
+
+def is_optimizer_hook(name: str) -> bool:
+    """Whether an attribute of an optimizer holds hooks. Relies on the prefix that ``Optimizer`` gives all of them."""
+    return name.startswith("_optimizer_")
+
+
+def checkpoint_frame() -> Any:
+    """Return the class of a non-reentrant activation checkpoint. Relies on torch's; without it raises."""
+    return private("torch", torch.utils.checkpoint, "_CheckpointFrame")
+
+
+UNSCALE = "_unscale_grads_"  # the method by which a GradScaler unscales and looks for overflows
+
+
+def unscaling_of(scaler: Any) -> Callable[..., Any]:
+    """Return the function by which a ``GradScaler`` unscales, in both of its ways. Relies on its method.
+
+    Raises:
+        ValueError: the scaler has no such method.
+    """
+    unscale: Callable[..., Any] | None = getattr(type(scaler), UNSCALE, None)
+    if unscale is None:
+        raise ValueError(
+            f"precision='16-mixed' is not served with {type(scaler).__name__} of torch {torch.__version__}, which has "
+            f"no {UNSCALE!r}: an overflow on one rank would make that rank alone skip its step. Use 'bf16-mixed'"
+        )
+    return unscale
