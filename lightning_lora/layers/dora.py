@@ -12,7 +12,8 @@ from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 from lightning_lora.ops.dropout import keep_entries
-from lightning_lora.ops.linear import lora_linear, rescaled, row_norms
+from lightning_lora.ops.linear import lora_linear
+from lightning_lora.ops.weights import rescaled, row_norms
 
 
 class DoRA(LoRALayer):

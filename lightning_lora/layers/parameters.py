@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer, Pair, put, swap_class
 from lightning_lora.layers.factored import FactoredWeight
-from lightning_lora.ops.linear import merged_weight
 from lightning_lora.ops.quantized import check_plain
 from lightning_lora.ops.sharded import is_sharded
+from lightning_lora.ops.weights import merged_weight
 
 
 class LoRAParameters(LoRALayer):

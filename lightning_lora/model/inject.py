@@ -39,8 +39,8 @@ from lightning_lora.model.state import (
 )
 from lightning_lora.model.statistics import freeze_statistics, unfreeze_statistics
 from lightning_lora.model.undo import unchanged_on_error
-from lightning_lora.ops.linear import row_norms
 from lightning_lora.ops.sharded import write
+from lightning_lora.ops.weights import row_norms
 
 
 def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:

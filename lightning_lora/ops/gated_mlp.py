@@ -4,7 +4,7 @@ x --+-- gate --> e -- act --+
     |                       * --> h -- down --> y
     +-- up ----> g ---------+
 
-x, e and g are kept for backward; act(e) and h are made again.
+x, e and g are saved for backward; act(e) and h are recomputed.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,20 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops.linear import (
-    Factors,
-    Term,
-    apply_linears,
-    autocast_dtype,
+    LinearTensors,
+    ScaledDropout,
     backward_of_linears,
+    by_layer,
     forward_of_linears,
-    in_dtype,
-    in_fours,
+    in_autocast_dtype,
     is_transformed,
-    like,
+    linears,
     plain_linears,
-    run,
-    settings,
-    term_of,
+    reshape_like,
 )
 
 
@@ -73,85 +69,75 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def lora_gated_mlp(
-    x: Tensor, gate: Factors, up: Factors, down: Factors, *, activation: str, entering: Term, leaving: Term
+    x: Tensor,
+    gate: LinearTensors,
+    up: LinearTensors,
+    down: LinearTensors,
+    *,
+    activation: str,
+    entering: ScaledDropout,
+    leaving: ScaledDropout,
 ) -> Tensor:
-    """Return ``down(act(gate(x)) * up(x))`` of three adapted layers (Shazeer 2020), and keep little for backward.
+    """Return ``down(act(gate(x)) * up(x))`` of three adapted layers (Shazeer 2020), and save little for backward.
 
-    Kept are ``x``, the outputs of gate and up, and r numbers per token of each layer: half of what the layers keep one
+    Saved are ``x``, the outputs of gate and up, and r numbers per token of each layer: half of what the layers save one
     by one. Every step rounds as it does in them.
 
     Args:
         x: ``[..., hidden]``.
         gate: ``[intermediate, hidden]``; ``up`` as well; ``down`` ``[hidden, intermediate]``.
         activation: a name in :data:`ACTIVATIONS`.
-        entering: how the adapters of gate and up enter.
-        leaving: how the one of down does.
+        entering: scaling and dropout of the adapters of gate and up.
+        leaving: scaling and dropout of the adapter of down.
     """
-    layers, entering, leaving = [gate, up, down], entering.live(), leaving.live()
-    dtype = autocast_dtype(x)
-    if dtype is None:
-        return _apply(x, layers, activation, entering, leaving)
-    x, layers = in_dtype(dtype, x, layers)
-    with torch.autocast(x.device.type, enabled=False):
-        return _apply(x, layers, activation, entering, leaving)
+    return in_autocast_dtype(_gated_mlp, x, [gate, up, down], activation, entering, leaving)
 
 
-def _apply(x: Tensor, layers: Sequence[Factors], activation: str, entering: Term, leaving: Term) -> Tensor:
+def _gated_mlp(
+    x: Tensor, layers: Sequence[LinearTensors], activation: str, entering: ScaledDropout, leaving: ScaledDropout
+) -> Tensor:
     if is_transformed():
         e, g = plain_linears(x, layers[:2], entering)
         return plain_linears(ACTIVATIONS[activation].forward(e) * g, layers[2:], leaving)[0]
-    (seed_in, rest_in), (seed_out, rest_out) = settings(entering), settings(leaving)
-    flat = [tensor for layer in layers for tensor in layer]
-    return run(_GatedMLP, x, seed_in, seed_out, activation, rest_in, rest_out, *flat)[0]
+    tensors = [tensor for layer in layers for tensor in layer]
+    y: Tensor = _GatedMLP.apply(x, ACTIVATIONS[activation], entering, leaving, *tensors)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _GatedMLP(torch.autograd.Function):
-    """``(y, e, g, h_in, h_out)``: the output and, for backward only, what gate and up give and the rank-r products."""
+    """``forward(x, activation, entering, leaving, W, b, A and B of gate, up and down) -> y``."""
 
     @staticmethod
     def forward(
-        x: Tensor,
-        seed_in: Tensor | None,
-        seed_out: Tensor | None,
-        activation: str,
-        settings_in: tuple[Any, ...],
-        settings_out: tuple[Any, ...],
-        *flat: Any,
-    ) -> tuple[Tensor, ...]:
-        *opening, closing = in_fours(flat)
-        (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), opening, term_of(seed_in, settings_in))
-        h = ACTIVATIONS[activation].forward(e).mul_(g)  # [T, intermediate]
-        (y,), h_out = forward_of_linears(h, [closing], term_of(seed_out, settings_out))
-        return like(x, y), e, g, h_in, h_out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, seed_in, seed_out, ctx.activation, ctx.settings_in, ctx.settings_out, *flat = inputs
-        _, e, g, h_in, h_out = output
-        ctx.mark_non_differentiable(e, g, h_in, h_out)
+        ctx: Any, x: Tensor, act: Activation, entering: ScaledDropout, leaving: ScaledDropout, *tensors: Any
+    ) -> Tensor:
+        *opening, closing = by_layer(tensors)
+        (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), opening, entering)
+        (y,), h_out = forward_of_linears(act.forward(e).mul_(g), [closing], leaving)
+        ctx.act, ctx.entering, ctx.leaving = act, entering, leaving
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, seed_in, seed_out, e, g, h_in, h_out, *flat)
+        ctx.save_for_backward(x, entering.seed, leaving.seed, e, g, h_in, h_out, *tensors)
+        return reshape_like(x, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, seed_in, seed_out, e, g, h_in, h_out, *flat = ctx.saved_tensors
-        entering, leaving = term_of(seed_in, ctx.settings_in), term_of(seed_out, ctx.settings_out)
-        *opening, closing = in_fours(flat)
-        *needs, needs_closing = in_fours(ctx.needs_input_grad[6:])
+        x, seed_in, seed_out, e, g, h_in, h_out, *tensors = ctx.saved_tensors
+        entering, leaving = ctx.entering._replace(seed=seed_in), ctx.leaving._replace(seed=seed_out)
+        *opening, closing = by_layer(tensors)
+        need_x, _, _, _, *flags = ctx.needs_input_grad
+        *needs, needs_closing = by_layer(flags)
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        again = torch.is_grad_enabled()  # a second derivative: make again, with a graph, what autograd takes as given
+        again = torch.is_grad_enabled()  # for a second derivative: autograd takes the saved e and g for constants
         if again:
-            e, g = apply_linears(rows, opening, entering)
-        act = ACTIVATIONS[ctx.activation]
-        opened = act.forward(e)
-        h = opened * g
+            e, g = linears(rows, opening, entering)
+        opened = ctx.act.forward(e)
+        h = opened * g  # [T, intermediate]
         grad_h, found_closing = backward_of_linears(h, [grad], [closing], h_out, leaving, [needs_closing], need_x=True)
         assert grad_h is not None
-        # all three are buffers of our own
+        # opened and grad_h are new buffers: they are overwritten where no graph needs them
         grad_g = opened * grad_h if again else opened.mul_(grad_h)
-        grad_e = act.grad(grad_h * g, e) if again else act.backward_into(grad_h, grad_h.mul_(g), e)
-        need_x = ctx.needs_input_grad[0]
+        grad_e = ctx.act.grad(grad_h * g, e) if again else ctx.act.backward_into(grad_h, grad_h.mul_(g), e)
         grad_x, found = backward_of_linears(rows, [grad_e, grad_g], opening, h_in, entering, needs, need_x=need_x)
-        return None if grad_x is None else grad_x.view(x.shape), *(None,) * 5, *found, *found_closing
+        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *found, *found_closing
