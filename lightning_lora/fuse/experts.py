@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_lora.fuse.expert_formula import GROUPED, OWN, Names, gate_function, gate_of, implementation_of, names_of
 from lightning_lora.fuse.gated_mlp import is_watched
-from lightning_lora.layers.base import lora_class
+from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import Gate, KnownGate, OwnGate
@@ -104,5 +104,5 @@ def fuse_experts(module: nn.Module, known: dict[Any, Any]) -> None:
     names = names_of(module)
     gate = None if names is None else gate_of(module, names, known)
     if gate is not None:
-        module.__class__ = lora_class(LoRAExperts, module.lora_base_class)
+        swap_class(module, LoRAExperts, module.lora_base_class)
         module.__dict__.update(lora_names=names, lora_gates={implementation_of(module): gate})

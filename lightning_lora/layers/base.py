@@ -5,7 +5,6 @@ parameters ``lora_A`` and ``lora_B``, and with dropout an empty module ``lora_mo
 the base stay what they were.
 """
 
-import copyreg
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.ops.weights import merged_weight
 
@@ -34,24 +34,7 @@ class Pair:
     r: int
 
 
-class Made(nn.Module):
-    """Mixin of the classes that are made at run time, ``LoRA<Base>(mixin, Base)``, for modules that change in place."""
-
-    class_prefix: ClassVar[str] = "LoRA"
-    lora_base_class: ClassVar[type[nn.Module]]
-    lora_base_forward: ClassVar[Any]  # the base class's when this one was made: somebody may patch it later
-
-    @override
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the made class has no importable name: pickle and deepcopy make it again from its two parents
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        function, arguments, *state = reduced
-        assert function is copyreg.__newobj__, function  # type: ignore[attr-defined]  # missing in the stubs
-        mixin, base = type(self).__bases__
-        return (_new_module, (mixin, _recipe(base), *arguments[1:]), *state)
-
-
-class LoRALayer(Made):
+class LoRALayer(SwappedModule):
     """Mixin of all adapted layers; ``isinstance(layer, LoRALayer)`` is how the package recognises them.
 
     Attributes:
@@ -219,20 +202,6 @@ class LoRALayer(Made):
         return ", ".join([super().extra_repr(), *pairs])
 
 
-M = TypeVar("M", bound=Made)
-_MADE_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
-
-
-def lora_class(mixin: type[M], base: type[nn.Module]) -> type[M]:
-    """Return the class ``LoRA<Base>(mixin, Base)``, or with another prefix, the same object on every call."""
-    if (mixin, base) not in _MADE_CLASSES:
-        namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
-        namespace |= {"lora_base_class": base, "lora_base_forward": base.forward}
-        _MADE_CLASSES[mixin, base] = type(f"{mixin.class_prefix}{base.__name__}", (mixin, base), namespace)
-    made: type[M] = _MADE_CLASSES[mixin, base]
-    return made
-
-
 def adapt(
     layer: nn.Module, mixin: type[LoRALayer], *, r: int, scaling: float, dropout: float, dtype: torch.dtype | None
 ) -> LoRALayer:
@@ -242,28 +211,32 @@ def adapt(
     """
     shape_A, shape_B = mixin.shapes(layer, r)
     more_shapes = mixin.more_shapes(layer)
-    swap_class(layer, mixin, scaling=scaling, dropout=dropout, dtype=dtype)
-    assert isinstance(layer, LoRALayer)
+    adapted = become_lora_layer(layer, mixin, scaling=scaling, dropout=dropout, dtype=dtype)
     weight = layer._parameters.get(mixin.base_name)
     like = getattr(layer, mixin.base_name, None) if weight is None else weight
-    put(layer, like, lora_A=shape_A, lora_B=shape_B, **more_shapes)
+    register_factors(adapted, like, lora_A=shape_A, lora_B=shape_B, **more_shapes)
+    return adapted
+
+
+L = TypeVar("L", bound=LoRALayer)
+
+
+def become_lora_layer(
+    layer: nn.Module, mixin: type[L], *, scaling: float, dropout: float, dtype: torch.dtype | None, **attributes: Any
+) -> L:
+    """Give ``layer`` the made class, the plain attributes of a :class:`LoRALayer` and ``attributes``; return it."""
+    swap_class(layer, mixin)
+    # past nn.Module.__setattr__, which looks for parameters and modules among them
+    layer.__dict__.update(lora_scaling=scaling, lora_dropout=dropout, lora_dtype=dtype)
+    layer.__dict__.update(lora_active=True, lora_original=None, lora_salt=0, **attributes)
+    if dropout > 0.0:
+        layer.add_module("lora_mode", AdapterMode().train(layer.training))
+    assert isinstance(layer, mixin)
     return layer
 
 
-def swap_class(
-    layer: nn.Module, mixin: type[LoRALayer], *, scaling: float, dropout: float, dtype: torch.dtype | None
-) -> None:
-    """Give ``layer`` the made class and the plain attributes of a :class:`LoRALayer`."""
-    layer.__class__ = lora_class(mixin, type(layer))
-    # past nn.Module.__setattr__, which looks for parameters and modules among them
-    layer.__dict__.update(lora_scaling=scaling, lora_dropout=dropout, lora_dtype=dtype)
-    layer.__dict__.update(lora_active=True, lora_original=None, lora_salt=0)
-    if dropout > 0.0:
-        layer.add_module("lora_mode", AdapterMode().train(layer.training))
-
-
-def put(layer: LoRALayer, like: Any, **shapes: tuple[int, ...]) -> None:
-    """Register all-zero adapter parameters of the given shapes, where ``like`` lies if that is a real tensor."""
+def register_factors(layer: LoRALayer, like: Any, **shapes: tuple[int, ...]) -> None:
+    """Register all-zero adapter parameters of the given shapes, on the device of ``like`` if that is a real tensor."""
     device = like.device if isinstance(like, Tensor) and like.device.type != "meta" else torch.device("cpu")
     own = like.dtype if isinstance(like, Tensor) and like.is_floating_point() else torch.float32
     for name, shape in shapes.items():
@@ -280,24 +253,8 @@ def unadapt(layer: LoRALayer) -> nn.Module:
     for name in ("adapter_names", "frozen_names"):
         layer.__dict__.pop(name, None)
     layer._modules.pop("lora_mode", None)
-    base = layer.lora_base_class
-    layer.__class__ = base  # type: ignore[assignment]  # the reverse of the class swap
+    restore_class(layer)
     return layer
-
-
-def _recipe(cls: type[nn.Module]) -> Any:
-    """Return what pickle can write of a class: itself, or the two that it was made from."""
-    made = _MADE_CLASSES.get(cls.__bases__) if len(cls.__bases__) == 2 else None
-    return (cls.__bases__[0], _recipe(cls.__bases__[1])) if made is cls else cls
-
-
-def _class_of(recipe: Any) -> type[nn.Module]:
-    return lora_class(recipe[0], _class_of(recipe[1])) if isinstance(recipe, tuple) else recipe
-
-
-def _new_module(mixin: type[Made], base: Any, *arguments: Any) -> Made:
-    cls = lora_class(mixin, _class_of(base))
-    return cls.__new__(cls, *arguments)
 
 
 def not_narrower(dtype: torch.dtype, floor: torch.dtype | None) -> torch.dtype:

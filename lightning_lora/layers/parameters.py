@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, Pair, put, swap_class
+from lightning_lora.layers.base import LoRALayer, Pair, become_lora_layer, register_factors
 from lightning_lora.layers.factored import FactoredWeight
 from lightning_lora.ops.quantized import check_plain
 from lightning_lora.ops.sharded import is_sharded
@@ -85,15 +85,14 @@ def adapt_parameters(
     """Turn ``module`` into :class:`LoRAParameters` in place: all-zero pairs of the ranks and scales in ``parts``."""
     ordered = {name: parts[name] for name in module._parameters if name in parts}
     sizes = {name: sizes_of_parameter(module, name) for name in ordered}
-    likes = {name: module._parameters[name] for name in ordered}
-    swap_class(module, LoRAParameters, scaling=1.0, dropout=0.0, dtype=dtype)
-    assert isinstance(module, LoRAParameters)
     names = tuple(f"lora_{factor}_{name}" for name in ordered for factor in "AB")
-    module.__dict__.update(adapter_names=names, lora_parts=ordered)
+    adapted = become_lora_layer(
+        module, LoRAParameters, scaling=1.0, dropout=0.0, dtype=dtype, adapter_names=names, lora_parts=ordered
+    )
     for name, (r, _) in ordered.items():
-        like: Any = likes[name]
+        like: Any = module._parameters[name]
         experts, in_features, out_features = sizes[name]
         stack = (experts,) if like.ndim == 3 else ()
         shapes = {f"lora_A_{name}": (*stack, r, in_features), f"lora_B_{name}": (*stack, out_features, r)}
-        put(module, like, **shapes)
-    return module
+        register_factors(adapted, like, **shapes)
+    return adapted

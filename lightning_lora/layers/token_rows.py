@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, Pair, swap_class
+from lightning_lora.layers.base import LoRALayer, Pair, become_lora_layer
 from lightning_lora.layers.read_weight import ReadWeight
 
 
@@ -117,6 +117,6 @@ def train_rows(
     rows = nn.Parameter(values)
     for module in (layer, *tied):
         mixin = _MIXINS[isinstance(module, nn.Embedding), module in read]
-        swap_class(module, mixin, scaling=1.0, dropout=0.0, dtype=dtype)
-        module.__dict__.update(lora_token_ids=ids, lora_is_twin=module is not layer)
+        attributes: dict[str, Any] = {"lora_token_ids": ids, "lora_is_twin": module is not layer}
+        become_lora_layer(module, mixin, scaling=1.0, dropout=0.0, dtype=dtype, **attributes)
         module.register_parameter("lora_rows", rows)

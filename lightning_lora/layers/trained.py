@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from lightning_lora.layers.base import Made, lora_class, not_narrower
+from lightning_lora.layers.base import not_narrower
+from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.ops.sharded import is_dtensor
 
 _NO_DTYPES: dict[str, torch.dtype] = {}
 
 
-class KeptWide(Made):
+class KeptWide(SwappedModule):
     """Mixin of a module whose trained parameters are stored in a wider dtype than its code computes in.
 
     Reading ``module.weight`` gives the parameter in the dtype of the base; its gradient is summed, and the optimizer
@@ -94,7 +95,7 @@ def keep_wide(model: nn.Module, parameters: Iterable[nn.Parameter], floor: torch
     for module, own in held.items():
         mixin = KeptWideRecurrent if isinstance(module, nn.RNNBase) else KeptWide
         dtypes = {name: parameter.dtype for name, parameter in own.items()}
-        module.__class__ = lora_class(mixin, type(module))
+        swap_class(module, mixin)
         module.__dict__.update(_lora_read_dtypes=dtypes, _lora_floor=floor)
     for own in held.values():
         for parameter in own.values():
@@ -126,7 +127,7 @@ def give_back(model: nn.Module) -> None:
         dtypes = module.__dict__.pop("_lora_read_dtypes")
         del module.__dict__["_lora_floor"]
         if type(module).__bases__[0] in (KeptWide, KeptWideRecurrent):
-            module.__class__ = module.lora_base_class  # type: ignore[assignment]  # the reverse of the class swap
+            restore_class(module)
         for name, dtype in dtypes.items():
             _convert(module._parameters.get(name), dtype)
         if isinstance(module, nn.RNNBase):

@@ -22,7 +22,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from lightning_lora import LoRAConfig, inject, load_peft, merge, remove, save_peft, unmerge
 from lightning_lora.fuse.experts import LoRAExperts
-from lightning_lora.layers.base import lora_class
+from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.model.merge import disabled
 from lightning_lora.ops.experts import grouped
@@ -238,7 +238,7 @@ def results(experts: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def unfused(experts: Any) -> Any:
     """Return a copy that runs its own code, on weights that keep their factors apart in each product."""
     other = copy.deepcopy(experts)
-    other.__class__ = lora_class(LoRAParameters, experts.lora_base_class)
+    swap_class(other, LoRAParameters, experts.lora_base_class)
     return other
 
 
