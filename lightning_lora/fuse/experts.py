@@ -13,7 +13,7 @@ from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import Gate, KnownGate, OwnGate
-from lightning_lora.ops.experts.stacks import Stack
+from lightning_lora.ops.experts.weights import ExpertWeights
 from lightning_lora.ops.linear import autocast_dtype, is_transformed
 from lightning_lora.ops.sharded import is_dtensor
 
@@ -82,10 +82,10 @@ class LoRAExperts(LoRAParameters):
         assert weight is not None
         return weight
 
-    def _stack(self, name: str) -> Stack:
+    def _stack(self, name: str) -> ExpertWeights:
         weight, bias, pair = self._base(name), self._parameters.get(f"{name}_bias"), self.pairs().get(name)
         weight = weight.mT if self.lora_transposed else weight
-        return Stack(weight, bias, *((None, None, 1.0) if pair is None else (pair.A, pair.B, pair.scaling)))
+        return ExpertWeights(weight, bias, *((None, None, 1.0) if pair is None else (pair.A, pair.B, pair.scaling)))
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -16,14 +16,21 @@ from torch import Tensor
 from lightning_lora.ops.experts import grouped, loop, traced
 from lightning_lora.ops.experts.gates import Gate
 from lightning_lora.ops.experts.groups import Groups
-from lightning_lora.ops.experts.stacks import Stack
+from lightning_lora.ops.experts.weights import ExpertWeights
 from lightning_lora.ops.linear import lora_linear
 
-Product = Callable[[Tensor, Groups, Stack], Tensor]
+Product = Callable[[Tensor, Groups, ExpertWeights], Tensor]
 
 
 def lora_experts(
-    x: Tensor, index: Tensor, weights: Tensor, gate_up: Stack, down: Stack, gate: Gate, *, dtype: torch.dtype
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    gate: Gate,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return ``sum_k w_k down_e(G(gate_up_e(x)))`` with ``e`` the k-th expert of each token, in the dtype of ``x``.
 
@@ -60,7 +67,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         gate_up, down = _both(tensors, scalings)
         products = _products(groups)
-        e, u_in = products.forward(products.spread(x, groups), groups, gate_up)
+        e, u_in = products.forward(products.dispatch(x, groups), groups, gate_up)
         if gate_up.bias is not None:
             e.add_(gate_up.bias.index_select(0, groups.experts()))
         w = weights.reshape(-1, 1).index_select(0, groups.order)
@@ -70,7 +77,7 @@ class _Experts(torch.autograd.Function):
         ctx.gate, ctx.scalings, ctx.counts = gate, scalings, groups.counts
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weights, *groups[:3], e, u_in, u_out, *tensors)
-        return groups.collect(y)
+        return groups.combine(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -84,8 +91,8 @@ class _Experts(torch.autograd.Function):
         products = _products(groups)
         need_x, need_w, _, _, _, *needs = ctx.needs_input_grad
         w = weights.reshape(-1, 1).index_select(0, order)
-        h, back = ctx.gate.again(e)
-        dy = products.spread(grad, groups)
+        h, back = ctx.gate.recompute(e)
+        dy = products.dispatch(grad, groups)
         to_down = products.backward(dy, h, u_out, groups, down, (True, *needs[6:8]), w)
         dh = to_down.rows
         grad_w = None
@@ -93,26 +100,32 @@ class _Experts(torch.autograd.Function):
             wide = torch.promote_types(w.dtype, torch.float32)
             by_row = h.mul_(dh).sum(1, dtype=wide)
             if down.bias is not None:
-                by_row += (groups.spread(grad) * down.bias.index_select(0, groups.experts())).sum(1, dtype=wide)
+                by_row += (groups.dispatch(grad) * down.bias.index_select(0, groups.experts())).sum(1, dtype=wide)
             grad_w = by_row[places].to(w.dtype)
         del h, dy
         to_up = products.backward(
-            back(dh.mul_(w)), products.spread(x, groups), u_in, groups, gate_up, (need_x, *needs[2:4]), None
+            back(dh.mul_(w)), products.dispatch(x, groups), u_in, groups, gate_up, (need_x, *needs[2:4]), None
         )
-        grad_x = groups.collect(to_up.rows) if need_x else None
+        grad_x = groups.combine(to_up.rows) if need_x else None
         found = None, None, to_up.lora_A, to_up.lora_B, None, None, to_down.lora_A, to_down.lora_B
         return grad_x, grad_w, None, None, None, *found
 
 
-def _both(tensors: Sequence[Any], scalings: tuple[float, float]) -> tuple[Stack, Stack]:
-    return Stack._make((*tensors[:4], scalings[0])), Stack._make((*tensors[4:], scalings[1]))
+def _both(tensors: Sequence[Any], scalings: tuple[float, float]) -> tuple[ExpertWeights, ExpertWeights]:
+    return ExpertWeights._make((*tensors[:4], scalings[0])), ExpertWeights._make((*tensors[4:], scalings[1]))
 
 
 def formula(
-    x: Tensor, weights: Tensor, groups: Groups, gate_up: Stack, down: Stack, gate: Gate, product: Product
+    x: Tensor,
+    weights: Tensor,
+    groups: Groups,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    gate: Gate,
+    product: Product,
 ) -> Tensor:
     """Return :func:`lora_experts` by operations that autograd, or a tracer, looks into, for one kind of products."""
-    h = gate.plain(product(groups.spread(x), groups, gate_up))
+    h = gate.plain(product(groups.dispatch(x), groups, gate_up))
     w = weights.reshape(-1, 1).index_select(0, groups.order)
     y = product((h * w).to(h.dtype), groups, down._replace(bias=None))
     if down.bias is not None:
@@ -131,14 +144,14 @@ def _differentiably(
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
-def _one_by_one(rows: Tensor, groups: Groups, stack: Stack) -> Tensor:
+def _one_by_one(rows: Tensor, groups: Groups, layer: ExpertWeights) -> Tensor:
     """Return what each expert's linear layer gives for its rows, by operations that have second derivatives."""
-    weight, bias = stack.weight.to(rows.dtype), None if stack.bias is None else stack.bias.to(rows.dtype)
+    weight, bias = layer.weight.to(rows.dtype), None if layer.bias is None else layer.bias.to(rows.dtype)
     parts, last = [], groups.ends.tolist()
     for expert, (start, end) in enumerate(zip([0, *last], last, strict=False)):
         x, W, b = rows[start:end], weight[expert], None if bias is None else bias[expert]
-        if stack.lora_A is None or stack.lora_B is None:
+        if layer.lora_A is None or layer.lora_B is None:
             parts.append(F.linear(x, W, b))
         else:
-            parts.append(lora_linear(x, W, b, stack.lora_A[expert], stack.lora_B[expert], scaling=stack.scaling))
+            parts.append(lora_linear(x, W, b, layer.lora_A[expert], layer.lora_B[expert], scaling=layer.scaling))
     return torch.cat(parts)
