@@ -1,6 +1,7 @@
 """Adapted layers: one file per kind of base layer, a registry that picks by type."""
 
-from lightning_lora.layers.base import LoRALayer, Pair, adapt, unadapt
+from lightning_lora.layers.adapt import adapt, unadapt
+from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.registry import is_linear, mixin_for, read_mixin, register, with_options
 
 __all__ = [

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, Pair, become_lora_layer, register_factors
+from lightning_lora.layers.adapt import become_lora_layer, register_factors
+from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.factored import FactoredWeight
 from lightning_lora.ops.quantized import check_plain
 from lightning_lora.ops.sharded import is_sharded

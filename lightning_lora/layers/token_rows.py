@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, Pair, become_lora_layer
+from lightning_lora.layers.adapt import become_lora_layer
+from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.read_weight import ReadWeight
 
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, Pair, become_lora_layer, register_factors
+from lightning_lora.layers.adapt import become_lora_layer, register_factors
+from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.ops.linear import lora_linear
 
 _LAYERS = "megatron.core.tensor_parallel.layers"
