@@ -34,8 +34,8 @@ class LoRALayer(SwappedModule):
         lora_scaling: factor of the adapter's term.
         lora_dropout: dropout probability on the adapter's input while the adapter's dropout is on.
         lora_mode: an empty module whose ``training`` says whether the adapter's dropout is on; only with dropout.
-        lora_dtype: dtype that the adapter never falls below, or ``None`` to follow the base.
-        lora_active: False while the layer is merged or disabled: the layer is then its base class.
+        lora_dtype: the narrowest dtype that the adapter may have, or ``None`` to follow the base.
+        lora_active: False while the layer is merged or disabled: the base class's forward then runs.
         lora_original: the base tensors as they were, on CPU, while the layer is merged; else ``None``.
         lora_salt: makes dropout differ between data-parallel ranks that share a seed.
     """
@@ -56,9 +56,9 @@ class LoRALayer(SwappedModule):
 
     @property
     def drops(self) -> bool:
-        """Whether the adapter's dropout is on: by a mode of its own, since the base layer may be kept in eval mode.
+        """Whether the adapter's dropout is on. It has its own mode: users train adapters with base layers in eval mode.
 
-        It starts as the base layer's mode and then follows ``train()`` and ``eval()`` of any module around it.
+        It starts as the base layer's mode, and follows ``train()`` and ``eval()`` of any module around it.
         """
         return self.lora_dropout > 0.0 and self._modules.get("lora_mode", self).training  # type: ignore[union-attr]
 
@@ -103,19 +103,19 @@ class LoRALayer(SwappedModule):
         )
 
     def row_ratio(self) -> Tensor | None:
-        """Return what the rows of ``W + scaling * B A`` are multiplied by, ``[out_features]``, if by anything."""
+        """Return what the rows of ``W + scaling * B A`` are multiplied by, ``[out_features]``; ``None`` by default."""
         return None
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """Return what a merge writes, by the local name of the base tensor that it writes to."""
+        """Return the values that a merge writes, by the local name of the base tensor that it overwrites."""
         return {self.base_name: self.merged()}
 
     def merge_obstacle(self) -> str | None:
-        """Return why the base layer with the merged weight would not give what the adapted layer gives, if so."""
+        """Return why this layer cannot be merged, or ``None`` if the merged base layer gives the same output."""
         return None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A ``[r, in_features]`` and B ``[out_features, r]`` of all that the layer adds to its base."""
+        """Return A ``[r, in_features]`` and B ``[out_features, r]`` of the whole update, also of a layer with parts."""
         return self.lora_A, self.lora_B
 
     def pairs(self) -> dict[str, Pair]:
@@ -135,7 +135,7 @@ class LoRALayer(SwappedModule):
 
     @property
     def reads_effective(self) -> bool:
-        """Whether reading the base weight gives the effective one; in shards, between forwards, it is as stored."""
+        """Whether reading the base weight gives the effective one: never of an inactive adapter or a sharded weight."""
         return self.lora_active and not is_sharded(self.base_weight)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +157,7 @@ class LoRALayer(SwappedModule):
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """Local names of all adapter tensors, those that train and those that never do."""
+        """Local names of all adapter tensors, trained and frozen ones."""
         return self.adapter_names + self.frozen_names
 
     def named_adapter_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -167,8 +167,8 @@ class LoRALayer(SwappedModule):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # the base goes its way; of what fn does to the adapter only device and wider dtype count, so that to_empty()
-        # cannot empty it and a conversion to half precision cannot narrow it
+        # the adapter follows fn only to another device or a wider dtype: to_empty() must not empty it, and half() must
+        # not narrow it
         adapter = {name: self._parameters.pop(name) for name in self.tensor_names}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

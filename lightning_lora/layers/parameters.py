@@ -1,4 +1,4 @@
-"""Adapted parameters of modules that read them: the 3-D tensors of fused experts, a router's matrix."""
+"""Adapt parameters that a module multiplies by itself: the 3-D tensors of fused experts, a router's matrix."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from lightning_lora.ops.weights import merged_weight
 
 
 class LoRAParameters(LoRALayer):
-    """A module some of whose parameters read as ``W + scaling * B A``, with the factors kept apart in its products.
+    """A module whose adapted parameters read as ``W + scaling * B A``; its products multiply by B and A apart.
 
     For a parameter ``p`` of shape ``[experts, out, in]`` (``[experts, in, out]`` where the module says
     ``is_transposed``) there are ``lora_A_p`` ``[experts, r, in]`` and ``lora_B_p`` ``[experts, out, r]``; a matrix

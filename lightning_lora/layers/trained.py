@@ -1,4 +1,7 @@
-"""Base parameters that train, heads and biases: kept in a dtype in which small updates count, cast where read."""
+"""Store base parameters that train (heads, biases) in a wider dtype, and cast them where their modules read them.
+
+In a narrow dtype small updates would be rounded away.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,9 +21,9 @@ _NO_DTYPES: dict[str, torch.dtype] = {}
 class KeptWide(SwappedModule):
     """Mixin of a module whose trained parameters are stored in a wider dtype than its code computes in.
 
-    Reading ``module.weight`` gives the parameter in the dtype of the base; its gradient is summed, and the optimizer
-    updates it, in the wider one. Moving and converting the module changes the dtype that is read, and never
-    narrows the parameter below ``_lora_floor``. What is read may be a copy: write to ``parameters()``.
+    Reading ``module.weight`` gives the parameter in the dtype of the base. Its gradient is summed, and the optimizer
+    updates it, in the wider dtype. Moving and converting the module changes the dtype that is read, and never
+    narrows the parameter below ``_lora_floor``. Reading may give a copy: write to ``parameters()``.
     """
 
     class_prefix: ClassVar[str] = ""
@@ -66,7 +69,7 @@ class KeptWide(SwappedModule):
 
 
 class KeptWideRecurrent(KeptWide):
-    """The same for ``nn.LSTM`` and its like, which keep a list of their weights as they were read once."""
+    """The same for ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, which keep a list of their weights."""
 
     _flat_weights_names: list[str]
 
@@ -76,13 +79,13 @@ class KeptWideRecurrent(KeptWide):
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Any]) -> None:
-        """Keep no list."""
+        """Ignore the list: the getter reads the weights anew."""
 
 
 def keep_wide(model: nn.Module, parameters: Iterable[nn.Parameter], floor: torch.dtype | None) -> None:
-    """Keep ``parameters`` in ``floor`` at least, in place, and cast them where the modules of ``model`` read them.
+    """Store ``parameters`` in ``floor`` or wider, in place, and cast them where the modules of ``model`` read them.
 
-    ``None`` leaves all as it is.
+    ``floor=None`` changes nothing.
     """
     wanted = {id(parameter) for parameter in parameters if parameter.is_floating_point()}
     if floor is None or not wanted:
@@ -114,10 +117,10 @@ def as_stored(module: nn.Module) -> Iterator[None]:
                 part.__dict__["_lora_read_dtypes"] = dtypes
 
 
-def give_back(model: nn.Module) -> None:
-    """Undo :func:`keep_wide`: round every parameter once to the dtype that it was read in.
+def restore_dtypes(model: nn.Module) -> None:
+    """Undo :func:`keep_wide`: round every parameter once to the dtype that its module read.
 
-    Of parameters in shards nothing is undone: they stay wide, and are cast where they are read.
+    Sharded parameters stay wide, and are still cast where they are read.
     """
     for module in model.modules():
         if not isinstance(module, KeptWide) or "_lora_read_dtypes" not in module.__dict__:

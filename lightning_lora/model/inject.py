@@ -15,7 +15,7 @@ from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.parameters import adapt_parameters
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.token_rows import train_rows
-from lightning_lora.layers.trained import give_back, keep_wide
+from lightning_lora.layers.trained import keep_wide, restore_dtypes
 from lightning_lora.megatron.layers import adapt_megatron
 from lightning_lora.megatron.names import by_layer, stacks
 from lightning_lora.megatron.parallel_layers import TensorParallel
@@ -166,7 +166,7 @@ def take_out(root: nn.Module) -> None:
     for name, parameter in root.named_parameters():
         # a parameter that was put in since keeps its flag
         parameter.requires_grad_(injection.requires_grad.get(clean_name(name), parameter.requires_grad))
-    give_back(root)
+    restore_dtypes(root)
     for module, name, former in injection.undo:
         setattr(module, name, former)
     for key, hook in list(root._load_state_dict_pre_hooks.items()):

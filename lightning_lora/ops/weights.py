@@ -1,4 +1,4 @@
-"""The weight that an adapter makes of its base's: the sum of both, the norms of its rows, outputs scaled by row."""
+"""Merged weights ``W + scaling * B A``: the sum, the norms of its rows, and outputs scaled by row (DoRA)."""
 
 import torch
 from torch import Tensor
