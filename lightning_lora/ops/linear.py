@@ -122,18 +122,14 @@ def in_autocast_dtype(compute: Callable[..., T], x: Tensor, layers: Sequence[Lin
     if dtype is None:
         return compute(x, layers, *settings)
     if x.dtype != torch.float64:  # autocast leaves float64 alone
-        x, layers = (
-            x.to(dtype),
-            [
-                layer._replace(
-                    weight=None if layer.weight is None else layer.weight.to(dtype),
-                    bias=None if layer.bias is None else layer.bias.to(dtype),
-                )
-                for layer in layers
-            ],
-        )
+        x, layers = x.to(dtype), [_base_in(dtype, layer) for layer in layers]
     with torch.autocast(x.device.type, enabled=False):
         return compute(x, layers, *settings)
+
+
+def _base_in(dtype: torch.dtype, layer: LinearTensors) -> LinearTensors:
+    weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in layer[:2])
+    return layer._replace(weight=weight, bias=bias)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -248,7 +244,7 @@ def forward_of_linears(
 
 
 def backward_of_linears(
-    rows: Tensor | Any,
+    rows: Any,
     grads: Sequence[Tensor | None],
     layers: Sequence[LinearTensors],
     h: Tensor | None,
@@ -260,7 +256,7 @@ def backward_of_linears(
     """Return the gradient of x, ``[T, in]``, and the gradients of each layer's four tensors, all layers in a row.
 
     Args:
-        rows: ``[T, in]``; may be ``None`` when only x needs a gradient.
+        rows: ``[T, in]``; ``None`` may be given when only x needs a gradient.
         grads: ``[T, out_i]``; ``None`` for an output that does not reach the loss.
         h: what :func:`forward_of_linears` returned; may be ``None`` when no B needs a gradient.
         needs: whether each tensor needs a gradient.
