@@ -19,47 +19,31 @@ from lightning_lora.ops.linear import (
     ScaledDropout,
     backward_of_linears,
     by_layer,
+    differentiable_gradients,
     forward_of_linears,
     in_autocast_dtype,
     is_transformed,
-    linears,
     plain_linears,
     reshape_like,
 )
 
 
 class Activation(NamedTuple):
-    """An elementwise function and its backward, ``(gradient, input, **options) -> gradient``, in one kernel."""
+    """An elementwise function and the kernel of its backward."""
 
     forward: Callable[[Tensor], Tensor]
-    kernel: Any  # of backward; it may write where it is told to
+    kernel: Any  # (gradient, input, **options, grad_input=out) -> out
     options: dict[str, Any] = {}  # noqa: RUF012  # read only
-    differentiable_backward: Callable[[Tensor, Tensor], Tensor] | None = None  # where the kernel has none
-
-    def backward(self, grad: Tensor, e: Tensor) -> Tensor:
-        """Return the gradient of the input."""
-        found: Tensor = self.kernel.default(grad, e, **self.options)
-        return found
 
     def backward_into(self, out: Tensor, grad: Tensor, e: Tensor) -> Tensor:
         """Write the gradient of the input to ``out``, which may be ``grad``."""
         found: Tensor = self.kernel.grad_input(grad, e, **self.options, grad_input=out)
         return found
 
-    def grad(self, grad: Tensor, e: Tensor) -> Tensor:
-        """Return the gradient of the input, with a graph where gradients are on."""
-        again = torch.is_grad_enabled() and self.differentiable_backward is not None
-        return (self.differentiable_backward if again else self.backward)(grad, e)  # type: ignore[misc]
-
-
-def _silu_backward(grad: Tensor, e: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(e)
-    return grad * sigmoid * (1 + e * (1 - sigmoid))
-
 
 _aten = torch.ops.aten
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, _aten.silu_backward, differentiable_backward=_silu_backward),
+    "silu": Activation(F.silu, _aten.silu_backward),
     "gelu_tanh": Activation(
         lambda e: F.gelu(e, approximate="tanh"), _aten.gelu_backward, options={"approximate": "tanh"}
     ),
@@ -97,11 +81,18 @@ def _gated_mlp(
     x: Tensor, layers: Sequence[LinearTensors], activation: str, entering: ScaledDropout, leaving: ScaledDropout
 ) -> Tensor:
     if is_transformed():
-        e, g = plain_linears(x, layers[:2], entering)
-        return plain_linears(ACTIVATIONS[activation].forward(e) * g, layers[2:], leaving)[0]
+        return _plain_gated_mlp(x, layers, ACTIVATIONS[activation], entering, leaving)
     tensors = [tensor for layer in layers for tensor in layer]
     y: Tensor = _GatedMLP.apply(x, ACTIVATIONS[activation], entering, leaving, *tensors)  # type: ignore[no-untyped-call]
     return y
+
+
+def _plain_gated_mlp(
+    x: Tensor, layers: Sequence[LinearTensors], act: Activation, entering: ScaledDropout, leaving: ScaledDropout
+) -> Tensor:
+    """Return :func:`lora_gated_mlp` by operations that torch can transform."""
+    e, g = plain_linears(x, layers[:2], entering)
+    return plain_linears(act.forward(e) * g, layers[2:], leaving)[0]
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -125,19 +116,19 @@ class _GatedMLP(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, seed_in, seed_out, e, g, h_in, h_out, *tensors = ctx.saved_tensors
         entering, leaving = ctx.entering._replace(seed=seed_in), ctx.leaving._replace(seed=seed_out)
-        *opening, closing = by_layer(tensors)
+        layers = by_layer(tensors)
+        if torch.is_grad_enabled():
+            y = _plain_gated_mlp(x, layers, ctx.act, entering, leaving)
+            return differentiable_gradients(ctx, y, [x, None, None, None, *tensors], grad)
         need_x, _, _, _, *flags = ctx.needs_input_grad
-        *needs, needs_closing = by_layer(flags)
+        needs = by_layer(flags)
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        again = torch.is_grad_enabled()  # for a second derivative: autograd takes the saved e and g for constants
-        if again:
-            e, g = linears(rows, opening, entering)
         opened = ctx.act.forward(e)
         h = opened * g  # [T, intermediate]
-        grad_h, found_closing = backward_of_linears(h, [grad], [closing], h_out, leaving, [needs_closing], need_x=True)
+        grad_h, of_down = backward_of_linears(h, [grad], layers[2:], h_out, leaving, needs[2:], need_x=True)
         assert grad_h is not None
-        # opened and grad_h are new buffers: they are overwritten where no graph needs them
-        grad_g = opened * grad_h if again else opened.mul_(grad_h)
-        grad_e = ctx.act.grad(grad_h * g, e) if again else ctx.act.backward_into(grad_h, grad_h.mul_(g), e)
-        grad_x, found = backward_of_linears(rows, [grad_e, grad_g], opening, h_in, entering, needs, need_x=need_x)
-        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *found, *found_closing
+        grad_g = opened.mul_(grad_h)
+        grad_e = ctx.act.backward_into(grad_h, grad_h.mul_(g), e)
+        grads = [grad_e, grad_g]
+        grad_x, of_both = backward_of_linears(rows, grads, layers[:2], h_in, entering, needs[:2], need_x=need_x)
+        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *of_both, *of_down

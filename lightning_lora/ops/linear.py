@@ -95,7 +95,7 @@ def lora_linear(
         ``[..., out_features]``
     """
     settings = ScaledDropout(scaling, dropout, seed, columns, first_row)
-    return in_autocast_dtype(linears, x, [LinearTensors(weight, bias, lora_A, lora_B)], settings)[0]
+    return in_autocast_dtype(_linears, x, [LinearTensors(weight, bias, lora_A, lora_B)], settings)[0]
 
 
 def lora_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> Sequence[Tensor]:
@@ -110,7 +110,7 @@ def lora_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDro
     Returns:
         One ``[..., out_features_i]`` per layer.
     """
-    return in_autocast_dtype(linears, x, layers, settings)
+    return in_autocast_dtype(_linears, x, layers, settings)
 
 
 def in_autocast_dtype(compute: Callable[..., T], x: Tensor, layers: Sequence[LinearTensors], *settings: Any) -> T:
@@ -156,7 +156,7 @@ def _has_transforms() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> Sequence[Tensor]:
+def _linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> Sequence[Tensor]:
     """Return :func:`lora_linears` of tensors that have the dtype to compute in."""
     if is_transformed():
         return plain_linears(x, layers, settings)
@@ -165,7 +165,7 @@ def linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout)
 
 
 def plain_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> list[Tensor]:
-    """Return :func:`linears` by operations that torch can transform."""
+    """Return :func:`lora_linears` without autocast by operations that torch can transform."""
     rows = x.reshape(-1, x.shape[-1])
     mask = settings.mask(rows, rows.shape[1])
     entering = x if mask is None else (rows * mask).view(x.shape)
@@ -214,6 +214,18 @@ class _LoRALinears(torch.autograd.Function):
             need_x=need_x,
         )
         return None if grad_x is None else grad_x.view(ctx.x_shape), None, *found
+
+
+def differentiable_gradients(ctx: Any, y: Tensor, inputs: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of an autograd function's inputs with a graph of their own, for a second derivative.
+
+    Args:
+        y: the function's output, recomputed from ``inputs`` by operations that are differentiable twice.
+        inputs: those of the function; ``None`` for those that never need a gradient.
+    """
+    wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
 def by_layer(flat: Sequence[Any]) -> list[LinearTensors]:

@@ -17,7 +17,7 @@ from lightning_lora.ops.experts import grouped, loop, traced
 from lightning_lora.ops.experts.gates import Gate
 from lightning_lora.ops.experts.groups import Groups
 from lightning_lora.ops.experts.weights import ExpertWeights
-from lightning_lora.ops.linear import lora_linear
+from lightning_lora.ops.linear import differentiable_gradients, lora_linear
 
 Product = Callable[[Tensor, Groups, ExpertWeights], Tensor]
 
@@ -86,7 +86,8 @@ class _Experts(torch.autograd.Function):
         x, weights, order, places, ends, e, u_in, u_out, *tensors = ctx.saved_tensors
         groups = Groups(order, places, ends, ctx.counts)
         if torch.is_grad_enabled():
-            return _differentiably(ctx, x, weights, groups, tensors, grad)
+            y = formula(x, weights, groups, *_both(tensors, ctx.scalings), ctx.gate, _one_by_one)
+            return differentiable_gradients(ctx, y, [x, weights, None, None, None, *tensors], grad)
         gate_up, down = _both(tensors, ctx.scalings)
         products = _products(groups)
         need_x, need_w, _, _, _, *needs = ctx.needs_input_grad
@@ -131,17 +132,6 @@ def formula(
     if down.bias is not None:
         y = y + (down.bias[groups.experts()] * w).to(y.dtype)
     return y[groups.places].sum(1)
-
-
-def _differentiably(
-    ctx: Any, x: Tensor, weights: Tensor, groups: Groups, tensors: Sequence[Any], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients with a graph of their own, for a second derivative: everything is recomputed."""
-    y = formula(x, weights, groups, *_both(tensors, ctx.scalings), ctx.gate, _one_by_one)
-    inputs = [x, weights, None, None, None, *tensors]
-    wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
 def _one_by_one(rows: Tensor, groups: Groups, layer: ExpertWeights) -> Tensor:
