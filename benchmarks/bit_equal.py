@@ -22,7 +22,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent.parent
 RUNS = {
     "auto": 1, "auto, DoRA": 1, "auto, biases and head": 1, "auto, experts": 1, "Fabric, auto": 1, "ddp": 2,
-    "fsdp_lora": 2, "fsdp_lora, adapters in shards": 2, "Fabric, fsdp_lora": 2, "megatron_lora": 2, "megatron_lora, GPTModel": 2,
+    "fsdp_lora": 2, "fsdp_lora, adapters in shards": 2, "Fabric, fsdp_lora": 2,
+    "megatron_lora": 2, "megatron_lora, GPTModel": 2,
 }  # fmt: skip
 
 

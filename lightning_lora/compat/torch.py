@@ -28,12 +28,6 @@ def is_forward_mode() -> bool:
         raise missing("torch", forward_ad, "_current_level") from error
 
 
-def unwrap_if_dead() -> Callable[[Tensor], Tensor]:
-    """Return what unwraps a tensor of an ended ``torch.func`` transform. Relies on torch._C; without it raises."""
-    unwrap: Callable[[Tensor], Tensor] = private("torch", torch._C._functorch, "unwrap_if_dead")
-    return unwrap
-
-
 def plain_tensors() -> AbstractContextManager[Any]:
     """Treat tensor subclasses as tensors in a block. Relies on torch._C, as torch's documentation does; else raises."""
     context: AbstractContextManager[Any] = private("torch", torch._C, "DisableTorchFunctionSubclass")()

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from lightning_lora.compat.transformers import block_classes
+from lightning_lora.layers.class_swap import SwappedModule, swap_class
 from lightning_lora.model.names import clean_name, nearest_names
 
 
@@ -73,13 +74,16 @@ def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return kept
 
 
-class Block(nn.Module):
+class Block(SwappedModule):
     """Mixin for a block that recomputes its activations in backward, or runs compiled, or both.
 
     Attributes:
         lora_checkpoint: keep only the block's inputs for backward.
         lora_backend: ``torch.compile`` the block's forward with this backend; equal blocks share the compiled code.
     """
+
+    class_prefix: ClassVar[str] = ""
+    base_attribute: ClassVar[str] = "block_base_class"  # the block may be a module whose class was swapped before
 
     block_base_class: ClassVar[type[nn.Module]]
     lora_checkpoint: bool
@@ -98,12 +102,6 @@ class Block(nn.Module):
         assert self.lora_backend is not None
         return self.block_base_class.forward, self.lora_backend
 
-    @override
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        _, arguments, *state = reduced
-        return (_new_block, (self.block_base_class, *arguments[1:]), *state)
-
 
 def wrap_blocks(blocks: Sequence[nn.Module], *, activation_checkpointing: bool, backend: str | None) -> None:
     """Make blocks recompute their activations or run compiled, in place. Names and parameters stay as they are."""
@@ -111,7 +109,7 @@ def wrap_blocks(blocks: Sequence[nn.Module], *, activation_checkpointing: bool, 
         return
     for block in blocks:
         if not isinstance(block, Block):
-            block.__class__ = _block_class(type(block))
+            swap_class(block, Block)
         block.__dict__.update(lora_checkpoint=activation_checkpointing, lora_backend=backend)
 
 
@@ -127,18 +125,3 @@ def _without_cache(name: str, value: Any) -> Any:
 @functools.cache
 def _compiled(forward: Any, backend: str) -> Any:
     return torch.compile(forward, backend=backend)
-
-
-_MADE_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _block_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _MADE_CLASSES:
-        namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "block_base_class": base}
-        _MADE_CLASSES[base] = type(base.__name__, (Block, base), namespace)
-    return _MADE_CLASSES[base]
-
-
-def _new_block(base: type[nn.Module], *arguments: object) -> nn.Module:
-    cls = _block_class(base)
-    return cls.__new__(cls, *arguments)

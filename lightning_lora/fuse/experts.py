@@ -10,11 +10,11 @@ from lightning_lora.compat.torch import has_global_hooks
 from lightning_lora.compat.transformers import is_expert_parallel
 from lightning_lora.fuse.expert_formula import GROUPED, OWN, Names, gate_function, gate_of, implementation_of, names_of
 from lightning_lora.fuse.gated_mlp import is_watched
-from lightning_lora.layers.base import lora_class
+from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import Gate, KnownGate, OwnGate
-from lightning_lora.ops.experts.stacks import Stack
+from lightning_lora.ops.experts.weights import ExpertWeights
 from lightning_lora.ops.linear import autocast_dtype, is_transformed
 from lightning_lora.ops.sharded import is_dtensor
 
@@ -83,10 +83,10 @@ class LoRAExperts(LoRAParameters):
         assert weight is not None
         return weight
 
-    def _stack(self, name: str) -> Stack:
+    def _stack(self, name: str) -> ExpertWeights:
         weight, bias, pair = self._base(name), self._parameters.get(f"{name}_bias"), self.pairs().get(name)
         weight = weight.mT if self.lora_transposed else weight
-        return Stack(weight, bias, *((None, None, 1.0) if pair is None else (pair.A, pair.B, pair.scaling)))
+        return ExpertWeights(weight, bias, *((None, None, 1.0) if pair is None else (pair.A, pair.B, pair.scaling)))
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -105,5 +105,5 @@ def fuse_experts(module: nn.Module, known: dict[Any, Any]) -> None:
     names = names_of(module)
     gate = None if names is None else gate_of(module, names, known)
     if gate is not None:
-        module.__class__ = lora_class(LoRAExperts, module.lora_base_class)
+        swap_class(module, LoRAExperts, module.lora_base_class)
         module.__dict__.update(lora_names=names, lora_gates={implementation_of(module): gate})

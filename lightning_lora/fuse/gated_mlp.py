@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_lora.compat.torch import has_global_hooks, has_hooks
 from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, leave, term
 from lightning_lora.fuse.structure import Snapshot, facts, keeps_books
-from lightning_lora.layers.base import Made, lora_class
+from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.megatron.parallel_layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
@@ -61,7 +61,7 @@ def _others(module: nn.Module, layers: Container[str]) -> list[tuple[str, nn.Mod
     return [(name, child) for name, child in module._modules.items() if child is not None and name not in layers]
 
 
-class LoRAGatedMLP(Made):
+class LoRAGatedMLP(SwappedModule):
     """Mixin of a gated MLP with three adapted layers.
 
     It runs the base's own ``forward`` when a hook is to see a layer's input or output, when an adapter is merged,
@@ -140,15 +140,14 @@ def fuse_gated_mlp(module: nn.Module, known: dict[Any, Any]) -> None:
     if key not in known:
         known[key] = roles_of(module)
     if known[key] is not None:
-        module.__class__ = lora_class(LoRAGatedMLP, type(module))
+        swap_class(module, LoRAGatedMLP)
         module.__dict__.update(lora_roles=known[key], lora_recognized=None)
         module.__dict__.update(lora_recognized=Recognized.of(module, layers))
 
 
 def release_gated_mlp(module: LoRAGatedMLP) -> None:
     """Give the module its base class back."""
-    del module.__dict__["lora_roles"], module.__dict__["lora_recognized"]
-    module.__class__ = module.lora_base_class  # type: ignore[assignment]  # the reverse of the class swap
+    restore_class(module, "lora_roles", "lora_recognized")
 
 
 def _key(module: nn.Module, layers: dict[str, LoRALinear]) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from lightning_lora.compat.torch import version_of
 from lightning_lora.fuse.structure import Snapshot, facts, keeps_books
-from lightning_lora.layers.base import LoRALayer, Made, lora_class
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.ops.linear import autocast_dtype, is_transformed
 from lightning_lora.ops.rms_norm import rms_norm
 from lightning_lora.ops.sharded import is_dtensor
@@ -19,7 +20,7 @@ from lightning_lora.ops.sharded import is_dtensor
 _FEATURES = 8
 
 
-class LoRARMSNorm(Made):
+class LoRARMSNorm(SwappedModule):
     """Mixin of an RMS norm.
 
     It runs the base's own ``forward`` where its weight trains or is of another dtype than its input, where no gradient
@@ -87,7 +88,7 @@ def fuse_norms(parent: nn.Module, known: dict[Any, Any]) -> None:
             known[key] = form_of(norm)
         if known[key] is not None:
             eps, is_offset = known[key]
-            norm.__class__ = lora_class(LoRARMSNorm, type(norm))
+            swap_class(norm, LoRARMSNorm)
             norm.__dict__.update(lora_eps=eps, lora_is_offset=is_offset, lora_recognized=None)
             norm.__dict__.update(lora_has_zeros=None, lora_seen=())
             norm.__dict__.update(lora_recognized=Snapshot.of(norm))
@@ -99,15 +100,13 @@ def _may_be_norm(module: nn.Module) -> bool:
         weight is not None
         and weight.ndim == 1
         and len(module._parameters) == 1
-        and not (module._modules or module._buffers or isinstance(module, Made) or keeps_books(module))
+        and not (module._modules or module._buffers or isinstance(module, SwappedModule) or keeps_books(module))
     )
 
 
 def release_norm(norm: LoRARMSNorm) -> None:
     """Give the module its base class back."""
-    for name in ("lora_eps", "lora_is_offset", "lora_recognized", "lora_has_zeros", "lora_seen"):
-        del norm.__dict__[name]
-    norm.__class__ = norm.lora_base_class  # type: ignore[assignment]  # the reverse of the class swap
+    restore_class(norm, "lora_eps", "lora_is_offset", "lora_recognized", "lora_has_zeros", "lora_seen")
 
 
 def form_of(norm: nn.Module) -> tuple[float, bool] | None:

@@ -17,7 +17,7 @@ from lightning_lora.compat.torch import forward_pre_hooks, version_of
 from lightning_lora.fuse.structure import called_alike
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.megatron.parallel_layers import LoRAParallelLinear, RowParallelLinear, TensorParallel
-from lightning_lora.ops.linear import Factors, Term, autocast_dtype, is_transformed, lora_linears
+from lightning_lora.ops.linear import LinearTensors, ScaledDropout, autocast_dtype, is_transformed, lora_linears
 from lightning_lora.ops.sharded import is_dtensor
 
 MAX_WASTED = 3
@@ -222,12 +222,12 @@ def leave(layer: nn.Module, y: Tensor) -> Tensor:
     return layer.leave(y) if isinstance(layer, TensorParallel) else y
 
 
-def factors(layer: LoRALinear) -> Factors:
+def factors(layer: LoRALinear) -> LinearTensors:
     """Return the tensors of this rank's product."""
     bias = layer.local_bias() if isinstance(layer, TensorParallel) else layer.bias
-    return Factors(layer.weight, bias, layer.lora_A, layer.lora_B)
+    return LinearTensors(layer.weight, bias, layer.lora_A, layer.lora_B)
 
 
-def term(layer: LoRALinear) -> Term:
-    """Return how the layer's adapter enters in one call, with a seed of its own for dropout."""
-    return Term(layer.lora_scaling, layer.lora_dropout, layer.dropout_seed(), layer.dropout_columns())
+def term(layer: LoRALinear) -> ScaledDropout:
+    """Return scaling and dropout of the layer's adapter for one call, with a new seed."""
+    return ScaledDropout(layer.lora_scaling, layer.lora_dropout, layer.dropout_seed(), layer.dropout_columns())

@@ -1,7 +1,9 @@
 """Adapted layers: one file per kind of base layer, a registry that picks by type."""
 
-from lightning_lora.layers.base import LoRALayer, Pair, adapt, unadapt
-from lightning_lora.layers.registry import is_linear, mixin_for, read_mixin, register, with_options
+from lightning_lora.layers.adapt import adapt, unadapt
+from lightning_lora.layers.base import LoRALayer, Pair
+from lightning_lora.layers.registry import is_linear, mixin_for, register
+from lightning_lora.layers.variants import read_mixin, with_options
 
 __all__ = [
     "LoRALayer",

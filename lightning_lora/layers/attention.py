@@ -1,4 +1,4 @@
-"""Adapted ``nn.MultiheadAttention``: its packed input projection; its output projection is a layer of its own."""
+"""Adapt the packed input projection of ``nn.MultiheadAttention``; its output projection is a layer of its own."""
 
 from typing import Any
 

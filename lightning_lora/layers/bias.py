@@ -1,14 +1,11 @@
 """Adapters with a bias of their own (PEFT's ``lora_bias``): ``y = base(x) + scaling * (B A x + c)``."""
 
-from typing import Any
-
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
-from lightning_lora.layers.read_weight import ReadWeight
 
 
 class Biased(LoRALayer):
@@ -68,19 +65,3 @@ class BiasedConv(Biased, LoRAConv):
     def _term(self, x: Tensor) -> Tensor:
         term = super()._term(x)
         return term + self.scaled_bias().view(-1, *(1 for _ in self.stride)).to(term.dtype)
-
-
-BIASED: dict[type[LoRALayer], type[Biased]] = {
-    LoRALinear: BiasedLinear,
-    LoRAConv1D: BiasedConv1D,
-    LoRAConv: BiasedConv,
-}
-
-
-def biased_mixin(mixin: type[LoRALayer], layer: Any) -> type[Biased]:
-    """Return the counterpart of ``mixin`` with a bias; none for layers of this kind is a ``ValueError``."""
-    if issubclass(mixin, ReadWeight):
-        raise ValueError("a module around it reads its weight, and would miss the adapter's bias")
-    if mixin not in BIASED:
-        raise ValueError(f"{type(layer).__name__} is of a kind whose adapter cannot have a bias")
-    return BIASED[mixin]

@@ -1,4 +1,4 @@
-"""Weight-decomposed adapters, DoRA: every row of ``W + scaling * B A`` has a trained length, its magnitude."""
+"""DoRA, weight-decomposed adapters: every row of ``W + scaling * B A`` is scaled to a trained length, its magnitude."""
 
 from typing import Any
 
@@ -13,7 +13,8 @@ from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 from lightning_lora.ops.dropout import keep_entries
-from lightning_lora.ops.linear import lora_linear, rescaled, row_norms
+from lightning_lora.ops.linear import lora_linear
+from lightning_lora.ops.weights import rescaled, row_norms
 
 
 class DoRA(LoRALayer):
@@ -119,34 +120,3 @@ class DoRAConv(DoRA, LoRAConv):
         term = self._term(x).to(y.dtype)
         product = convolve(self, x, self.weight) + term
         return torch.addcmul(y + term, product, ratio - 1).to(y.dtype)
-
-
-DORA: dict[type[LoRALayer], type[DoRA]] = {
-    LoRALinear: DoRALinear,
-    LoRAConv1D: DoRAConv1D,
-    LoRAReadLinear: DoRAReadLinear,
-    LoRAEmbedding: DoRAEmbedding,
-    LoRAReadEmbedding: DoRAReadEmbedding,
-    LoRAConv: DoRAConv,
-}
-
-
-def dora_mixin(mixin: type[LoRALayer], layer: nn.Module) -> type[DoRA]:
-    """Return the weight-decomposed counterpart of ``mixin`` for ``layer``.
-
-    Raises:
-        ValueError: there is none for layers of this kind, or the layer has no weight to take norms of.
-    """
-    if mixin not in DORA:
-        raise ValueError(f"{type(layer).__name__} is of a kind that has no weight-decomposed adapter, here or in PEFT")
-    if getattr(layer, "groups", 1) != 1:
-        raise ValueError(
-            f"it is a convolution with groups={layer.groups}, whose adapter mixes all input channels, so that there is "
-            "no sum W + BA to take norms of"
-        )
-    weight: Any = layer._parameters.get("weight")
-    weight = getattr(layer, "weight", None) if weight is None else weight
-    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
-        what = "is on the meta device: load the base first" if getattr(weight, "is_meta", False) else "is quantised"
-        raise ValueError(f"the magnitude starts at the norms of its weight, which {what}")
-    return DORA[mixin]

@@ -1,4 +1,4 @@
-"""A weight with a low-rank update that is never added up: :class:`FactoredWeight`."""
+"""A weight and its low-rank update, which models multiply by without adding them up: :class:`FactoredWeight`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_lora.compat.torch import plain_tensors
 from lightning_lora.ops.linear import lora_linear
 
-# what may be asked about the weight without its values
-_FACTS = {
+# attributes and methods that do not read values: they are those of the weight without its update
+_METADATA = {
     "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized",
     "itemsize",
     "requires_grad", "is_leaf", "grad_fn", "names", "nbytes", "is_mps", "is_xpu", "is_nested", "output_nr", "_version",
@@ -21,7 +21,7 @@ _FACTS = {
 
 
 class FactoredWeight(Tensor):
-    """Stand for ``W + scaling * left right`` in the products that models make with a weight they read.
+    """A tensor that acts as ``W + scaling * left right`` in the products of models that read a weight.
 
     ``W`` is the tensor itself, ``[..., m, n]``; ``left`` is ``[..., m, r]`` and ``right`` ``[..., r, n]``. Indexing and
     transposing keep the factors apart; ``F.linear``, ``matmul``, ``bmm`` and grouped products run through them. Any
@@ -57,7 +57,7 @@ class FactoredWeight(Tensor):
         kwargs = kwargs or {}
         with plain_tensors():
             name = _name_of(func)
-            if name in _FACTS or name in ("as_subclass", "__repr__"):
+            if name in _METADATA or name in ("as_subclass", "__repr__"):
                 return func(*args, **kwargs)
             handler = _HANDLERS.get(name)
             result = NotImplemented if handler is None else handler(*args, **kwargs)

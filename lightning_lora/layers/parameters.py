@@ -1,4 +1,4 @@
-"""Adapted parameters of modules that read them: the 3-D tensors of fused experts, a router's matrix."""
+"""Adapt parameters that a module multiplies by itself: the 3-D tensors of fused experts, a router's matrix."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, Pair, put, swap_class
+from lightning_lora.layers.adapt import become_lora_layer, register_factors
+from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.factored import FactoredWeight
-from lightning_lora.ops.linear import merged_weight
 from lightning_lora.ops.quantized import check_plain
 from lightning_lora.ops.sharded import is_sharded
+from lightning_lora.ops.weights import merged_weight
 
 
 class LoRAParameters(LoRALayer):
-    """A module some of whose parameters read as ``W + scaling * B A``, with the factors kept apart in its products.
+    """A module whose adapted parameters read as ``W + scaling * B A``; its products multiply by B and A apart.
 
     For a parameter ``p`` of shape ``[experts, out, in]`` (``[experts, in, out]`` where the module says
     ``is_transposed``) there are ``lora_A_p`` ``[experts, r, in]`` and ``lora_B_p`` ``[experts, out, r]``; a matrix
@@ -85,15 +86,14 @@ def adapt_parameters(
     """Turn ``module`` into :class:`LoRAParameters` in place: all-zero pairs of the ranks and scales in ``parts``."""
     ordered = {name: parts[name] for name in module._parameters if name in parts}
     sizes = {name: sizes_of_parameter(module, name) for name in ordered}
-    likes = {name: module._parameters[name] for name in ordered}
-    swap_class(module, LoRAParameters, scaling=1.0, dropout=0.0, dtype=dtype)
-    assert isinstance(module, LoRAParameters)
     names = tuple(f"lora_{factor}_{name}" for name in ordered for factor in "AB")
-    module.__dict__.update(adapter_names=names, lora_parts=ordered)
+    adapted = become_lora_layer(
+        module, LoRAParameters, scaling=1.0, dropout=0.0, dtype=dtype, adapter_names=names, lora_parts=ordered
+    )
     for name, (r, _) in ordered.items():
-        like: Any = likes[name]
+        like: Any = module._parameters[name]
         experts, in_features, out_features = sizes[name]
         stack = (experts,) if like.ndim == 3 else ()
         shapes = {f"lora_A_{name}": (*stack, r, in_features), f"lora_B_{name}": (*stack, out_features, r)}
-        put(module, like, **shapes)
-    return module
+        register_factors(adapted, like, **shapes)
+    return adapted

@@ -1,4 +1,4 @@
-"""Layers whose weight other modules read, to multiply by it themselves: ``F.linear(x, self.k_proj.weight)``.
+"""Adapt layers whose weight other modules read and multiply by themselves: ``F.linear(x, self.k_proj.weight)``.
 
 ``tests/test_read_weight.py`` searches the code of all transformers models for such modules and compares with the table.
 """
@@ -125,10 +125,10 @@ READERS: dict[str, frozenset[str]] = {name: frozenset(classes.split()) for name,
 
 
 class ReadWeight(LoRALayer):
-    """Mixin of an adapted layer whose weight is read: it reads as the effective weight, ``W + scaling * B A``.
+    """Mixin of an adapted layer whose ``weight`` reads as the effective weight, ``W + scaling * B A``.
 
-    Whoever reads it sees the adapter, a kernel of its own too, and A and B get their gradients. Where the layer is
-    called, base and adapter are computed apart as in any other; dropout has an input to act on only there.
+    Modules and kernels that read it see the adapter, and A and B get their gradients. A call of the layer computes base
+    and adapter apart, as in any other layer; only there has dropout an input to act on.
     """
 
     def effective_weight(self) -> Tensor:

@@ -1,10 +1,10 @@
-"""Layers whose adapter starts at a part of the base weight: PiSSA and OLoRA, with the base left alone."""
+"""PiSSA and OLoRA: adapters that start at a part of the base weight, which itself is not changed."""
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
+from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.read_weight import ReadWeight
 from lightning_lora.ops.linear import lora_linear
 
@@ -12,8 +12,8 @@ from lightning_lora.ops.linear import lora_linear
 class ResidualLinear(LoRALinear):
     """``y = x (W - s B0 A0)^T + b + s dropout(x) A^T B^T``, with the starting values A0 and B0 kept beside A and B.
 
-    PEFT subtracts ``s B0 A0`` from the stored weight; here it is subtracted in the product, so that the base stays
-    what it was and the file fits the original base.
+    PEFT subtracts ``s B0 A0`` from the stored weight; here it is subtracted in the product, so that the base does
+    not change and the file fits the original base.
     """
 
     frozen_names = ("lora_A0", "lora_B0")
@@ -48,10 +48,3 @@ class ResidualConv1D(ResidualLinear, LoRAConv1D):
 
 class ResidualReadLinear(ReadWeight, ResidualLinear):
     """The same for a linear layer whose parent reads ``weight``."""
-
-
-RESIDUAL: dict[type, type[ResidualLinear]] = {
-    LoRALinear: ResidualLinear,
-    LoRAConv1D: ResidualConv1D,
-    LoRAReadLinear: ResidualReadLinear,
-}

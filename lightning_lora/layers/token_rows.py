@@ -1,4 +1,4 @@
-"""Single rows of an embedding that train: new tokens, without training the whole table."""
+"""Train single rows of an embedding, such as those of new tokens, without training the whole table."""
 
 from collections.abc import Container, Sequence
 from typing import Any
@@ -8,21 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, Pair, swap_class
+from lightning_lora.layers.adapt import become_lora_layer
+from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.read_weight import ReadWeight
 
 
 class TokenRows(LoRALayer):
-    """A layer some of whose weight trains: ``lora_rows`` ``[n, embedding_dim]`` stand for ``weight[lora_token_ids]``.
+    """A layer that reads ``lora_rows`` ``[n, embedding_dim]``, which train, in the place of ``weight[lora_token_ids]``.
 
-    Tied tables share the parameter. ``lora_rows`` holds the rows themselves, not differences (PEFT's layout).
+    Tied tables share the parameter. It holds the rows themselves, not differences (PEFT's layout).
     """
 
     adapter_names = ("lora_rows",)
 
     lora_rows: nn.Parameter
     lora_token_ids: list[int]
-    lora_is_twin: bool  # whether the rows are those of a table that this one is tied to
+    lora_is_twin: bool  # True for a table that is tied to the one whose rows these are
     weight: Tensor  # [num_embeddings, embedding_dim]
 
     @override
@@ -79,7 +80,7 @@ class TokenRowsReadLinear(ReadWeight, TokenRowsLinear):
     """An output head whose weight a module around it reads."""
 
 
-_MIXINS: dict[tuple[bool, bool], type[TokenRows]] = {  # whether it is an embedding, and whether its weight is read
+_MIXINS: dict[tuple[bool, bool], type[TokenRows]] = {  # by: it is an embedding, its weight is read
     (True, False): TokenRowsEmbedding,
     (True, True): TokenRowsReadEmbedding,
     (False, False): TokenRowsLinear,
@@ -106,10 +107,10 @@ def train_rows(
     dtype: torch.dtype | None,
     read: Container[nn.Module] = (),
 ) -> None:
-    """Let the given rows of ``layer``, and of what is tied to it, train in place, beginning at their present values.
+    """Let the given rows of ``layer`` and of the layers tied to it train, in place, starting at their present values.
 
     Args:
-        read: layers whose weight is read by others.
+        read: layers whose weight other modules read.
     """
     weight: Any = layer.weight
     ids = list(token_ids)
@@ -117,6 +118,6 @@ def train_rows(
     rows = nn.Parameter(values)
     for module in (layer, *tied):
         mixin = _MIXINS[isinstance(module, nn.Embedding), module in read]
-        swap_class(module, mixin, scaling=1.0, dropout=0.0, dtype=dtype)
-        module.__dict__.update(lora_token_ids=ids, lora_is_twin=module is not layer)
+        attributes: dict[str, Any] = {"lora_token_ids": ids, "lora_is_twin": module is not layer}
+        become_lora_layer(module, mixin, scaling=1.0, dropout=0.0, dtype=dtype, **attributes)
         module.register_parameter("lora_rows", rows)

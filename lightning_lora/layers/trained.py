@@ -1,4 +1,7 @@
-"""Base parameters that train, heads and biases: kept in a dtype in which small updates count, cast where read."""
+"""Store base parameters that train (heads, biases) in a wider dtype, and cast them where their modules read them.
+
+In a narrow dtype small updates would be rounded away.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,18 +12,19 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_lora.compat.torch import collect_weights
-from lightning_lora.layers.base import Made, lora_class, not_narrower
+from lightning_lora.layers.base import not_narrower
+from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.ops.sharded import is_dtensor
 
 _NO_DTYPES: dict[str, torch.dtype] = {}
 
 
-class KeptWide(Made):
+class KeptWide(SwappedModule):
     """Mixin of a module whose trained parameters are stored in a wider dtype than its code computes in.
 
-    Reading ``module.weight`` gives the parameter in the dtype of the base; its gradient is summed, and the optimizer
-    updates it, in the wider one. Moving and converting the module changes the dtype that is read, and never
-    narrows the parameter below ``_lora_floor``. What is read may be a copy: write to ``parameters()``.
+    Reading ``module.weight`` gives the parameter in the dtype of the base. Its gradient is summed, and the optimizer
+    updates it, in the wider dtype. Moving and converting the module changes the dtype that is read, and never
+    narrows the parameter below ``_lora_floor``. Reading may give a copy: write to ``parameters()``.
     """
 
     class_prefix: ClassVar[str] = ""
@@ -66,7 +70,7 @@ class KeptWide(Made):
 
 
 class KeptWideRecurrent(KeptWide):
-    """The same for ``nn.LSTM`` and its like, which keep a list of their weights as they were read once."""
+    """The same for ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, which keep a list of their weights."""
 
     _flat_weights_names: list[str]
 
@@ -76,13 +80,13 @@ class KeptWideRecurrent(KeptWide):
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Any]) -> None:
-        """Keep no list."""
+        """Ignore the list: the getter reads the weights anew."""
 
 
 def keep_wide(model: nn.Module, parameters: Iterable[nn.Parameter], floor: torch.dtype | None) -> None:
-    """Keep ``parameters`` in ``floor`` at least, in place, and cast them where the modules of ``model`` read them.
+    """Store ``parameters`` in ``floor`` or wider, in place, and cast them where the modules of ``model`` read them.
 
-    ``None`` leaves all as it is.
+    ``floor=None`` changes nothing.
     """
     wanted = {id(parameter) for parameter in parameters if parameter.is_floating_point()}
     if floor is None or not wanted:
@@ -95,7 +99,7 @@ def keep_wide(model: nn.Module, parameters: Iterable[nn.Parameter], floor: torch
     for module, own in held.items():
         mixin = KeptWideRecurrent if isinstance(module, nn.RNNBase) else KeptWide
         dtypes = {name: parameter.dtype for name, parameter in own.items()}
-        module.__class__ = lora_class(mixin, type(module))
+        swap_class(module, mixin)
         module.__dict__.update(_lora_read_dtypes=dtypes, _lora_floor=floor)
     for own in held.values():
         for parameter in own.values():
@@ -114,10 +118,10 @@ def as_stored(module: nn.Module) -> Iterator[None]:
                 part.__dict__["_lora_read_dtypes"] = dtypes
 
 
-def give_back(model: nn.Module) -> None:
-    """Undo :func:`keep_wide`: round every parameter once to the dtype that it was read in.
+def restore_dtypes(model: nn.Module) -> None:
+    """Undo :func:`keep_wide`: round every parameter once to the dtype that its module read.
 
-    Of parameters in shards nothing is undone: they stay wide, and are cast where they are read.
+    Sharded parameters stay wide, and are still cast where they are read.
     """
     for module in model.modules():
         if not isinstance(module, KeptWide) or "_lora_read_dtypes" not in module.__dict__:
@@ -127,7 +131,7 @@ def give_back(model: nn.Module) -> None:
         dtypes = module.__dict__.pop("_lora_read_dtypes")
         del module.__dict__["_lora_floor"]
         if type(module).__bases__[0] in (KeptWide, KeptWideRecurrent):
-            module.__class__ = module.lora_base_class  # type: ignore[assignment]  # the reverse of the class swap
+            restore_class(module)
         for name, dtype in dtypes.items():
             _convert(module._parameters.get(name), dtype)
         if isinstance(module, nn.RNNBase):

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, Pair, put, swap_class
+from lightning_lora.layers.adapt import become_lora_layer, register_factors
+from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.ops.linear import lora_linear
 
 _LAYERS = "megatron.core.tensor_parallel.layers"
@@ -281,17 +282,16 @@ def adapt_megatron(
     in_features, out_features = base.input_size, base.output_size
     like = layer._parameters["weight"]
     (_, scaling), *_ = parts.values()
-    swap_class(layer, LoRAMegatronLinear, scaling=scaling, dropout=dropout, dtype=dtype)
-    assert isinstance(layer, LoRAMegatronLinear)
-    layer.__dict__.update(lora_parts={} if "" in parts else dict(parts), lora_stack=stack, lora_names=dict(names))
+    tensor_names = tuple(f"lora_{factor}_{part}" for part in parts for factor in "AB")
+    attributes: dict[str, Any] = {} if "" in parts else {"adapter_names": tensor_names}
+    attributes |= {"lora_parts": {} if "" in parts else dict(parts), "lora_stack": stack, "lora_names": dict(names)}
+    adapted = become_lora_layer(layer, LoRAMegatronLinear, scaling=scaling, dropout=dropout, dtype=dtype, **attributes)
     if "" in parts:
         r = parts[""][0]
-        put(layer, like, lora_A=(r, in_features), lora_B=(out_features, r))
-        return layer
+        register_factors(adapted, like, lora_A=(r, in_features), lora_B=(out_features, r))
+        return adapted
     assert stack is not None
-    tensor_names = tuple(f"lora_{factor}_{part}" for part in parts for factor in "AB")
-    layer.__dict__.update(adapter_names=tensor_names)
     for part, (r, _) in parts.items():
         rows = stack.groups * stack.rows[part]
-        put(layer, like, **{f"lora_A_{part}": (r, in_features), f"lora_B_{part}": (rows, r)})
-    return layer
+        register_factors(adapted, like, **{f"lora_A_{part}": (r, in_features), f"lora_B_{part}": (rows, r)})
+    return adapted

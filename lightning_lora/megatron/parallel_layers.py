@@ -11,12 +11,13 @@ gradient of the whole factor is then one rank's addend of the true one: it is su
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.layers.class_swap import SwappedModule
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.registry import register
 
@@ -138,11 +139,13 @@ def parts_of_output(layer: nn.Module) -> Iterator[Any]:
         layer.tp_whole_output = former
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(SwappedModule):
     """Mixin for an ``nn.Embedding`` whose rows are spread over ranks: each looks up its own, the results are summed.
 
     The base's own ``forward`` runs on them, so that a scaled embedding scales.
     """
+
+    class_prefix: ClassVar[str] = ""
 
     tp_group: Any
     weight: Tensor  # [num_embeddings / ranks, embedding_dim]

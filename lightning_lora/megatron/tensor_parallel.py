@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.compat.transformers import tensor_parallel_plan
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.base import lora_class
+from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.token_rows import TokenRows
@@ -213,7 +213,7 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
         _keep_part(layer, "lora_B" if kind == "column" else "lora_A", mesh, dim)
         whole = layer.lora_A if kind == "column" else layer.lora_B
         whole.lora_tp_sum = True  # type: ignore[attr-defined]  # each rank has an addend of its gradient
-        layer.__class__ = lora_class(LoRAParallelLinear, base)
+        swap_class(layer, LoRAParallelLinear, base)
     else:
         layer.__class__ = base
 
@@ -287,8 +287,7 @@ def _split_tied(head: Any, table: Any, mesh: DeviceMesh) -> None:
 
 def _look_up_parts(table: nn.Embedding, mesh: DeviceMesh) -> None:
     table.__dict__.update(tp_group=mesh.get_group())
-    base = type(table)
-    table.__class__ = type(base.__name__, (VocabParallelEmbedding, base), {"__module__": base.__module__})
+    swap_class(table, VocabParallelEmbedding)
 
 
 def check_replicated(root: nn.Module) -> None:

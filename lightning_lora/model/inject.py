@@ -16,7 +16,7 @@ from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.parameters import adapt_parameters
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.token_rows import train_rows
-from lightning_lora.layers.trained import give_back, keep_wide
+from lightning_lora.layers.trained import keep_wide, restore_dtypes
 from lightning_lora.megatron.layers import adapt_megatron
 from lightning_lora.megatron.names import by_layer, stacks
 from lightning_lora.megatron.parallel_layers import TensorParallel
@@ -40,8 +40,8 @@ from lightning_lora.model.state import (
 )
 from lightning_lora.model.statistics import freeze_statistics, unfreeze_statistics
 from lightning_lora.model.undo import unchanged_on_error
-from lightning_lora.ops.linear import row_norms
 from lightning_lora.ops.sharded import write
+from lightning_lora.ops.weights import row_norms
 
 
 def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
@@ -167,7 +167,7 @@ def take_out(root: nn.Module) -> None:
     for name, parameter in root.named_parameters():
         # a parameter that was put in since keeps its flag
         parameter.requires_grad_(injection.requires_grad.get(clean_name(name), parameter.requires_grad))
-    give_back(root)
+    restore_dtypes(root)
     for module, name, former in injection.undo:
         setattr(module, name, former)
     remove_load_hook(root, _complete_state_dict)

@@ -11,8 +11,8 @@ from lightning_lora.layers import LoRALayer, mixin_for, read_mixin, with_options
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.layers.read_weight import check_rescaled, reader_of
-from lightning_lora.layers.residual import RESIDUAL
 from lightning_lora.layers.token_rows import check_rows
+from lightning_lora.layers.variants import RESIDUAL
 from lightning_lora.megatron.layers import LoRAMegatronLinear
 from lightning_lora.megatron.names import megatron_parts
 from lightning_lora.megatron.served import check_biases, check_options

@@ -1,4 +1,4 @@
-"""Batch normalisation of a frozen base: its running statistics stay put, in training too."""
+"""Freeze the running statistics of a frozen base's batch normalisations, in training too."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -7,11 +7,11 @@ from torch import nn
 from typing_extensions import Self, override
 
 from lightning_lora.compat.torch import batch_norm_class
-from lightning_lora.layers.base import Made, lora_class
+from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.model.names import clean_name
 
 
-class FrozenStatistics(Made):
+class FrozenStatistics(SwappedModule):
     """Mixin for a batch normalisation that stays in eval mode: it uses its running statistics and never updates them.
 
     The network then trains as it is evaluated, and the base is what it was when the adapters are loaded elsewhere.
@@ -34,7 +34,7 @@ def freeze_statistics(model: nn.Module, trained_whole: Sequence[str]) -> None:
         if inside or isinstance(module, FrozenStatistics):
             continue
         if isinstance(module, batch_norm_class()) and module.running_mean is not None:
-            module.__class__ = lora_class(FrozenStatistics, type(module))
+            swap_class(module, FrozenStatistics)
             module.train(module.training)
 
 
@@ -42,6 +42,6 @@ def unfreeze_statistics(model: nn.Module) -> None:
     """Undo :func:`freeze_statistics`."""
     for module in model.modules():
         if isinstance(module, FrozenStatistics):
-            was_training = bool(module.__dict__.pop("lora_was_training"))
-            module.__class__ = module.lora_base_class  # type: ignore[assignment]
+            was_training = module.lora_was_training
+            restore_class(module, "lora_was_training")
             module.train(was_training)

@@ -4,7 +4,7 @@ x --+-- gate --> e -- act --+
     |                       * --> h -- down --> y
     +-- up ----> g ---------+
 
-x, e and g are kept for backward; act(e) and h are made again.
+x, e and g are saved for backward; act(e) and h are recomputed.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,55 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops.linear import (
-    Factors,
-    Term,
-    apply_linears,
-    autocast_dtype,
+    LinearTensors,
+    ScaledDropout,
     backward_of_linears,
+    by_layer,
+    differentiable_gradients,
     forward_of_linears,
-    in_dtype,
-    in_fours,
+    in_autocast_dtype,
     is_transformed,
-    like,
     plain_linears,
-    run,
-    settings,
-    term_of,
+    reshape_like,
 )
 
 
 class Activation(NamedTuple):
-    """An elementwise function and its backward, ``(gradient, input, **options) -> gradient``, in one kernel."""
+    """An elementwise function and the kernel of its backward."""
 
     forward: Callable[[Tensor], Tensor]
-    kernel: Any  # of backward; it may write where it is told to
+    kernel: Any  # (gradient, input, **options, grad_input=out) -> out
     options: dict[str, Any] = {}  # noqa: RUF012  # read only
-    differentiable_backward: Callable[[Tensor, Tensor], Tensor] | None = None  # where the kernel has none
-
-    def backward(self, grad: Tensor, e: Tensor) -> Tensor:
-        """Return the gradient of the input."""
-        found: Tensor = self.kernel.default(grad, e, **self.options)
-        return found
 
     def backward_into(self, out: Tensor, grad: Tensor, e: Tensor) -> Tensor:
         """Write the gradient of the input to ``out``, which may be ``grad``."""
         found: Tensor = self.kernel.grad_input(grad, e, **self.options, grad_input=out)
         return found
 
-    def grad(self, grad: Tensor, e: Tensor) -> Tensor:
-        """Return the gradient of the input, with a graph where gradients are on."""
-        again = torch.is_grad_enabled() and self.differentiable_backward is not None
-        return (self.differentiable_backward if again else self.backward)(grad, e)  # type: ignore[misc]
-
-
-def _silu_backward(grad: Tensor, e: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(e)
-    return grad * sigmoid * (1 + e * (1 - sigmoid))
-
 
 _aten = torch.ops.aten
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, _aten.silu_backward, differentiable_backward=_silu_backward),
+    "silu": Activation(F.silu, _aten.silu_backward),
     "gelu_tanh": Activation(
         lambda e: F.gelu(e, approximate="tanh"), _aten.gelu_backward, options={"approximate": "tanh"}
     ),
@@ -73,85 +53,82 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def lora_gated_mlp(
-    x: Tensor, gate: Factors, up: Factors, down: Factors, *, activation: str, entering: Term, leaving: Term
+    x: Tensor,
+    gate: LinearTensors,
+    up: LinearTensors,
+    down: LinearTensors,
+    *,
+    activation: str,
+    entering: ScaledDropout,
+    leaving: ScaledDropout,
 ) -> Tensor:
-    """Return ``down(act(gate(x)) * up(x))`` of three adapted layers (Shazeer 2020), and keep little for backward.
+    """Return ``down(act(gate(x)) * up(x))`` of three adapted layers (Shazeer 2020), and save little for backward.
 
-    Kept are ``x``, the outputs of gate and up, and r numbers per token of each layer: half of what the layers keep one
+    Saved are ``x``, the outputs of gate and up, and r numbers per token of each layer: half of what the layers save one
     by one. Every step rounds as it does in them.
 
     Args:
         x: ``[..., hidden]``.
         gate: ``[intermediate, hidden]``; ``up`` as well; ``down`` ``[hidden, intermediate]``.
         activation: a name in :data:`ACTIVATIONS`.
-        entering: how the adapters of gate and up enter.
-        leaving: how the one of down does.
+        entering: scaling and dropout of the adapters of gate and up.
+        leaving: scaling and dropout of the adapter of down.
     """
-    layers, entering, leaving = [gate, up, down], entering.live(), leaving.live()
-    dtype = autocast_dtype(x)
-    if dtype is None:
-        return _apply(x, layers, activation, entering, leaving)
-    x, layers = in_dtype(dtype, x, layers)
-    with torch.autocast(x.device.type, enabled=False):
-        return _apply(x, layers, activation, entering, leaving)
+    return in_autocast_dtype(_gated_mlp, x, [gate, up, down], activation, entering, leaving)
 
 
-def _apply(x: Tensor, layers: Sequence[Factors], activation: str, entering: Term, leaving: Term) -> Tensor:
+def _gated_mlp(
+    x: Tensor, layers: Sequence[LinearTensors], activation: str, entering: ScaledDropout, leaving: ScaledDropout
+) -> Tensor:
     if is_transformed():
-        e, g = plain_linears(x, layers[:2], entering)
-        return plain_linears(ACTIVATIONS[activation].forward(e) * g, layers[2:], leaving)[0]
-    (seed_in, rest_in), (seed_out, rest_out) = settings(entering), settings(leaving)
-    flat = [tensor for layer in layers for tensor in layer]
-    return run(_GatedMLP, x, seed_in, seed_out, activation, rest_in, rest_out, *flat)[0]
+        return _plain_gated_mlp(x, layers, ACTIVATIONS[activation], entering, leaving)
+    tensors = [tensor for layer in layers for tensor in layer]
+    y: Tensor = _GatedMLP.apply(x, ACTIVATIONS[activation], entering, leaving, *tensors)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _plain_gated_mlp(
+    x: Tensor, layers: Sequence[LinearTensors], act: Activation, entering: ScaledDropout, leaving: ScaledDropout
+) -> Tensor:
+    """Return :func:`lora_gated_mlp` by operations that torch can transform."""
+    e, g = plain_linears(x, layers[:2], entering)
+    return plain_linears(act.forward(e) * g, layers[2:], leaving)[0]
 
 
 class _GatedMLP(torch.autograd.Function):
-    """``(y, e, g, h_in, h_out)``: the output and, for backward only, what gate and up give and the rank-r products."""
+    """``forward(x, activation, entering, leaving, W, b, A and B of gate, up and down) -> y``."""
 
     @staticmethod
     def forward(
-        x: Tensor,
-        seed_in: Tensor | None,
-        seed_out: Tensor | None,
-        activation: str,
-        settings_in: tuple[Any, ...],
-        settings_out: tuple[Any, ...],
-        *flat: Any,
-    ) -> tuple[Tensor, ...]:
-        *opening, closing = in_fours(flat)
-        (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), opening, term_of(seed_in, settings_in))
-        h = ACTIVATIONS[activation].forward(e).mul_(g)  # [T, intermediate]
-        (y,), h_out = forward_of_linears(h, [closing], term_of(seed_out, settings_out))
-        return like(x, y), e, g, h_in, h_out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, seed_in, seed_out, ctx.activation, ctx.settings_in, ctx.settings_out, *flat = inputs
-        _, e, g, h_in, h_out = output
-        ctx.mark_non_differentiable(e, g, h_in, h_out)
+        ctx: Any, x: Tensor, act: Activation, entering: ScaledDropout, leaving: ScaledDropout, *tensors: Any
+    ) -> Tensor:
+        *opening, closing = by_layer(tensors)
+        (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), opening, entering)
+        (y,), h_out = forward_of_linears(act.forward(e).mul_(g), [closing], leaving)
+        ctx.act, ctx.entering, ctx.leaving = act, entering, leaving
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, seed_in, seed_out, e, g, h_in, h_out, *flat)
+        ctx.save_for_backward(x, entering.seed, leaving.seed, e, g, h_in, h_out, *tensors)
+        return reshape_like(x, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, seed_in, seed_out, e, g, h_in, h_out, *flat = ctx.saved_tensors
-        entering, leaving = term_of(seed_in, ctx.settings_in), term_of(seed_out, ctx.settings_out)
-        *opening, closing = in_fours(flat)
-        *needs, needs_closing = in_fours(ctx.needs_input_grad[6:])
+        x, seed_in, seed_out, e, g, h_in, h_out, *tensors = ctx.saved_tensors
+        entering, leaving = ctx.entering._replace(seed=seed_in), ctx.leaving._replace(seed=seed_out)
+        layers = by_layer(tensors)
+        if torch.is_grad_enabled():
+            y = _plain_gated_mlp(x, layers, ctx.act, entering, leaving)
+            return differentiable_gradients(ctx, y, [x, None, None, None, *tensors], grad)
+        need_x, _, _, _, *flags = ctx.needs_input_grad
+        needs = by_layer(flags)
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        again = torch.is_grad_enabled()  # a second derivative: make again, with a graph, what autograd takes as given
-        if again:
-            e, g = apply_linears(rows, opening, entering)
-        act = ACTIVATIONS[ctx.activation]
-        opened = act.forward(e)
-        h = opened * g
-        grad_h, found_closing = backward_of_linears(h, [grad], [closing], h_out, leaving, [needs_closing], need_x=True)
+        opened = ctx.act.forward(e)
+        h = opened * g  # [T, intermediate]
+        grad_h, of_down = backward_of_linears(h, [grad], layers[2:], h_out, leaving, needs[2:], need_x=True)
         assert grad_h is not None
-        # all three are buffers of our own
-        grad_g = opened * grad_h if again else opened.mul_(grad_h)
-        grad_e = act.grad(grad_h * g, e) if again else act.backward_into(grad_h, grad_h.mul_(g), e)
-        need_x = ctx.needs_input_grad[0]
-        grad_x, found = backward_of_linears(rows, [grad_e, grad_g], opening, h_in, entering, needs, need_x=need_x)
-        return None if grad_x is None else grad_x.view(x.shape), *(None,) * 5, *found, *found_closing
+        grad_g = opened.mul_(grad_h)
+        grad_e = ctx.act.backward_into(grad_h, grad_h.mul_(g), e)
+        grads = [grad_e, grad_g]
+        grad_x, of_both = backward_of_linears(rows, grads, layers[:2], h_in, entering, needs[:2], need_x=need_x)
+        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *of_both, *of_down

@@ -1,4 +1,4 @@
-"""The tensor math of LoRA: no modules, no process groups.
+"""Adapted linear layers on tensors: base and adapter are one autograd function. No modules, no process groups.
 
 x [..., in] --+-- W_1 [out_1, in] frozen ------------------- + --> y_1 [..., out_1]
      \\        |                                             |
@@ -6,33 +6,39 @@ x [..., in] --+-- W_1 [out_1, in] frozen ------------------- + --> y_1 [..., out
               |
               +-- W_2, A_2, B_2 --> y_2 ...
 
-Base and adapter are one autograd function. It serves one layer, or several that share their input: then all A's make
-one product, their gradients to x are accumulated in one buffer, and one dropout mask serves them.
+The function serves one layer, or several layers that read one input. All A's are then multiplied in one product, the
+gradients of x are summed in one buffer, and one dropout mask serves all layers.
+
+Each product of rank r is computed in the layout and the order that are fast on its device. No function changes a tensor
+that it is given.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.compat.torch import has_transforms, is_forward_mode, unsafe_view, unwrap_if_dead
+from lightning_lora.compat.torch import has_transforms, is_forward_mode, unsafe_view
 from lightning_lora.ops.dropout import keep_mask
-from lightning_lora.ops.products import down, grad_input, grad_of_B, inner_gradients, scaled_mm, sum_of_products
+
+T = TypeVar("T")
 
 
-class Factors(NamedTuple):
-    """The tensors of one adapted linear layer: A ``[r, in]``, B ``[out, r]``; ``weight`` ``[out, in]``, or no base."""
+class LinearTensors(NamedTuple):
+    """The tensors of one adapted linear layer; ``weight`` is ``None`` for the adapter's term alone."""
 
-    weight: Tensor | None
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
+    weight: Any  # Tensor | None, [out, in]
+    bias: Any  # Tensor | None, [out]
+    lora_A: Any  # Tensor, [r, in]
+    lora_B: Any  # Tensor, [out, r]
 
 
-class Term(NamedTuple):
-    """How the adapters of one input enter: the arguments of :func:`lora_linear` of the same names."""
+class ScaledDropout(NamedTuple):
+    """Scaling and dropout shared by all adapters that read one input: the arguments of :func:`lora_linear`."""
 
     scaling: float
     dropout: float = 0.0
@@ -43,18 +49,13 @@ class Term(NamedTuple):
     @property
     def factor(self) -> float:
         """What a product with the kept entries is multiplied by."""
-        return self.scaling / (1 - self.dropout)
+        return self.scaling if self.seed is None else self.scaling / (1 - self.dropout)
 
-    def kept(self, rows: Tensor, num_columns: int | None = None) -> Tensor | None:
-        """Return the mask of the entries that are kept, ``[T, in]``, if any are dropped."""
-        if self.seed is None:
+    def mask(self, like: Tensor, num_columns: int) -> Tensor | None:
+        """Return zeros where an entry is dropped and ones elsewhere, ``[T, num_columns]``; ``None`` drops nothing."""
+        if self.seed is None or not self.dropout:
             return None
-        return keep_mask(self.seed, rows, self.dropout, self.columns, self.first_row, num_columns=num_columns)
-
-    def live(self) -> "Term":
-        """Return the same, without a seed and a probability of which one is missing."""
-        is_live = self.seed is not None and self.dropout
-        return self if is_live or (self.seed is None and not self.dropout) else self._replace(dropout=0.0, seed=None)
+        return keep_mask(self.seed, like, self.dropout, self.columns, self.first_row, num_columns=num_columns)
 
 
 def lora_linear(
@@ -70,11 +71,11 @@ def lora_linear(
     columns: tuple[int, int] | None = None,
     first_row: int = 0,
 ) -> Tensor:
-    """Return ``x W^T + b + scaling * dropout(x) A^T B^T`` (Hu et al. 2021, sec. 4.1) and save little for backward.
+    """Return ``x W^T + b + scaling * dropout(x) A^T B^T`` (Hu et al. 2021, sec. 4.1).
 
-    Kept for backward are ``x`` and ``h = x A^T`` (r numbers per token), beside the parameters themselves. ``x`` is
-    never cast up: A and B are cast to its dtype, their gradients come back in their own. Under autocast the product
-    runs in autocast's dtype, as ``F.linear`` does.
+    Saved for backward are ``x`` and ``h = x A^T`` (r numbers per token), beside the parameters themselves. ``x`` is
+    never cast up: A and B are cast to its dtype, and their gradients have the dtypes of A and B. Under autocast the
+    product runs in autocast's dtype, as ``F.linear`` does.
 
     Args:
         x: ``[..., in_features]``, any number of leading dimensions, also none or empty ones.
@@ -85,7 +86,7 @@ def lora_linear(
         scaling: factor of the adapter's term.
         dropout: probability of dropping an entry of ``x`` on the adapter's path.
         seed: scalar integer tensor that decides which entries are dropped; ``None`` drops none. The mask is a hash of
-            it and of the position, so that backward makes it again instead of storing it.
+            the seed and of each entry's position, so that backward recomputes it instead of storing it.
         columns: where ``x`` is a slice of features, the position of its first one and the number of all, so that the
             mask is that slice of the whole mask.
         first_row: where ``x`` is a slice of rows, the position of its first one, in the same way.
@@ -93,114 +94,56 @@ def lora_linear(
     Returns:
         ``[..., out_features]``
     """
-    term = Term(scaling, dropout, seed, columns, first_row)
-    (y,) = lora_linears(x, [Factors(weight, bias, lora_A, lora_B)], term)
-    return y
+    settings = ScaledDropout(scaling, dropout, seed, columns, first_row)
+    return in_autocast_dtype(_linears, x, [LinearTensors(weight, bias, lora_A, lora_B)], settings)[0]
 
 
-def lora_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:
+def lora_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> Sequence[Tensor]:
     """Return ``x W_i^T + b_i + scaling * dropout(x) A_i^T B_i^T`` for every layer i, with one product for all A's.
 
-    Kept for backward are ``x`` and the r numbers per token of each layer. Autocast is followed as in ``F.linear``.
+    Saved for backward are ``x`` and the r numbers per token of each layer.
 
     Args:
         x: ``[..., in_features]``.
-        layers: of one ``in_features``; sizes of outputs and ranks are their own.
-        term: the same for all of them.
+        layers: of one ``in_features``; sizes of outputs and ranks may differ.
 
     Returns:
         One ``[..., out_features_i]`` per layer.
     """
-    term = term.live()
+    return in_autocast_dtype(_linears, x, layers, settings)
+
+
+def in_autocast_dtype(compute: Callable[..., T], x: Tensor, layers: Sequence[LinearTensors], *settings: Any) -> T:
+    """Return ``compute(x, layers, *settings)``; under autocast with autocast off and in the dtype that it casts to.
+
+    Autocast casts the base's tensors as for ``F.linear``; the adapters are cast where they are multiplied.
+    """
     dtype = autocast_dtype(x)
     if dtype is None:
-        return apply_linears(x, layers, term)
-    x, layers = in_dtype(dtype, x, layers)
+        return compute(x, layers, *settings)
+    if x.dtype != torch.float64:  # autocast leaves float64 alone
+        x, layers = x.to(dtype), [_base_in(dtype, layer) for layer in layers]
     with torch.autocast(x.device.type, enabled=False):
-        return apply_linears(x, layers, term)
+        return compute(x, layers, *settings)
+
+
+def _base_in(dtype: torch.dtype, layer: LinearTensors) -> LinearTensors:
+    weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in layer[:2])
+    return layer._replace(weight=weight, bias=bias)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast computes with where ``x`` lies, if it is on."""
+    """Return the dtype that autocast computes with on the device of ``x``; ``None`` while autocast is off."""
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
-def in_dtype(dtype: torch.dtype, x: Tensor, layers: Sequence[Factors]) -> tuple[Tensor, list[Factors]]:
-    """Return what ``F.linear`` computes with when autocast's dtype is ``dtype``."""
-    if x.dtype == torch.float64:  # autocast leaves float64 alone
-        return x, list(layers)
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
-
-    return x.to(dtype), [layer._replace(weight=cast(layer.weight), bias=cast(layer.bias)) for layer in layers]
-
-
-def merged_weight(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, ratio: Tensor | None = None
-) -> Tensor:
-    """Return ``W + scaling * B A``, summed in float32 or wider and rounded once to W's dtype.
-
-    Args:
-        weight: ``[out_features, in_features]``
-        lora_A: ``[r, in_features]``
-        lora_B: ``[out_features, r]``
-        ratio: ``[out_features]``, what each row of the sum is multiplied by before it is rounded.
-    """
-    dtype = torch.promote_types(torch.promote_types(lora_A.dtype, weight.dtype), torch.float32)
-    delta = (lora_B.to(dtype) @ lora_A.to(dtype)) * scaling
-    merged = weight + delta.to(weight.device)
-    if ratio is not None:
-        merged = ratio.to(weight.device)[:, None] * merged
-    return merged.to(weight.dtype)
-
-
-@torch.no_grad()
-def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return the norms of the rows of ``W + scaling * B A``, ``[out_features]``, in float32 or wider: a constant.
-
-    The sum is made and dropped: on CPU norms by products of rank r take 0.7 to 1.2 of its time, and they lose the
-    digits of rows in which the update cancels W. A row of zeros has the smallest positive norm, so that its ratio is
-    finite.
-
-    Args:
-        weight: ``[out_features, in_features]``
-        lora_A: ``[r, in_features]``
-        lora_B: ``[out_features, r]``
-    """
-    dtype = torch.promote_types(torch.promote_types(lora_A.dtype, weight.dtype), torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):
-        total = torch.addmm(weight.to(dtype), lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
-    norms: Tensor = torch.linalg.vector_norm(total, dim=1)
-    # forward-mode AD and traces do not see no_grad
-    return norms.clamp_min(torch.finfo(dtype).tiny).detach()
-
-
-def rescaled(y: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``ratio * (y - b) + b`` in the dtype of ``y``, computed in ``ratio``'s: equal to ``y`` where it is 1.
-
-    Args:
-        y: ``[..., out_features]``, or any shape that the others broadcast against.
-    """
-    offset = torch.zeros_like(ratio) if bias is None else (1 - ratio) * bias
-    return torch.addcmul(offset, y, ratio).to(y.dtype)
-
-
-def apply_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:
-    """Return :func:`lora_linears` of what is in the dtype to compute with already."""
-    if is_transformed():
-        return plain_linears(x, layers, term)
-    *outputs, _ = run(_LoRALinears, x, *settings(term), *(tensor for layer in layers for tensor in layer))
-    return tuple(outputs)
-
-
 def is_transformed() -> bool:
-    """Whether torch transforms what runs (``torch.func``, forward-mode AD) or records it (``torch.jit.trace``).
+    """Return True where torch transforms what runs (``torch.func``, forward-mode AD) or ``torch.jit.trace`` records it.
 
-    Layers are then computed by torch's own operations: they can be transformed, an autograd function cannot.
+    Layers are then computed by torch's own operations: those can be transformed, an autograd function cannot.
     """
     if torch.compiler.is_compiling():
         return bool(_has_transforms())
@@ -213,168 +156,261 @@ def _has_transforms() -> bool:
     return has_transforms()
 
 
-def plain_linears(x: Tensor, layers: Sequence[Factors], term: Term) -> tuple[Tensor, ...]:
-    """Compute what :func:`lora_linears` does by operations that torch can transform."""
-    rows = x.reshape(-1, x.shape[-1])
-    kept = term.kept(rows)
-    entering = (rows if kept is None else rows * kept).view(x.shape)
-    outputs = []
-    for layer in layers:
-        h = F.linear(entering, layer.lora_A.to(x.dtype)) * term.factor
-        y = F.linear(h, layer.lora_B.to(x.dtype))
-        outputs.append(y if layer.weight is None else F.linear(x, layer.weight, layer.bias) + y)
-    return tuple(outputs)
-
-
-def run(function: Any, *inputs: Any) -> tuple[Tensor, ...]:
-    """Return what an autograd function gives; where no gradient is wanted, by its forward alone.
-
-    That is less work, and torch.compile can look into it: it takes such a function's context for its first input.
-    """
-    wanted = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
-    outputs: tuple[Tensor, ...] = apply(function, *inputs) if wanted else function.forward(*inputs)
+def _linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> Sequence[Tensor]:
+    """Return :func:`lora_linears` of tensors that have the dtype to compute in."""
+    if is_transformed():
+        return plain_linears(x, layers, settings)
+    outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, settings, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
     return outputs
 
 
-def apply(function: Any, *inputs: Any) -> Any:
-    """Return ``function.apply(*inputs)`` for an autograd function whose inputs are given by place.
+def plain_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> list[Tensor]:
+    """Return :func:`lora_linears` without autocast by operations that torch can transform."""
+    rows = x.reshape(-1, x.shape[-1])
+    mask = settings.mask(rows, rows.shape[1])
+    entering = x if mask is None else (rows * mask).view(x.shape)
+    outputs = []
+    for weight, bias, lora_A, lora_B in layers:
+        h = F.linear(entering, lora_A.to(x.dtype)) * settings.factor
+        y = F.linear(h, lora_B.to(x.dtype))
+        outputs.append(y if weight is None else F.linear(x, weight, bias) + y)
+    return outputs
 
-    In eager mode ``apply`` binds the inputs to the signature of ``forward``, which takes longer than a small product:
-    here all else that it does is done without it.
+
+class _LoRALinears(torch.autograd.Function):
+    """``forward(x, settings, W_1, b_1, A_1, B_1, W_2, ...) -> (y_1, y_2, ...)``.
+
+    ``forward`` takes ``ctx``: with a separate ``setup_context``, ``apply`` would bind the arguments to the signature of
+    ``forward``, which takes longer than a small product.
     """
-    if torch.compiler.is_compiling():
-        return function.apply(*inputs)
-    unwrap = unwrap_if_dead()
-    live = [unwrap(one) if isinstance(one, Tensor) else one for one in inputs]  # of ended transforms
-    return super(torch.autograd.Function, function).apply(*live)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: ScaledDropout, *tensors: Any) -> tuple[Tensor, ...]:
+        layers = by_layer(tensors)
+        outputs, h = forward_of_linears(x.reshape(-1, x.shape[-1]), layers, settings)
+        need_x, _, *needs = ctx.needs_input_grad
+        needs_h = any(needs[3::4])  # by the gradient of a B
+        needs_rows = needs_h or any(needs[2::4]) or any(needs[::4])
+        saved, nothing = list(tensors), [None] * len(layers)
+        saved[1::4] = nothing  # biases
+        if not need_x:
+            saved[::4] = nothing  # weights
+        ctx.save_for_backward(x if needs_rows else None, h if needs_h else None, settings.seed, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.x_shape = settings, x.shape
+        return tuple([reshape_like(x, y) for y in outputs])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h, seed, *tensors = ctx.saved_tensors
+        need_x, _, *needs = ctx.needs_input_grad
+        grad_x, found = backward_of_linears(
+            None if x is None else x.reshape(-1, x.shape[-1]),
+            [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads],
+            by_layer(tensors),
+            h,
+            ctx.settings._replace(seed=seed),
+            by_layer(needs),
+            need_x=need_x,
+        )
+        return None if grad_x is None else grad_x.view(ctx.x_shape), None, *found
 
 
-def settings(term: Term) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """Return the seed, which autograd is to see, and the rest: :func:`term_of` takes them."""
-    return term.seed, (term.scaling, term.dropout, term.columns, term.first_row)
+def differentiable_gradients(ctx: Any, y: Tensor, inputs: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of an autograd function's inputs with a graph of their own, for a second derivative.
+
+    Args:
+        y: the function's output, recomputed from ``inputs`` by operations that are differentiable twice.
+        inputs: those of the function; ``None`` for those that never need a gradient.
+    """
+    wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
-def term_of(seed: Tensor | None, rest: tuple[Any, ...]) -> Term:
-    """Return the term that :func:`settings` was given."""
-    scaling, dropout, columns, first_row = rest
-    return Term(scaling, dropout, seed, columns, first_row)
+def by_layer(flat: Sequence[Any]) -> list[LinearTensors]:
+    """Return the tensors of each layer, or what else belongs to them one for one, of all layers in a row."""
+    return [LinearTensors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
 
 
-def in_fours(flat: Sequence[Any]) -> list[Any]:
-    """Return one :class:`Factors` for every four of what belongs to tensors of layers."""
-    return [Factors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
-
-
-def like(x: Tensor, y: Tensor) -> Tensor:
+def reshape_like(x: Tensor, y: Tensor) -> Tensor:
     """Return ``y`` ``[T, out]`` in the leading shape of ``x``."""
     # not a view to autograd: the caller may change the output in place, as nn.ReLU(inplace=True) does
     return y if x.ndim == 2 else unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
-class _LoRALinears(torch.autograd.Function):
-    """``(y_1, ..., y_n, h)``: the outputs and, for backward only, ``h = kept * x [A_1; ...; A_n]^T``."""
-
-    @staticmethod
-    def forward(x: Tensor, seed: Tensor | None, rest: tuple[Any, ...], *flat: Any) -> tuple[Tensor, ...]:
-        outputs, h = forward_of_linears(x.reshape(-1, x.shape[-1]), in_fours(flat), term_of(seed, rest))
-        return *(like(x, y) for y in outputs), h
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, seed, ctx.rest, *flat = inputs
-        h = output[-1]
-        ctx.mark_non_differentiable(h)
-        ctx.set_materialize_grads(False)
-        needs = ctx.needs_input_grad[3:]  # of a weight, a bias, A and B in turn
-        if not ctx.needs_input_grad[0]:
-            flat[::4] = [None] * len(flat[::4])
-        flat[1::4] = [None] * len(flat[1::4])
-        reads_h = any(needs[3::4])
-        reads_x = reads_h or any(needs[2::4]) or any(needs[::4])
-        ctx.save_for_backward(x if reads_x else None, seed, h if reads_h else None, *flat)
-        ctx.x_shape = x.shape
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, seed, h, *flat = ctx.saved_tensors
-        grad_x, found = backward_of_linears(
-            None if x is None else x.reshape(-1, x.shape[-1]),
-            [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads[:-1]],
-            in_fours(flat),
-            h,
-            term_of(seed, ctx.rest),
-            in_fours(ctx.needs_input_grad[3:]),
-            need_x=ctx.needs_input_grad[0],
-        )
-        return None if grad_x is None else grad_x.view(ctx.x_shape), None, None, *found
-
-
-def forward_of_linears(rows: Tensor, layers: Sequence[Any], term: Term) -> tuple[list[Tensor], Tensor]:
-    """Return the outputs ``[T, out_i]`` and ``h`` ``[T, sum of ranks]``."""
-    h = down(rows, _together(layers, rows.dtype), term.kept(rows))
+def forward_of_linears(
+    rows: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout
+) -> tuple[list[Tensor], Tensor]:
+    """Return the outputs ``[T, out_i]`` and ``h = mask * x [A_1; ...; A_n]^T``, ``[T, sum of ranks]``."""
+    mask = settings.mask(rows, rows.shape[1])
+    h = skinny_mm(rows if mask is None else rows * mask, _stacked_A(layers, rows.dtype))
     outputs = [
-        sum_of_products(rows, layer.weight, layer.bias, part, layer.lora_B, term.factor)
-        for layer, part in zip(layers, _by_rank(h, 1, layers), strict=True)
+        _sum_of_products(rows, layer, part, settings.factor)
+        for layer, part in zip(layers, _split_by_rank(h, 1, layers), strict=True)
     ]
     return outputs, h
 
 
 def backward_of_linears(
-    rows: Tensor | None,
+    rows: Any,
     grads: Sequence[Tensor | None],
-    layers: Sequence[Any],
+    layers: Sequence[LinearTensors],
     h: Tensor | None,
-    term: Term,
-    needs: Sequence[Any],
+    settings: ScaledDropout,
+    needs: Sequence[LinearTensors],
     *,
     need_x: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the gradient of x, ``[T, in]``, and those of each layer's four tensors. A layer without one gives none.
+    """Return the gradient of x, ``[T, in]``, and the gradients of each layer's four tensors, all layers in a row.
 
-    ``rows`` ``[T, in]`` may be missing when only x needs a gradient; ``h`` is what forward returned.
+    Args:
+        rows: ``[T, in]``; ``None`` may be given when only x needs a gradient.
+        grads: ``[T, out_i]``; ``None`` for an output that does not reach the loss.
+        h: what :func:`forward_of_linears` returned; may be ``None`` when no B needs a gradient.
+        needs: whether each tensor needs a gradient.
     """
     found: list[Tensor | None] = [None] * (4 * len(layers))
-    places = [place for place, grad in enumerate(grads) if grad is not None]
-    if not places:
+    used = [i for i, grad in enumerate(grads) if grad is not None]
+    if not used:
         return None, found
-    given: list[Any] = [grad for grad in grads if grad is not None]
-    used, wanted = [layers[place] for place in places], [needs[place] for place in places]
-    kept = term.kept(given[0] if rows is None else rows, layers[0].lora_A.shape[1])
-    grad_x, need_A, need_B = None, any(need.lora_A for need in wanted), any(need.lora_B for need in wanted)
+    given, reached, factor = [grad for grad in grads if grad is not None], [layers[i] for i in used], settings.factor
+    mask = settings.mask(given[0] if rows is None else rows, layers[0].lora_A.shape[1])
+    need_A, need_B = any(needs[i].lora_A for i in used), any(needs[i].lora_B for i in used)
+    recomputes_h = need_B and torch.is_grad_enabled()  # for a second derivative: the saved h is a constant to autograd
+    entering = rows * mask if mask is not None and (need_A or recomputes_h) else rows
+    grad_x: Tensor | None = None
     grads_A: Sequence[Any] = used
     if need_x or need_A:
-        v = inner_gradients(given, [layer.lora_B for layer in used])  # [T, sum of ranks]
+        v = _inner_gradients(given, [layer.lora_B for layer in reached])  # [T, sum of ranks]
         if need_x:
-            products = [(grad, layer.weight) for grad, layer in zip(given, used, strict=True)]
-            products = [] if used[0].weight is None else products
-            grad_x = grad_input(products, v, _together(used, v.dtype), term.factor, kept)
+            grad_x = _grad_input(given, reached, v, factor, mask)
         if need_A:
-            assert rows is not None
-            whole = scaled_mm(v.t(), rows if kept is None else rows * kept, term.factor, used[0].lora_A.dtype)
-            grads_A = _by_rank(whole, 0, used)
-    if need_B and torch.is_grad_enabled():  # h is a constant to autograd: make it again for a second derivative
-        assert rows is not None
-        h = down(rows, _together(layers, rows.dtype), kept)
-    parts: Sequence[Any] = layers if h is None else _by_rank(h, 1, layers)
-    for place, grad, layer, need, grad_A in zip(places, given, used, wanted, grads_A, strict=True):
-        if need.weight:
-            assert rows is not None
-            found[4 * place] = torch.mm(grad.t(), rows)
-        if need.bias:
-            found[4 * place + 1] = grad.sum(0)
-        if need.lora_A:
-            found[4 * place + 2] = grad_A
-        if need.lora_B:
-            found[4 * place + 3] = grad_of_B(parts[place], grad, term.factor, layer.lora_B.dtype)
+            grads_A = _split_by_rank(scaled_mm(v.t(), entering, factor, reached[0].lora_A.dtype), 0, reached)
+    if recomputes_h:
+        h = skinny_mm(entering, _stacked_A(layers, entering.dtype))
+    parts: Any = h if h is None else _split_by_rank(h, 1, layers)
+    for i, grad, grad_A in zip(used, given, grads_A, strict=True):
+        found[4 * i : 4 * i + 4] = (
+            torch.mm(grad.t(), rows) if needs[i].weight else None,
+            grad.sum(0) if needs[i].bias else None,
+            grad_A if needs[i].lora_A else None,
+            _grad_of_B(parts[i], grad, factor, layers[i].lora_B.dtype) if needs[i].lora_B else None,
+        )
     return grad_x, found
 
 
-def _by_rank(stacked: Tensor, dim: int, layers: Sequence[Any]) -> Sequence[Tensor]:
+def _split_by_rank(stacked: Tensor, dim: int, layers: Sequence[LinearTensors]) -> Sequence[Tensor]:
     """Return each layer's part of what is made of all A's."""
     return [stacked] if len(layers) == 1 else stacked.split([layer.lora_A.shape[0] for layer in layers], dim)
 
 
-def _together(layers: Sequence[Any], dtype: torch.dtype) -> Tensor:
+def _stacked_A(layers: Sequence[LinearTensors], dtype: torch.dtype) -> Tensor:
     """Return the A's one below the other: ``[sum of ranks, in]``."""
     stacked: Tensor = layers[0].lora_A if len(layers) == 1 else torch.cat([layer.lora_A for layer in layers])
     return stacked.to(dtype)
+
+
+def skinny_mm(rows: Tensor, factor: Tensor) -> Tensor:
+    """Return ``rows factor^T``, ``[T, r]``, with r on the side of the product where the device is fast.
+
+    CPU libraries are several times faster with the short dimension first, so the result is a transposed view there.
+    """
+    if rows.device.type == "cpu":
+        return torch.mm(factor, rows.t()).t()
+    return torch.mm(rows, factor.t())
+
+
+def scaled_mm(left: Tensor, right: Tensor, factor: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``factor * left right`` in one kernel, in ``dtype``; a device that can does not round in between."""
+    if dtype in (None, left.dtype):
+        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
+    if dtype == torch.float32 and not torch.is_grad_enabled() and _accumulates_out(left.device, left.dtype):
+        wide: Tensor = torch.mm(left, right, out_dtype=torch.float32)
+        return wide.mul_(factor)
+    return scaled_mm(left, right, factor).to(dtype)
+
+
+@functools.cache
+def _accumulates_out(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return True if products of a narrow dtype can be written in float32 on a device: CUDA, torch 2.8."""
+    if device.type != "cuda":
+        return False
+    probe = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        return bool(torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+
+
+def adapter_first(device: torch.device) -> bool:
+    """Return True on a device where the adapter's product is written first and the base's is added to it.
+
+    A GPU's large product reads what it is added to while it computes, so that only the writing is paid for (RunLoRA's
+    order "forward 3", arXiv 2312.03415); on CPU the small product is added, and the base's is bit for bit its own.
+    """
+    return device.type == "cuda"
+
+
+def _sum_of_products(rows: Tensor, layer: LinearTensors, h: Tensor, factor: float) -> Tensor:
+    """Return ``x W^T + b + factor * h B^T``, ``[T, out]``, in a new buffer."""
+    B = layer.lora_B.to(rows.dtype).t()
+    if layer.weight is None:
+        return scaled_mm(h, B, factor)
+    if adapter_first(rows.device):
+        y = scaled_mm(h, B, factor) if layer.bias is None else torch.addmm(layer.bias, h, B, alpha=factor)
+        return y.addmm_(rows, layer.weight.t())
+    return F.linear(rows, layer.weight, layer.bias).addmm_(h, B, alpha=factor)
+
+
+def _grad_input(
+    grads: Sequence[Tensor], layers: Sequence[LinearTensors], v: Tensor, factor: float, mask: Tensor | None
+) -> Tensor:
+    """Return ``sum_i dy_i W_i + factor * mask * (v A)``, ``[T, in]``, accumulated in one buffer.
+
+    Args:
+        v: ``[T, sum of ranks]``, the gradient of h without the factor.
+    """
+    A = _stacked_A(layers, v.dtype)
+    products = [(grad, layer.weight) for grad, layer in zip(grads, layers, strict=True) if layer.weight is not None]
+    adds_adapter_last = products and mask is None and not adapter_first(v.device)
+    if adds_adapter_last:
+        total = torch.mm(*products.pop(0))
+    else:
+        total = scaled_mm(v, A, factor)
+        if mask is not None:
+            total.mul_(mask)
+    for grad, weight in products:
+        total.addmm_(grad, weight)
+    return total.addmm_(v, A, alpha=factor) if adds_adapter_last else total
+
+
+def _grad_of_B(h: Tensor, grad: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """Return ``factor * dy^T h``, ``[out, r]``, with r on the fast side as in :func:`skinny_mm`."""
+    if grad.device.type == "cpu":
+        return scaled_mm(h.t(), grad, factor, dtype).t()
+    return scaled_mm(grad.t(), h, factor, dtype)
+
+
+def _inner_gradients(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    """Return ``[dy_1 B_1, ..., dy_n B_n]``, ``[T, sum of ranks]``, in the layout of :func:`skinny_mm`.
+
+    Args:
+        grads: ``[T, out_i]``.
+        factors: B's, ``[out_i, r_i]``.
+    """
+    factors = [B.to(grad.dtype) for grad, B in zip(grads, factors, strict=True)]
+    if len(grads) == 1:
+        return skinny_mm(grads[0], factors[0].t())
+    if torch.is_grad_enabled():
+        return torch.cat([skinny_mm(grad, B.t()) for grad, B in zip(grads, factors, strict=True)], dim=1)
+    first, ranks = grads[0], [B.shape[1] for B in factors]
+    if first.device.type == "cpu":
+        flat = first.new_empty(sum(ranks), first.shape[0])
+        for grad, B, part in zip(grads, factors, flat.split(ranks), strict=True):
+            torch.mm(B.t(), grad.t(), out=part)
+        return flat.t()
+    flat = first.new_empty(first.shape[0], sum(ranks))
+    for grad, B, part in zip(grads, factors, flat.split(ranks, dim=1), strict=True):
+        torch.mm(grad, B, out=part)
+    return flat

@@ -1,6 +1,6 @@
-"""Root mean square normalization with a frozen weight, which keeps its output for backward and not its input.
+"""Root mean square normalization with a frozen weight, which saves its output for backward and not its input.
 
-The adapted layers behind a norm keep its output anyway, as their input: kept once, it serves both.
+The adapted layers behind a norm save its output anyway, as their input: saved once, it serves both.
 """
 
 from typing import Any
@@ -8,21 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.linear import apply
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, is_offset: bool = False) -> Tensor:
     """Return ``w * x / sqrt(mean(x^2) + eps)`` over the last dimension (Zhang & Sennrich 2019), for a frozen ``w``.
 
     Computed in float32 (float64 stays) and rounded where the models round: before the weight's product, as Llama's, or
-    after it with ``1 + w`` in the place of w, as Gemma's. Kept for backward are the output and one number per row.
+    after it with ``1 + w`` in the place of w, as Gemma's. Saved for backward are the output and one number per row.
 
     Args:
         x: ``[..., features]``.
         weight: ``[features]``, without zeros (or minus ones, with ``is_offset``): backward divides by it.
         is_offset: whether it is Gemma's form.
     """
-    y: Tensor = apply(_RMSNorm, x, weight, eps, is_offset)[0]
+    y: Tensor = _RMSNorm.apply(x, weight, eps, is_offset)[0]  # type: ignore[no-untyped-call]
     return y
 
 
@@ -30,20 +28,15 @@ class _RMSNorm(torch.autograd.Function):
     """``(y, rstd)``; both are differentiable, so that backward, which is made of them, is too."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float, is_offset: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, is_offset: bool) -> tuple[Tensor, Tensor]:
         wide = _wide(x)
         rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # [..., 1]
         y = wide * rstd
-        if is_offset:
-            return (y * _factor(weight, y.dtype, is_offset)).to(x.dtype), rstd
-        return weight * y.to(x.dtype), rstd
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, weight, _, ctx.is_offset = inputs
+        y = (y * _factor(weight, y.dtype, is_offset)).to(x.dtype) if is_offset else weight * y.to(x.dtype)
+        ctx.is_offset, ctx.dtype = is_offset, x.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, weight)
-        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(y, rstd, weight)
+        return y, rstd
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_rstd: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -61,6 +61,7 @@ from lightning_lora.distributed.ddp import (
     share_buffers_once,
 )
 from lightning_lora.distributed.overflow import check_scalable
+from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.model.finite import OnNonfinite, check_finite
 from lightning_lora.model.left_out import outside_names, say_left_out
 from lightning_lora.model.names import clean_name
@@ -445,15 +446,9 @@ def adopt(strategy: Strategy) -> AdapterOnly:
     make_atomic(strategy.checkpoint_io)
     if isinstance(strategy, DDPStrategy):
         prepare_ddp(strategy)
-    strategy.__class__ = adopted_class(AdapterOnly, type(strategy))
+    swap_class(strategy, AdapterOnly)
     assert isinstance(strategy, AdapterOnly)
     return strategy
-
-
-@functools.cache
-def adopted_class(mixin: type[Any], base: type[Any]) -> type[Any]:
-    """Return the class ``LoRA<Base>(mixin, Base)``."""
-    return type(f"LoRA{base.__name__}", (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
 def peft_directory(filepath: Any, path: str = "") -> Location:

@@ -42,10 +42,10 @@ from lightning_lora.checkpoint.optimizer_state import (
 )
 from lightning_lora.distributed.ddp import Reduction, prepare_ddp, reduce_in_fixed_order
 from lightning_lora.distributed.overflow import check_scalable
+from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.model.finite import check_finite
 from lightning_lora.model.state import injected_roots
 from lightning_lora.ops.sharded import on_rank_zero
-from lightning_lora.strategies.adapter_only import adopted_class
 from lightning_lora.strategies.refusals import check_whole, is_deepspeed, unsupported
 
 
@@ -254,7 +254,7 @@ def adopt_fabric(strategy: Strategy) -> None:
     make_atomic(strategy.checkpoint_io)
     if isinstance(strategy, DDPStrategy):
         prepare_ddp(strategy)
-    strategy.__class__ = adopted_class(FabricAdapterOnly, type(strategy))
+    swap_class(strategy, FabricAdapterOnly)
 
 
 def merge_sections(sections: list[dict[str, Any]]) -> dict[str, Any]:

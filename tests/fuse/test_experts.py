@@ -22,13 +22,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from lightning_lora import LoRAConfig, inject, load_peft, merge, remove, save_peft, unmerge
 from lightning_lora.fuse.experts import LoRAExperts
-from lightning_lora.layers.base import lora_class
+from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.model.merge import disabled
 from lightning_lora.ops.experts import grouped
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import KnownGate, OwnGate
-from lightning_lora.ops.experts.stacks import Stack
+from lightning_lora.ops.experts.weights import ExpertWeights
 from tests import models, zoo
 from tests.fuse.test_counters import saved_bytes
 
@@ -51,20 +51,22 @@ def routing(tokens: int = TOKENS, experts: int = EXPERTS) -> tuple[Tensor, Tenso
     return index, weights
 
 
-def stack(first: int, out: int, seed: int, *, bias: bool = False, scaling: float = 1.5) -> Stack:
+def stack(first: int, out: int, seed: int, *, bias: bool = False, scaling: float = 1.5) -> ExpertWeights:
     shapes = [(EXPERTS, out, first), (EXPERTS, out), (EXPERTS, RANK, first), (EXPERTS, out, RANK)]
     weight, b, A, B = (noise(*shape, seed=seed + place) * 0.5 for place, shape in enumerate(shapes))
-    return Stack(weight, b if bias else None, A.requires_grad_(), B.requires_grad_(), scaling)
+    return ExpertWeights(weight, b if bias else None, A.requires_grad_(), B.requires_grad_(), scaling)
 
 
-def dense_linear(x: Tensor, layer: Stack, expert: int) -> Tensor:
+def dense_linear(x: Tensor, layer: ExpertWeights, expert: int) -> Tensor:
     weight = layer.weight[expert]
     if layer.lora_A is not None:
         weight = weight + layer.scaling * layer.lora_B[expert] @ layer.lora_A[expert]
     return F.linear(x, weight, None if layer.bias is None else layer.bias[expert])
 
 
-def dense(x: Tensor, index: Tensor, weights: Tensor, opening: Stack, closing: Stack, gate: Callable) -> Tensor:
+def dense(
+    x: Tensor, index: Tensor, weights: Tensor, opening: ExpertWeights, closing: ExpertWeights, gate: Callable
+) -> Tensor:
     """Every expert for every token, with merged weights, and the routing as a matrix."""
     share = torch.zeros(len(x), EXPERTS, dtype=x.dtype).scatter_add(1, index, weights)
     outputs = [dense_linear(gate(dense_linear(x, opening, e)), closing, e) for e in range(EXPERTS)]
@@ -188,7 +190,7 @@ def test_kernels_that_group_all_experts_give_what_one_by_one_gives(rank: int, mo
     for seed, (out, first) in enumerate(sizes.values()):
         shapes = [(EXPERTS, out, first), (EXPERTS, rank, first), (EXPERTS, out, rank)]
         W, A, B = (noise(*shape, seed=seed + place).float() * 0.3 for place, shape in enumerate(shapes))
-        stacks.append(Stack(W, None, A.requires_grad_(), B.requires_grad_(), 1.5))
+        stacks.append(ExpertWeights(W, None, A.requires_grad_(), B.requires_grad_(), 1.5))
     index, weights = routing()
     x, weights = noise(TOKENS, HIDDEN, dtype=torch.float32).requires_grad_(), weights.float().requires_grad_()
     inputs = [x, weights, *stacks[0][2:4], *stacks[1][2:4]]
@@ -238,7 +240,7 @@ def results(experts: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def unfused(experts: Any) -> Any:
     """Return a copy that runs its own code, on weights that keep their factors apart in each product."""
     other = copy.deepcopy(experts)
-    other.__class__ = lora_class(LoRAParameters, experts.lora_base_class)
+    swap_class(other, LoRAParameters, experts.lora_base_class)
     return other
 
 

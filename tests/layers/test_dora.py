@@ -32,7 +32,7 @@ from lightning_lora import (
     save_peft,
     unmerge,
 )
-from lightning_lora.layers.base import AdapterMode
+from lightning_lora.layers.adapt import AdapterMode
 from tests import models, runs
 from tests.layers.test_kinds import CLOSE, Attention, Convolution, family, give_values, keys, noise, run, seeded
 

@@ -19,7 +19,7 @@ from lightning_lora import (
     remove,
 )
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.base import AdapterMode
+from lightning_lora.layers.adapt import AdapterMode
 from lightning_lora.model.state import named_lora_layers
 from tests import models
 from tests.real_models import rxnmapper

@@ -19,7 +19,7 @@ from lightning_lora import (
     save_peft,
     unmerge,
 )
-from lightning_lora.ops.linear import merged_weight
+from lightning_lora.ops.weights import merged_weight
 from tests import models
 
 

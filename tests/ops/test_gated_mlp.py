@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lora.ops import gated_mlp as fused
 from lightning_lora.ops.dropout import dropped
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
-from lightning_lora.ops.linear import Factors, Term, lora_linear, lora_linears
+from lightning_lora.ops.linear import LinearTensors, ScaledDropout, lora_linear, lora_linears
 
 HIDDEN, INNER, TOKENS = 6, 5, 7
 OUTS, RANKS = (5, 4, 5), (2, 3, 2)
@@ -22,22 +22,22 @@ FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}  # the order of additions differs
 COMPILES = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
-def factors(in_features: int, out_features: int, r: int, seed: int, dtype=torch.float64, *, bias=True) -> Factors:
+def factors(in_features: int, out_features: int, r: int, seed: int, dtype=torch.float64, *, bias=True) -> LinearTensors:
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     own = leaf(out_features) if bias else None
-    return Factors(leaf(out_features, in_features), own, leaf(r, in_features), leaf(out_features, r))
+    return LinearTensors(leaf(out_features, in_features), own, leaf(r, in_features), leaf(out_features, r))
 
 
-def siblings(dtype=torch.float64) -> list[Factors]:
+def siblings(dtype=torch.float64) -> list[LinearTensors]:
     sizes = zip(OUTS, RANKS, strict=True)
     return [factors(HIDDEN, out, r, seed, dtype, bias=seed != 1) for seed, (out, r) in enumerate(sizes)]
 
 
-def mlp(dtype=torch.float64) -> tuple[Factors, Factors, Factors]:
+def mlp(dtype=torch.float64) -> tuple[LinearTensors, LinearTensors, LinearTensors]:
     return (
         factors(HIDDEN, INNER, 2, 0, dtype),
         factors(HIDDEN, INNER, 3, 1, dtype, bias=False),
@@ -55,14 +55,14 @@ def leaves(layers) -> list[Tensor]:
     return [tensor for layer in layers for tensor in layer if tensor is not None]
 
 
-def mask(term: Term, rows: int, columns: int) -> Tensor | float:
+def mask(term: ScaledDropout, rows: int, columns: int) -> Tensor | float:
     if term.seed is None or not term.dropout:
         return 1.0
     kept = ~dropped(term.seed, rows, columns, term.dropout, torch.device("cpu"))
     return kept.double() / (1 - term.dropout)
 
 
-def dense(x: Tensor, layer: Factors, term: Term) -> Tensor:
+def dense(x: Tensor, layer: LinearTensors, term: ScaledDropout) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     y = rows @ layer.weight.T + term.scaling * ((rows * mask(term, *rows.shape)) @ layer.lora_A.T) @ layer.lora_B.T
     y = y if layer.bias is None else y + layer.bias
@@ -70,7 +70,13 @@ def dense(x: Tensor, layer: Factors, term: Term) -> Tensor:
 
 
 def dense_mlp(
-    x: Tensor, gate: Factors, up: Factors, down: Factors, activation, entering: Term, leaving: Term
+    x: Tensor,
+    gate: LinearTensors,
+    up: LinearTensors,
+    down: LinearTensors,
+    activation,
+    entering: ScaledDropout,
+    leaving: ScaledDropout,
 ) -> Tensor:
     h = ACTIVATIONS[activation].forward(dense(x, gate, entering)) * dense(x, up, entering)
     return dense(h, down, leaving)
@@ -82,8 +88,10 @@ def gradients(outputs: list[Tensor], wanted: list[Tensor], **options) -> list[Te
     return list(torch.autograd.grad(total, wanted, **options))
 
 
-def in_float64(layers) -> list[Factors]:
-    return [Factors(*(None if t is None else t.detach().double().requires_grad_() for t in layer)) for layer in layers]
+def in_float64(layers) -> list[LinearTensors]:
+    return [
+        LinearTensors(*(None if t is None else t.detach().double().requires_grad_() for t in layer)) for layer in layers
+    ]
 
 
 def assert_all_close(got, expected, **tolerance) -> None:
@@ -91,7 +99,7 @@ def assert_all_close(got, expected, **tolerance) -> None:
         torch.testing.assert_close(one.double(), other.double(), **tolerance)
 
 
-TERMS = {"no dropout": Term(SCALING), "dropout": Term(SCALING, 0.4, torch.tensor(3))}
+TERMS = {"no dropout": ScaledDropout(SCALING), "dropout": ScaledDropout(SCALING, 0.4, torch.tensor(3))}
 
 
 @pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
@@ -108,7 +116,9 @@ def test_siblings_equal_dense_math_in_outputs_and_all_gradients(shape, dtype, te
     assert_all_close(got, gradients(expected, [wide, *leaves(double)]), **tolerance)
 
 
-@pytest.mark.parametrize("leaving", [Term(0.7), Term(0.7, 0.3, torch.tensor(5))], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "leaving", [ScaledDropout(0.7), ScaledDropout(0.7, 0.3, torch.tensor(5))], ids=["plain", "dropout"]
+)
 @pytest.mark.parametrize("entering", TERMS.values(), ids=TERMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_gated_mlp_equals_dense_math_in_output_and_all_gradients(activation, entering, leaving) -> None:
@@ -124,7 +134,7 @@ def test_no_tokens_and_one_token_pass_a_gated_mlp() -> None:
     layers = mlp()
     for shape in ((0, HIDDEN), (HIDDEN,)):
         x = inputs(shape=shape)
-        y = lora_gated_mlp(x, *layers, activation="silu", entering=TERMS["dropout"], leaving=Term(1.0))
+        y = lora_gated_mlp(x, *layers, activation="silu", entering=TERMS["dropout"], leaving=ScaledDropout(1.0))
         assert y.shape == shape
         assert all(torch.isfinite(g).all() for g in gradients([y], [x, *leaves(layers)]))
 
@@ -140,7 +150,7 @@ def test_first_and_second_derivatives_of_siblings_pass_gradcheck(term) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 def test_first_and_second_derivatives_of_a_gated_mlp_pass_gradcheck(activation) -> None:
     layers, x = mlp(), inputs(shape=(3, HIDDEN))
-    leaving = Term(0.7, 0.3, torch.tensor(5))
+    leaving = ScaledDropout(0.7, 0.3, torch.tensor(5))
     function = lambda *_: lora_gated_mlp(  # noqa: E731
         x, *layers, activation=activation, entering=TERMS["dropout"], leaving=leaving
     )
@@ -160,7 +170,7 @@ def calls(x: Tensor, terms) -> dict:
 @pytest.mark.parametrize("which", ["siblings", "mlp"])
 def test_a_second_backward_adds_the_same_again_and_overwrites_nothing(which) -> None:
     x = inputs()
-    function, layers = calls(x, (TERMS["dropout"], Term(0.7, 0.3, torch.tensor(5))))[which]
+    function, layers = calls(x, (TERMS["dropout"], ScaledDropout(0.7, 0.3, torch.tensor(5))))[which]
     outputs = function()
     before = [t.detach().clone() for t in (x, *leaves(layers), *outputs)]
     wanted = [x, *leaves(layers)]
@@ -175,12 +185,12 @@ def test_a_second_backward_adds_the_same_again_and_overwrites_nothing(which) -> 
 @pytest.mark.parametrize("which", ["siblings", "mlp"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_every_set_of_leaves_that_train_gets_its_own_gradients(which, dropout) -> None:
-    terms = (Term(SCALING, dropout, torch.tensor(3)), Term(0.7, dropout, torch.tensor(5)))
+    terms = (ScaledDropout(SCALING, dropout, torch.tensor(3)), ScaledDropout(0.7, dropout, torch.tensor(5)))
     x = inputs()
     function, layers = calls(x, terms)[which]
     everything = [x, *leaves(layers)]
     expected = dict(zip(map(id, everything), gradients(function(), everything), strict=True))
-    kinds = {"x": [x], **{name: [getattr(layer, name) for layer in layers] for name in Factors._fields}}
+    kinds = {"x": [x], **{name: [getattr(layer, name) for layer in layers] for name in LinearTensors._fields}}
     for chosen in itertools.chain.from_iterable(itertools.combinations(kinds, n) for n in range(1, 5)):
         trained = [t for kind in chosen for t in kinds[kind] if t is not None]
         for tensor in everything:
@@ -201,16 +211,16 @@ def test_an_output_outside_the_loss_gives_its_layer_no_gradient_and_the_others_t
 
 def test_an_output_may_be_changed_in_place() -> None:
     layers, x = siblings(), inputs()
-    first, *_ = lora_linears(x, layers, Term(SCALING))
-    y = lora_gated_mlp(x, *mlp(), activation="silu", entering=Term(1.0), leaving=Term(1.0))
-    expected = gradients([dense(x, layers[0], Term(SCALING)).relu()], [x])
+    first, *_ = lora_linears(x, layers, ScaledDropout(SCALING))
+    y = lora_gated_mlp(x, *mlp(), activation="silu", entering=ScaledDropout(1.0), leaving=ScaledDropout(1.0))
+    expected = gradients([dense(x, layers[0], ScaledDropout(SCALING)).relu()], [x])
     assert_all_close(gradients([first.relu_()], [x]), expected, **FLOAT64)
     y.mul_(2).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_where_single_layers_round(dtype) -> None:
-    term, (gate, up, down), x = Term(SCALING), mlp(dtype), inputs(dtype)
+    term, (gate, up, down), x = ScaledDropout(SCALING), mlp(dtype), inputs(dtype)
     y = lora_gated_mlp(x, gate, up, down, activation="silu", entering=term, leaving=term)
     e, g = (lora_linear(x, *layer, scaling=SCALING) for layer in (gate, up))
     expected = lora_linear(F.silu(e) * g, *down, scaling=SCALING)
@@ -223,18 +233,18 @@ def test_half_precision_rounds_where_single_layers_round(dtype) -> None:
 
 def test_float32_adapters_on_a_bfloat16_base_get_float32_gradients() -> None:
     layers = [
-        Factors(*(t if t is None or i < 2 else t.detach().float().requires_grad_() for i, t in enumerate(layer)))
+        LinearTensors(*(t if t is None or i < 2 else t.detach().float().requires_grad_() for i, t in enumerate(layer)))
         for layer in siblings(torch.bfloat16)
     ]
     x = inputs(torch.bfloat16)
-    outputs = lora_linears(x, layers, Term(SCALING))
+    outputs = lora_linears(x, layers, ScaledDropout(SCALING))
     got = gradients(outputs, [x, *(t for layer in layers for t in (layer.lora_A, layer.lora_B))])
     assert [g.dtype for g in got] == [torch.bfloat16] + [torch.float32] * 6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_its_dtype_and_gradients_keep_theirs(dtype) -> None:
-    term, (gate, up, down), x = Term(SCALING), mlp(torch.float32), inputs(torch.float32)
+    term, (gate, up, down), x = ScaledDropout(SCALING), mlp(torch.float32), inputs(torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         y = lora_gated_mlp(x, gate, up, down, activation="silu", entering=term, leaving=term)
         e, g = (lora_linear(x, *layer, scaling=SCALING) for layer in (gate, up))
@@ -249,25 +259,27 @@ def test_autocast_computes_in_its_dtype_and_gradients_keep_theirs(dtype) -> None
 @pytest.mark.parametrize("which", ["siblings", "mlp"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_the_order_that_gpus_take_gives_the_same_numbers(which, dropout, monkeypatch) -> None:
-    terms = (Term(SCALING, dropout, torch.tensor(3)), Term(0.7, dropout, torch.tensor(5)))
+    terms = (ScaledDropout(SCALING, dropout, torch.tensor(3)), ScaledDropout(0.7, dropout, torch.tensor(5)))
     x = inputs()
     function, layers = calls(x, terms)[which]
     wanted = [x, *leaves(layers)]
     expected = [*function(), *gradients(function(), wanted)]
-    monkeypatch.setattr("lightning_lora.ops.products.adapter_first", lambda device: True)
+    monkeypatch.setattr("lightning_lora.ops.linear.adapter_first", lambda device: True)
     assert_all_close([*function(), *gradients(function(), wanted)], expected, **FLOAT64)
     x1 = inputs()
     one = siblings()[0]
     y = lora_linear(x1, *one, scaling=SCALING)
-    assert_all_close(gradients([y], [x1, *one]), gradients([dense(x1, one, Term(SCALING))], [x1, *one]), **FLOAT64)
+    assert_all_close(
+        gradients([y], [x1, *one]), gradients([dense(x1, one, ScaledDropout(SCALING))], [x1, *one]), **FLOAT64
+    )
 
 
 def test_functional_transforms_differentiate_both() -> None:
     three, gated = siblings(), mlp()
 
     def loss(x: Tensor) -> Tensor:
-        y = lora_gated_mlp(x, *gated, activation="silu", entering=Term(SCALING), leaving=Term(0.7))
-        return sum(one.square().sum() for one in lora_linears(y, three, Term(SCALING)))
+        y = lora_gated_mlp(x, *gated, activation="silu", entering=ScaledDropout(SCALING), leaving=ScaledDropout(0.7))
+        return sum(one.square().sum() for one in lora_linears(y, three, ScaledDropout(SCALING)))
 
     x = inputs()
     got = torch.func.grad(loss)(x.detach())
@@ -280,12 +292,12 @@ def test_both_compile_in_one_graph_without_a_second_one_for_other_values() -> No
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(x: Tensor) -> Tensor:
-        y = lora_gated_mlp(x, *gated, activation="silu", entering=Term(SCALING), leaving=Term(0.7))
-        return torch.cat(lora_linears(y, three, Term(SCALING)), -1)
+        y = lora_gated_mlp(x, *gated, activation="silu", entering=ScaledDropout(SCALING), leaving=ScaledDropout(0.7))
+        return torch.cat(lora_linears(y, three, ScaledDropout(SCALING)), -1)
 
     wanted = [x, *leaves(gated), *leaves(three)]
-    expected = dense_mlp(x, *gated, "silu", Term(SCALING), Term(0.7))
-    expected = torch.cat([dense(expected, layer, Term(SCALING)) for layer in three], -1)
+    expected = dense_mlp(x, *gated, "silu", ScaledDropout(SCALING), ScaledDropout(0.7))
+    expected = torch.cat([dense(expected, layer, ScaledDropout(SCALING)) for layer in three], -1)
     assert_all_close(
         gradients([compiled(x)], wanted), gradients([expected], wanted), rtol=1e-4, atol=1e-4
     )  # float32, three products deep
@@ -312,14 +324,14 @@ def saved_numbers(function, known) -> int:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_siblings_keep_their_input_once_and_r_numbers_per_token(dropout) -> None:
     layers, x, seed = siblings(), inputs(), torch.tensor(3)
-    got = saved_numbers(lambda: lora_linears(x, layers, Term(SCALING, dropout, seed)), [*leaves(layers), seed])
+    got = saved_numbers(lambda: lora_linears(x, layers, ScaledDropout(SCALING, dropout, seed)), [*leaves(layers), seed])
     assert got == TOKENS * (HIDDEN + sum(RANKS))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_gated_mlp_keeps_its_input_and_two_inner_activations(dropout) -> None:
     layers, x, seeds = mlp(), inputs(), [torch.tensor(3), torch.tensor(5)]
-    terms = {"entering": Term(SCALING, dropout, seeds[0]), "leaving": Term(0.7, dropout, seeds[1])}
+    terms = {"entering": ScaledDropout(SCALING, dropout, seeds[0]), "leaving": ScaledDropout(0.7, dropout, seeds[1])}
     got = saved_numbers(lambda: lora_gated_mlp(x, *layers, activation="silu", **terms), [*leaves(layers), *seeds])
     assert got == TOKENS * (HIDDEN + 2 * INNER + 2 + 3 + 2)
 
@@ -342,7 +354,7 @@ def test_q_k_v_take_8_kernels_forward_and_12_backward() -> None:
     layers, x = siblings(), inputs()
     frozen = [layer._replace(weight=layer.weight.detach(), bias=None) for layer in layers]
     with Kernels() as forward:
-        outputs = lora_linears(x, frozen, Term(SCALING))
+        outputs = lora_linears(x, frozen, ScaledDropout(SCALING))
     # the A's put together, their product, and two products for each layer
     assert sorted(forward.names) == sorted(["cat", "mm", *["mm", "addmm_"] * 3])
     grads = [torch.ones_like(y) for y in outputs]
@@ -363,5 +375,4 @@ def test_the_activations_of_a_module_are_the_ones_of_torch() -> None:
         grad = torch.randn_like(y)
         (expected,) = torch.autograd.grad(y, e, grad)
         with torch.no_grad():
-            torch.testing.assert_close(activation.grad(grad, e), expected, **FLOAT64)
-        torch.testing.assert_close(activation.grad(grad, e), expected, **FLOAT64)
+            torch.testing.assert_close(activation.backward_into(torch.empty_like(e), grad, e), expected, **FLOAT64)

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, inject, merge
 from lightning_lora.ops.dropout import dropped
-from lightning_lora.ops.linear import lora_linear, merged_weight
+from lightning_lora.ops.linear import lora_linear
+from lightning_lora.ops.weights import merged_weight
 
 IN, OUT, R, SCALING = 6, 5, 3, 1.5
 # torch's own tracing of an autograd.Function builds one

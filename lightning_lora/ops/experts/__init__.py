@@ -1,1 +1,1 @@
-"""Fused experts with adapters: rows sorted by expert, and every product of theirs with the factors kept apart."""
+"""Fused experts with adapters: rows are sorted by expert, and A and B are multiplied one after the other."""

@@ -1,4 +1,4 @@
-"""What lies between the two products of an expert: ``[S, 2 * intermediate]`` in, ``[S, intermediate]`` out."""
+"""The activation between the two products of an expert: ``[S, 2 * intermediate]`` in, ``[S, intermediate]`` out."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -10,16 +10,16 @@ from lightning_lora.ops.gated_mlp import ACTIVATIONS
 
 
 class Gate(Protocol):
-    """A function of rows, without parameters, that is made again in backward."""
+    """A function of rows, without parameters, that is recomputed in backward."""
 
     def plain(self, e: Tensor) -> Tensor:
-        """Return ``G(e)`` with all that autograd knows of it."""
+        """Return ``G(e)`` by operations that autograd records."""
 
     def forward(self, e: Tensor) -> Tensor:
-        """Return ``G(e)``, in a buffer that nobody else has seen."""
+        """Return ``G(e)`` in a new buffer."""
 
-    def again(self, e: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return ``G(e)``, as above, and what takes the gradient of it, which it may overwrite, to the one of ``e``."""
+    def recompute(self, e: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return ``G(e)`` in a new buffer, and its backward, which may overwrite the gradient that it is given."""
 
 
 class KnownGate(NamedTuple):
@@ -35,7 +35,7 @@ class KnownGate(NamedTuple):
         a, b = e.chunk(2, dim=1)
         return ACTIVATIONS[self.activation].forward(a).mul_(b)
 
-    def again(self, e: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def recompute(self, e: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         activation = ACTIVATIONS[self.activation]
         a, b = e.chunk(2, dim=1)
         opened = activation.forward(a)
@@ -51,7 +51,7 @@ class KnownGate(NamedTuple):
 
 
 class OwnGate(NamedTuple):
-    """Any other function of a module, which autograd differentiates."""
+    """Any other function of a module, differentiated by autograd."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -61,7 +61,7 @@ class OwnGate(NamedTuple):
     def forward(self, e: Tensor) -> Tensor:
         return self.function(e).clone()  # it may be a view, or e itself
 
-    def again(self, e: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def recompute(self, e: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         with torch.enable_grad():
             leaf = e.detach().requires_grad_()
             h = self.function(leaf)

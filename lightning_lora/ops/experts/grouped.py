@@ -1,4 +1,4 @@
-"""The products of all experts in one kernel each, which reads the numbers of rows on the device: CUDA in bfloat16."""
+"""Multiply all experts in one grouped kernel, which reads the numbers of rows on the device: CUDA in bfloat16."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops.experts.groups import Groups
-from lightning_lora.ops.experts.stacks import Gradients, Stack
+from lightning_lora.ops.experts.weights import ExpertWeights, Gradients
 
 _ALIGNED = 8  # the kernels want rows of whole 16 bytes
 
@@ -24,20 +24,20 @@ def takes(rows: Tensor, *sizes: int) -> bool:
     )
 
 
-def spread(tokens: Tensor, groups: Groups) -> Tensor:
+def dispatch(tokens: Tensor, groups: Groups) -> Tensor:
     """Return what :func:`forward` and :func:`backward` take for each row's token."""
-    return groups.spread(tokens)
+    return groups.dispatch(tokens)
 
 
-def forward(rows: Tensor, groups: Groups, stack: Stack) -> tuple[Tensor, Tensor | None]:
+def forward(rows: Tensor, groups: Groups, layer: ExpertWeights) -> tuple[Tensor, Tensor | None]:
     """Return ``y = x W_e^T + scaling * u B_e^T``, ``[S, out]``, and ``u = x A_e^T``, ``[S, r]`` with r rounded up."""
     dtype = rows.dtype
-    y = _product(rows, stack.weight.to(dtype).mT, groups)
-    if stack.lora_A is None or stack.lora_B is None:
+    y = _product(rows, layer.weight.to(dtype).mT, groups)
+    if layer.lora_A is None or layer.lora_B is None:
         return y, None
-    A, B = _padded(stack.lora_A, stack.lora_B, dtype)
+    A, B = _padded(layer.lora_A, layer.lora_B, dtype)
     u = _product(rows, A.mT, groups)
-    return y.add_(_product(u, B.mT, groups), alpha=stack.scaling), u
+    return y.add_(_product(u, B.mT, groups), alpha=layer.scaling), u
 
 
 def backward(
@@ -45,7 +45,7 @@ def backward(
     rows: Tensor,
     u: Tensor | None,
     groups: Groups,
-    stack: Stack,
+    layer: ExpertWeights,
     needs: tuple[bool, bool, bool],
     factors: Tensor | None,
 ) -> Gradients:
@@ -53,21 +53,21 @@ def backward(
     need_x, need_A, need_B = needs
     dx = dA = dB = None
     if need_x:
-        dx = _product(grad, stack.weight.to(grad.dtype), groups)
-    if stack.lora_A is None or stack.lora_B is None:
+        dx = _product(grad, layer.weight.to(grad.dtype), groups)
+    if layer.lora_A is None or layer.lora_B is None:
         return Gradients(dx, None, None)
-    r = stack.lora_A.shape[1]
-    A, B = _padded(stack.lora_A, stack.lora_B, grad.dtype)
+    r = layer.lora_A.shape[1]
+    A, B = _padded(layer.lora_A, layer.lora_B, grad.dtype)
     if need_x or need_A:
         v = _product(grad, B, groups)  # [S, r]
         if dx is not None:
-            dx.add_(_product(v, A, groups), alpha=stack.scaling)
+            dx.add_(_product(v, A, groups), alpha=layer.scaling)
         if need_A:
             v = v if factors is None else v.mul_(factors)
-            dA = _product(v.t(), rows, groups)[:, :r].to(stack.lora_A.dtype).mul_(stack.scaling)
+            dA = _product(v.t(), rows, groups)[:, :r].to(layer.lora_A.dtype).mul_(layer.scaling)
     if need_B:
         assert u is not None
-        dB = _product(grad.t(), u, groups)[..., :r].to(stack.lora_B.dtype).mul_(stack.scaling)
+        dB = _product(grad.t(), u, groups)[..., :r].to(layer.lora_B.dtype).mul_(layer.scaling)
     return Gradients(dx, dA, dB)
 
 

@@ -34,7 +34,7 @@ class Groups(NamedTuple):
             counts = tuple(end - start for start, end in zip([0, *last], last, strict=False))
         return cls(order, places.view_as(index), ends, counts)
 
-    def spread(self, tokens: Tensor) -> Tensor:
+    def dispatch(self, tokens: Tensor) -> Tensor:
         """Return each row's token: ``[T, n]`` as ``[S, n]``."""
         return tokens.index_select(0, self.tokens())
 
@@ -42,8 +42,8 @@ class Groups(NamedTuple):
         """Return each row's place among the tokens, ``[S]``."""
         return self.order // self.places.shape[1]
 
-    def collect(self, rows: Tensor) -> Tensor:
-        """Return each token's sum over its rows, the transpose of :meth:`spread`: ``[S, n]`` as ``[T, n]``."""
+    def combine(self, rows: Tensor) -> Tensor:
+        """Return each token's sum over its rows, the transpose of :meth:`dispatch`: ``[S, n]`` as ``[T, n]``."""
         return F.embedding_bag(self.places, rows, mode="sum")  # gathers and adds in one kernel
 
     def experts(self) -> Tensor:

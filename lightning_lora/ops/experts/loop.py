@@ -1,7 +1,8 @@
-"""The products of all experts one expert at a time, in slices of shared buffers: CPU, and dtypes that no kernel groups.
+"""Multiply one expert at a time, in slices of shared buffers: for CPU, and for dtypes that no grouped kernel takes.
 
 An expert's rows and weights stay in the cache while its products run, tokens are gathered an expert at a time, and r
-comes first in the products of rank r, as in :func:`skinny`. Experts without rows cost nothing.
+comes first in the products of rank r, as in
+:func:`~lightning_lora.ops.linear.skinny_mm`. Experts without rows cost nothing.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.experts.groups import Groups
-from lightning_lora.ops.experts.stacks import Gradients, Stack
+from lightning_lora.ops.experts.weights import ExpertWeights, Gradients
 
 
-class Spread:
-    """Each row's token, ``[S, n]``, without all of them at once: those of one expert lie in a buffer until the next's.
+class DispatchedRows:
+    """Each row's token, ``[S, n]``, in a buffer that holds the rows of one expert at a time.
 
     Args:
         tokens: ``[T, n]``
@@ -28,7 +29,7 @@ class Spread:
         self.shape = torch.Size((len(self.which), tokens.shape[1]))
         self.dtype = tokens.dtype
 
-    def by_expert(self, counts: tuple[int, ...]) -> Iterator[Tensor]:
+    def by_expert(self, counts: Sequence[int]) -> Iterator[Tensor]:
         """Return the rows of each expert that has some."""
         buffer = self.tokens.new_empty(max(counts, default=0), self.shape[1])
         for which, count in zip(self.which.split(counts), counts, strict=True):
@@ -36,25 +37,26 @@ class Spread:
                 yield torch.index_select(self.tokens, 0, which, out=buffer[:count])
 
 
-def spread(tokens: Tensor, groups: Groups) -> Spread:
+def dispatch(tokens: Tensor, groups: Groups) -> DispatchedRows:
     """Return what :func:`forward` and :func:`backward` take for each row's token."""
-    return Spread(tokens, groups)
+    return DispatchedRows(tokens, groups)
 
 
-def forward(rows: Tensor | Spread, groups: Groups, stack: Stack) -> tuple[Tensor, Tensor | None]:
+def forward(rows: Tensor | DispatchedRows, groups: Groups, layer: ExpertWeights) -> tuple[Tensor, Tensor | None]:
     """Return ``y = x W_e^T + scaling * u B_e^T``, ``[S, out]``, and ``u = x A_e^T``, kept as ``[r, S]``."""
-    W, A, B, factor = stack.weight, stack.lora_A, stack.lora_B, stack.scaling
+    counts: Any = groups.counts
+    W, A, B, factor = layer.weight, layer.lora_A, layer.lora_B, layer.scaling
     num_rows, dtype = rows.shape[0], rows.dtype
     y = W.new_empty(num_rows, W.shape[1], dtype=dtype)
     u = None if A is None else W.new_empty(A.shape[1], num_rows, dtype=dtype)
     for x, w_t, out, h, h_t, a, b_t in zip(
-        _rows(groups, rows),
-        _weights(groups, W.mT, dtype),
-        _rows(groups, y),
-        _columns(groups, u),
-        _rows(groups, None if u is None else u.t()),
-        _matrices(groups, None if A is None else A.to(dtype)),
-        _matrices(groups, None if B is None else B.to(dtype).mT),
+        _rows(counts, rows),
+        _weights(counts, W.mT, dtype),
+        _rows(counts, y),
+        _columns(counts, u),
+        _rows(counts, None if u is None else u.t()),
+        _matrices(counts, None if A is None else A.to(dtype)),
+        _matrices(counts, None if B is None else B.to(dtype).mT),
         strict=False,
     ):
         torch.mm(x, w_t, out=out)
@@ -65,41 +67,42 @@ def forward(rows: Tensor | Spread, groups: Groups, stack: Stack) -> tuple[Tensor
 
 
 def backward(
-    grad: Tensor | Spread,
-    rows: Tensor | Spread,
+    grad: Tensor | DispatchedRows,
+    rows: Tensor | DispatchedRows,
     u: Tensor | None,
     groups: Groups,
-    stack: Stack,
+    layer: ExpertWeights,
     needs: tuple[bool, bool, bool],
     factors: Tensor | None,
 ) -> Gradients:
-    """Return the gradients of what was multiplied, of A and B, those that are in ``needs``.
+    """Return the gradients of the rows, of A and of B, as far as ``needs`` asks for them.
 
     Args:
         grad: of ``y``, ``[S, out]``.
-        rows: ``[S, in]``; ``factors`` ``[S, 1]``, if any, times these were multiplied.
+        rows: ``[S, in]``; forward multiplied them by ``factors`` ``[S, 1]`` first, if there are any.
     """
     need_x, need_A, need_B = needs
-    W, A, B, factor = stack.weight, stack.lora_A, stack.lora_B, stack.scaling
+    counts: Any = groups.counts
+    W, A, B, factor = layer.weight, layer.lora_A, layer.lora_B, layer.scaling
     num_rows, dtype = grad.shape[0], grad.dtype
     like = W.new_empty(0, dtype=dtype)
     v = like.new_empty(A.shape[1], num_rows) if A is not None and (need_x or need_A) else None
     dx = like.new_empty(rows.shape) if need_x else None
-    dA = _zeros(groups, like, A.shape) if A is not None and need_A else None
-    dB = _zeros(groups, like, B.mT.shape) if B is not None and need_B else None
+    dA = _zeros(counts, like, A.shape) if A is not None and need_A else None
+    dB = _zeros(counts, like, B.mT.shape) if B is not None and need_B else None
     for g, x, to_x, w, h, v_e, v_t, factor_e, a, b_t, to_A, to_B in zip(
-        _rows(groups, grad),
-        _rows(groups, rows) if dA is not None else repeat(None),
-        _rows(groups, dx),
-        _weights(groups, W, dtype),
-        _columns(groups, u),
-        _columns(groups, v),
-        _rows(groups, None if v is None else v.t()),
-        _columns(groups, None if factors is None else factors.t()),
-        _matrices(groups, None if A is None else A.to(dtype)),
-        _matrices(groups, None if B is None else B.to(dtype).mT),
-        _matrices(groups, dA),
-        _matrices(groups, dB),
+        _rows(counts, grad),
+        _rows(counts, rows) if dA is not None else repeat(None),
+        _rows(counts, dx),
+        _weights(counts, W, dtype),
+        _columns(counts, u),
+        _columns(counts, v),
+        _rows(counts, None if v is None else v.t()),
+        _columns(counts, None if factors is None else factors.t()),
+        _matrices(counts, None if A is None else A.to(dtype)),
+        _matrices(counts, None if B is None else B.to(dtype).mT),
+        _matrices(counts, dA),
+        _matrices(counts, dB),
         strict=False,
     ):
         if v_e is not None:
@@ -121,40 +124,34 @@ def backward(
     )
 
 
-def _counts(groups: Groups) -> tuple[int, ...]:
-    assert groups.counts is not None
-    return groups.counts
-
-
-def _rows(groups: Groups, tensor: Tensor | Spread | None) -> Iterable[Any]:
+def _rows(counts: Sequence[int], tensor: Tensor | DispatchedRows | None) -> Iterable[Any]:
     """Return the rows of each expert that has some."""
-    if isinstance(tensor, Spread):
-        return tensor.by_expert(_counts(groups))
-    return repeat(None) if tensor is None else _with_rows(groups, tensor.split(_counts(groups)))
+    if isinstance(tensor, DispatchedRows):
+        return tensor.by_expert(counts)
+    return repeat(None) if tensor is None else _with_rows(counts, tensor.split(counts))
 
 
-def _columns(groups: Groups, tensor: Tensor | None) -> Iterable[Any]:
+def _columns(counts: Sequence[int], tensor: Tensor | None) -> Iterable[Any]:
     """Return the columns of each expert that has some."""
-    return repeat(None) if tensor is None else _with_rows(groups, tensor.split(_counts(groups), 1))
+    return repeat(None) if tensor is None else _with_rows(counts, tensor.split(counts, 1))
 
 
-def _matrices(groups: Groups, stacked: Tensor | None) -> Iterable[Any]:
+def _matrices(counts: Sequence[int], stacked: Tensor | None) -> Iterable[Any]:
     """Return the matrix of each expert that has rows."""
-    return repeat(None) if stacked is None else _with_rows(groups, stacked.unbind())
+    return repeat(None) if stacked is None else _with_rows(counts, stacked.unbind())
 
 
-def _with_rows(groups: Groups, parts: Sequence[Tensor]) -> Iterable[Tensor]:
+def _with_rows(counts: Sequence[int], parts: Sequence[Tensor]) -> Iterable[Tensor]:
     """Return those that belong to experts that have rows."""
-    counts = _counts(groups)
     return parts if all(counts) else compress(parts, counts)
 
 
-def _weights(groups: Groups, stacked: Tensor, dtype: torch.dtype) -> Iterable[Any]:
+def _weights(counts: Sequence[int], stacked: Tensor, dtype: torch.dtype) -> Iterable[Any]:
     """Return the matrix of each expert that has rows, in another dtype one at a time."""
-    parts = _matrices(groups, stacked)
+    parts = _matrices(counts, stacked)
     return parts if stacked.dtype == dtype else (part.to(dtype) for part in parts)
 
 
-def _zeros(groups: Groups, like: Tensor, shape: torch.Size) -> Tensor:
+def _zeros(counts: Sequence[int], like: Tensor, shape: torch.Size) -> Tensor:
     """Return where to write the gradients of a factor: zeros where an expert has no rows."""
-    return like.new_empty(shape) if all(_counts(groups)) else like.new_zeros(shape)
+    return like.new_empty(shape) if all(counts) else like.new_zeros(shape)

@@ -1,6 +1,6 @@
-"""The same math for what looks into code, torch.compile and torch.export: products of all experts are operators.
+"""Products of all experts as custom operators, for torch.compile and torch.export.
 
-Their numbers of rows are known when they run, so that no graph depends on them.
+The operators read the numbers of rows when they run, so that no graph depends on these.
 """
 
 from typing import Any
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from lightning_lora.ops.experts import grouped
 from lightning_lora.ops.experts.groups import Groups
-from lightning_lora.ops.experts.stacks import Stack
+from lightning_lora.ops.experts.weights import ExpertWeights
 
 
-def product(rows: Tensor, groups: Groups, stack: Stack) -> Tensor:
+def product(rows: Tensor, groups: Groups, layer: ExpertWeights) -> Tensor:
     """Return ``x W_e^T + b_e + scaling * (x A_e^T) B_e^T``, ``[S, out]``, of rows ``[S, in]`` sorted by expert."""
     dtype = rows.dtype
-    y: Tensor = _product(rows, stack.weight.to(dtype).mT, groups.ends)
-    if stack.bias is not None:
-        y = y + stack.bias.to(dtype)[groups.experts()]
-    if stack.lora_A is None or stack.lora_B is None:
+    y: Tensor = _product(rows, layer.weight.to(dtype).mT, groups.ends)
+    if layer.bias is not None:
+        y = y + layer.bias.to(dtype)[groups.experts()]
+    if layer.lora_A is None or layer.lora_B is None:
         return y
-    u = _product(rows, stack.lora_A.to(dtype).mT, groups.ends)
-    update: Tensor = _product(u, stack.lora_B.to(dtype).mT, groups.ends)
-    return y + stack.scaling * update
+    u = _product(rows, layer.lora_A.to(dtype).mT, groups.ends)
+    update: Tensor = _product(u, layer.lora_B.to(dtype).mT, groups.ends)
+    return y + layer.scaling * update
 
 
 @torch.library.custom_op("lightning_lora::expert_products", mutates_args=())

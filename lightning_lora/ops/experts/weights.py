@@ -1,11 +1,11 @@
-"""One product of all experts: the tensors that it multiplies by, and what backward finds of them."""
+"""The tensors that one product of all experts multiplies by, and their gradients."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
 
-class Stack(NamedTuple):
+class ExpertWeights(NamedTuple):
     """The tensors of one linear layer per expert; there may be no adapter, and no bias.
 
     Attributes:
@@ -24,7 +24,7 @@ class Stack(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What backward finds: of rows ``[S, in]``, of the factors in their own shapes; ``None`` for what is not needed."""
+    """Gradients of rows ``[S, in]``, and of A and B in their own shapes; ``None`` for those that are not needed."""
 
     rows: Tensor | None
     lora_A: Tensor | None
