@@ -32,9 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from traffic_tables import show_traffic
 
+from lightning_lora.distributed.gradients import GradientReducer
+from lightning_lora.megatron import cpu as megatron_cpu
 from lightning_lora.megatron.core import parallel_state
-from lightning_lora.strategies import megatron_cpu
-from lightning_lora.strategies.gradients import GradientReducer
 
 RESULTS = Path(__file__).with_name("megatron.json")
 KINDS = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}

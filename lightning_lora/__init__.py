@@ -1,19 +1,20 @@
 """LoRA for PyTorch Lightning and Fabric, from a laptop to Megatron tensor parallelism."""
 
-from lightning_lora import lightning_hooks
 from lightning_lora.callback import LoRACallback
-from lightning_lora.checkpoint import adapter_checkpoint, adapter_state_dict, load_adapter_state_dict
-from lightning_lora.combine import combine
+from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict, load_adapter_state_dict
 from lightning_lora.config import LoRAConfig
-from lightning_lora.convert import convert
-from lightning_lora.inject import inject, named_adapter_parameters, remove
-from lightning_lora.loss.cross_entropy import linear_cross_entropy
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
-from lightning_lora.merge import disabled, merge, merged, unmerge
+from lightning_lora.model.inject import inject, remove
+from lightning_lora.model.loss import linear_cross_entropy
+from lightning_lora.model.merge import disabled, merge, merged, unmerge
+from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.optim.adamw import LoRAAdamW
-from lightning_lora.peft_export import save_peft
-from lightning_lora.peft_import import load_peft
-from lightning_lora.readers import check_portable
+from lightning_lora.peft.combine import combine
+from lightning_lora.peft.convert import convert
+from lightning_lora.peft.load import load_peft
+from lightning_lora.peft.readers import check_portable
+from lightning_lora.peft.save import save_peft
+from lightning_lora.strategies import lightning_hooks
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
 from lightning_lora.strategies.megatron import MegatronLoRAStrategy
 

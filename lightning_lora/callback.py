@@ -15,26 +15,21 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora import lightning_cli
+from lightning_lora.checkpoint import random_state
+from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.config import LoRAConfig
-from lightning_lora.frozen import look_for_moved
-from lightning_lora.inject import (
-    injection_of,
-    is_merged,
-    named_lora_layers,
-    require_injection,
-)
-from lightning_lora.layerdrop import skipped_at_random
-from lightning_lora.layers.statistics import freeze_statistics
-from lightning_lora.messages import listed
-from lightning_lora.root import clean_name, find_root
-from lightning_lora.sharded import class_name
-from lightning_lora.start_line import summary
-from lightning_lora.starting_point import adapt_module, configure_then_adapt
-from lightning_lora.strategies import random_state
+from lightning_lora.model.gathered import class_name
+from lightning_lora.model.layerdrop import skipped_at_random
+from lightning_lora.model.names import clean_name, listed
+from lightning_lora.model.root import find_root
+from lightning_lora.model.start_line import summary
+from lightning_lora.model.state import injection_of, is_merged, named_lora_layers, require_injection
+from lightning_lora.model.statistics import freeze_statistics
+from lightning_lora.strategies import lightning_cli
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
 from lightning_lora.strategies.progress import begin_after_last_batch
 from lightning_lora.strategies.refusals import check_readable
+from lightning_lora.strategies.starting_point import adapt_module, configure_then_adapt
 
 _REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 

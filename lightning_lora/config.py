@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
+from reprlib import Repr
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from lightning_lora.files import location
-from lightning_lora.messages import brief
+from lightning_lora.checkpoint.storage import location
 
 PEFT_FIELD_NAMES = {
     "lora_alpha": "alpha",
@@ -379,3 +379,13 @@ def _as_list(name: str, value: Any) -> list[Any]:
         if not isinstance(item, wanted) or item == "":
             raise TypeError(f"{name} holds {brief(item)}; every entry must be a non-empty {wanted.__name__}")
     return items
+
+
+_BRIEF = Repr()
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxset = _BRIEF.maxdict = 6
+_BRIEF.maxstring = _BRIEF.maxother = 120
+
+
+def brief(value: object) -> str:
+    """Return ``repr(value)``, of a long list or text its beginning."""
+    return _BRIEF.repr(value)

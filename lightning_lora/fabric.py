@@ -7,14 +7,14 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.checkpoint.optimizer_state import names_of
+from lightning_lora.distributed.gradients import GradientReducer, drop_unused
+from lightning_lora.distributed.sharding import shard, sharded_trainables
 from lightning_lora.megatron.core import parallel_state
-from lightning_lora.sharded import reshard
+from lightning_lora.model.gathered import reshard
 from lightning_lora.strategies.fabric_spread import FabricSpread
 from lightning_lora.strategies.fsdp import FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
-from lightning_lora.strategies.gradients import GradientReducer, drop_unused
 from lightning_lora.strategies.megatron import MegatronRanks, check_first_batch
-from lightning_lora.strategies.optimizers import names_of
-from lightning_lora.strategies.sharding import shard, sharded_trainables
 
 
 class FSDPLoRAStrategy(FSDPRanks, FabricSpread):

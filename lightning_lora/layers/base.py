@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from lightning_lora.functional import merged_weight
-from lightning_lora.sharded import is_sharded
+from lightning_lora.ops.linear import merged_weight
+from lightning_lora.ops.sharded import is_sharded
 
 MAX_SEED = 2**31 - 1
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.dropout_mask import keep_entries
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.quantized import check_plain
+from lightning_lora.ops.dropout import keep_entries
+from lightning_lora.ops.quantized import check_plain
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _OWN_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.dropout_mask import keep_entries
-from lightning_lora.functional import lora_linear, rescaled, row_norms
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
+from lightning_lora.ops.dropout import keep_entries
+from lightning_lora.ops.linear import lora_linear, rescaled, row_norms
 
 
 class DoRA(LoRALayer):

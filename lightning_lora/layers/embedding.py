@@ -6,7 +6,7 @@ from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.read_weight import ReadWeight
-from lightning_lora.quantized import check_plain
+from lightning_lora.ops.quantized import check_plain
 
 
 class LoRAEmbedding(LoRALayer):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.functional import lora_linear
+from lightning_lora.ops.linear import lora_linear
 
 # what may be asked about the weight without its values
 _FACTS = {

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import lora_linear
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.read_weight import ReadWeight
-from lightning_lora.quantized import check_plain
+from lightning_lora.ops.linear import lora_linear
+from lightning_lora.ops.quantized import check_plain
 
 
 class LoRALinear(LoRALayer):

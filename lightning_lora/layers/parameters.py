@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import merged_weight
 from lightning_lora.layers.base import LoRALayer, Pair, put, swap_class
 from lightning_lora.layers.factored import FactoredWeight
-from lightning_lora.quantized import check_plain
-from lightning_lora.sharded import is_sharded
+from lightning_lora.ops.linear import merged_weight
+from lightning_lora.ops.quantized import check_plain
+from lightning_lora.ops.sharded import is_sharded
 
 
 class LoRAParameters(LoRALayer):

@@ -10,8 +10,8 @@ from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.dora import dora_mixin
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
-from lightning_lora.layers.megatron import COLUMN, ROW, LoRAMegatronLinear
 from lightning_lora.layers.read_weight import ReadWeight
+from lightning_lora.megatron.layers import COLUMN, ROW, LoRAMegatronLinear
 
 # keys are classes, or full names of classes whose package need not be installed
 _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.functional import lora_linear
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 from lightning_lora.layers.read_weight import ReadWeight
+from lightning_lora.ops.linear import lora_linear
 
 
 class ResidualLinear(LoRALinear):

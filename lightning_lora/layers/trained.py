@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_lora.layers.base import Made, lora_class, not_narrower
-from lightning_lora.sharded import is_dtensor
+from lightning_lora.ops.sharded import is_dtensor
 
 _NO_DTYPES: dict[str, torch.dtype] = {}
 

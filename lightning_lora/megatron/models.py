@@ -10,17 +10,11 @@ from typing import Any
 
 import torch
 
-from lightning_lora.megatron.config import (
-    layer_settings,
-    model_options,
-    read_config,
-    refuse_undivided,
-    refuse_unserved,
-)
+from lightning_lora.megatron.config import layer_settings, model_options, read_config, refuse_undivided, refuse_unserved
 from lightning_lora.megatron.core import parallel_state
+from lightning_lora.megatron.cpu import name_te_general_gemm
 from lightning_lora.megatron.table import HF_TABLE, Row
 from lightning_lora.megatron.weights import load_hf_weights, tensor_parallel
-from lightning_lora.strategies.megatron_cpu import name_te_general_gemm
 
 __all__ = ["HF_TABLE", "Row", "gpt_model", "load_hf_weights"]
 

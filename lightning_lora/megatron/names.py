@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers.megatron import Stack, has_megatron, is_parallel_linear, stack_of
+from lightning_lora.megatron.layers import Stack, has_megatron, is_parallel_linear, stack_of
 from lightning_lora.megatron.table import HF_TABLE, row_of
-from lightning_lora.root import clean_name, is_megatron
+from lightning_lora.model.names import clean_name
+from lightning_lora.model.root import is_megatron
 
 
 @dataclass(frozen=True)

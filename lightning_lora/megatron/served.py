@@ -3,8 +3,8 @@
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.megatron import is_parallel_linear
-from lightning_lora.root import clean_name
+from lightning_lora.megatron.layers import is_parallel_linear
+from lightning_lora.model.names import clean_name
 
 
 def check_options(name: str, config: LoRAConfig) -> None:

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_lora.layers.megatron import LoRAMegatronLinear, is_column, is_parallel_linear
+from lightning_lora.megatron.layers import LoRAMegatronLinear, is_column, is_parallel_linear
 from lightning_lora.megatron.names import stacks
-from lightning_lora.parts import guard_parts
-from lightning_lora.root import clean_name, is_megatron
-from lightning_lora.sharded import is_sharded, split_over
+from lightning_lora.model.copies import guard_parts
+from lightning_lora.model.names import clean_name
+from lightning_lora.model.root import is_megatron
+from lightning_lora.ops.sharded import is_sharded, split_over
 
 _MESHES: dict[Any, DeviceMesh] = {}
 

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.inject import Injection, named_lora_layers, named_trained_whole, require_injection
 from lightning_lora.layers import adapt
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.megatron import LoRAMegatronLinear
+from lightning_lora.megatron.layers import LoRAMegatronLinear
 from lightning_lora.megatron.names import megatron_parts, stacks
-from lightning_lora.root import name_or_path
+from lightning_lora.model.root import name_or_path
+from lightning_lora.model.state import Injection, named_lora_layers, named_trained_whole, require_injection
 
 
 class Skeleton(nn.Module):
@@ -35,7 +35,7 @@ def adapted_view(model: nn.Module) -> tuple[Skeleton, dict[str, tuple[str, str]]
 
     Returns:
         The skeleton, whose adapters hold zeros; and ``{name in it: (layout, name in the model)}``, for
-        :func:`~lightning_lora.peft_format.laid_out`.
+        :func:`~lightning_lora.peft.directory.laid_out`.
 
     Raises:
         ValueError: what trains has no name in Hugging Face's model.

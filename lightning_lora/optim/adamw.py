@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_lora.gradient_norm import norm_over_ranks
+from lightning_lora.distributed.gradient_norm import norm_over_ranks
+from lightning_lora.ops.sharded import local_part
 from lightning_lora.optim.buckets import Buckets
 from lightning_lora.optim.step import Bucket
-from lightning_lora.sharded import local_part
 
 
 class LoRAAdamW(torch.optim.AdamW):

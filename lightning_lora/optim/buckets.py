@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.optim.flat import may_move, zeros_together
 from lightning_lora.optim.step import MOMENTS, Bucket, Entry, is_regular, kind
-from lightning_lora.sharded import is_sharded
 
 State = MutableMapping[Any, Entry]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.sharded import local_part
+from lightning_lora.ops.sharded import local_part
 
 # pieces begin where a cache line does, and where vector instructions may load
 _ALIGNMENT_BYTES = 64

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.ops.sharded import is_dtensor, is_sharded, local_part
 from lightning_lora.optim.flat import FlatParameters, counted_together, packed, padded
-from lightning_lora.sharded import is_dtensor, is_sharded, local_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 kind = attrgetter("device", "dtype")

@@ -20,7 +20,9 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint import (
+from lightning_lora.checkpoint import random_state
+from lightning_lora.checkpoint.atomic_io import make_atomic
+from lightning_lora.checkpoint.file import (
     SECTION,
     adapters_in,
     check_tensors,
@@ -34,10 +36,7 @@ from lightning_lora.checkpoint import (
     section_of,
     trained_tensors,
 )
-from lightning_lora.convert import write_adapter
-from lightning_lora.files import Location, location, remove_files
-from lightning_lora.finite import OnNonfinite, check_finite
-from lightning_lora.frozen import (
+from lightning_lora.checkpoint.frozen import (
     count_as_moved,
     describe_left_out,
     look_for_moved,
@@ -45,16 +44,7 @@ from lightning_lora.frozen import (
     other_left_out,
     refusal_of_left_out,
 )
-from lightning_lora.inject import injected_roots, named_adapter_parameters
-from lightning_lora.left_out import outside_names, say_left_out
-from lightning_lora.peft_export import fail_together, write_tokenizer
-from lightning_lora.peft_format import CONFIG_NAME, WEIGHTS_NAME
-from lightning_lora.root import clean_name
-from lightning_lora.sharded import on_rank_zero
-from lightning_lora.strategies import random_state
-from lightning_lora.strategies.atomic_io import make_atomic
-from lightning_lora.strategies.lockstep import Lockstep
-from lightning_lora.strategies.optimizers import (
+from lightning_lora.checkpoint.optimizer_state import (
     gathered_state,
     match_by_name,
     names_of,
@@ -62,15 +52,25 @@ from lightning_lora.strategies.optimizers import (
     prepare_optimizers,
     spread_state,
 )
-from lightning_lora.strategies.overflow import check_scalable
-from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
-from lightning_lora.strategies.reduction import (
+from lightning_lora.checkpoint.storage import Location, location, remove_files
+from lightning_lora.distributed.ddp import (
     Reduction,
     prepare_ddp,
     reduce_in_fixed_order,
     share_buffers_again,
     share_buffers_once,
 )
+from lightning_lora.distributed.overflow import check_scalable
+from lightning_lora.model.finite import OnNonfinite, check_finite
+from lightning_lora.model.left_out import outside_names, say_left_out
+from lightning_lora.model.names import clean_name
+from lightning_lora.model.state import injected_roots, named_adapter_parameters
+from lightning_lora.ops.sharded import on_rank_zero
+from lightning_lora.peft.convert import write_adapter
+from lightning_lora.peft.directory import CONFIG_NAME, WEIGHTS_NAME
+from lightning_lora.peft.save import fail_together, write_tokenizer
+from lightning_lora.strategies.lockstep import Lockstep
+from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
 from lightning_lora.strategies.refusals import (
     check_has_values,
     check_readable,

@@ -11,7 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint import (
+from lightning_lora.checkpoint import random_state
+from lightning_lora.checkpoint.atomic_io import make_atomic
+from lightning_lora.checkpoint.file import (
     SECTION,
     adapters_in,
     copy_tensors,
@@ -23,8 +25,7 @@ from lightning_lora.checkpoint import (
     section_of,
     trained_tensors,
 )
-from lightning_lora.finite import check_finite
-from lightning_lora.frozen import (
+from lightning_lora.checkpoint.frozen import (
     count_as_moved,
     describe_left_out,
     look_for_moved,
@@ -32,20 +33,19 @@ from lightning_lora.frozen import (
     other_left_out,
     refusal_of_left_out,
 )
-from lightning_lora.inject import injected_roots
-from lightning_lora.sharded import on_rank_zero
-from lightning_lora.strategies import random_state
-from lightning_lora.strategies.adapter_only import adopted_class
-from lightning_lora.strategies.atomic_io import make_atomic
-from lightning_lora.strategies.optimizers import (
+from lightning_lora.checkpoint.optimizer_state import (
     gathered_state,
     match_by_name,
     names_of,
     parameter_names,
     spread_state,
 )
-from lightning_lora.strategies.overflow import check_scalable
-from lightning_lora.strategies.reduction import Reduction, prepare_ddp, reduce_in_fixed_order
+from lightning_lora.distributed.ddp import Reduction, prepare_ddp, reduce_in_fixed_order
+from lightning_lora.distributed.overflow import check_scalable
+from lightning_lora.model.finite import check_finite
+from lightning_lora.model.state import injected_roots
+from lightning_lora.ops.sharded import on_rank_zero
+from lightning_lora.strategies.adapter_only import adopted_class
 from lightning_lora.strategies.refusals import check_whole, is_deepspeed, unsupported
 
 

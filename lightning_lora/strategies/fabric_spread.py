@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
-from lightning_lora.frozen import look_for_moved
-from lightning_lora.parts import guard_state
-from lightning_lora.strategies.elementwise import check_steps_on_parts
+from lightning_lora.checkpoint.frozen import look_for_moved
+from lightning_lora.checkpoint.optimizer_state import follow_parameters
+from lightning_lora.distributed.elementwise import check_steps_on_parts
+from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
+from lightning_lora.distributed.overflow import keep_overflows, share_overflows
+from lightning_lora.distributed.replication import broadcast_together, changing_buffers
+from lightning_lora.model.copies import guard_state
 from lightning_lora.strategies.fabric import FabricAdapterOnly
-from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.strategies.launched import Launched, check_adapted
-from lightning_lora.strategies.optimizers import follow_parameters
-from lightning_lora.strategies.overflow import keep_overflows, share_overflows
-from lightning_lora.strategies.replication import broadcast_together, changing_buffers
 
 
 class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):

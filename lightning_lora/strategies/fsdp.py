@@ -16,14 +16,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.inject import injected_roots
-from lightning_lora.layerdrop import drops_layers
-from lightning_lora.sharded import is_sharded, reshard
-from lightning_lora.strategies.evaluation import UnequalEvaluation
-from lightning_lora.strategies.gradients import GradientReducer, drop_unused
-from lightning_lora.strategies.launched import Launched, check_keywords
-from lightning_lora.strategies.optimizers import names_of
-from lightning_lora.strategies.sharding import (
+from lightning_lora.checkpoint.optimizer_state import names_of
+from lightning_lora.distributed.gradients import GradientReducer, drop_unused
+from lightning_lora.distributed.sharding import (
     MIN_SHARD_NUMEL,
     ShardingOptions,
     set_gradient_sync,
@@ -31,6 +26,12 @@ from lightning_lora.strategies.sharding import (
     sharded_trainables,
     shards_summary,
 )
+from lightning_lora.model.gathered import reshard
+from lightning_lora.model.layerdrop import drops_layers
+from lightning_lora.model.state import injected_roots
+from lightning_lora.ops.sharded import is_sharded
+from lightning_lora.strategies.evaluation import UnequalEvaluation
+from lightning_lora.strategies.launched import Launched, check_keywords
 from lightning_lora.strategies.spread import SpreadStrategy
 
 _UNFROZEN = (

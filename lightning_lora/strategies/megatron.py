@@ -16,31 +16,25 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_lora.fingerprint import remember_fingerprint
-from lightning_lora.inject import injected_roots, injection_of
+from lightning_lora.checkpoint.fingerprint import remember_fingerprint
+from lightning_lora.checkpoint.optimizer_state import names_of
+from lightning_lora.distributed.base_weights import materialize
+from lightning_lora.distributed.gradients import GradientReducer
+from lightning_lora.distributed.replication import broadcast_replicated, differ, make_equal, move_to, refuse_other_sizes
+from lightning_lora.megatron import cpu as megatron_cpu
 from lightning_lora.megatron.core import check_contract, megatron_core, parallel_state
+from lightning_lora.megatron.metrics import count_batches_once
 from lightning_lora.megatron.split import check_built, keep_parts, let_gradients_through_recomputed, mesh_of
+from lightning_lora.megatron.tensor_parallel import check_replicated, heads_of, plan_of, split
 from lightning_lora.megatron.weights import load_hf_weights
-from lightning_lora.parts import guard_parts
-from lightning_lora.root import is_megatron
-from lightning_lora.sharded import is_sharded, shard_group
-from lightning_lora.strategies import megatron_cpu
-from lightning_lora.strategies.base_weights import materialize
+from lightning_lora.model.copies import guard_parts
+from lightning_lora.model.root import is_megatron
+from lightning_lora.model.state import injected_roots, injection_of
+from lightning_lora.ops.sharded import is_sharded, shard_group
 from lightning_lora.strategies.evaluation import check_equal_evaluation
 from lightning_lora.strategies.fsdp import gathering_dtype
-from lightning_lora.strategies.gradients import GradientReducer
 from lightning_lora.strategies.launched import Launched, check_keywords
-from lightning_lora.strategies.metrics import count_batches_once
-from lightning_lora.strategies.optimizers import names_of
-from lightning_lora.strategies.replication import (
-    broadcast_replicated,
-    differ,
-    make_equal,
-    move_to,
-    refuse_other_sizes,
-)
 from lightning_lora.strategies.spread import SpreadStrategy
-from lightning_lora.strategies.tensor_parallel import check_replicated, heads_of, plan_of, split
 
 
 class MegatronRanks(Launched):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.inject import injected_roots
-from lightning_lora.root import clean_name
-from lightning_lora.sharded import is_sharded
+from lightning_lora.model.names import clean_name
+from lightning_lora.model.state import injected_roots
+from lightning_lora.ops.sharded import is_sharded
 
 
 def unsupported(name: str) -> str:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.parts import guard_state
+from lightning_lora.distributed.elementwise import check_steps_on_parts
+from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
+from lightning_lora.distributed.overflow import keep_overflows, share_overflows
+from lightning_lora.distributed.replication import broadcast_together, changing_buffers
+from lightning_lora.distributed.sharding import sharded_trainables
+from lightning_lora.model.copies import guard_state
 from lightning_lora.strategies.adapter_only import AdapterOnly
-from lightning_lora.strategies.elementwise import check_steps_on_parts
-from lightning_lora.strategies.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
 from lightning_lora.strategies.launched import Launched, check_adapted
 from lightning_lora.strategies.lockstep import Lockstep
-from lightning_lora.strategies.overflow import keep_overflows, share_overflows
-from lightning_lora.strategies.replication import broadcast_together, changing_buffers
-from lightning_lora.strategies.sharding import sharded_trainables
 
 
 class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, adapter_state_dict, all_ranks, save_peft
+from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, adapter_state_dict, save_peft
+from lightning_lora.checkpoint import all_ranks
 from tests.distributed.ddp_script import Recorded, rank_loader
 from tests.distributed.fsdp_script import SHARDED, fit, state
 from tests.distributed.launch import report

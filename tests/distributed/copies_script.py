@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from lightning_lora import LoRAConfig, inject, merge
 from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
-from lightning_lora.sharded import is_sharded, whole
+from lightning_lora.ops.sharded import is_sharded, whole
 from tests import models
 from tests.distributed.gpt_script import hugging_face
 from tests.distributed.launch import report

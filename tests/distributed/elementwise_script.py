@@ -17,8 +17,8 @@ from transformers.optimization import Adafactor
 
 from lightning_lora import FSDPLoRAStrategy, LoRAAdamW, LoRAConfig, MegatronLoRAStrategy, inject
 from lightning_lora import fabric as twins
-from lightning_lora.sharded import local_part, split_over, spread_like
-from lightning_lora.strategies.elementwise import check_steps_on_parts
+from lightning_lora.distributed.elementwise import check_steps_on_parts
+from lightning_lora.ops.sharded import local_part, split_over, spread_like
 from tests import models
 from tests.distributed.ddp_script import rank_loader
 from tests.distributed.fsdp_script import fit

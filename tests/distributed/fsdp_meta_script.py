@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_lora import FSDPLoRAStrategy, LoRAConfig, inject
-from lightning_lora.sharded import gathered, is_sharded
+from lightning_lora.model.gathered import gathered
+from lightning_lora.ops.sharded import is_sharded
 from tests.distributed.fsdp_models_script import GPT, start
 from tests.distributed.fsdp_script import Recorded, fit
 from tests.distributed.launch import report

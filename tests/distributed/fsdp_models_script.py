@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, merge, named_adapter_parameters, remove
 from lightning_lora.fabric import FSDPLoRAStrategy
-from lightning_lora.sharded import is_sharded, whole
+from lightning_lora.ops.sharded import is_sharded, whole
 from tests import models, zoo
 from tests.distributed.launch import report
 

@@ -23,7 +23,7 @@ from lightning_lora import (
     save_peft,
     unmerge,
 )
-from lightning_lora.sharded import is_sharded
+from lightning_lora.ops.sharded import is_sharded
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ddp_script import BATCH, Recorded, rank_loader, train

@@ -26,12 +26,12 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
-from lightning_lora.inject import named_adapter_parameters
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.megatron.split import mesh_of
 from lightning_lora.megatron.view import adapted_view
-from lightning_lora.peft_format import laid_out
-from lightning_lora.sharded import is_sharded, split_over, whole
+from lightning_lora.model.state import named_adapter_parameters
+from lightning_lora.ops.sharded import is_sharded, split_over, whole
+from lightning_lora.peft.directory import laid_out
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ddp_script import rank_loader

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import FSDPLoRAStrategy, MegatronLoRAStrategy, linear_cross_entropy
-from lightning_lora.loss import tiles
-from lightning_lora.sharded import is_sharded, logical, spread_like, write
+from lightning_lora.ops.cross_entropy import tiles
+from lightning_lora.ops.sharded import is_sharded, logical, spread_like, write
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ddp_script import BATCH, rank_loader

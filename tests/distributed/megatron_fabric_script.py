@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, named_adapter_parameters
 from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
 from lightning_lora.megatron.core import parallel_state
-from lightning_lora.sharded import is_sharded, local_part, split_over, whole
+from lightning_lora.ops.sharded import is_sharded, local_part, split_over, whole
 from tests import models, runs
 from tests.distributed import megatron_script
 from tests.distributed.counting import counted_collectives

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.megatron import cpu as megatron_cpu
 from lightning_lora.megatron.models import HF_TABLE, Row, block_spec, gpt_model, load_hf_weights
-from lightning_lora.strategies import megatron_cpu
 from tests import models
 from tests.distributed.launch import report
 

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor
 
 from lightning_lora import LoRACallback, MegatronLoRAStrategy, disabled, merge, merged, save_peft, unmerge
-from lightning_lora.gradient_norm import total_norm
-from lightning_lora.sharded import is_sharded
+from lightning_lora.distributed.gradient_norm import total_norm
+from lightning_lora.ops.sharded import is_sharded
 from tests import models, zoo
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ddp_script import Recorded, rank_loader

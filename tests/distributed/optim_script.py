@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import AdamW
 
 from lightning_lora import FSDPLoRAStrategy, LoRAAdamW, MegatronLoRAStrategy
-from lightning_lora.sharded import is_sharded
+from lightning_lora.ops.sharded import is_sharded
 from tests.distributed.ddp_script import Recorded, rank_loader
 from tests.distributed.fsdp_script import SHARDED, fit, state
 from tests.distributed.launch import report

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 
 from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy, inject
+from lightning_lora.distributed.gradient_norm import total_norm
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
-from lightning_lora.gradient_norm import total_norm
 from tests import models
 from tests.distributed.ddp_script import rank_loader
 from tests.distributed.fsdp_script import fit, state

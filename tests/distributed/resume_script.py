@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_lora import LoRACallback, LoRAConfig, inject
-from lightning_lora.fingerprint import exact_hashes
+from lightning_lora.checkpoint.fingerprint import exact_hashes
 from tests import models, runs
 from tests.distributed.launch import report
 from tests.runs import LanguageModule, loader

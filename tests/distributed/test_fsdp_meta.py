@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, inject
-from lightning_lora.strategies.base_weights import materialize, open_slices
+from lightning_lora.distributed.base_weights import materialize, open_slices
 from tests import models, zoo
 from tests.distributed.ddp_script import Recorded
 from tests.distributed.fsdp_meta_script import Computed

@@ -9,8 +9,8 @@ import torch
 from lightning.fabric import Fabric
 
 from lightning_lora import LoRACallback
+from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.fabric import MegatronLoRAStrategy
-from lightning_lora.strategies.overflow import keep_overflows, share_overflows
 from tests import runs
 from tests.distributed import megatron_fabric_script as script
 from tests.distributed.ddp_script import Recorded

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import FSDPLoRAStrategy, LoRACallback, LoRAConfig, adapter_state_dict, inject, merge, remove
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
-from lightning_lora.inject import named_trained_whole
-from lightning_lora.sharded import whole
+from lightning_lora.model.state import named_trained_whole
+from lightning_lora.ops.sharded import whole
 from tests import models, runs
 from tests.distributed.gpt_script import Module as GPTModule
 from tests.distributed.gpt_script import run

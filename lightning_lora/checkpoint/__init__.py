@@ -1,0 +1,1 @@
+"""Adapter-only checkpoints: what they hold, and whether they fit a model."""

@@ -1,0 +1,188 @@
+"""Optimizers of adapted models: frozen parameters out, state matched by parameter name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora.model.copies import as_whole
+from lightning_lora.model.names import clean_name, listed
+from lightning_lora.model.state import injected_roots, named_adapter_parameters, named_trained_whole
+from lightning_lora.ops.sharded import is_sharded, logical, on_rank_zero, spread_like
+
+
+def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+    """Take the frozen base out of the groups in place, and make sure that what should train is in some group.
+
+    What lies outside the adapted models, and adapters that their user froze, stay where the user put them: they may be
+    unfrozen later.
+
+    Raises:
+        ValueError: adapters are frozen or in no optimizer, so that they would train in silence to nothing.
+    """
+    base = {id(p) for root in injected_roots(module).values() for p in root.parameters() if not p.requires_grad}
+    for root in injected_roots(module).values():
+        base -= {id(parameter) for _, parameter in named_adapter_parameters(root)}
+        base -= {id(parameter) for parameter in named_trained_whole(root).values()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            kept = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in base]
+            if "param_names" in group:
+                group["param_names"] = [group["param_names"][i] for i in kept]
+            for i in set(range(len(group["params"]))) - set(kept):
+                optimizer.state.pop(group["params"][i], None)
+            group["params"][:] = [group["params"][i] for i in kept]
+    if not optimizers:
+        return
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    wanted: dict[str, nn.Parameter] = {}
+    for root in injected_roots(module).values():
+        adapters = dict(named_adapter_parameters(root))
+        if not adapters:
+            raise ValueError(
+                f"the adapted layers of {type(root).__name__} were built or changed after LoRACallback's setup, in the "
+                "module's own setup() perhaps: build the model in __init__ or configure_model"
+            )
+        if not any(parameter.requires_grad for parameter in adapters.values()):
+            raise ValueError(
+                "all adapters are frozen. Another callback, such as BaseFinetuning, froze them after they were "
+                "put in: list LoRACallback after it"
+            )
+        wanted |= adapters | named_trained_whole(root)
+    missing = [name for name, parameter in wanted.items() if parameter.requires_grad and id(parameter) not in held]
+    if missing:
+        some = listed(missing, 3)
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} trainable tensors of the adapters are in no optimizer and would "
+            f"never change: {some}. Build the optimizer in configure_optimizers (not in __init__, when there were "
+            "no adapters yet), from [p for p in self.parameters() if p.requires_grad]"
+        )
+
+
+def follow_parameters(
+    optimizer: Optimizer, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]
+) -> None:
+    """Give an optimizer the parameters that stand under the same names now, and drop those that are frozen.
+
+    Raises:
+        ValueError: it has taken steps already, or would be left with nothing to train.
+    """
+    names = {id(parameter): name for name, parameter in before.items()}
+    new = {key: after[name] for key, name in names.items()}
+    gone = {key for key, parameter in new.items() if not parameter.requires_grad}
+    if any(id(parameter) in names and new[id(parameter)] is not parameter for parameter in optimizer.state):
+        raise ValueError("the optimizer has taken steps before the model was sharded: set both up first")
+    for group in optimizer.param_groups:
+        kept = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        group["params"][:] = [new.get(id(parameter), parameter) for parameter in kept]
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ValueError(
+            "the optimizer holds none of the model's trainable parameters: make it after inject(model, config), from "
+            "[p for p in model.parameters() if p.requires_grad]"
+        )
+
+
+def names_of(module: nn.Module, prefix: str = "") -> dict[int, str]:
+    """Return the clean names of the module's parameters by identity."""
+    return {id(parameter): prefix + clean_name(name) for name, parameter in module.named_parameters()}
+
+
+def parameter_names(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """Return the name of every parameter, group by group; one that ``names`` lacks gets its position."""
+    return [
+        [names.get(id(p), f"#{index}.{position}") for position, p in enumerate(group["params"])]
+        for index, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def match_by_name(
+    state: dict[str, Any],
+    saved_names: list[list[str]],
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    rename: Callable[[str], str],
+    source: Any,
+) -> dict[str, Any]:
+    """Return an optimizer state with its entries in the order of ``optimizer``'s parameters, matched by name.
+
+    Raises:
+        ValueError: the optimizer has other parameters, or has them in other groups.
+    """
+    own_names = parameter_names(optimizer, names)
+    theirs = [[rename(name) for name in group] for group in saved_names]
+    if [sorted(group) for group in theirs] != [sorted(group) for group in own_names]:
+        gone = sorted({n for g in theirs for n in g} - {n for g in own_names for n in g})[:3]
+        new = sorted({n for g in own_names for n in g} - {n for g in theirs for n in g})[:3]
+        raise ValueError(
+            f"the optimizer state in {source} is for other parameters or groups: sizes of groups "
+            f"{[len(g) for g in theirs]} there, {[len(g) for g in own_names]} here; only there {gone}, only here "
+            f"{new}. Resume with the configure_optimizers that the file was written with, or warm-start with "
+            "LoRACallback(init_from=...)"
+        )
+    ids = {
+        name: saved_id
+        for group_names, group in zip(theirs, state["param_groups"], strict=True)
+        for name, saved_id in zip(group_names, group["params"], strict=True)
+    }
+    order = [name for group in own_names for name in group]
+    position = {name: index for index, name in enumerate(order)}
+    groups = []
+    for group_names, group, own in zip(own_names, state["param_groups"], optimizer.param_groups, strict=True):
+        groups.append({**group, **_way_of_stepping(group, own), "params": [position[name] for name in group_names]})
+        if "param_names" in own:
+            groups[-1]["param_names"] = own["param_names"]
+    entries = {position[name]: state["state"][ids[name]] for name in order if ids[name] in state["state"]}
+    return {**state, "state": entries, "param_groups": groups}
+
+
+def _way_of_stepping(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kernels that the optimizer was made to use, where the file names none: LoRAAdamW's does not."""
+    names = ("foreach", "fused")
+    is_open = all(name in saved and saved[name] is None for name in names)
+    return {name: own[name] for name in names if name in own} if is_open else {}
+
+
+def gathered_state(state: dict[str, Any], optimizer: Optimizer, *, is_zero: bool) -> dict[str, Any]:
+    """Return an optimizer's state with what is spread over ranks gathered to rank 0. Called on all ranks."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {
+        key: _gathered(entry, parameters[key] if isinstance(key, int) else None, is_zero=is_zero)
+        for key, entry in state.get("state", {}).items()
+    }
+    return {**state, "state": entries} if entries else state
+
+
+def _gathered(value: Any, parameter: Any, *, is_zero: bool) -> Any:
+    if isinstance(value, dict):
+        return {name: _gathered(one, parameter, is_zero=is_zero) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):  # LBFGS's past steps
+        return type(value)(_gathered(one, parameter, is_zero=is_zero) for one in value)
+    return on_rank_zero(as_whole(value, parameter), is_zero=is_zero)
+
+
+def spread_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Return a whole optimizer state with the entries of sharded parameters spread as those are.
+
+    Raises:
+        ValueError: an entry is shaped otherwise than its sharded parameter, so that nothing says how to spread it.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = dict(state["state"])
+    for index, parameter in enumerate(parameters):
+        if is_sharded(parameter) and index in entries:
+            entries[index] = {name: _spread_entry(name, v, parameter) for name, v in entries[index].items()}
+    return {**state, "state": entries}
+
+
+def _spread_entry(name: str, value: Any, parameter: nn.Parameter) -> Any:
+    shape = tuple(logical(parameter).shape)
+    if not isinstance(value, Tensor) or value.ndim == 0 or (value.numel() == 1 and tuple(value.shape) != shape):
+        return value
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"the optimizer keeps {name!r} of shape {tuple(value.shape)} for a sharded parameter of shape {shape}, "
+            "which cannot be spread over ranks: resume with an optimizer that keeps one number per entry, as AdamW "
+            "does, or with a strategy that keeps adapters whole ('ddp', or 'fsdp_lora' with shard_adapters=False)"
+        )
+    return spread_like(value, parameter)

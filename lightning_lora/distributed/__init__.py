@@ -1,0 +1,1 @@
+"""Sharded models: placement, gradient reduction, base weights streamed from disk."""

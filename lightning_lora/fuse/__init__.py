@@ -1,0 +1,1 @@
+"""What is computed together: siblings, gated MLPs, norms, experts."""

@@ -1,0 +1,297 @@
+"""Megatron-core's column- and row-parallel linear layers, and their adapters.
+
+Column: rank i holds rows of W and of B; A is whole. Row: rank i holds columns of W and of A; B is whole.
+
+    x --- copy or gather ---+-- W_i x + s B_i A x --+-- y_i      x_i --+-- W_i x_i + s B A_i x_i --+-- reduce --- y
+
+The adapter's term is computed in the base's local product, between its own collectives, so it adds none of its own.
+With sequence parallelism a column layer multiplies by A before the sequence is gathered: what is gathered besides are
+r numbers per token, and what is kept for backward is this rank's part of the sequence.
+
+A layer that stacks several weights has one pair for each of them: q, k, v of ``linear_qkv``, gate and up of
+``linear_fc1``.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.layers.base import LoRALayer, Pair, put, swap_class
+from lightning_lora.ops.linear import lora_linear
+
+_LAYERS = "megatron.core.tensor_parallel.layers"
+COLUMN = f"{_LAYERS}.ColumnParallelLinear"
+ROW = f"{_LAYERS}.RowParallelLinear"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How the rows of one weight are made of several: ``groups`` times each part's own rows, one part after the other.
+
+    Attributes:
+        groups: query groups of ``linear_qkv``, whose rows are ``[q, k, v]`` for each; 1 for ``[gate, up]``.
+        rows: rows of each part in one group, by its name.
+    """
+
+    groups: int
+    rows: Mapping[str, int]
+
+    @property
+    def stripes(self) -> int:
+        """How many pieces of rows each rank has a share of: groups are shared out whole, gate and up each."""
+        return len(self.rows) if self.groups == 1 else 1
+
+    def place(self, part: str) -> tuple[int, int, int]:
+        """Return a part's first row inside a group, its rows in one, and all rows of one."""
+        before = list(self.rows)[: list(self.rows).index(part)]
+        return sum(self.rows[name] for name in before), self.rows[part], sum(self.rows.values())
+
+    def assembled(self, factors: Mapping[str, Tensor], ranks: Mapping[str, int], num_local_rows: int) -> Tensor:
+        """Return B of the whole layer, ``[rows of this rank, sum of ranks]``: zero but for each part's own block.
+
+        Args:
+            factors: B by part, ``[rows of the part on this rank, r]``.
+            ranks: r by part.
+            num_local_rows: rows of the layer on this rank.
+        """
+        some = next(iter(factors.values()))
+        whole_rows = self.groups * sum(self.rows.values())
+        total, column = sum(ranks.values()), 0
+        groups = self.groups * num_local_rows // whole_rows if self.groups > 1 else 1
+        blocks = []
+        for part, rows in self.rows.items():
+            own = rows if self.groups > 1 else rows * num_local_rows // whole_rows
+            if part in factors:
+                block = factors[part].view(groups, own, ranks[part])
+                blocks.append(F.pad(block, (column, total - column - ranks[part])))
+                column += ranks[part]
+            else:
+                blocks.append(some.new_zeros(groups, own, total))
+        return torch.cat(blocks, 1).view(num_local_rows, total)
+
+
+def stack_of(parent: Any, child_name: str) -> Stack | None:
+    """Return how the weight of a Megatron-core layer is stacked, or ``None`` for one that is not.
+
+    Raises:
+        ValueError: it is stacked in a way that is not served.
+    """
+    config = parent.config
+    if child_name == "linear_qkv":
+        if getattr(config, "attention_output_gate", False):
+            raise ValueError("attention_output_gate=True puts a gate beside the queries, which is not served")
+        head, groups = config.kv_channels, config.num_query_groups
+        layer = parent.linear_qkv
+        size = layer.output_size // layer.output_size_per_partition
+        if groups % size:
+            raise ValueError(
+                f"num_query_groups={groups} is not divisible by tensor_parallel_size={size}, so that ranks would share "
+                "keys and values, which is not served: take fewer tensor-parallel ranks"
+            )
+        return Stack(groups, {"q": config.num_attention_heads // groups * head, "k": head, "v": head})
+    if child_name == "linear_fc1" and config.gated_linear_unit:
+        rows = parent.linear_fc1.output_size // 2
+        return Stack(1, {"gate": rows, "up": rows})
+    return None
+
+
+def has_megatron() -> bool:
+    """Whether Megatron-core's layers were imported, without which no model has any."""
+    return _LAYERS in sys.modules
+
+
+def is_parallel_linear(layer: nn.Module) -> bool:
+    """Whether this is a linear layer of Megatron-core, which is not imported: no layer without it."""
+    layers = sys.modules.get(_LAYERS)
+    return layers is not None and isinstance(layer, (layers.ColumnParallelLinear, layers.RowParallelLinear))
+
+
+def is_column(layer: nn.Module) -> bool:
+    """Whether this is a column-parallel layer of Megatron-core."""
+    layers = sys.modules.get(_LAYERS)
+    return layers is not None and isinstance(layer, layers.ColumnParallelLinear)
+
+
+class LoRAMegatronLinear(LoRALayer):
+    """An adapted layer of Megatron-core, with one pair or with one for each of the weights that it stacks.
+
+    Attributes:
+        lora_parts: rank and scaling by part; empty for a layer with one pair.
+        lora_stack: how its rows are stacked, if they are.
+        lora_names: the Hugging Face name of what each pair adapts, by part; ``""`` is the layer itself.
+    """
+
+    input_size: int
+    output_size: int
+    tp_group: Any  # torch.distributed.ProcessGroup
+    lora_parts: dict[str, tuple[int, float]]
+    lora_stack: Stack | None
+    lora_names: dict[str, str]
+
+    @classmethod
+    @override
+    def features(cls, layer: nn.Module) -> tuple[int, int]:
+        base: Any = layer
+        return int(base.input_size), int(base.output_size)
+
+    @override
+    def pairs(self) -> dict[str, Pair]:
+        if not self.lora_parts:
+            return {"": Pair(self.lora_A, self.lora_B, self.lora_scaling, self.lora_A.shape[0])}
+        return {
+            part: Pair(getattr(self, f"lora_A_{part}"), getattr(self, f"lora_B_{part}"), scaling, r)
+            for part, (r, scaling) in self.lora_parts.items()
+        }
+
+    @property
+    @override
+    def r(self) -> int:
+        return sum(pair.r for pair in self.pairs().values())
+
+    @override
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A ``[r, in_features]`` and B ``[out_features, r]`` on this rank, of all pairs together."""
+        pairs = self.pairs()
+        if not self.lora_parts:
+            return self.lora_A, self.lora_B
+        assert self.lora_stack is not None
+        factors = {
+            part: pair.B if pair.scaling == self.lora_scaling else pair.B * (pair.scaling / self.lora_scaling)
+            for part, pair in pairs.items()
+        }
+        ranks = {part: pair.r for part, pair in pairs.items()}
+        rows = self.base_weight.shape[0]
+        return torch.cat([pair.A for pair in pairs.values()]), self.lora_stack.assembled(factors, ranks, rows)
+
+    @override
+    def dropout_seed(self) -> Tensor | None:
+        base: Any = self
+        if (
+            not self.drops
+            or not base.config.sequence_parallel
+            or next(iter(self.pairs().values())).A.device.type != "cpu"
+        ):
+            return super().dropout_seed()
+        # a whole block runs on a stream that differs between ranks then; on CPU this is the stream of the seeds, too
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        with get_cuda_rng_tracker().fork("data-parallel-rng"):
+            return super().dropout_seed()
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+        base: Any = super()
+        if not self.lora_active:
+            product: Tensor = base._forward_impl(input, weight, *args, **options)
+            return product
+        if options.get("gtp_remat_size", 1) not in (None, 1):
+            raise ValueError("gtp_remat_size above 1 is not served for adapted layers: leave it out of the config")
+        A, B = self.factors()
+        if options.get("sequence_parallel"):
+            # beside a frozen weight Megatron-core gives a bias no gradient
+            bias, options["bias"] = options.get("bias"), None
+            y = self._beside_gathered(base._forward_impl(input, weight, *args, **options), input, A, B)
+            return y if bias is None else y + bias.to(y.dtype)
+        if options.get("allreduce_dgrad"):
+            from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+        return lora_linear(
+            input,
+            weight,
+            options.get("bias"),
+            A,
+            B,
+            scaling=self.lora_scaling,
+            dropout=self.lora_dropout,
+            seed=self.dropout_seed(),
+            columns=self._columns(),
+        )
+
+    def _beside_gathered(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Return ``y + scaling * dropout(x) A^T B^T`` where ``x`` is this rank's part of the sequence and ``y`` is of
+        the whole one. Gathers r numbers per token, and reduce-scatters as many in backward.
+
+        Args:
+            y: ``[sequence, batch, out_features / ranks]``
+            x: ``[sequence / ranks, batch, in_features]``
+        """
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        rank = torch.distributed.get_rank(self.tp_group)
+        h = lora_linear(  # times the unit matrix: what is kept for backward is x, and no mask
+            x,
+            None,
+            None,
+            A,
+            torch.eye(A.shape[0], dtype=A.dtype, device=A.device),
+            scaling=self.lora_scaling,
+            dropout=self.lora_dropout,
+            seed=self.dropout_seed(),
+            first_row=rank * x.shape[0] * x.shape[1],
+        )
+        h = gather_from_sequence_parallel_region(h, tensor_parallel_output_grad=True, group=self.tp_group)
+        rows = torch.addmm(y.flatten(0, -2), h.flatten(0, -2).to(y.dtype), B.t().to(y.dtype))
+        return rows.view(y.shape)
+
+    def _columns(self) -> tuple[int, int] | None:
+        """Return where the features of this rank's input are, in a row-parallel layer."""
+        width = self.input_size if self.lora_parts else self.lora_A.shape[1]
+        if width == self.input_size:
+            return None
+        return torch.distributed.get_rank(self.tp_group) * width, self.input_size
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return Megatron-core's description of the base alone: adapters have a file of their own."""
+        with self._without_adapters():
+            return super().sharded_state_dict(*args, **kwargs)  # type: ignore[misc]  # the base layer's
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        adapters = {name: self._parameters.pop(name) for name in self.tensor_names}
+        try:
+            yield
+        finally:
+            self._parameters.update(adapters)
+
+
+def adapt_megatron(
+    layer: nn.Module,
+    parts: Mapping[str, tuple[int, float]],
+    stack: Stack | None,
+    names: Mapping[str, str],
+    *,
+    dropout: float,
+    dtype: torch.dtype | None,
+) -> LoRAMegatronLinear:
+    """Turn a layer into :class:`LoRAMegatronLinear` in place, with all-zero whole pairs.
+
+    Args:
+        parts: rank and scaling by part; ``""`` alone for one pair.
+        stack: how the layer's rows are stacked; used with parts that have names.
+        names: the Hugging Face name of each part.
+    """
+    base: Any = layer
+    in_features, out_features = base.input_size, base.output_size
+    like = layer._parameters["weight"]
+    (_, scaling), *_ = parts.values()
+    swap_class(layer, LoRAMegatronLinear, scaling=scaling, dropout=dropout, dtype=dtype)
+    assert isinstance(layer, LoRAMegatronLinear)
+    layer.__dict__.update(lora_parts={} if "" in parts else dict(parts), lora_stack=stack, lora_names=dict(names))
+    if "" in parts:
+        r = parts[""][0]
+        put(layer, like, lora_A=(r, in_features), lora_B=(out_features, r))
+        return layer
+    assert stack is not None
+    tensor_names = tuple(f"lora_{factor}_{part}" for part in parts for factor in "AB")
+    layer.__dict__.update(adapter_names=tensor_names)
+    for part, (r, _) in parts.items():
+        rows = stack.groups * stack.rows[part]
+        put(layer, like, **{f"lora_A_{part}": (r, in_features), f"lora_B_{part}": (rows, r)})
+    return layer

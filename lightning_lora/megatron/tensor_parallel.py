@@ -1,0 +1,300 @@
+"""Splitting a model over tensor-parallel ranks by its plan, in place: names and the model's code stay as they are."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.base import lora_class
+from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.megatron.parallel_layers import (
+    ColumnParallelLinear,
+    LoRAParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from lightning_lora.model.names import clean_name
+from lightning_lora.model.root import is_pretrained
+from lightning_lora.model.state import require_injection
+from lightning_lora.ops.sharded import split_over
+
+# transformers' words, of this and of earlier versions: (kind, whether the other side is whole)
+_WORDS = {
+    "colwise": ("column", False),
+    "colwise_gather_output": ("column", True),
+    "colwise_rep": ("column", True),
+    "rowwise": ("row", False),
+    "rowwise_split_input": ("row", True),
+    "rowwise_rep": ("row", True),
+    "replicated_with_grad_allreduce": ("summed", False),
+}
+# what is inside fused experts stays whole on every rank
+_EXPERT_WORDS = ("packed_colwise", "packed_rowwise", "moe_tp_experts", "grouped_gemm", "ep_router", "local_colwise")
+_BERT = {
+    "encoder.layer.*.attention.self.query": "colwise",
+    "encoder.layer.*.attention.self.key": "colwise",
+    "encoder.layer.*.attention.self.value": "colwise",
+    "encoder.layer.*.attention.output.dense": "rowwise",
+    "encoder.layer.*.intermediate.dense": "colwise",
+    "encoder.layer.*.output.dense": "rowwise",
+}
+# for families that transformers gives no plan
+_PLANS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT)
+
+
+def plan_of(root: nn.Module, plan: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the plan of a model: the user's, else transformers' ``base_model_tp_plan``, else one of ours.
+
+    A plan maps names of modules, in which ``*`` stands for a number, to words such as ``"colwise"``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if plan is not None:
+        return dict(plan)
+    found: dict[str, str] = {}
+    for name, module in root.named_modules():
+        config: Any = getattr(module, "config", None)
+        own = is_pretrained(module) and getattr(module, "base_model", None) is module
+        if own:
+            words = getattr(config, "base_model_tp_plan", None) or _PLANS.get(getattr(config, "model_type", ""), {})
+            prefix = f"{clean_name(name)}." if name else ""
+            found |= {f"{prefix}{pattern}": word for pattern, word in words.items()}
+    if found and is_pretrained(root):
+        found |= getattr(type(root), "_tp_plan", None) or {}
+    # a family's plan also names what this model has none of, such as dense layers of a mixture of experts
+    names = [clean_name(name) for name, _ in root.named_modules()]
+    found = {pattern: word for pattern, word in found.items() if any(_matches(pattern, name) for name in names)}
+    if not found:
+        raise ValueError(
+            f"{type(root).__name__} has no tensor-parallel plan (transformers' base_model_tp_plan): give the strategy "
+            'plan={"layers.*.attention.query": "colwise", "layers.*.attention.output": "rowwise", ...}, or use '
+            "strategy='fsdp_lora'"
+        )
+    return found
+
+
+def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[str, int]:
+    """Split the layers that ``plan`` names over ``mesh`` in place, adapters with them. Called on all its ranks.
+
+    Every rank must hold the same whole model (or have its base on meta). Communicates nothing.
+
+    Returns:
+        How many layers of each kind were split.
+
+    Raises:
+        ValueError: a name is unknown, a word is not served, or a size cannot be divided. Nothing is changed then.
+    """
+    modules = {clean_name(name): module for name, module in root.named_modules()}
+    chosen = _chosen(modules, plan)
+    ranks = mesh.size()
+    chosen = {name: how for name, how in chosen.items() if not _stays_whole(name, modules[name], how, ranks)}
+    _check_heads(root, ranks)
+    for name, (kind, _) in chosen.items():
+        _check_layer(name, modules[name], kind, ranks)
+    counts: dict[str, int] = {}
+    tied = _output_table(root, chosen, ranks)
+    for name, (kind, is_whole) in chosen.items():
+        if kind == "summed":
+            _mark_summed(modules[name])
+        elif tied is None or modules[name] is not tied[0]:
+            _split_linear(modules[name], kind, is_whole, mesh)
+        counts[kind] = counts.get(kind, 0) + 1
+    if tied is not None:
+        _split_tied(*tied, mesh)
+        counts["vocabulary"] = 1
+    elif (table := _input_table(root, ranks)) is not None:
+        _keep_part(table, "weight", mesh, 0)
+        _look_up_parts(table, mesh)
+        counts["vocabulary"] = 1
+    return counts
+
+
+def _chosen(modules: Mapping[str, nn.Module], plan: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
+    chosen: dict[str, tuple[str, bool]] = {}
+    for pattern, word in plan.items():
+        if word in _EXPERT_WORDS or ".experts" in pattern:
+            continue
+        if word not in _WORDS:
+            raise ValueError(
+                f"the plan's word {word!r} for {pattern!r} is not served; served are {', '.join(map(repr, _WORDS))}. "
+                "Give the strategy plan={...} without it, which leaves those layers whole"
+            )
+        hits = [name for name in modules if _matches(pattern, name)]
+        if not hits:
+            raise ValueError(f"the plan's {pattern!r} names no module; there are {', '.join(list(modules)[1:6])}, ...")
+        chosen |= dict.fromkeys(hits, _WORDS[word])
+    return chosen
+
+
+def _matches(pattern: str, name: str) -> bool:
+    expression = re.escape(pattern).replace(r"\*", r"\d+")
+    return re.fullmatch(rf"(.*\.)?{expression}", name) is not None
+
+
+def heads_of(module: nn.Module) -> list[int]:
+    """Return the numbers of attention heads and of key-value heads of the transformers models inside ``module``."""
+    return [heads for _, heads in _named_heads(module)]
+
+
+def _named_heads(module: nn.Module) -> list[tuple[str, int]]:
+    found: dict[tuple[str, int], None] = {}
+    for part in module.modules():
+        if is_pretrained(part):
+            config: Any = part.config
+            config = config.get_text_config() if hasattr(config, "get_text_config") else config
+            for field in ("num_attention_heads", "num_key_value_heads"):
+                if isinstance(getattr(config, field, None), int):
+                    found[field, getattr(config, field)] = None
+    return list(found)
+
+
+def _check_heads(root: nn.Module, ranks: int) -> None:
+    for field, heads in _named_heads(root):
+        if heads % ranks:
+            fits = [size for size in range(1, heads + 1) if heads % size == 0]
+            raise ValueError(
+                f"{field}={heads} of {type(root).__name__} is not divisible by tensor_parallel_size={ranks}; sizes "
+                f"that divide it: {', '.join(map(str, fits))}"
+            )
+
+
+def _stays_whole(name: str, layer: Any, how: tuple[str, bool], ranks: int) -> bool:
+    """Whether a layer's parts would be put together again, as an output head's, and ranks do not divide its size."""
+    if how != ("column", True) or not isinstance(layer, nn.Linear) or layer.out_features % ranks == 0:
+        return False
+    rank_zero_info(f"{name!r} stays whole on every rank: {ranks} does not divide its out_features={layer.out_features}")
+    return True
+
+
+def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
+    if kind == "summed":
+        return
+    if not isinstance(layer, nn.Linear) or isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
+        raise ValueError(f"the plan names {name!r}, a {type(layer).__name__}; split are linear layers")
+    if isinstance(layer, LoRALayer) and type(layer).__bases__[0] is not LoRALinear:
+        raise ValueError(
+            f"{name!r} is adapted by {type(layer).__bases__[0].__name__}, which tensor parallelism does not serve "
+            "(DoRA, lora_bias, PiSSA, OLoRA, token rows, a weight that is read): leave the option or layer out, or use "
+            "strategy='fsdp_lora'"
+        )
+    if not isinstance(layer, LoRALayer) and type(layer).forward is not nn.Linear.forward:
+        raise ValueError(f"{name!r} is a {type(layer).__name__} with a forward of its own, which cannot be split")
+    size = layer.out_features if kind == "column" else layer.in_features
+    if size % ranks:
+        side = "out_features" if kind == "column" else "in_features"
+        raise ValueError(f"{side}={size} of {name!r} is not divisible by tensor_parallel_size={ranks}")
+    trained = [
+        local for local, p in layer._parameters.items() if p is not None and p.requires_grad and ".lora" not in local
+    ]
+    if any(not local.startswith("lora_") for local in trained):
+        raise ValueError(
+            f"{name!r} trains its own {trained[0]!r} (modules_to_save, bias), which is not served in a split layer: "
+            "leave it out, or use strategy='fsdp_lora'"
+        )
+
+
+def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> None:
+    base = ColumnParallelLinear if kind == "column" else RowParallelLinear
+    layer.__dict__.update(tp_group=mesh.get_group(), tp_whole_input=is_whole, tp_whole_output=is_whole)
+    dim = 0 if kind == "column" else 1
+    _keep_part(layer, "weight", mesh, dim)
+    if kind == "column" and layer.bias is not None:
+        _keep_part(layer, "bias", mesh, 0)
+    if isinstance(layer, LoRALayer):
+        _keep_part(layer, "lora_B" if kind == "column" else "lora_A", mesh, dim)
+        whole = layer.lora_A if kind == "column" else layer.lora_B
+        whole.lora_tp_sum = True  # type: ignore[attr-defined]  # each rank has an addend of its gradient
+        layer.__class__ = lora_class(LoRAParallelLinear, base)
+    else:
+        layer.__class__ = base
+
+
+def _keep_part(layer: nn.Module, name: str, mesh: DeviceMesh, dim: int) -> None:
+    """Replace a parameter by this rank's part of it."""
+    whole = layer._parameters[name]
+    assert whole is not None
+    layer._parameters[name] = _part(whole, mesh, dim)
+
+
+def _part(whole: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+    values: Tensor = whole.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()]
+    part = nn.Parameter(values.clone(memory_format=torch.contiguous_format), whole.requires_grad)
+    split_over(part, mesh, dim)
+    return part
+
+
+def _mark_summed(module: nn.Module) -> None:
+    """Note that a module works on this rank's heads: its parameters' gradients are addends."""
+    for parameter in module.parameters():
+        parameter.lora_tp_sum = True  # type: ignore[attr-defined]
+
+
+def _output_table(
+    root: nn.Module, chosen: Mapping[str, tuple[str, bool]], ranks: int
+) -> tuple[nn.Module, nn.Embedding] | None:
+    """Return the output head of the plan and the embedding whose weight it shares, if it shares one."""
+    head = root.get_output_embeddings() if is_pretrained(root) else None  # type: ignore[operator]
+    modules = {clean_name(name): module for name, module in root.named_modules()}
+    if head is None or not any(modules[name] is head for name in chosen):
+        return None
+    twins = [
+        m
+        for m in modules.values()
+        if isinstance(m, nn.Embedding) and m._parameters["weight"] is head._parameters["weight"]
+    ]
+    if not twins:
+        return None
+    if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows)) or isinstance(head, LoRALayer):
+        raise ValueError(
+            "the tied embedding or output head is adapted, and would have to be split over ranks with its twin: leave "
+            "it out of target_modules and trainable_token_indices, or use strategy='fsdp_lora'"
+        )
+    return head, twins[0]
+
+
+def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
+    """Return the input embedding of a model whose output head is split, if its rows can be and nothing else has them.
+
+    Adapted or trained, it stays whole, and so it does where a lookup changes rows (``max_norm``).
+    """
+    if not is_pretrained(root) or not isinstance(root.get_output_embeddings(), ColumnParallelLinear):  # type: ignore[operator]
+        return None
+    table: Any = root.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(table, nn.Embedding) or isinstance(table, LoRALayer) or table.max_norm is not None:
+        return None
+    weight = table._parameters["weight"]
+    holders = [m for m in root.modules() if any(p is weight for p in m._parameters.values())]
+    is_free = weight is not None and not weight.requires_grad and len(holders) == 1
+    return table if is_free and table.num_embeddings % ranks == 0 else None
+
+
+def _split_tied(head: Any, table: Any, mesh: DeviceMesh) -> None:
+    part = _part(head._parameters["weight"], mesh, 0)
+    head._parameters["weight"] = table._parameters["weight"] = part
+    head.__dict__.update(tp_group=mesh.get_group(), tp_whole_input=False, tp_whole_output=True)
+    head.__class__ = ColumnParallelLinear
+    _look_up_parts(table, mesh)
+
+
+def _look_up_parts(table: nn.Embedding, mesh: DeviceMesh) -> None:
+    table.__dict__.update(tp_group=mesh.get_group())
+    base = type(table)
+    table.__class__ = type(base.__name__, (VocabParallelEmbedding, base), {"__module__": base.__module__})
+
+
+def check_replicated(root: nn.Module) -> None:
+    """Raise ``ValueError`` for adapters that tensor parallelism does not serve and that no plan names."""
+    injection = require_injection(root)
+    if injection.config.use_dora or injection.config.lora_bias or injection.config.starts_from_base:
+        raise ValueError(
+            "use_dora, lora_bias, PiSSA and OLoRA are not served under tensor parallelism: leave them out, or use "
+            "strategy='fsdp_lora'"
+        )

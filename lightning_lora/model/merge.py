@@ -1,0 +1,246 @@
+"""Merge adapters into the base weights and take them out again; switch adapters off for a while."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.model.finite import first_nonfinite
+from lightning_lora.model.gathered import gathered, reshard
+from lightning_lora.model.inject import take_out, trained_with_originals
+from lightning_lora.model.recomputation import keep_state_of_forward, switch_off, switch_on, switched
+from lightning_lora.model.state import is_merged, named_lora_layers, require_roots
+from lightning_lora.ops.quantized import stored_as
+from lightning_lora.ops.sharded import is_sharded, local_part, write
+
+
+def merge(model: nn.Module, remove: bool = False) -> nn.Module:
+    """Add every adapter to its base weight in place: ``W += scaling * B A`` (Hu et al. 2021, sec. 4.1).
+
+    The sum is taken in float32 or wider and rounded once to the weight's dtype. The weights as they were are kept on
+    CPU, one copy of every adapted weight, so that :func:`unmerge` gives them back bit for bit. A merged model is the
+    base class's own code, at its speed. Merging what is merged does nothing.
+
+    A sharded base is gathered one layer at a time, and each rank merges and keeps its own part: call on all ranks. The
+    model stays in shards then, and cannot be saved as one: to write a merged model, ``save_peft``, and in one process
+    ``merge(load_peft(base, directory), remove=True)``.
+
+    Args:
+        model: the adapted model, or a module around it.
+        remove: take the adapters out for good and keep no copies: a plain model with the merged weights remains, in
+            shards if it was. Heads and biases that trained keep their trained values, rounded once to the base's dtype;
+            those that are in shards themselves stay in ``adapter_dtype``, and are cast where they are read.
+
+    Raises:
+        ValueError: a weight is tied to another layer, which would change too; a layer's own forward is such that a
+            changed weight does not add the adapter's term; an adapter holds NaN or infinity. Nothing is changed then.
+    """
+    roots = require_roots(model)
+    reshard(model)
+    unmerged = [
+        {name: layer for name, layer in named_lora_layers(root).items() if layer.lora_original is None}
+        for root in roots.values()
+    ]
+    for layers in unmerged:
+        _check_mergeable(model, layers)
+    originals: dict[int, Tensor] = {}
+    for layers in unmerged:
+        for layer in layers.values():
+            _merge_layer(layer, originals)
+    reshard(model)
+    if remove:
+        for root in roots.values():
+            take_out(root)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Give the base weights back, bit for bit, and make the adapters active. On an unmerged model it does nothing."""
+    reshard(model)
+    for root in require_roots(model).values():
+        for layer in named_lora_layers(root).values():
+            if layer.lora_original is not None:
+                for name, original in layer.lora_original.items():
+                    write(layer._parameters[name], original)  # type: ignore[arg-type]  # merged: it is stored
+                layer.lora_original, layer.lora_active = None, True
+    return model
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Merge inside the ``with`` block, and leave the model after it as it was before."""
+    unmerged = [root for root in require_roots(model).values() if not is_merged(root)]
+    merge(model)
+    try:
+        yield model
+    finally:
+        for root in unmerged:
+            unmerge(root)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Make the model its base inside the ``with`` block: no adapters, and the first values of heads and biases.
+
+    No tensor is written: graphs built before, inside or after the block keep what they were built from, and so does
+    what activation checkpointing recomputes of them.
+    """
+    roots = require_roots(model)
+    keep_state_of_forward()
+    with ExitStack() as stack:
+        for root in roots.values():
+            if is_merged(root):
+                unmerge(root)
+                stack.callback(merge, root)
+            if id(root) not in switched:
+                stack.enter_context(_sharded_originals(root))
+                switch_on(id(root), _AsBase(root))
+                stack.callback(switch_off, id(root))
+        yield model
+
+
+class _AsBase:
+    """The switch of :func:`disabled`: adapters off, first values in the place of heads and biases that train."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.layers: list[LoRALayer] = []
+        self.swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def enter(self) -> None:
+        """Disable the adapters, and put frozen parameters where the trained ones are, under every name of each."""
+        first = {
+            id(parameter): nn.Parameter(original.to(parameter.device, parameter.dtype), requires_grad=False)
+            for parameter, original in trained_with_originals(self.root)
+            if not is_sharded(parameter)
+        }
+        self.layers = [layer for layer in named_lora_layers(self.root).values() if layer.lora_active]
+        self.swapped = [
+            (module, name, parameter)
+            for module in (self.root.modules() if first else ())
+            for name, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in first
+        ]
+        for module, name, parameter in self.swapped:
+            module._parameters[name] = first[id(parameter)]
+        for layer in self.layers:
+            layer.lora_active = False
+
+    def leave(self) -> None:
+        """Put the trained parameters back and enable the adapters."""
+        for module, name, parameter in self.swapped:
+            module._parameters[name] = parameter
+        for layer in self.layers:
+            layer.lora_active = True
+
+    def check_in_backward(self) -> None:
+        """Raise ``RuntimeError`` where tensors in shards would have to be written."""
+        if any(is_sharded(parameter) for parameter, _ in trained_with_originals(self.root)):
+            raise RuntimeError(
+                f"backward recomputes a part of {type(self.root).__name__}, and disabled(model) was entered or left "
+                "after its forward. Heads and biases in shards cannot be switched in backward: call backward on the "
+                "same side of disabled(model) as forward"
+            )
+
+
+def _merge_layer(layer: LoRALayer, originals: dict[int, Tensor]) -> None:
+    """Merge one layer; ``originals`` holds the tensors merged so far, of which layers may share one."""
+    kept: dict[str, Tensor] = {}
+    stored = layer.base_tensors()
+    with gathered(layer), torch.no_grad():
+        merged_tensors = layer.merged_tensors()
+    for name, weight in stored.items():
+        assert weight is not None
+        if id(weight) not in originals:
+            originals[id(weight)] = local_part(weight.detach()).to("cpu", copy=True)
+            write(weight, merged_tensors[name])
+        kept[name] = originals[id(weight)]
+    layer.lora_original, layer.lora_active = kept, False
+
+
+@contextmanager
+def _sharded_originals(root: nn.Module) -> Iterator[None]:
+    """Write first values into trained parameters in shards, which cannot be swapped: FSDP2 holds the very tensors."""
+    reshard(root)
+    sharded = [(parameter, original) for parameter, original in trained_with_originals(root) if is_sharded(parameter)]
+    present = [local_part(parameter.detach()).clone() for parameter, _ in sharded]
+    try:
+        for parameter, original in sharded:
+            write(parameter, original)
+        yield
+    finally:
+        if sharded:
+            reshard(root)
+        for (parameter, _), values in zip(sharded, present, strict=True):
+            write(parameter, values)
+
+
+def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+    holders: defaultdict[int, list[Tensor]] = defaultdict(list)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.numel() > 0:
+                holders[_storage(parameter)].append(parameter)
+    for name, layer in layers.items():
+        if not layer.lora_active:
+            raise ValueError(f"cannot merge {name!r} inside disabled(model): leave the block first")
+        for weight in layer.base_tensors().values():
+            _check_writable(model, name, layer, weight, holders)
+        with gathered(layer):
+            if first_nonfinite(dict(layer.named_adapter_tensors())) is not None:
+                raise ValueError(f"cannot merge {name!r}: its adapter holds NaN or infinity (a diverged run?)")
+            obstacle = layer.merge_obstacle()
+        if obstacle is not None:
+            raise ValueError(f"cannot merge {name!r}: {obstacle}")
+
+
+def _check_writable(
+    model: nn.Module, name: str, layer: LoRALayer, weight: Tensor | None, holders: Mapping[int, list[Tensor]]
+) -> None:
+    """Raise ``ValueError`` for a base tensor that a merge cannot write, or that belongs to another layer too."""
+    if weight is None:
+        raise ValueError(f"cannot merge {name!r}: its weight is computed (weight_norm, parametrize), not stored")
+    if weight.device.type == "meta":
+        raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load the base first")
+    if not weight.is_floating_point():
+        raise ValueError(f"cannot merge {name!r}: its weight is quantised ({weight.dtype})")
+    if sum(_overlap(weight, other) for other in holders[_storage(weight)]) <= 1:
+        return
+    twins = {
+        other: module
+        for other, module in model.named_modules()
+        for p in module._parameters.values()
+        if p is not None and module is not layer and p.numel() > 0 and _overlap(p, weight)
+    }
+    if isinstance(layer, TokenRows) and all(isinstance(m, TokenRows) for m in twins.values()):
+        return  # they share the rows as well
+    raise ValueError(
+        f"cannot merge {name!r}: its weight is tied to {', '.join(twins)}, which would change too. "
+        "Keep the adapter unmerged, or untie the weights first"
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return the address of a tensor's storage, or its identity where it has none, as quantised ones do."""
+    if stored_as(tensor) is not None:
+        return id(tensor)
+    return local_part(tensor).untyped_storage().data_ptr() or id(tensor)
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are tied: pieces of one buffer, as a flat optimizer makes them, are not."""
+    if one is other or _storage(one) != _storage(other):
+        return one is other
+    (start, end), (first, last) = _span(one), _span(other)
+    return start < last and first < end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory begins and where it ends."""
+    part = local_part(tensor)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    return part.data_ptr(), part.data_ptr() + reach * part.element_size()

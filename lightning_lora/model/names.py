@@ -1,0 +1,33 @@
+"""Names of modules and parameters: cleaned, joined, compared, and listed in messages."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def clean_name(name: str) -> str:
+    """Return a parameter's or module's name without the parts that ``torch.compile`` puts in."""
+    if "_orig_mod" not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def joined(path: str, name: str) -> str:
+    """Return the name that ``name`` inside ``path`` has; ``path`` may be empty."""
+    return f"{path}.{name}" if path else name
+
+
+def is_inside(name: str, path: str) -> bool:
+    """Whether a clean name is ``path`` or lies below it; everything lies below ``""``."""
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def nearest_names(patterns: Iterable[str], names: Iterable[str]) -> str:
+    """Return "; nearest: ..." with the names, or last parts of names, most like the patterns."""
+    pool = {name.rpartition(".")[2] for name in names} | set(names)
+    near = [name for pattern in patterns for name in difflib.get_close_matches(pattern, sorted(pool), n=3, cutoff=0.4)]
+    return f"; nearest: {', '.join(near)}" if near else f"; there are: {', '.join(sorted(pool, key=len)[:10])}"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Return the names, of many the first ``most`` and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

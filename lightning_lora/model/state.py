@@ -1,0 +1,162 @@
+"""The record that an injection leaves on a model, and the names and tensors of what trains in it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers import LoRALayer, Pair
+from lightning_lora.layers.residual import ResidualLinear
+from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.model.gathered import gathered
+from lightning_lora.model.names import clean_name, joined, listed
+
+
+@dataclass
+class Injection:
+    """What was done to a model, kept on the model itself as ``lora_injection``.
+
+    Attributes:
+        config: the settings that the model was adapted with.
+        trained_whole: names of the modules, and of parameters of models, that train whole.
+        trained: names of the base parameters that train: those of ``trained_whole``, and biases.
+        capped: ranks of the layers that are smaller than the rank that was asked for.
+        originals: frozen copies of the base tensors that train, by name; those on meta have none.
+        requires_grad: what every base parameter's flag was before.
+        undo: attributes that were changed, as ``(module, name, former value)``.
+        source: the file that the adapters started from, if any.
+        base_weights: where the base was read from after it was built without values, if it was.
+        fingerprint: of the base, from when it was spread over ranks, if it is.
+    """
+
+    config: LoRAConfig
+    trained_whole: list[str]
+    trained: list[str] = field(default_factory=list)
+    capped: dict[str, int] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    source: str | None = None
+    base_weights: str | None = None
+    fingerprint: dict[str, Any] | None = None
+
+
+def capped_ranks(root: nn.Module) -> str:
+    """Return a line that names the layers whose rank is their size, below the one asked for; empty without any."""
+    injection = require_injection(root)
+    if not injection.capped:
+        return ""
+    names = [f"{name} (r={r})" for name, r in injection.capped.items()]
+    some = listed(names, 5)
+    return f"r={injection.config.r} exceeds the size of these layers, whose rank is their size: {some}"
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """Return the record that :func:`inject` left on this very module, or ``None``."""
+    return uncompiled(model).__dict__.get("lora_injection")
+
+
+def require_injection(root: nn.Module) -> Injection:
+    """Return :func:`injection_of` of a model that is known to be adapted."""
+    injection = injection_of(root)
+    assert injection is not None
+    return injection
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or ``model`` itself."""
+    return model._modules.get("_orig_mod") or model
+
+
+def injected_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the adapted models inside ``model`` (itself, or inside a wrapper) by their clean names."""
+    return {clean_name(name): m for name, m in model.named_modules() if injection_of(m) is not None}
+
+
+def require_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Return :func:`injected_roots`; none is a ``ValueError``."""
+    roots = injected_roots(model)
+    if not roots:
+        raise ValueError(f"{type(model).__name__} holds no adapters; call inject(model, LoRAConfig(...)) first")
+    return roots
+
+
+def require_root(model: nn.Module) -> nn.Module:
+    """Return the one adapted model inside ``model``; none or several is a ``ValueError``."""
+    roots = require_roots(model)
+    if len(roots) > 1:
+        raise ValueError(f"{type(model).__name__} holds several adapted models, {list(roots)}: pass one of them")
+    return next(iter(roots.values()))
+
+
+def named_lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return the adapted layers by name; a layer that is reached under several names comes once."""
+    return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+
+
+def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every adapter parameter with its name relative to the adapted model, such as ``layers.0.q_proj.lora_A``."""
+    seen: set[int] = set()
+    for root in require_roots(model).values():
+        for name, layer in named_lora_layers(root).items():
+            for local_name in layer.adapter_names:
+                parameter = getattr(layer, local_name)
+                if id(parameter) not in seen:  # a tied head shares the rows of its embedding
+                    seen.add(id(parameter))
+                    yield joined(name, local_name), parameter
+
+
+def named_pairs(root: nn.Module) -> dict[str, Pair]:
+    """Return every low-rank pair by the name of the layer, or of the parameter, that it adapts."""
+    return {
+        ".".join(part for part in (name, local) if part): pair
+        for name, layer in named_lora_layers(root).items()
+        for local, pair in layer.pairs().items()
+    }
+
+
+def named_token_rows(root: nn.Module) -> dict[str, list[int]]:
+    """Return the indices of the rows that train, by the name of the table; tied twins are left out."""
+    layers = named_lora_layers(root)
+    return {
+        name: layer.lora_token_ids
+        for name, layer in layers.items()
+        if isinstance(layer, TokenRows) and not layer.lora_is_twin
+    }
+
+
+def has_trained(root: nn.Module) -> bool:
+    """Whether any pair differs from its start, at which B A is zero."""
+    for layer in named_lora_layers(root).values():
+        with gathered(layer):
+            if isinstance(layer, ResidualLinear):
+                if not (torch.equal(layer.lora_A, layer.lora_A0) and torch.equal(layer.lora_B, layer.lora_B0)):
+                    return True
+            elif any(bool(pair.B.any()) and bool(pair.A.any()) for pair in layer.pairs().values()):
+                return True
+    return False
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether any adapter is merged into its base weight."""
+    return any(isinstance(m, LoRALayer) and m.lora_original is not None for m in model.modules())
+
+
+def check_not_disabled(root: nn.Module) -> None:
+    """Raise ``ValueError`` inside ``disabled(model)``, where first values stand in for those that trained."""
+    if any(isinstance(m, LoRALayer) and not m.lora_active and m.lora_original is None for m in root.modules()):
+        raise ValueError(
+            f"the adapters of {type(root).__name__} are disabled: leave the block of disabled(model) first"
+        )
+
+
+def named_trained_whole(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base parameters that train by design, heads and biases, by clean name."""
+    injection = require_injection(root)
+    if not injection.trained:
+        return {}
+    wanted = set(injection.trained)
+    return {clean_name(name): p for name, p in root.named_parameters() if clean_name(name) in wanted}

@@ -1,0 +1,1 @@
+"""Tensor math of adapters: no modules, no process groups."""

@@ -1,0 +1,78 @@
+"""The same math for what looks into code, torch.compile and torch.export: products of all experts are operators.
+
+Their numbers of rows are known when they run, so that no graph depends on them.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.ops.experts import grouped
+from lightning_lora.ops.experts.groups import Groups
+from lightning_lora.ops.experts.stacks import Stack
+
+
+def product(rows: Tensor, groups: Groups, stack: Stack) -> Tensor:
+    """Return ``x W_e^T + b_e + scaling * (x A_e^T) B_e^T``, ``[S, out]``, of rows ``[S, in]`` sorted by expert."""
+    dtype = rows.dtype
+    y: Tensor = _product(rows, stack.weight.to(dtype).mT, groups.ends)
+    if stack.bias is not None:
+        y = y + stack.bias.to(dtype)[groups.experts()]
+    if stack.lora_A is None or stack.lora_B is None:
+        return y
+    u = _product(rows, stack.lora_A.to(dtype).mT, groups.ends)
+    update: Tensor = _product(u, stack.lora_B.to(dtype).mT, groups.ends)
+    return y + stack.scaling * update
+
+
+@torch.library.custom_op("lightning_lora::expert_products", mutates_args=())
+def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Return each row times its expert's matrix: ``[S, in]``, ``[experts, in, out]`` to ``[S, out]``."""
+    if grouped.takes(rows, *weight.shape[1:]):
+        product: Tensor = F.grouped_mm(rows, weight, offs=ends)
+        return product
+    y = rows.new_empty(rows.shape[0], weight.shape[2])
+    for expert, (start, end) in enumerate(_spans(ends)):
+        torch.mm(rows[start:end], weight[expert], out=y[start:end])
+    return y
+
+
+@torch.library.custom_op("lightning_lora::expert_outer_products", mutates_args=())
+def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Return ``left_e^T right_e`` of each expert's rows: ``[S, m]``, ``[S, n]`` to ``[experts, m, n]``."""
+    products = left.new_empty(len(ends), left.shape[1], right.shape[1])
+    for expert, (start, end) in enumerate(_spans(ends)):
+        torch.mm(left[start:end].t(), right[start:end], out=products[expert])
+    return products
+
+
+@_product.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+@_outer.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weight, ends = inputs
+    ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight, ends)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weight, ends = ctx.saved_tensors
+    need_rows, need_weight, _ = ctx.needs_input_grad
+    grad_rows = _product(grad, weight.mT, ends) if need_rows else None
+    return grad_rows, _outer(rows, grad, ends) if need_weight else None, None
+
+
+_product.register_autograd(_backward, setup_context=_setup)
+
+
+def _spans(ends: Tensor) -> list[tuple[int, int]]:
+    last = ends.tolist()
+    return list(zip([0, *last], last, strict=False))

@@ -1,0 +1,28 @@
+"""Tell quantised weights from floating-point ones, which adapters need to train and to merge."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_lora.ops.sharded import is_dtensor
+
+
+def stored_as(tensor: Tensor) -> str | None:
+    """Return the dtype or the class that a quantised tensor is stored in; ``None`` for floating-point numbers.
+
+    torchao's tensors wrap integers and scales, and report a floating-point dtype.
+    """
+    if is_traceable_wrapper_subclass(tensor) and not is_dtensor(tensor):
+        return type(tensor).__name__
+    return None if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def check_plain(what: str, tensor: Any) -> None:
+    """Raise ``ValueError`` for a quantised tensor; ``what`` names it. ``None``, as for a computed weight, passes."""
+    kind = None if tensor is None else stored_as(tensor)
+    if kind is not None:
+        raise ValueError(
+            f"{what} is stored as {kind}, and gradients through it and merging need floating-point numbers: load the "
+            "base unquantised, in bfloat16 for half the memory"
+        )

@@ -1,0 +1,1 @@
+"""PEFT directories: read, written, combined."""

@@ -1,0 +1,129 @@
+"""Adapt the pretrained model inside a LightningModule as ``LoRACallback`` was told: anew, or from a file."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_lora.checkpoint.file import (
+    check_structure,
+    check_tensors,
+    config_of,
+    copy_tensors,
+    fitting_tensors,
+    one_adapter,
+    read_checkpoint,
+    structure,
+    trained_tensors,
+)
+from lightning_lora.checkpoint.storage import location
+from lightning_lora.config import LoRAConfig
+from lightning_lora.megatron.weights import load_hf_weights
+from lightning_lora.model.finite import OnNonfinite
+from lightning_lora.model.inject import inject, inject_anew, remove
+from lightning_lora.model.root import find_root, is_megatron
+from lightning_lora.model.state import has_trained, injection_of, require_injection
+from lightning_lora.peft.load import load_peft
+
+
+def configure_then_adapt(
+    configure_model: Callable[[], None],
+    pl_module: nn.Module,
+    given: dict[str, Any],
+    path: str | None,
+    init_from: str | None,
+    on_nonfinite: OnNonfinite,
+) -> None:
+    """Stand in for ``configure_model``: build, then adapt."""
+    configure_model()
+    source = None if init_from is None else _read_base_first(pl_module, path)
+    adapt_module(pl_module, given, path, init_from, on_nonfinite)
+    if source is not None:
+        require_injection(find_root(pl_module, path)[1]).base_weights = source
+
+
+def adapt_module(
+    pl_module: nn.Module, given: dict[str, Any], path: str | None, init_from: str | None, on_nonfinite: OnNonfinite
+) -> None:
+    """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is.
+
+    Args:
+        given: settings that replace the defaults, or those of the file; what the file holds must fit them.
+    """
+    root_path, root = find_root(pl_module, path)
+    injection = injection_of(root)
+    if init_from is None and injection is None:
+        inject_anew(root, LoRAConfig(**given), check_ranks=True)  # the first lines of the run say what inject would
+        return
+    if init_from is None:
+        inject(root, LoRAConfig(**given))  # an error where it was adapted otherwise
+        return
+    if injection is not None and injection.source == init_from:
+        inject(root, dataclasses.replace(injection.config, **given))  # an error where it was adapted otherwise
+        return
+    if injection is not None:
+        if has_trained(root):
+            raise ValueError(
+                f"init_from={init_from!r} is for a model without adapters; this one has adapters that trained. Call "
+                "remove(model) first, or leave init_from out to go on with them"
+            )
+        remove(root)
+    if location(init_from).is_dir():
+        _adapt_from_directory(root, given, init_from, on_nonfinite)
+    else:
+        _adapt_from_checkpoint(root, root_path, given, init_from, on_nonfinite)
+    injection = require_injection(root)
+    injection.source = init_from
+    own = LoRAConfig().to_dict()
+    changed = [f"{name}={value!r}" for name, value in injection.config.to_dict().items() if value != own[name]]
+    rank_zero_info(f"LoRA starts from {init_from}: {', '.join(changed) or 'all settings at their defaults'}")
+
+
+def _adapt_from_checkpoint(
+    root: nn.Module, root_path: str, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite
+) -> None:
+    """Adapt ``root`` with the file's config, in which ``given`` replaces settings, and copy the weights inside it."""
+    checkpoint = one_adapter(read_checkpoint(path), root_path, path)
+    inject_anew(root, dataclasses.replace(config_of(checkpoint, path), **given), check_ranks=False)
+    try:
+        tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=on_nonfinite)
+    except ValueError:
+        remove(root)
+        raise
+    copy_tensors(tensors, root)
+
+
+def _adapt_from_directory(root: nn.Module, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite) -> None:
+    """Adapt ``root`` as a PEFT directory says, or with other settings ``given`` if its tensors fit them."""
+    load_peft(root, path, on_nonfinite=on_nonfinite)
+    config = require_injection(root).config
+    wanted = dataclasses.replace(config, **given)
+    if wanted == config:
+        return
+    described = structure(root)
+    tensors = {name: tensor.clone() for name, tensor in trained_tensors(root).items()}
+    remove(root)
+    inject_anew(root, wanted, check_ranks=False)
+    try:
+        check_structure(described, root, path)
+        check_tensors(tensors, root, path)
+    except ValueError:
+        remove(root)
+        raise
+    copy_tensors(tensors, root)
+
+
+def _read_base_first(pl_module: Any, path: str | None) -> str | None:
+    """Fill a Megatron-core model from the strategy's ``base_weights``: what is loaded into it looks at its base.
+
+    Returns:
+        What was read, if anything.
+    """
+    _, root = find_root(pl_module, path)
+    source: str | None = getattr(pl_module.trainer.strategy, "base_weights", None)
+    if not is_megatron(root) or source is None or injection_of(root) is not None:
+        return None
+    load_hf_weights(root, source)
+    return source
