@@ -14,8 +14,8 @@ from blocks import QWEN3_06B, SMALL, TINY, Adapter, Shape, Work
 from counters import NO_KERNEL, kernels, saved_bytes
 from timing import timed
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.fuse import FUSIONS, fuse
