@@ -66,8 +66,11 @@ class _Outputs:
         return self.waiting.pop(place)
 
 
-class _Plain:
-    outputs: _Outputs | None = None
+class _LatestInGraph:
+    """The same while torch.compile traces, which does not follow thread-local attributes."""
+
+    def __init__(self) -> None:
+        self.outputs: _Outputs | None = None
 
 
 class _Latest(threading.local):
@@ -77,7 +80,7 @@ class _Latest(threading.local):
 
 
 _latest = _Latest()
-_latest_in_graph = _Plain()  # torch.compile does not trace thread-local attributes
+_latest_in_graph = _LatestInGraph()
 
 
 class Siblings:
