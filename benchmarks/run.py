@@ -37,6 +37,7 @@ ITEMS = {
     "decode": 15,
     "compiled": 15,
     "scaling": 7,
+    "ablation": 15,
     "gpu": 20,
 }
 QUICK_ROUNDS = 2

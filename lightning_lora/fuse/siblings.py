@@ -20,17 +20,20 @@ from lightning_lora.ops.sharded import is_dtensor
 GROUPS = [
     line.split()
     for line in """\
-q_proj k_proj v_proj g_proj b_proj a_proj r_proj g_a_proj sink_proj v_proj_current
+q_proj k_proj v_proj gate_proj g_proj b_proj a_proj r_proj g_a_proj sink_proj v_proj_current
 query key value
 query_proj key_proj value_proj
 q k v ogate_preact igate_preact fgate_preact
 to_q to_k to_v to_kv
 q_lin k_lin v_lin
 linear_q linear_k linear_v
+linear_x linear_y
+to_query to_key
 layout_query layout_key layout_value
 project_q project_k project_v
-q_content_proj k_content_proj q_pos_proj k_pos_proj
-q_a_proj kv_a_proj_with_mqa kv_proj
+q_content_proj k_content_proj v_proj
+q_pos_proj k_pos_proj
+q_a_proj kv_a_proj_with_mqa kv_proj g_proj gate_proj
 in_proj_qkv in_proj_z in_proj_b in_proj_a
 in_proj_qkvz in_proj_ba
 qkv_proj output_gate
@@ -40,6 +43,9 @@ proj_up_gate proj_up
 w1 w3
 wi_0 wi_1
 w_0 w_1
+vision_proj values_vision_proj
+text_proj values_text_proj
+input_layer residual_layer
 """.splitlines()
 ]
 MAX_UNREAD = 3
