@@ -324,7 +324,7 @@ class Experts(nn.Module):
             mask = F.one_hot(index, num_classes=self.num_experts + 1).permute(2, 1, 0)
             hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
         for expert_idx in hit:
-            expert_idx = expert_idx[0]  # noqa: PLW2901
+            expert_idx = expert_idx[0]
             if expert_idx == self.num_experts:
                 continue
             top_k_pos, token_idx = torch.where(mask[expert_idx])

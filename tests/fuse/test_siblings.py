@@ -127,7 +127,7 @@ class Cross(nn.Module):
 def test_a_layer_with_another_input_leaves_its_group_after_a_step(order, dropout, counts) -> None:
     model = adapted(nn.ModuleList([Cross(order)]), target_modules=["q", "k", "v"], dropout=dropout)
     alone, optimizer = one_by_one(model), torch.optim.SGD(model.parameters(), lr=0.0)
-    for step in range(6):
+    for _ in range(6):
         x, context = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)[:3]
         run = lambda m: m[0](x, context).square().sum()  # noqa: B023, E731
         counts.pair()
