@@ -1,4 +1,4 @@
-"""The written forms of gated MLPs and RMS norms: a class that has the code of one of them computes its formula.
+"""The written forms of gated MLPs: a class that has the code of one of them computes its formula.
 
 All but a few of the classes in transformers are copies of these texts. A class that is written in another way says
 what it is with :func:`~lightning_lora.fuse.gated_mlp.register_gated_mlp`.
@@ -18,10 +18,12 @@ from lightning_lora.layers.same_code import same_code
 
 def activation_name(function: Any) -> str | None:
     """Return the name in :data:`~lightning_lora.ops.gated_mlp.ACTIVATIONS` of a module or function, if it is there."""
-    if isinstance(function, nn.GELU):
+    if type(function) is nn.GELU:
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
-    kind = type(function) if isinstance(function, nn.Module) else function
-    return _ACTIVATIONS.get(kind) or _ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
+    if not isinstance(function, nn.Module):
+        return next((name for known, name in _ACTIVATIONS.items() if known is function), None)
+    cls = type(function)
+    return _ACTIVATIONS.get(cls) or _ACTIVATIONS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 _ACTIVATIONS: dict[Any, str] = {
@@ -57,7 +59,8 @@ class GatedForm(NamedTuple):
 
 
 def _drops_nothing(module: Any) -> bool:
-    return bool(not module.dropout.p or not module.dropout.training)
+    dropout = module.dropout
+    return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not (dropout.p and dropout.training))
 
 
 def _has_no_limit(module: Any) -> bool:
@@ -66,10 +69,6 @@ def _has_no_limit(module: Any) -> bool:
 
 def _has_weights_of_its_own(module: Any) -> bool:
     return bool(module.config.weight_mode == "single")
-
-
-def _reduces_in_float32(module: Any) -> bool:
-    return bool(module.force_float32_reductions and module.bias is None)
 
 
 class _Bound:
@@ -106,16 +105,6 @@ class _T5Gemma:
         hidden_states = self.dropout(hidden_states)
         down_proj = self.down_proj(hidden_states)
         return down_proj
-
-
-class _LongT5:
-    def forward(self: Any, x: Any) -> Any:
-        hidden_gelu = self.act(self.wi_0(x))
-        hidden_linear = self.wi_1(x)
-        x = hidden_gelu * hidden_linear
-        x = self.dropout(x)
-        x = self.wo(x)
-        return x
 
 
 class _T5:
@@ -161,88 +150,9 @@ GATED_FORMS: dict[type, GatedForm] = {
     _RecurrentGemma: GatedForm(),
     _Lfm2: GatedForm("w1", "w3", "w2", "silu"),
     _T5Gemma: GatedForm(condition=_drops_nothing),
-    _LongT5: GatedForm("wi_0", "wi_1", "wo", "act", _drops_nothing),
     _T5: GatedForm("wi_0", "wi_1", "wo", "act", _drops_nothing),
     _Step3p7: GatedForm(condition=_has_no_limit),
     _XLSTM: GatedForm("proj_up_gate", "proj_up", "proj_down", condition=_has_weights_of_its_own),
-}
-
-
-class NormForm(NamedTuple):
-    """The attribute of a norm that is its eps, and whether it multiplies by ``1 + weight``."""
-
-    eps: str
-    is_offset: bool = False
-    condition: Callable[[Any], bool] | None = None
-
-    def holds(self, module: Any) -> bool:
-        """Return True if the attributes of a module are such that it computes the formula."""
-        return self.condition is None or self.condition(module)
-
-
-class _LlamaNorm:
-    def forward(self: Any, x: Any) -> Any:
-        input_dtype = x.dtype
-        x = x.to(torch.float32)
-        variance = x.pow(2).mean(-1, keepdim=True)
-        x = x * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * x.to(input_dtype)
-
-
-class _GemmaNorm:
-    def _norm(self: Any, x: Any) -> Any:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-    def forward(self: Any, x: Any) -> Any:
-        output = self._norm(x.float())
-        output = output * (1.0 + self.weight.float())
-        return output.type_as(x)
-
-
-class _T5Norm:
-    def forward(self: Any, x: Any) -> Any:
-        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
-        x = x * torch.rsqrt(variance + self.variance_epsilon)
-        if self.weight.dtype in [torch.float16, torch.bfloat16]:
-            x = x.to(self.weight.dtype)
-        return self.weight * x
-
-
-class _Llama4Norm:
-    _norm = _GemmaNorm._norm
-
-    def forward(self: Any, x: Any) -> Any:
-        output = self._norm(x.float()).type_as(x)
-        return output * self.weight
-
-
-class _XLSTMNorm:
-    def _apply_weight_bias(self: Any, x: Any) -> Any:
-        if self.weight is not None:
-            x = x * self.weight
-        if self.bias is not None:
-            x = x + self.bias
-        return x
-
-    def _rms_normalize(self: Any, x: Any) -> Any:
-        in_dtype = x.dtype
-        if self.force_float32_reductions:
-            x = x.float()
-        x = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return x.to(in_dtype)
-
-    def forward(self: Any, x: Any) -> Any:
-        x = self._rms_normalize(x)
-        x = self._apply_weight_bias(x)
-        return x
-
-
-NORM_FORMS: dict[type, NormForm] = {
-    _LlamaNorm: NormForm("variance_epsilon"),
-    _GemmaNorm: NormForm("eps", is_offset=True),
-    _T5Norm: NormForm("variance_epsilon"),
-    _Llama4Norm: NormForm("eps"),
-    _XLSTMNorm: NormForm("eps", condition=_reduces_in_float32),
 }
 
 

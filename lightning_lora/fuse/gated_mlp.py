@@ -98,7 +98,9 @@ class LoRAGatedMLP(Made):
 
 
 def _activation_of(module: nn.Module, form: GatedForm) -> str | None:
-    return form.activation if form.activation in ACTIVATIONS else activation_name(getattr(module, form.activation))
+    return (
+        form.activation if form.activation in ACTIVATIONS else activation_name(getattr(module, form.activation, None))
+    )
 
 
 def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.fuse.forms import NORM_FORMS, NormForm, form_of
+from lightning_lora.fuse.forms import form_of
+from lightning_lora.fuse.norm_forms import NORM_FORMS, NormForm
 from lightning_lora.layers.base import LoRALayer, Made, lora_class
 from lightning_lora.ops.linear import autocast_dtype, is_transformed
 from lightning_lora.ops.rms_norm import rms_norm
