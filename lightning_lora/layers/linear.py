@@ -17,8 +17,8 @@ class LoRALinear(LoRALayer):
 
     weight: Tensor  # [out_features, in_features]
     bias: Tensor | None
-    lora_siblings: Any = None  # layers/siblings.py, of the layers that are computed with this one
-    lora_place: int  # among them
+    lora_siblings: Any = None  # fuse/siblings.py: the group of layers that are computed with this one
+    lora_place: int  # in that group
 
     @classmethod
     @override
