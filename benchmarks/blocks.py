@@ -7,7 +7,7 @@ no LoRA of ours can be faster than), ``full`` (every parameter trains), ``PEFT``
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +152,7 @@ CONTENDERS: dict[str, Builder] = {
 }
 
 
-def builders(dtype: torch.dtype, *, peers: bool = True) -> dict[str, Builder]:
+def builders_of(dtype: torch.dtype, *, peers: bool = True) -> dict[str, Builder]:
     """Return the contenders that exist here for a base of ``dtype``."""
     bf16 = {} if dtype == torch.float32 else {"PEFT, bf16 adapters": with_peft_bf16}
     return {**CONTENDERS, **bf16, **(installed_peers() if peers else {})}
@@ -165,10 +165,11 @@ def contenders(
     dtype: torch.dtype = torch.float32,
     *,
     names: Iterable[str] | None = None,
+    builders: Mapping[str, Builder] | None = None,
     device: str = "cpu",
     batch: int = 1,
 ) -> dict[str, Work]:
-    """Build the contenders on one set of base tensors, in training mode: those of ``names``, or all.
+    """Build the contenders on one set of base tensors, in training mode: those of ``names``, of ``builders``, or all.
 
     Without dropout, the outputs of all that train adapters are checked to agree.
     """
@@ -179,10 +180,10 @@ def contenders(
     grad = torch.randn_like(x)
     positions = torch.arange(num_tokens, device=device)[None]
     rotary = rotary_embedding(shape.config()).to(device)(x, positions)
-    chosen = builders(dtype) if names is None else {name: builders(dtype)[name] for name in names}
+    chosen = builders_of(dtype) if builders is None else builders
     works = {}
-    for name, build in chosen.items():
-        block = build(sharing_copy(base), adapter).train()
+    for name in chosen if names is None else names:
+        block = chosen[name](sharing_copy(base), adapter).train()
         fill_adapters(block, shape, adapter)
         works[name] = Work(block, x.clone().requires_grad_(), grad, rotary)
     if adapter.dropout == 0.0:

@@ -27,7 +27,7 @@ CASES: list[tuple[Shape, int, torch.dtype]] = [
 ]
 TINY_CASES: list[tuple[Shape, int, torch.dtype]] = [(TINY, 16, F32), (TINY_LLAMA, 16, BF16)]
 # neither reads nor writes elements
-_NO_KERNEL = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view"}
+NO_KERNEL = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view"}
 
 
 def measure(rounds: int, quick: bool = False) -> list[dict[str, Any]]:
@@ -79,5 +79,5 @@ class KernelCount(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.total += not (func.is_view or func._schema.name in _NO_KERNEL)
+        self.total += not (func.is_view or func._schema.name in NO_KERNEL)
         return func(*args, **(kwargs or {}))

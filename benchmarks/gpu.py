@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from blocks import QWEN3_06B, TINY, Adapter, Shape, builders, contenders
+from blocks import QWEN3_06B, TINY, Adapter, Shape, builders_of, contenders
 from gpu_products import time_products
 from timing import device_seconds, interleave, summary
 from torch import nn
@@ -56,7 +56,7 @@ def _block(
     shape: Shape, batch: int, length: int, r: int, dropout: float, device: str, rounds: int, steps: int
 ) -> dict[str, Any]:
     works, failed = {}, {}
-    for name in builders(torch.bfloat16):
+    for name in builders_of(torch.bfloat16):
         try:  # one at a time: kernels of a peer may not run on this device
             one = contenders(
                 shape, length, Adapter(r, dropout), torch.bfloat16, names=[name], device=device, batch=batch

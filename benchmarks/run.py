@@ -36,6 +36,7 @@ ITEMS = {
     "decode": 15,
     "compiled": 15,
     "scaling": 7,
+    "ablation": 15,
     "gpu": 20,
 }
 QUICK_ROUNDS = 2

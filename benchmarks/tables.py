@@ -162,6 +162,20 @@ def _moe(results: list[dict[str, Any]]) -> Iterable[Table]:
     yield Table("Experts: a step, and bytes kept for backward", ["case", "experts", *ratios, *saved], rows)
 
 
+def _ablation(results: list[dict[str, Any]]) -> Iterable[Table]:
+    rows = [
+        [case["case"], case["dropout"], name, spread(case["ratios"][f"{name} / frozen"])]
+        + [f"{case['saved_bytes'][name] / MIB:.1f}", case["kernels"][name], f"{case['moved_bytes'][name] / MIB:.0f}"]
+        + [f"{100 * worth[figure]:.1f} %" if worth else "" for figure in ("step", "saved_bytes", "moved_bytes")]
+        for case in results
+        for name in case["kernels"]
+        if name != "frozen"
+        for worth in [case["worth"].get(name)]
+    ]
+    header = ["block", "dropout", "fusions", "step / frozen", "saved MiB", "kernels", "moved MiB"]
+    yield Table("Fusions, each alone left out", [*header, "worth: step", "saved", "moved"], rows)
+
+
 def _compiled(results: dict[str, Any]) -> Iterable[Table]:
     yield from _timings(results)
     columns = ("layers", "graphs", "graphs_after_a_second_step", "compile_cpu_s", "not_measured")
@@ -202,6 +216,7 @@ TABLES: dict[str, Callable[[Any], Iterable[Table]]] = {
     "scaling": _scaling,
     "gpu": _gpu,
     "moe": _moe,
+    "ablation": _ablation,
 }
 
 

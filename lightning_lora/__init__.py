@@ -3,6 +3,7 @@
 from lightning_lora.callback import LoRACallback
 from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict, load_adapter_state_dict
 from lightning_lora.config import LoRAConfig
+from lightning_lora.fuse.gated_mlp import register_gated_mlp
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.model.inject import inject, remove
 from lightning_lora.model.loss import linear_cross_entropy
@@ -38,6 +39,7 @@ __all__ = [
     "merge",
     "merged",
     "named_adapter_parameters",
+    "register_gated_mlp",
     "remove",
     "save_peft",
     "unmerge",

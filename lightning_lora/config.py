@@ -118,6 +118,9 @@ class LoRAConfig:
         adapter_dtype: dtype that adapters are created in, and that whatever trains (heads and biases of the base too)
             never falls below: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, or ``"auto"`` for the dtype
             of each base weight. Heads and biases are cast to the base's dtype where they are read.
+        fuse: compute layers that read one input, gated MLPs, RMS norms and experts by functions that save less for
+            backward, where they are recognised. It changes no result beyond rounding and nothing in a file: ``False``
+            runs every module's own code, as to find out whether fusing causes a difference.
 
     Raises:
         ValueError, TypeError: a value is out of range or of the wrong type; the message says what was expected.
@@ -144,6 +147,7 @@ class LoRAConfig:
     init_rng: Literal["name", "peft"] = "name"
     init_seed: int | None = None
     adapter_dtype: str = "float32"
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
@@ -155,7 +159,7 @@ class LoRAConfig:
         _check_init(self.init)
         _check_choice("init_rng", self.init_rng, ("name", "peft"))
         _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
-        for name in ("use_rslora", "use_dora", "lora_bias", "fused_pairs"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "fused_pairs", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         _check_combination(self)

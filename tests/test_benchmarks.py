@@ -13,7 +13,7 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # what a development environment can run of them in a few seconds; compiling takes longer, and has tests of its own
 ITEMS = ["counters", "aten_kernels", "checkpoints", "memory", "steps", "whole_step", "injection", "decode", "scaling"]
-ITEMS += ["moe", "loss", "gpu"]
+ITEMS += ["moe", "loss", "ablation", "gpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,6 +174,16 @@ def test_every_target_reads_what_its_item_writes(quick: Path) -> None:
     found["moe"] = [case | {"case": f"mixture, h={size}"} for case in found["moe"] for size in (256, 512, 1024, 2048)]
     unread = {one["item"] for one in targets.judge(found) if one["status"] == "not measured"}
     assert unread == {"compiled"}
+
+
+def test_leaving_a_fusion_out_costs_what_it_is_there_for(quick: Path) -> None:
+    *blocks, mixture = results(quick)["ablation"]
+    for case in blocks:
+        assert case["worth"]["without gated MLPs"]["saved_bytes"] > 0.1
+        assert case["worth"]["without norms"]["saved_bytes"] > 0.1
+        assert case["worth"]["without siblings"]["kernels"] > 0
+        assert case["worth"]["none"]["saved_bytes"] > case["worth"]["without gated MLPs"]["saved_bytes"]
+    assert mixture["worth"]["without experts"]["saved_bytes"] > 0.1
 
 
 def test_quick_figures_meet_and_miss_nothing(quick: Path) -> None:

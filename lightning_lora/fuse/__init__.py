@@ -1,1 +1,36 @@
-"""What is computed together: siblings, gated MLPs, norms, experts."""
+"""Adapted layers, and norms beside them, that are computed together: found in a model, and released again."""
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from lightning_lora.fuse.experts import fuse_experts
+from lightning_lora.fuse.gated_mlp import LoRAGatedMLP, fuse_gated_mlp, release_gated_mlp
+from lightning_lora.fuse.norms import LoRARMSNorm, fuse_norms, release_norm
+from lightning_lora.fuse.siblings import group_siblings
+
+FUSIONS: dict[str, Callable[[nn.Module], None]] = {
+    "experts": fuse_experts,
+    "siblings": group_siblings,
+    "gated MLPs": fuse_gated_mlp,
+    "norms": fuse_norms,
+}
+
+
+def fuse(root: nn.Module, fusions: Iterable[str] = tuple(FUSIONS)) -> None:
+    """Let the adapted layers inside ``root`` be computed together where that gives the same numbers.
+
+    Names, parameters and the classes that modules are instances of stay; what is not recognised stays as it is.
+    """
+    fusions = tuple(fusions)
+    for module in list(root.modules()):
+        for name in fusions:
+            FUSIONS[name](module)
+
+
+def release(module: nn.Module) -> None:
+    """Undo what :func:`fuse` did to the class of one module."""
+    if isinstance(module, LoRAGatedMLP):
+        release_gated_mlp(module)
+    elif isinstance(module, LoRARMSNorm):
+        release_norm(module)

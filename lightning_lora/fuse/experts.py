@@ -1,29 +1,49 @@
 """Modules of fused experts that are computed as one, adapters included: :class:`LoRAExperts`."""
 
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.compat.torch import has_global_hooks
-from lightning_lora.compat.transformers import is_expert_parallel
-from lightning_lora.fuse.expert_formula import GROUPED, OWN, Names, gate_function, gate_of, implementation_of, names_of
+from lightning_lora.compat.transformers import experts_gate, experts_implementation, is_expert_parallel
+from lightning_lora.fuse.expert_forms import LOOPS, OWN_ACTIVATIONS, OWN_GATES, default_gate
+from lightning_lora.fuse.forms import activation_name
 from lightning_lora.fuse.gated_mlp import is_watched
 from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.parameters import LoRAParameters
+from lightning_lora.layers.same_code import same_code
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import Gate, KnownGate, OwnGate
 from lightning_lora.ops.experts.weights import ExpertWeights
 from lightning_lora.ops.linear import autocast_dtype, is_transformed
 from lightning_lora.ops.sharded import is_dtensor
 
+OWN = "own"  # a gate that is the module's own function
+GROUPED = "grouped_mm"
+_DISPATCHER = "transformers.integrations.moe"
+_FUNCTIONS = {GROUPED: "grouped_mm_experts_forward", "batched_mm": "batched_mm_experts_forward"}  # of that module
+
+
+class Names(NamedTuple):
+    """The names of the base's tensors; those of biases may be missing."""
+
+    opening: str
+    closing: str
+    biases: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (self.opening, self.closing, *self.biases)
+
 
 class LoRAExperts(LoRAParameters):
     """Mixin of experts ``sum_k w_k down_e(G(gate_up_e(x)))``, whose forward and backward are one function.
 
-    The base's own ``forward`` runs, on weights that keep the factors apart, while a hook is to see a child, the base
-    trains, weights are in shards, and where torch traces or transforms the code.
+    Fusing is skipped, and the base's own ``forward`` runs, on weights that keep the factors apart, where a hook sees a
+    child, the base trains, weights are in shards, or torch traces or transforms the code.
     """
 
     lora_names: Names
@@ -70,13 +90,16 @@ class LoRAExperts(LoRAParameters):
         if implementation not in self.lora_gates:  # the model was set to another one since
             if torch.compiler.is_compiling():
                 return None
-            self.lora_gates[implementation] = gate_of(self, self.lora_names, {})
+            self.lora_gates[implementation] = gate_of(self)
         return self.lora_gates[implementation]
 
     def _gate(self) -> Gate:
         known = self._known_gate()
         assert known is not None
-        return OwnGate(gate_function(self)) if known == OWN else KnownGate(known)
+        if known != OWN:
+            return KnownGate(known)
+        module: Any = self
+        return OwnGate(experts_gate(module) if module.has_gate else module.act_fn)
 
     def _base(self, name: str) -> Tensor:
         weight = self._parameters[name]  # past __getattr__, which gives the one with the update
@@ -94,16 +117,61 @@ def _is_plain(tensor: Any) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) or (torch.compiler.is_compiling() and not is_dtensor(tensor))
 
 
-def fuse_experts(module: nn.Module, known: dict[Any, Any]) -> None:
-    """Give adapted experts that are recognised the class that computes them as one.
-
-    Args:
-        known: what was found out about other modules of the same model.
-    """
+def fuse_experts(module: nn.Module) -> None:
+    """Give adapted experts that are recognised the class that computes them together."""
     if not isinstance(module, LoRAParameters) or isinstance(module, LoRAExperts):
         return
-    names = names_of(module)
-    gate = None if names is None else gate_of(module, names, known)
+    names = _names_of(module)
+    gate = None if names is None else gate_of(module)
     if gate is not None:
         swap_class(module, LoRAExperts, module.lora_base_class)
         module.__dict__.update(lora_names=names, lora_gates={implementation_of(module): gate})
+
+
+def _names_of(module: LoRAParameters) -> Names | None:
+    """Return which tensor of a module is which, by transformers' convention, if it has these tensors and no others."""
+    base: Any = module.lora_base_class
+    transformers_moe = sys.modules.get(_DISPATCHER)
+    if transformers_moe is None or getattr(base.forward, "__globals__", None) is not vars(transformers_moe):
+        return None  # its class was not decorated with transformers' use_experts_implementation
+    opening = "gate_up_proj" if module.has_gate else "up_proj"
+    names = Names(opening, "down_proj", (f"{opening}_bias", "down_proj_bias") if module.has_bias else ())
+    found = [name for name in module._parameters if name not in module.tensor_names]
+    adapts_matrices = module.lora_parts.keys() <= {names.opening, names.closing}
+    has_more = module.__dict__.get("has_post_expert_norm", False)
+    return names if sorted(found) == sorted(names.all) and adapts_matrices and not has_more else None
+
+
+def implementation_of(module: nn.Module) -> str:
+    """Return the name of the implementation that a module is set to."""
+    config: Any = module.config
+    return experts_implementation(config)
+
+
+def gate_of(module: Any) -> str | None:
+    """Return the activation in ``G = act(a) * b``, or :data:`OWN`; ``None`` where the code is not a written form's."""
+    base, implementation = module.lora_base_class, implementation_of(module)
+    activation = getattr(module, "act_fn", None)
+    known = None if activation is None else activation_name(activation)
+    kind = f"{type(activation).__module__}.{type(activation).__qualname__}"
+    is_pure = activation is None or known is not None or kind in OWN_ACTIVATIONS
+    if not is_pure or not _computes_the_formula(base, implementation, module):
+        return None
+    if not module.has_gate:
+        return OWN
+    if same_code(experts_gate(base), default_gate):
+        return known or OWN
+    return OWN if any(same_code(experts_gate(base), gate) for gate in OWN_GATES) else None
+
+
+def _computes_the_formula(base: Any, implementation: str, module: Any) -> bool:
+    """Return True if an implementation is transformers' own function, or a class's loop that is a written form."""
+    if implementation in _FUNCTIONS:
+        moe: Any = sys.modules[_DISPATCHER]
+        return moe.ALL_EXPERTS_FUNCTIONS.get(implementation) is getattr(moe, _FUNCTIONS[implementation])
+    loop = next((LOOPS[form] for form in LOOPS if same_code(getattr(base.forward, "__wrapped__", None), form)), None)
+    if implementation != "eager" or loop is None:
+        return False
+    is_same_gate = loop.has_own_gate or same_code(experts_gate(base), default_gate)
+    layout = bool(module.is_transposed), bool(module.has_bias)
+    return module.has_gate and is_same_gate and layout == (loop.is_transposed, loop.has_bias)

@@ -1,100 +1,83 @@
-"""Gated MLPs, ``down(act(gate(x)) * up(x))``, whose three adapted layers are computed as one.
+"""Gated MLPs, ``down(act(gate(x)) * up(x))``, whose three adapted layers are computed by one function."""
 
-A module is recognised by what it computes, not by its name: its ``forward`` is run on small numbers, with small layers
-in the place of its own, and compared with the formula.
-"""
-
-import copy
-from collections.abc import Container, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.compat.torch import has_global_hooks, has_hooks
+from lightning_lora.fuse.forms import GATED_FORMS, GatedForm, activation_name, form_of
 from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, leave, term
-from lightning_lora.fuse.structure import Snapshot, facts, keeps_books
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.megatron.parallel_layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
 
-# from where activations are linear to where limits that some models put on them are passed
-SCALES = (0.03, 1.0, 30.0, 1e4)
+_registered: dict[Any, GatedForm] = {}  # by forward
 
 
-class Roles(NamedTuple):
-    """The names of a gated MLP's layers, and of the activation in :data:`~lightning_lora.ops.gated_mlp.ACTIVATIONS`."""
+def register_gated_mlp(cls: type[nn.Module], *, gate: str, up: str, down: str, activation: str = "silu") -> None:
+    """Declare that ``cls`` computes ``down(activation(gate(x)) * up(x))``, so that ``inject`` fuses its three layers.
 
-    gate: str
-    up: str
-    down: str
-    activation: str
+    The declaration holds for ``cls.forward``, in subclasses as well, and for models that are adapted after it. The
+    forward is then replaced while all three layers are adapted: it has no other effects.
 
+    Example::
 
-class Recognized(NamedTuple):
-    """A module as it was, and its children but for some layers, with their classes."""
+        register_gated_mlp(MyMLP, gate="w1", up="w3", down="w2")
 
-    own: Snapshot
-    children: dict[str, tuple[type, Snapshot]]
+    Args:
+        cls: a class of modules whose ``forward`` takes one tensor.
+        gate: the name of the layer, an attribute of the module, whose output is activated; ``up``, ``down`` likewise.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
 
-    @classmethod
-    def of(cls, module: nn.Module, layers: Container[str]) -> "Recognized":
-        others = _others(module, layers)
-        return cls(Snapshot.of(module), {name: (type(child), Snapshot.of(child)) for name, child in others})
-
-    def is_of(self, module: nn.Module, layers: Container[str]) -> bool:
-        """Whether a module has the attributes that it had, and so each child."""
-        others = _others(module, layers)
-        if len(others) != len(self.children) or not self.own.is_of(module):
-            return False
-        for name, child in others:
-            former = self.children.get(name)
-            if former is None or type(child) is not former[0] or not former[1].is_of(child):
-                return False
-        return True
-
-
-def _others(module: nn.Module, layers: Container[str]) -> list[tuple[str, nn.Module]]:
-    return [(name, child) for name, child in module._modules.items() if child is not None and name not in layers]
+    Raises:
+        TypeError: ``cls`` is no class of modules.
+        ValueError: the activation is another one.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_gated_mlp takes a subclass of torch.nn.Module, got {cls!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; it is one of {', '.join(map(repr, ACTIVATIONS))}")
+    _registered[cls.forward] = GatedForm(gate, up, down, activation)
 
 
 class LoRAGatedMLP(SwappedModule):
     """Mixin of a gated MLP with three adapted layers.
 
-    It runs the base's own ``forward`` when a hook is to see a layer's input or output, when an adapter is merged,
-    disabled or of another kind, when weights lie in shards, and when the module was changed since it was recognised.
+    Fusing is skipped, and the base's own ``forward`` runs, where it would be visible: with hooks on the children, with
+    adapters that are merged, disabled or of another kind, with weights in shards, and once the forward, the activation
+    or an attribute that changes the formula was replaced.
     """
 
-    lora_roles: Roles
-    lora_recognized: Recognized
+    lora_form: GatedForm
+    lora_activation: str
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and self._is_fused(args[0]):
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self._is_fused(args[0]):
             return self._fused(args[0])
         return super().forward(*args, **kwargs)
 
-    def _is_fused(self, x: Any) -> bool:
+    def _is_fused(self, x: Tensor) -> bool:
         gate, up, down = self._layers()
         return (
-            isinstance(x, Tensor)
-            and (can_fuse(gate, x) and can_fuse(up, x) and can_fuse(down, x))  # first: merged ones are to cost nothing
-            and self._is_as_recognized()
+            (can_fuse(gate, x) and can_fuse(up, x) and can_fuse(down, x))  # first: merged ones are to cost nothing
+            and self._has_its_formula()
             and not has_global_hooks()
             and not any(is_watched(child) for child in self._modules.values())
             and go_together([gate, up], gate)
             and _is_split_inside(gate, up, down)
         )
 
-    def _is_as_recognized(self) -> bool:
-        if torch.compiler.is_compiling():  # guards on every attribute would compile equal blocks one by one
+    def _has_its_formula(self) -> bool:
+        if not self.lora_form.holds(self):
+            return False
+        if torch.compiler.is_compiling():  # guards on classes and functions would compile equal blocks one by one
             return True
-        return self.lora_base_class.forward is type(self).lora_base_forward and self.lora_recognized.is_of(
-            self, self.lora_roles[:3]
-        )
+        is_same_forward = self.lora_base_class.forward is type(self).lora_base_forward
+        return is_same_forward and _activation_of(self, self.lora_form) == self.lora_activation
 
     def _fused(self, x: Tensor) -> Tensor:
         gate, up, down = self._layers()
@@ -103,19 +86,25 @@ class LoRAGatedMLP(SwappedModule):
             factors(gate),
             factors(up),
             factors(down),
-            activation=self.lora_roles.activation,
+            activation=self.lora_activation,
             entering=term(gate),
             leaving=term(down),
         )
         return leave(down, y)
 
     def _layers(self) -> tuple[Any, Any, Any]:
-        children, roles = self._modules, self.lora_roles
-        return children.get(roles.gate), children.get(roles.up), children.get(roles.down)
+        children, form = self._modules, self.lora_form
+        return children.get(form.gate), children.get(form.up), children.get(form.down)
+
+
+def _activation_of(module: nn.Module, form: GatedForm) -> str | None:
+    return (
+        form.activation if form.activation in ACTIVATIONS else activation_name(getattr(module, form.activation, None))
+    )
 
 
 def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
-    """Whether the layers are whole, or split so that what lies between them is this rank's part of it."""
+    """Return True if the layers are whole, or split so that what lies between them is this rank's part of it."""
     if not any(isinstance(layer, TensorParallel) for layer in (gate, up, down)):
         return True
     columns = all(isinstance(layer, ColumnParallelLinear) and not layer.tp_whole_output for layer in (gate, up))
@@ -123,128 +112,29 @@ def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module | None) -> bool:
-    """Whether a hook of a module is to see its input or output."""
-    return module is not None and bool(has_hooks(module))
+    """Return True if a hook of a module sees its input or output."""
+    return module is not None and has_hooks(module)
 
 
-def fuse_gated_mlp(module: nn.Module, known: dict[Any, Any]) -> None:
-    """Give a gated MLP whose three layers are adapted the class that computes them as one.
-
-    Args:
-        known: what was found out about other modules of the same model.
-    """
-    layers = {name: child for name, child in module._modules.items() if isinstance(child, LoRALinear)}
-    if len(layers) != 3 or isinstance(module, LoRAGatedMLP):
+def fuse_gated_mlp(module: nn.Module) -> None:
+    """Give a gated MLP whose three layers are adapted the class that computes them together."""
+    if sum(isinstance(child, LoRALinear) for child in module._modules.values()) < 3 or isinstance(
+        module, SwappedModule
+    ):
         return
-    key = _key(module, layers)
-    if key not in known:
-        known[key] = roles_of(module)
-    if known[key] is not None:
+    cls = type(module)
+    form: GatedForm | None = _registered.get(cls.forward) or form_of(cls, GATED_FORMS)
+    if form is None:
+        return
+    missing = [name for name in form[:3] if name not in module._modules]
+    if missing and cls.forward in _registered:
+        raise ValueError(f"register_gated_mlp was told that {cls.__name__} has a layer {missing[0]!r}, and it has none")
+    activation = _activation_of(module, form)
+    if activation is not None and all(isinstance(module._modules.get(name), LoRALinear) for name in form[:3]):
         swap_class(module, LoRAGatedMLP)
-        module.__dict__.update(lora_roles=known[key], lora_recognized=None)
-        module.__dict__.update(lora_recognized=Recognized.of(module, layers))
+        module.__dict__.update(lora_form=form, lora_activation=activation)
 
 
 def release_gated_mlp(module: LoRAGatedMLP) -> None:
     """Give the module its base class back."""
-    restore_class(module, "lora_roles", "lora_recognized")
-
-
-def _key(module: nn.Module, layers: dict[str, LoRALinear]) -> tuple[Any, ...]:
-    """Return what the formula of a module can depend on; equal for the MLPs of equal blocks."""
-    others = tuple((name, facts(child)) for name, child in module._modules.items() if name not in layers)
-    sizes = tuple((name, layer.lora_base_class, layer.bias is None, *_sides(layer)) for name, layer in layers.items())
-    return facts(module), sizes, others
-
-
-def _sides(layer: LoRALinear) -> tuple[int, int]:
-    return layer.lora_A.shape[1], layer.lora_B.shape[0]
-
-
-def roles_of(module: nn.Module) -> Roles | None:
-    """Return which layer of a module is which, if it computes ``down(act(gate(x)) * up(x))`` and nothing else."""
-    layers = {name: child for name, child in module._modules.items() if isinstance(child, LoRALinear)}
-    for gate, up, down in _orders(layers):
-        small = _small(module, layers, down)
-        if small is None:
-            return None
-        for activation in ACTIVATIONS:
-            if _computes(small, Roles(gate, up, down, activation)):
-                return Roles(gate, up, down, activation)
-    return None
-
-
-def _orders(layers: dict[str, LoRALinear]) -> Iterator[tuple[str, str, str]]:
-    for down in layers:
-        gate, up = (name for name in layers if name != down)
-        if _sides(layers[gate]) == _sides(layers[up]) and _sides(layers[gate])[1] == _sides(layers[down])[0]:
-            yield gate, up, down
-            yield up, gate, down
-
-
-_HIDDEN, _INTERMEDIATE = 4, 6
-
-
-class _SmallLinear(nn.Module):
-    """A linear layer of random numbers, in float64; no random state is touched to make it."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, seed: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        generator = torch.Generator().manual_seed(seed)
-        values = torch.randn(out_features, in_features + 1, generator=generator, dtype=torch.float64, device="cpu")
-        self.weight, self.bias = values[:, :-1], values[:, -1] if bias else None
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-def _small(module: nn.Module, layers: dict[str, LoRALinear], down: str) -> nn.Module | None:
-    """Return a copy of a module with small layers; ``None`` if it holds more than can be copied."""
-    if any(keeps_books(one) for one in (module, *module._modules.values()) if one is not None):
-        return None
-    small: Any = object.__new__(type(module))
-    small.__dict__.update(module.__dict__, _modules={})
-    for seed, (name, child) in enumerate(module._modules.items()):
-        if name in layers:
-            sides = (_INTERMEDIATE, _HIDDEN) if name == down else (_HIDDEN, _INTERMEDIATE)
-            small._modules[name] = _SmallLinear(*sides, bias=layers[name].bias is not None, seed=seed)
-        elif child is None or child._modules or child._parameters or child._buffers:
-            return None
-        else:  # an activation, a dropout
-            small._modules[name] = copy.copy(child)
-    return small if not (module._parameters or module._buffers) else None
-
-
-@torch.no_grad()
-def _computes(small: Any, roles: Roles) -> bool:
-    """Whether a module computes the formula, in training and evaluation, and changes nothing of its own."""
-    former = Recognized.of(small, roles[:3])
-    for training in (True, False):
-        for one in (small, *small._modules.values()):
-            one.training = training
-        if not _gives(small, roles):
-            return False
-    return former.is_of(small, roles[:3])
-
-
-def _gives(small: Any, roles: Roles) -> bool:
-    gate, up, down = (small._modules[name] for name in roles[:3])
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, _HIDDEN, generator=generator, dtype=torch.float64, device="cpu")
-    with torch.random.fork_rng(devices=[]):
-        for scale in SCALES:
-            expected = down(ACTIVATIONS[roles.activation].forward(gate(x * scale)) * up(x * scale))
-            try:
-                given = type(small).forward(small, x * scale)
-            except Exception:  # a forward of any kind: what cannot be run so is left as it is
-                return False
-            if not isinstance(given, Tensor) or given.dtype != expected.dtype or given.shape != expected.shape:
-                return False
-            if not torch.allclose(given, expected, rtol=1e-12, atol=0.0):
-                return False
-    return True
+    restore_class(module, "lora_form", "lora_activation")

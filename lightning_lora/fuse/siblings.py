@@ -1,180 +1,178 @@
-"""Linear layers that their parent calls with one and the same tensor: q, k and v of an attention, gate and up.
+"""Linear layers that read one input, such as q, k and v of an attention, computed by one function.
 
-The first one called computes them all, in one product for their A's and with one buffer for the gradient of x; the
-others hand out what is there. Names, parameters and hooks of every layer stay its own.
+The first layer that is called computes the outputs of all; the others return theirs if they are called with the same
+tensor. All A's are then one product, the gradients of x are summed in one buffer, and one dropout mask serves all.
 """
 
-import operator
 import threading
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.compat.torch import forward_pre_hooks, version_of
-from lightning_lora.fuse.structure import called_alike
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.megatron.parallel_layers import LoRAParallelLinear, RowParallelLinear, TensorParallel
 from lightning_lora.ops.linear import LinearTensors, ScaledDropout, autocast_dtype, is_transformed, lora_linears
 from lightning_lora.ops.sharded import is_dtensor
 
-MAX_WASTED = 3
+# Names of layers of one module that may read one input. A wrong group costs three products that nobody reads.
+GROUPS = [
+    line.split()
+    for line in """\
+q_proj k_proj v_proj gate_proj g_proj b_proj a_proj r_proj g_a_proj sink_proj v_proj_current
+query key value
+query_proj key_proj value_proj
+q k v ogate_preact igate_preact fgate_preact
+to_q to_k to_v to_kv
+q_lin k_lin v_lin
+linear_q linear_k linear_v
+linear_x linear_y
+to_query to_key
+layout_query layout_key layout_value
+project_q project_k project_v
+q_content_proj k_content_proj v_proj
+q_pos_proj k_pos_proj
+q_a_proj kv_a_proj_with_mqa kv_proj g_proj gate_proj
+in_proj_qkv in_proj_z in_proj_b in_proj_a
+in_proj_qkvz in_proj_ba
+qkv_proj output_gate
+sampling_offsets attention_weights
+gate_proj up_proj
+proj_up_gate proj_up
+w1 w3
+wi_0 wi_1
+w_0 w_1
+vision_proj values_vision_proj
+text_proj values_text_proj
+input_layer residual_layer
+""".splitlines()
+]
+MAX_UNREAD = 3
 
 
-class _Computed(NamedTuple):
-    """What was computed of one tensor and not handed out yet."""
+class _Outputs:
+    """The outputs for one tensor that their layers have not returned yet."""
 
-    x: Any  # weakref.ref[Tensor]
-    mode: tuple[Any, ...]
-    thread: int
-    outputs: dict[int, Tensor]  # by place
-    states: list[tuple[Any, ...]]  # of the layers, as they were
+    def __init__(self, siblings: "Siblings", layers: list[LoRALinear], leader: LoRALinear, x: Tensor) -> None:
+        self.siblings, self.layers, self.leader, self.x = siblings, layers, leader, x
+        self.mode = _mode(x)
+        self.states = [_state(layer) for layer in layers]
+        self.waiting: dict[int, Tensor] = dict(enumerate(compute_all(x, layers, leader)))  # by place
+        self.any_read = False
+
+    def take(self, siblings: "Siblings", layer: LoRALinear, x: Tensor) -> Tensor | None:
+        """Return the output of ``layer`` if it was computed from this very tensor and nothing has changed since."""
+        place = layer.lora_place
+        if self.siblings is not siblings or self.x is not x or place not in self.waiting:
+            return None
+        if self.mode != _mode(x) or not _same_state(self.states[place], _state(layer)):
+            return None
+        self.any_read = True
+        return self.waiting.pop(place)
+
+
+class _LatestInGraph:
+    """The same while torch.compile traces, which does not follow thread-local attributes."""
+
+    def __init__(self) -> None:
+        self.outputs: _Outputs | None = None
+
+
+class _Latest(threading.local):
+    """The latest :class:`_Outputs` of this thread; what is left of them is freed when the next ones are computed."""
+
+    outputs: _Outputs | None = None
+
+
+_latest = _Latest()
+_latest_in_graph = _LatestInGraph()
 
 
 class Siblings:
-    """The layers of one group, and what was computed of them for one tensor and not handed out yet.
+    """A group of layers that are computed together for as long as their parent calls them with one tensor.
 
-    An output is handed out for the very tensor that it was computed of, unchanged, in the same mode of autograd, by a
-    layer that is as it was. A layer that is called with another tensor computes alone, and the group is given up with
-    the next optimizer step: its parent does what its code did not show. So it is when an output is not asked for,
-    several times in a row, or not before another group is computed. Several threads may run one model: each finds its
-    own outputs or computes them.
+    When outputs are computed three times in a row that their layers do not return, those layers leave the group; if no
+    layer but the first returns its output, that first layer leaves. Layers leave with the next optimizer step: until
+    then activation checkpointing recomputes what was computed.
     """
 
     def __init__(self, layers: list[LoRALinear]) -> None:
         self.layers = layers
-        self._computed: _Computed | None = None
-        self._num_wasted = 0
-        self._unfit_since: int | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["layers"])  # type: ignore[misc]  # copies hold no outputs
-
-    def _is_given_up(self, layer: LoRALinear) -> bool:
-        """Whether layers that were found unfit go apart: not before they have trained on.
-
-        What activation checkpointing runs again until then is what ran, with the same tensors kept and masks drawn.
-        """
-        if self._unfit_since is None:
-            return False
-        runs_once = not (layer.training or layer.drops or torch.is_grad_enabled())
-        return runs_once or torch.compiler.is_compiling() or self._unfit_since != _num_changes(self.layers)
+        self.num_unread = 0
+        self.leaving: list[LoRALinear] = []
+        self.leaving_since = 0
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
-        """Return what ``layer`` gives for ``x``; ``None`` if it is to compute that alone."""
-        layers, computed, place = self.layers, self._computed, layer.lora_place
-        if not layers or (not torch.compiler.is_compiling() and x.is_inference()):
+        """Return what ``layer`` gives for ``x``; ``None`` if the layer has to compute it alone."""
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and x.is_inference():  # without a version to see changes by
             return None
-        mode, thread = _mode(x), _thread()
-        if computed is not None and computed.thread == thread:
-            y = computed.outputs.get(place)
-            if y is not None and computed.x() is x and computed.mode == mode and _is_as(layer, computed.states[place]):
-                del computed.outputs[place]
-                if not computed.outputs and self._computed is computed:
-                    self._computed, self._num_wasted = None, 0
-                return leave(layer, y)
-            changed = y is not None and computed.x() is not None and computed.mode[1:] == mode[1:]
-            self._waste(MAX_WASTED if changed else 1)
-            if changed:
+        latest: Any = _latest_in_graph if is_compiling else _latest
+        outputs: _Outputs | None = latest.outputs
+        y = None if outputs is None else outputs.take(self, layer, x)
+        if y is None:
+            if outputs is not None:
+                latest.outputs = None
+                outputs.siblings.note_unread(outputs)
+            layers = self._layers_to_compute(layer, x)
+            if not layers:
                 return None
-        if self._is_given_up(layer):
-            self.layers, self._computed = [], None
-            return None
-        if is_transformed() or not all(can_fuse(one, x) for one in layers) or not go_together(layers, layer):
-            return None
-        outputs = dict(enumerate(all_outputs(x, layers, layer)))
-        y = outputs.pop(place)
-        self._computed = _Computed(weakref.ref(x), mode, thread, outputs, [_state(one) for one in layers])
-        if not torch.compiler.is_compiling():
-            self._let_others_go()
+            outputs = latest.outputs = _Outputs(self, layers, layer, x)
+            y = outputs.waiting.pop(layer.lora_place)
+        assert outputs is not None
+        if not outputs.waiting:
+            latest.outputs = None
+            self.num_unread = 0
         return leave(layer, y)
 
-    def _let_others_go(self) -> None:
-        """Drop what the group that was computed before in this thread still holds.
+    def note_unread(self, outputs: _Outputs) -> None:
+        """Count outputs that were computed for nothing; after some in a row, decide which layers leave."""
+        self.num_unread += 1
+        if self.num_unread >= MAX_UNREAD and not self.leaving:
+            unread = [outputs.layers[place] for place in outputs.waiting]
+            self.leaving = unread if outputs.any_read else [outputs.leader]
+            self.leaving_since = _num_updates(self.layers)
 
-        Its parent failed, as for want of memory, and the graph of the step until then would be kept.
-        """
-        former = _last.group()
-        computed = None if former is None or former is self else former._computed
-        if former is not None and computed is not None and computed.thread == _thread():
-            former._computed = None
-            former._waste(1)
-        _last.group = weakref.ref(self)
+    def _layers_to_compute(self, leader: LoRALinear, x: Tensor) -> list[LoRALinear]:
+        """Return the layers to compute together for ``x``; none where the layer is to compute alone."""
+        if self.leaving and self._may_leave(leader):
+            self._let_leave()
+        layers = self.layers
+        may_fuse = len(layers) > 1 and leader.lora_siblings is self and not is_transformed()
+        may_fuse = may_fuse and all(can_fuse(one, x) for one in layers) and go_together(layers, leader)
+        return layers if may_fuse else []
 
-    def _waste(self, times: int) -> None:
-        self._num_wasted += times
-        if self._unfit_since is None and self._num_wasted >= MAX_WASTED:
-            self._unfit_since = _num_changes(self.layers)
+    def _may_leave(self, layer: LoRALinear) -> bool:
+        runs_once = not (layer.training or layer.drops or torch.is_grad_enabled())
+        return runs_once or torch.compiler.is_compiling() or self.leaving_since != _num_updates(self.layers)
 
-
-class _Last(threading.local):
-    group: Callable[[], Siblings | None] = staticmethod(lambda: None)  # weakref.ref[Siblings]
-
-
-_last = _Last()
-
-
-def all_outputs(x: Tensor, layers: list[LoRALinear], first: LoRALinear) -> Sequence[Tensor]:
-    """Return what each layer gives of ``x``, before it leaves."""
-    entered, own_term, all_factors = enter(first, x), term(first), [factors(one) for one in layers]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.requires_grad:
-        # a backward pass frees no graph before x: callers may run one through each output by itself
-        return [lora_linears(entered, [one], own_term)[0] for one in all_factors]
-    return lora_linears(entered, all_factors, own_term)
-
-
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
-
-
-def _state(layer: LoRALinear) -> tuple[Any, ...]:
-    """Return what an output of a layer depends on beside its input, tensors first."""
-    if torch.compiler.is_compiling():
-        return (), ()
-    tensors = [tensor for tensor in layer._parameters.values() if tensor is not None]
-    versions = [(_version(tensor), tensor.requires_grad) for tensor in tensors]
-    return tensors, (versions, layer.drops, layer.lora_scaling, layer.lora_dropout)
-
-
-def _num_changes(layers: list[LoRALinear]) -> int:
-    """Return how often the adapters of layers were changed."""
-    factors_ = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
-    return 0 if torch.compiler.is_compiling() else sum(_version(tensor) for tensor in factors_)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else version_of(tensor)
-
-
-def _is_as(layer: LoRALinear, former: tuple[Any, ...]) -> bool:
-    """Whether a layer is as it was when :func:`_state` looked."""
-    (tensors, rest), (former_tensors, former_rest) = _state(layer), former
-    same = len(tensors) == len(former_tensors) and all(map(operator.is_, tensors, former_tensors))
-    return same and rest == former_rest
+    def _let_leave(self) -> None:
+        for one in self.leaving:
+            one.__dict__.update(lora_siblings=None)
+        self.layers = [one for one in self.layers if one not in self.leaving]
+        for place, one in enumerate(self.layers):
+            one.__dict__.update(lora_place=place)
+        self.leaving, self.num_unread = [], 0
 
 
 def group_siblings(parent: nn.Module) -> None:
-    """Let layers share their products where the code of their parent calls them with one tensor."""
+    """Let the layers of a module share their products where their names say that they may read one input."""
     adapted = {name: child for name, child in parent._modules.items() if isinstance(child, LoRALinear)}
     if len(adapted) < 2:
         return
-    parent_class: Any = type(parent)
-    for names in called_alike(parent_class):
+    for names in GROUPS:
         layers = [adapted[name] for name in names if name in adapted and _is_plain(adapted[name])]
-        layers = [layer for layer in layers if layer.lora_siblings is None]
-        if len(layers) > 1 and go_together(layers, layers[0]):
+        layers = [layer for layer in layers if layer.lora_siblings is None and go_together([layer], layers[0])]
+        if len(layers) > 1:
             siblings = Siblings(layers)
             for place, layer in enumerate(layers):
                 layer.__dict__.update(lora_siblings=siblings, lora_place=place)
 
 
 def can_fuse(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the product of an adapted layer may be computed by another module, at the present moment."""
+    """Return True if another module may compute the product of an adapted layer for ``x``."""
     if not isinstance(layer, LoRALinear) or not layer.lora_active or forward_pre_hooks(layer):
         return False  # a hook may make the weight
     if not _is_plain(layer) or "forward" in layer.__dict__:
@@ -185,16 +183,8 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     return is_one_dtype and not is_dtensor(weight) and weight.device == x.device
 
 
-def _is_plain(layer: LoRALinear) -> bool:
-    """Whether the layer is W and B A, with no magnitude, bias or start of its own and no other forward."""
-    mixin, base = type(layer).__bases__[0], layer.lora_base_class
-    if mixin is LoRAParallelLinear:
-        return True
-    return mixin is LoRALinear and base.forward is nn.Linear.forward
-
-
 def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
-    """Whether layers with one input can share products, masks and the factor of their adapters."""
+    """Return True if layers with one input can share products, masks and scaling with ``first``."""
     kind, in_features, dtype = type(first).__bases__[0], first.lora_A.shape[1], first.lora_A.dtype
     return not isinstance(first, RowParallelLinear) and all(
         type(layer).__bases__[0] is kind
@@ -207,9 +197,46 @@ def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
     )
 
 
+def _is_plain(layer: LoRALinear) -> bool:
+    """Return True if the layer is W and B A, without a magnitude, bias or start of its own or another forward."""
+    mixin, base = type(layer).__bases__[0], layer.lora_base_class
+    return mixin is LoRAParallelLinear or (mixin is LoRALinear and base.forward is nn.Linear.forward)
+
+
+def compute_all(x: Tensor, layers: list[LoRALinear], leader: LoRALinear) -> Sequence[Tensor]:
+    """Return what each layer's product gives for ``x``, before :func:`leave`."""
+    entered, own_term, all_factors = enter(leader, x), term(leader), [factors(one) for one in layers]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.requires_grad:
+        # a backward pass frees no graph before x: callers may run one through each output by itself
+        return [lora_linears(entered, [one], own_term)[0] for one in all_factors]
+    return lora_linears(entered, all_factors, own_term)
+
+
 def _mode(x: Tensor) -> tuple[Any, ...]:
-    version = 0 if torch.compiler.is_compiling() else version_of(x)
-    return version, torch.is_grad_enabled(), autocast_dtype(x), x.requires_grad
+    return _version(x), torch.is_grad_enabled(), autocast_dtype(x), x.requires_grad
+
+
+def _state(layer: LoRALinear) -> tuple[list[Tensor], Any]:
+    """Return what an output of a layer depends on beside its input: its tensors, their versions, its settings."""
+    if torch.compiler.is_compiling():
+        return [], ()
+    tensors: list[Tensor] = [tensor for tensor in layer._parameters.values() if tensor is not None]
+    versions = [(_version(tensor), tensor.requires_grad) for tensor in tensors]
+    return tensors, (versions, layer.drops, layer.lora_scaling, layer.lora_dropout)
+
+
+def _same_state(before: tuple[list[Tensor], Any], now: tuple[list[Tensor], Any]) -> bool:
+    (tensors, settings), (tensors_now, settings_now) = before, now
+    return settings == settings_now and all(a is b for a, b in zip(tensors, tensors_now, strict=True))
+
+
+def _num_updates(layers: list[LoRALinear]) -> int:
+    """Return how often the adapters of layers were written."""
+    return sum(_version(tensor) for layer in layers for tensor in (layer.lora_A, layer.lora_B))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else version_of(tensor)
 
 
 def enter(layer: nn.Module, x: Tensor) -> Tensor:
@@ -229,5 +256,5 @@ def factors(layer: LoRALinear) -> LinearTensors:
 
 
 def term(layer: LoRALinear) -> ScaledDropout:
-    """Return scaling and dropout of the layer's adapter for one call, with a new seed."""
+    """Return how the layer's adapter enters in one call, with a seed of its own for dropout."""
     return ScaledDropout(layer.lora_scaling, layer.lora_dropout, layer.dropout_seed(), layer.dropout_columns())

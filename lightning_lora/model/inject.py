@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.compat.torch import remove_load_hook
 from lightning_lora.config import LoRAConfig
-from lightning_lora.fuse.fusing import fuse, release
+from lightning_lora.fuse import fuse, release
 from lightning_lora.layers import LoRALayer, adapt, unadapt
 from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.parameters import adapt_parameters
@@ -88,7 +88,8 @@ def _carry_out(plan: Plan, model: nn.Module, config: LoRAConfig) -> None:
     _train_whole(model, plan, injection, dtype)
     initialize(_adapt(plan, model, config, dtype), config)
     keep_parts(model)
-    fuse(model)
+    if config.fuse:
+        fuse(model)
     read = {module for name, module in plan.modules.items() if plan.rows and reader_of(plan.modules, name) is not None}
     for embedding, heads, token_ids in plan.rows.values():
         train_rows(embedding, heads, token_ids, dtype=dtype, read=read)

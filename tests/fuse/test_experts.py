@@ -312,21 +312,28 @@ def test_three_steps_are_those_of_pefts_dense_weights(name: str, tmp_path: Path)
 
 
 class Experts(nn.Module):
-    """Experts as transformers writes them, with a formula to be chosen."""
+    """Experts in a text of transformers, with a gate to be chosen."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.num_experts, self.act_fn = 4, nn.SiLU()
+        self.num_experts, self.act_fn, self.swiglu_limit = 4, nn.SiLU(), 0.7
         self.gate_up_proj = nn.Parameter(noise(4, 2 * INTERMEDIATE, HIDDEN, dtype=torch.float32))
         self.down_proj = nn.Parameter(noise(4, HIDDEN, INTERMEDIATE, seed=1, dtype=torch.float32))
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for expert in range(4):
-            token, choice = torch.where(index == expert)
-            h = self._apply_gate(F.linear(x[token], self.gate_up_proj[expert]))
-            y = y.index_add(0, token, F.linear(h, self.down_proj[expert]) * weights[token, choice, None])
-        return y
+        final = torch.zeros_like(x)
+        with torch.no_grad():
+            mask = F.one_hot(index, num_classes=self.num_experts + 1).permute(2, 1, 0)
+            hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+        for expert_idx in hit:
+            expert_idx = expert_idx[0]
+            if expert_idx == self.num_experts:
+                continue
+            top_k_pos, token_idx = torch.where(mask[expert_idx])
+            current = self._apply_gate(F.linear(x[token_idx], self.gate_up_proj[expert_idx]))
+            current = F.linear(current, self.down_proj[expert_idx]) * weights[token_idx, top_k_pos, None]
+            final.index_add_(0, token_idx, current.to(final.dtype))
+        return final
 
 
 class Holder(nn.Module):
@@ -342,10 +349,13 @@ def held(experts: type[nn.Module]) -> Any:
     return model.experts
 
 
-def test_a_custom_class_is_recognised_with_a_gate_of_its_own() -> None:
+def test_a_custom_class_is_recognised_with_a_gate_in_a_text_of_transformers() -> None:
     class Own(Experts):
         def _apply_gate(self, e: Tensor) -> Tensor:
-            return clamped(e)
+            a, b = e.chunk(2, dim=-1)
+            a = a.clamp(min=None, max=self.swiglu_limit)
+            b = b.clamp(min=-self.swiglu_limit, max=self.swiglu_limit)
+            return F.silu(a) * b
 
     experts = held(use_experts_implementation(Own))
     inputs = inputs_of(experts)
@@ -391,7 +401,16 @@ def test_another_formula_is_left_alone() -> None:
         def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             return super().forward(x, index, weights.square())
 
-    for experts in (Doubled, InPlace, Squared):
+    class Unknown(Experts):
+        def _apply_gate(self, e: Tensor) -> Tensor:
+            return clamped(e)
+
+    class Random(Experts):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.act_fn = nn.RReLU()
+
+    for experts in (Doubled, InPlace, Squared, Unknown, Random):
         assert type(held(use_experts_implementation(experts))).__bases__[0] is LoRAParameters
     assert isinstance(
         held(use_experts_implementation(type("Same", (Experts,), {"forward": Experts.forward}))), LoRAExperts

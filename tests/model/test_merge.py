@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora import (
@@ -366,14 +367,52 @@ def test_merge_on_the_meta_device_says_to_load_the_base_first() -> None:
         merge(model)
 
 
-def test_the_question_to_a_subclass_leaves_weight_mode_and_random_state_alone() -> None:
-    model = inject(nn.Sequential(Renamed(8, 8)), LoRAConfig(r=2, target_modules=["0"], dropout=0.5)).train()
-    weight, state = model[0].weight.clone(), torch.get_rng_state()
-    assert model[0].merge_obstacle() is None
-    assert torch.equal(model[0].weight, weight)
-    assert model[0].training
-    assert model[0].lora_active
-    assert torch.equal(torch.get_rng_state(), state)
+class Written(nn.Linear):
+    """The product, written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class RenamedTwice(Renamed):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden)
+
+
+class RenamedDoubled(Doubled):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden)
+
+
+def falcon() -> type[nn.Linear]:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    return FalconLinear
+
+
+@pytest.mark.parametrize("cls", [Renamed, RenamedTwice, Written, falcon], ids=lambda cls: cls.__name__)
+def test_a_forward_that_is_the_product_by_its_code_is_merged(cls) -> None:
+    cls = cls() if cls is falcon else cls
+    model, x = inject(nn.Sequential(cls(8, 8)), LoRAConfig(r=2, target_modules=["0"])), torch.randn(3, 8)
+    models.fill_adapters(model)
+    expected = model(x)
+    with merged(model):
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)  # float32, another order of additions
+
+
+def test_a_forward_of_another_code_is_not_merged_and_not_run() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return F.linear(x, self.weight, self.bias)
+
+    for cls in (Counting, RenamedDoubled):
+        model = inject(nn.Sequential(cls(8, 8)), LoRAConfig(r=2, target_modules=["0"]))
+        with pytest.raises(ValueError, match="has a forward of its own, which is not known to be x W"):
+            merge(model)
+        assert model[0].__dict__.get("calls") is None
 
 
 def test_saving_and_removing_inside_disabled_are_errors_for_the_trained_values_are_away(tmp_path) -> None:
