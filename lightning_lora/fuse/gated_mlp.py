@@ -18,7 +18,7 @@ from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, 
 from lightning_lora.fuse.structure import Snapshot, facts, keeps_books
 from lightning_lora.layers.base import Made, lora_class
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.megatron.parallel_layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
 
 # from where activations are linear to where limits that some models put on them are passed
@@ -114,12 +114,14 @@ class LoRAGatedMLP(Made):
         return children.get(roles.gate), children.get(roles.up), children.get(roles.down)
 
 
-def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
+def _is_split_inside(gate: Any, up: Any, down: Any) -> bool:
     """Whether the layers are whole, or split so that what lies between them is this rank's part of it."""
-    if not any(isinstance(layer, TensorParallel) for layer in (gate, up, down)):
+    if not any(isinstance(layer, SplitLinear) for layer in (gate, up, down)):
         return True
-    columns = all(isinstance(layer, ColumnParallelLinear) and not layer.tp_whole_output for layer in (gate, up))
-    return columns and isinstance(down, RowParallelLinear) and not down.tp_whole_input
+    if not all(isinstance(layer, SplitLinear) for layer in (gate, up, down)):
+        return False
+    columns = gate.tp_dim == up.tp_dim == 0 and not (gate.tp_whole_output or up.tp_whole_output)
+    return bool(columns and down.tp_dim == 1 and not down.tp_whole_input)
 
 
 def is_watched(module: nn.Module | None) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.fuse.structure import called_alike
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.megatron.parallel_layers import LoRAParallelLinear, RowParallelLinear, TensorParallel
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.ops.linear import Factors, Term, autocast_dtype, is_transformed, lora_linears
 from lightning_lora.ops.sharded import is_dtensor
 
@@ -187,15 +187,13 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
 def _is_plain(layer: LoRALinear) -> bool:
     """Whether the layer is W and B A, with no magnitude, bias or start of its own and no other forward."""
     mixin, base = type(layer).__bases__[0], layer.lora_base_class
-    if mixin is LoRAParallelLinear:
-        return True
-    return mixin is LoRALinear and base.forward is nn.Linear.forward
+    return issubclass(base, SplitLinear) or (mixin is LoRALinear and base.forward is nn.Linear.forward)
 
 
 def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
     """Whether layers with one input can share products, masks and the factor of their adapters."""
     kind, in_features, dtype = type(first).__bases__[0], first.lora_A.shape[1], first.lora_A.dtype
-    return not isinstance(first, RowParallelLinear) and all(
+    return not (isinstance(first, SplitLinear) and first.tp_dim == 1) and all(
         type(layer).__bases__[0] is kind
         and layer.lora_A.shape[1] == in_features
         and layer.lora_A.dtype == dtype
@@ -213,17 +211,17 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
 
 def enter(layer: nn.Module, x: Tensor) -> Tensor:
     """Return what this rank multiplies of the input of ``layer``."""
-    return layer.enter(x) if isinstance(layer, TensorParallel) else x
+    return layer.enter(x) if isinstance(layer, SplitLinear) else x
 
 
 def leave(layer: nn.Module, y: Tensor) -> Tensor:
     """Return what ``layer`` gives of this rank's product."""
-    return layer.leave(y) if isinstance(layer, TensorParallel) else y
+    return layer.leave(y) if isinstance(layer, SplitLinear) else y
 
 
 def factors(layer: LoRALinear) -> Factors:
     """Return the tensors of this rank's product."""
-    bias = layer.local_bias() if isinstance(layer, TensorParallel) else layer.bias
+    bias = layer.local_bias() if isinstance(layer, SplitLinear) else layer.bias
     return Factors(layer.weight, bias, layer.lora_A, layer.lora_B)
 
 

@@ -14,11 +14,11 @@ from lightning_lora.layers import LoRALayer, adapt, unadapt
 from lightning_lora.layers.dora import DoRA
 from lightning_lora.layers.parameters import adapt_parameters
 from lightning_lora.layers.read_weight import reader_of
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.token_rows import train_rows
 from lightning_lora.layers.trained import give_back, keep_wide
 from lightning_lora.megatron.layers import adapt_megatron
 from lightning_lora.megatron.names import by_layer, stacks
-from lightning_lora.megatron.parallel_layers import TensorParallel
 from lightning_lora.megatron.split import keep_parts
 from lightning_lora.model.gathered import forget, reshard
 from lightning_lora.model.init import initialize
@@ -235,7 +235,7 @@ def _check_untouched(model: nn.Module) -> None:
             if nn.parameter.is_lazy(parameter):
                 lazy = f"{name}.{local}"
                 raise ValueError(f"{lazy!r} has no size yet (a lazy module): run one batch through the model first")
-        if isinstance(module, TensorParallel):
+        if isinstance(module, SplitLinear):
             raise ValueError(
                 f"{name!r} was split over ranks by a former run under 'megatron_lora', and an adapter would be put in "
                 "whole: build the model anew"

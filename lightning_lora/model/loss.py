@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_lora.megatron.parallel_layers import ColumnParallelLinear, parts_of_output
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.split import SplitLinear, parts_of_output
 from lightning_lora.model.root import is_megatron
 from lightning_lora.ops.cross_entropy.chunked import losses_of_linear
 from lightning_lora.ops.cross_entropy.parallel import losses_of_parts
@@ -196,7 +197,7 @@ def _total(head: Any, rows: Tensor, targets: Tensor, softcap: float | None) -> T
         with _forward_replaced(head, chunked) if isinstance(head, FSDPModule) else nullcontext(chunked) as forward:
             losses: Tensor = forward(rows)  # FSDP's hooks gather the weight, once
         return losses.sum()
-    if kind is ColumnParallelLinear:
+    if kind is not None:  # column-parallel
         return chunked(head.enter(rows), head.tp_group).sum()
     with parts_of_output(head) as group:
         logits: Tensor = head(rows)  # [T, vocabulary], or this rank's part of it
@@ -210,8 +211,9 @@ def _total(head: Any, rows: Tensor, targets: Tensor, softcap: float | None) -> T
 
 def _frozen_kind(head: Any) -> type[nn.Module] | None:
     """Return the class of a head whose output is its frozen weight's and bias's alone, FSDP's left out; else None."""
-    kind = next(cls for cls in type(head).__mro__ if not issubclass(cls, FSDPModule))
-    if kind not in (nn.Linear, ColumnParallelLinear) or "forward" in vars(head) or head._compiled_call_impl is not None:
+    kind: type[Any] = next(cls for cls in type(head).__mro__ if not issubclass(cls, FSDPModule))
+    is_split = issubclass(kind, SplitLinear) and kind.tp_dim == 0 and not isinstance(head, LoRALayer)
+    if (kind is not nn.Linear and not is_split) or "forward" in vars(head) or head._compiled_call_impl is not None:
         return None
     if nn.modules.module._has_any_global_hook():
         return None
