@@ -40,6 +40,19 @@ class LoRAParameters(LoRALayer):
             return FactoredWeight.of(value, A.transpose(1, 2), B.transpose(1, 2), scaling)
         return FactoredWeight.of(value, B, A, scaling)
 
+    @classmethod
+    @override
+    def adapt_parts(
+        cls,
+        modules: Mapping[str, nn.Module],
+        name: str,
+        pairs: Mapping[str, tuple[int, float]],
+        *,
+        dropout: float,
+        dtype: torch.dtype | None,
+    ) -> "LoRAParameters":
+        return adapt_parameters(modules[name], pairs, dtype=dtype)
+
     @override
     def pairs(self) -> dict[str, Pair]:
         return {

@@ -11,7 +11,6 @@ from lightning_lora.layers.dora import dora_mixin
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 from lightning_lora.layers.read_weight import ReadWeight
-from lightning_lora.megatron.layers import COLUMN, ROW, LoRAMegatronLinear
 
 # keys are classes, or full names of classes whose package need not be installed
 _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
@@ -23,8 +22,6 @@ _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
     nn.Conv2d: LoRAConv,
     nn.Conv3d: LoRAConv,
     nn.MultiheadAttention: LoRAMultiheadAttention,
-    COLUMN: LoRAMegatronLinear,
-    ROW: LoRAMegatronLinear,
 }
 
 
@@ -83,4 +80,4 @@ def read_mixin(mixin: type[LoRALayer], layer: nn.Module, reader: nn.Module) -> t
 def is_linear(layer: nn.Module) -> bool:
     """Whether ``"all-linear"`` means this layer."""
     mixin = mixin_for(layer)
-    return mixin is not None and issubclass(mixin, (LoRALinear, LoRAMegatronLinear))
+    return mixin is not None and mixin.is_linear

@@ -20,8 +20,8 @@ from lightning_lora.megatron.parallel_layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from lightning_lora.model.families import is_pretrained
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import is_pretrained
 from lightning_lora.model.state import require_injection
 from lightning_lora.ops.sharded import split_over
 

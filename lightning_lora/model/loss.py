@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.split import SplitLinear, parts_of_output
-from lightning_lora.model.root import is_megatron
+from lightning_lora.model.families import family_of
 from lightning_lora.ops.cross_entropy.chunked import losses_of_linear
 from lightning_lora.ops.cross_entropy.parallel import losses_of_parts
 from lightning_lora.ops.linear import is_transformed
@@ -127,9 +127,10 @@ def _plain(
 
 def _head(model: Any) -> tuple[Any, float | None]:
     """Return the output head and the bound that the model's logits are softly kept within, if any."""
+    family = family_of(model) if isinstance(model, nn.Module) else None
+    if family is not None and family.own_loss is not None:
+        raise ValueError(family.own_loss)
     head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
-    if is_megatron(model):
-        raise ValueError("a GPTModel computes this loss by itself: call it with labels=, shifted by one")
     if head is None:
         raise ValueError(
             f"{type(model).__name__} has no output head: pass a transformers causal language model, such as "
