@@ -191,10 +191,13 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
     if size % ranks:
         side = "out_features" if kind == "column" else "in_features"
         raise ValueError(f"{side}={size} of {name!r} is not divisible by tensor_parallel_size={ranks}")
+    adapters = layer.adapter_names if isinstance(layer, LoRALayer) else ()
     trained = [
-        local for local, p in layer._parameters.items() if p is not None and p.requires_grad and ".lora" not in local
+        local
+        for local, parameter in layer._parameters.items()
+        if parameter is not None and parameter.requires_grad and local not in adapters
     ]
-    if any(not local.startswith("lora_") for local in trained):
+    if trained:
         raise ValueError(
             f"{name!r} trains its own {trained[0]!r} (modules_to_save, bias), which is not served in a split layer: "
             "leave it out, or use strategy='fsdp_lora'"

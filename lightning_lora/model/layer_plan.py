@@ -138,7 +138,9 @@ class Plan(Sequence[LayerPlan]):
         lines += [
             "  " + "  ".join([*map(str.ljust, row[:3], widths), *map(str.rjust, row[3:], widths[3:])]) for row in rows
         ]
-        lines += [f"  {rows.name}: {len(rows.token_ids)} rows train" for rows in self.token_rows]
+        lines += [
+            f"  rows of {rows.name} that train: {listed([*map(str, rows.token_ids)])}" for rows in self.token_rows
+        ]
         if self.trained:
             lines.append(f"  trained whole: {listed(list(self.trained))} ({sum(self.trained.values()):,} parameters)")
         return "\n".join([*lines, *([f"  {self.capped_ranks}"] if self.capped else [])])
