@@ -156,6 +156,13 @@ class LoRALayer(Made):
         ((r, scaling),) = pairs.values()
         return adapt(modules[name], cls, r=r, scaling=scaling, dropout=dropout, dtype=dtype)
 
+    @classmethod
+    def tag_parts(cls, model: nn.Module) -> None:
+        """Keep this rank's part of the adapters in ``model`` whose base is split over ranks, and tag what is a part.
+
+        Called once, with the starting values drawn.
+        """
+
     def start(self) -> None:
         """Set what depends on the starting values of the pairs, once they are drawn."""
 

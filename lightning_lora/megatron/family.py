@@ -14,7 +14,6 @@ from lightning_lora.layers.registry import register
 from lightning_lora.megatron.core import LAYERS, is_parallel_linear
 from lightning_lora.megatron.layers import LoRAMegatronLinear
 from lightning_lora.megatron.names import hugging_face_name
-from lightning_lora.megatron.split import keep_parts
 from lightning_lora.megatron.view import adapted_view, skeleton
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.model.families import Family, register_family
@@ -41,10 +40,6 @@ class Megatron(Family):
             _check_layer_spec(model)
         if config.bias == "all":
             _check_biases(model, adapted)
-
-    @override
-    def tag_parts(self, model: nn.Module) -> None:
-        keep_parts(model)
 
     @override
     def load_base(self, model: nn.Module, path: str) -> bool:

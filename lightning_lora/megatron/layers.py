@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, Pair, Part, put, swap_class
 from lightning_lora.megatron.names import is_output_head, parts_in
+from lightning_lora.megatron.split import keep_parts
 from lightning_lora.megatron.stack import Stack, stack_in
 from lightning_lora.ops.linear import lora_linear
 
@@ -80,6 +81,11 @@ class LoRAMegatronLinear(LoRALayer):
         dtype: torch.dtype | None,
     ) -> "LoRAMegatronLinear":
         return adapt_megatron(modules[name], pairs, stack_in(modules, name), dropout=dropout, dtype=dtype)
+
+    @classmethod
+    @override
+    def tag_parts(cls, model: nn.Module) -> None:
+        keep_parts(model)
 
     @override
     def pairs(self) -> dict[str, Pair]:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_lora.layers import LoRALayer
 from lightning_lora.megatron.core import is_column, is_gpt, is_parallel_linear, is_vocabulary
-from lightning_lora.megatron.layers import LoRAMegatronLinear
 from lightning_lora.megatron.stack import stack_in
 from lightning_lora.model.copies import guard_parts
 from lightning_lora.model.names import clean_name
@@ -85,7 +85,7 @@ def _keep_linear(layer: Any, *, stripes: int) -> None:
     _tag(layer, "weight", 0 if column else 1, stripes)
     if column:
         _tag(layer, "bias", 0, stripes)
-    if not isinstance(layer, LoRAMegatronLinear):
+    if not isinstance(layer, LoRALayer):
         return
     for name in layer.adapter_names:
         is_B = name.startswith("lora_B")

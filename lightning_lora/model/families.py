@@ -35,9 +35,6 @@ class Family:
             adapted: names of the layers to adapt, possibly none.
         """
 
-    def tag_parts(self, model: nn.Module) -> None:
-        """Tag the tensors of an adapted model that are parts of tensors spread over ranks, and cut its adapters so."""
-
     def load_base(self, model: nn.Module, path: str) -> bool:
         """Copy a checkpoint's values into a model that is not adapted, if that is how the family is filled."""
         return False

@@ -15,7 +15,6 @@ from lightning_lora.layers import LoRALayer, unadapt
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.token_rows import train_rows
 from lightning_lora.layers.trained import give_back, keep_wide
-from lightning_lora.model.families import families_in
 from lightning_lora.model.gathered import forget, reshard
 from lightning_lora.model.init import initialize
 from lightning_lora.model.layer_plan import LayerPlan, Plan
@@ -95,7 +94,7 @@ def _carry_out(decided: Plan, model: nn.Module) -> None:
     by_layer = {layer: list(pairs) for layer, pairs in groupby(decided, lambda pair: pair.layer)}
     adapted = {layer: adapt_layer(modules, layer, pairs, dtype) for layer, pairs in by_layer.items()}
     initialize(adapted, by_layer, config)
-    tag_parts(model)
+    tag_parts(decided, model)
     fuse(model)
     _train_rows(decided, modules, dtype)
     freeze_statistics(model, decided.trained_whole)
@@ -116,10 +115,10 @@ def adapt_layer(
     return pairs[0].mixin.adapt_parts(modules, layer, own, dropout=pairs[0].dropout, dtype=dtype)
 
 
-def tag_parts(model: nn.Module) -> None:
-    """Let the families of the models in ``model`` tag the tensors that are parts of tensors spread over ranks."""
-    for family in families_in(model):
-        family.tag_parts(model)
+def tag_parts(decided: Plan, model: nn.Module) -> None:
+    """Let the kinds of layers keep what this rank holds of the adapters, where the base is split over ranks."""
+    for mixin in dict.fromkeys(one.mixin for one in decided):
+        mixin.tag_parts(model)
 
 
 def _train_rows(decided: Plan, modules: Mapping[str, nn.Module], dtype: torch.dtype | None) -> None:
