@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from itertools import groupby
-from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -15,6 +14,7 @@ from lightning_lora.layers import LoRALayer, unadapt
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.token_rows import train_rows
 from lightning_lora.layers.trained import give_back, keep_wide
+from lightning_lora.model.fused_paths import keep_off_fused_paths
 from lightning_lora.model.gathered import forget, reshard
 from lightning_lora.model.init import initialize
 from lightning_lora.model.layer_plan import LayerPlan, Plan
@@ -68,8 +68,7 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> n
 def apply(decided: Plan) -> nn.Module:
     """Freeze and adapt the model of a plan in place. Returns the model.
 
-    Whatever a setting could break was checked by :func:`~lightning_lora.plan`. If memory runs out or the user
-    interrupts, the model is given back as it was.
+    If memory runs out or the user interrupts, the model is given back as it was.
 
     Raises:
         ValueError: the model was adapted since it was planned.
@@ -98,7 +97,7 @@ def _carry_out(decided: Plan, model: nn.Module) -> None:
     fuse(model)
     _train_rows(decided, modules, dtype)
     freeze_statistics(model, decided.trained_whole)
-    _keep_off_fused_paths(model, injection)
+    keep_off_fused_paths(model, injection)
     complete_state_dicts(model)
     guard_save_pretrained()
     keep_state_of_forward()
@@ -201,17 +200,3 @@ def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:
     given, there = config.to_dict(), existing.to_dict()
     changed = ", ".join(f"{key}={given[key]!r} (there: {there[key]!r})" for key in given if given[key] != there[key])
     raise ValueError(f"the model is already adapted with another config: {changed}. Call remove(model) first")
-
-
-def _keep_off_fused_paths(model: nn.Module, injection: Injection) -> None:
-    """Keep ``nn.TransformerEncoderLayer`` from its fused path in eval, which reads weights past the adapters."""
-
-    def change(module: nn.Module, name: str, value: Any) -> None:
-        injection.undo.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LoRALayer) for m in module.modules()):
-            change(module, "activation_relu_or_gelu", 0)
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LoRALayer) for m in module.modules()):
-            change(module, "use_nested_tensor", False)

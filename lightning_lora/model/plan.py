@@ -1,10 +1,8 @@
 """Decide what an injection will do to a model, and check all of it, before anything is changed."""
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -12,18 +10,16 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import LoRAParameters
-from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.token_rows import check_rows
 from lightning_lora.model.heads import new_heads
 from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
 from lightning_lora.model.matching import check_patterns, is_all_linear, pattern_value
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import injection_of, uncompiled
-from lightning_lora.model.targets import select_layers, select_parameters
+from lightning_lora.model.state import uncompiled
+from lightning_lora.model.targets import Chosen, check_apart, select_layers, select_parameters
 from lightning_lora.model.trained_base import base_that_trains, select_token_rows, select_trained_whole
+from lightning_lora.model.untouched import check_untouched
 from lightning_lora.model.variants import choose_mixin
-
-Chosen = dict[str, tuple[str, Part]]  # by the name of the pair: its layer, and which part of it
 
 
 def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: bool = True) -> Plan:
@@ -59,14 +55,14 @@ def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: boo
         hint = ": write LoRAConfig.from_peft(config)" if hasattr(config, "peft_type") else ""
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{hint}")
     model = uncompiled(model)
-    _check_untouched(model)
+    check_untouched(model)
     to_save = config.modules_to_save
     trained_whole = new_heads(model) if to_save is None else select_trained_whole(model, to_save)
     layers = select_layers(model, config, trained_whole)
     parameters = select_parameters(model, config)
     tables = select_token_rows(model, config)
     modules = {clean_name(name): module for name, module in model.named_modules()}
-    _check_apart(modules, layers, parameters, tables)
+    check_apart(modules, layers, parameters, tables)
     for table, _, token_ids in tables.values():
         check_rows(table, token_ids)
     pairs, capped = _pairs(modules, layers, parameters, config, check_ranks=check_ranks)
@@ -191,46 +187,3 @@ def _check_rank(name: str, kind: str, sizes: tuple[int, int], r: int) -> None:
             f"rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it out with "
             "exclude_modules"
         )
-
-
-def _check_apart(
-    modules: Mapping[str, nn.Module], layers: Chosen, parameters: Chosen, tables: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raise ``ValueError`` for a module that two options name."""
-    adapted = {id(modules[layer]): name for name, (layer, _) in layers.items()}
-    for module, _ in parameters.values():
-        if module in layers:
-            raise ValueError(f"{module!r} is in target_modules and has a parameter in target_parameters: name it once")
-    for name, (embedding, heads, _) in tables.items():
-        for module in (embedding, *heads):
-            if id(module) in adapted:
-                raise ValueError(
-                    f"{adapted[id(module)]!r} is adapted, and trainable_token_indices trains rows of the same weight "
-                    f"(of {name!r}): leave it out with exclude_modules, or adapt it without trainable_token_indices"
-                )
-
-
-def _check_untouched(model: nn.Module) -> None:
-    """Raise ``ValueError`` for a model that is adapted already, split over ranks, or has parameters without a size."""
-    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
-    theirs = () if peft_layers is None else (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)
-    for name, module in model.named_modules():
-        for local, parameter in module._parameters.items():
-            if nn.parameter.is_lazy(parameter):
-                lazy = f"{name}.{local}"
-                raise ValueError(f"{lazy!r} has no size yet (a lazy module): run one batch through the model first")
-        if isinstance(module, SplitLinear):
-            raise ValueError(
-                f"{name!r} was split over ranks by a former run under 'megatron_lora', and an adapter would be put in "
-                "whole: build the model anew"
-            )
-        if isinstance(module, LoRALayer) or injection_of(module) is not None:
-            raise ValueError(
-                f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on "
-                "it first"
-            )
-        if isinstance(module, theirs):
-            raise ValueError(
-                f"{type(model).__name__} is already wrapped by PEFT (at {name or 'the top'!r}): pass the base model, "
-                "peft_model.unload(); adapters that PEFT saved are read by load_peft(model, directory)"
-            )

@@ -1,6 +1,7 @@
 """Choose the layers and parameters to adapt: what ``target_modules`` and ``target_parameters`` mean in a model."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -13,8 +14,10 @@ from lightning_lora.model.matching import check_hits, check_indices, hits, is_al
 from lightning_lora.model.names import clean_name, is_inside_any, joined, nearest_names
 from lightning_lora.model.towers import all_linear
 
+Chosen = dict[str, tuple[str, Part]]  # by the name of the pair: its layer, and which part of it
 
-def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[str]) -> dict[str, tuple[str, Part]]:
+
+def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[str]) -> Chosen:
     """Return the layers to adapt, each with its own name in the model, by the name that patterns know them by.
 
     They come in ``named_modules`` order. A layer that stacks several weights comes once for each; a pattern may name
@@ -54,9 +57,9 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
     return selected
 
 
-def _units(modules: Mapping[str, nn.Module], *, fused: bool) -> dict[str, tuple[str, Part]]:
+def _units(modules: Mapping[str, nn.Module], *, fused: bool) -> Chosen:
     """Return what can be named to be adapted, right or wrong: every module, or each part that it stacks instead."""
-    units: dict[str, tuple[str, Part]] = {}
+    units: Chosen = {}
     for name, module in modules.items():
         if name:
             mixin = mixin_for(module)
@@ -65,9 +68,7 @@ def _units(modules: Mapping[str, nn.Module], *, fused: bool) -> dict[str, tuple[
     return units
 
 
-def _candidates(
-    model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Module], units: Mapping[str, tuple[str, Part]]
-) -> dict[str, tuple[str, Part]]:
+def _candidates(model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Module], units: Chosen) -> Chosen:
     """Return what the targets mean, before anything is left out."""
     if is_all_linear(config.target_modules):
         linear = all_linear(model)
@@ -93,14 +94,14 @@ def _check_stacked(config: LoRAConfig, modules: Mapping[str, nn.Module], known: 
             )
 
 
-def select_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[str, Part]]:
+def select_parameters(model: nn.Module, config: LoRAConfig) -> Chosen:
     """Return the parameters that ``target_parameters`` means, each with the name of its module, by their full names.
 
     Raises:
         ValueError: an entry names no parameter, or one that is neither a matrix nor a stack of matrices.
     """
     wanted = config.target_parameters or []
-    found: dict[str, tuple[str, Part]] = {}
+    found: Chosen = {}
     hit: set[str] = set()
     for module_name, module in model.named_modules():
         module_name = clean_name(module_name)
@@ -118,6 +119,23 @@ def select_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[s
             hint = ": it is a module, for target_modules" if is_module else nearest_names([entry], names)
             raise ValueError(f"target_parameters entry {entry!r} matches no parameter of {type(model).__name__}{hint}")
     return found
+
+
+def check_apart(
+    modules: Mapping[str, nn.Module], layers: Chosen, parameters: Chosen, tables: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise ``ValueError`` for a module that two options name."""
+    adapted = {id(modules[layer]): name for name, (layer, _) in layers.items()}
+    for module, _ in parameters.values():
+        if module in layers:
+            raise ValueError(f"{module!r} is in target_modules and has a parameter in target_parameters: name it once")
+    for name, (embedding, heads, _) in tables.items():
+        for module in (embedding, *heads):
+            if id(module) in adapted:
+                raise ValueError(
+                    f"{adapted[id(module)]!r} is adapted, and trainable_token_indices trains rows of the same weight "
+                    f"(of {name!r}): leave it out with exclude_modules, or adapt it without trainable_token_indices"
+                )
 
 
 def has_redundant_forward(module: nn.Module) -> bool:

@@ -170,7 +170,7 @@ STEPS = {
     "fuse": 1,
     "train_rows": 1,
     "freeze_statistics": 1,
-    "_keep_off_fused_paths": 1,
+    "keep_off_fused_paths": 1,
 }
 
 
