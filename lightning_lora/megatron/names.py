@@ -1,4 +1,4 @@
-"""What Megatron-core's layers are called in Hugging Face's models, part by part: both names are understood."""
+"""Map Megatron-core's layers, part by part, to their names in Hugging Face's models; patterns may use either."""
 
 from collections.abc import Mapping
 from typing import Any

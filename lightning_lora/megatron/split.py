@@ -1,4 +1,4 @@
-"""Megatron-core's models are built in parts: saying of every tensor what part of the whole it is, adapters with it."""
+"""Tag each tensor of a Megatron-core model with the part of the whole tensor that it is, and cut adapters likewise."""
 
 from typing import Any
 

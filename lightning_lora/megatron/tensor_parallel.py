@@ -1,4 +1,4 @@
-"""Splitting a model over tensor-parallel ranks by its plan, in place: names and the model's code stay as they are."""
+"""Split a model over tensor-parallel ranks by its plan, in place: names and the model's code stay as they are."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""A Megatron-core model as PEFT knows it: a skeleton of Hugging Face's model, with the same adapters in it."""
+"""Give the adapters of a Megatron-core model Hugging Face's names: build a skeleton of that model, adapted alike."""
 
 from typing import Any
 

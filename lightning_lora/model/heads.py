@@ -1,4 +1,4 @@
-"""Which modules of a pretrained model are new task heads, untrained so far."""
+"""Find the task heads of a pretrained model that are new and untrained."""
 
 import contextlib
 import re

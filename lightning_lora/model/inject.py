@@ -15,7 +15,7 @@ from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.token_rows import train_rows
 from lightning_lora.layers.trained import give_back, keep_wide
 from lightning_lora.model.fused_paths import keep_off_fused_paths
-from lightning_lora.model.gathered import forget, reshard
+from lightning_lora.model.gathered import reshard, stop_gathering
 from lightning_lora.model.init import initialize
 from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.names import clean_name
@@ -159,7 +159,7 @@ def take_out(root: nn.Module) -> None:
             unadapt(layer)
         else:
             release(layer)
-    forget(root, adapters)
+    stop_gathering(root, adapters)
     unfreeze_statistics(root)
     for name, parameter in root.named_parameters():
         # a parameter that was put in since keeps its flag

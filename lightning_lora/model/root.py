@@ -1,4 +1,4 @@
-"""The root: the pretrained model inside a user's module, where freezing, injection and export stay."""
+"""Find the root: the pretrained model inside a user's module, where freezing, injection and export stay."""
 
 from typing import Any
 
