@@ -34,7 +34,8 @@ def register(base: type[nn.Module] | str, mixin: type[LoRALayer]) -> None:
 
     Args:
         base: the class, or its full name ``"package.module.Class"`` when importing it is to be avoided.
-        mixin: a :class:`LoRALayer` that defines ``features``, ``forward`` and, to be mergeable, ``merged``.
+        mixin: a :class:`LoRALayer` that defines ``features``, ``forward`` and, to be mergeable, ``merged``. With
+            ``is_linear = True`` the word ``"all-linear"`` means these layers too.
     """
     _MIXINS[base] = mixin
 
