@@ -14,12 +14,12 @@ from lightning_lora.layers.token_rows import check_rows
 from lightning_lora.model.heads import new_heads
 from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
 from lightning_lora.model.matching import check_patterns, is_all_linear, pattern_value
+from lightning_lora.model.mixins import choose_mixin
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import uncompiled
 from lightning_lora.model.targets import Chosen, check_apart, select_layers, select_parameters
 from lightning_lora.model.trained_base import base_that_trains, select_token_rows, select_trained_whole
 from lightning_lora.model.untouched import check_untouched
-from lightning_lora.model.variants import choose_mixin
 
 
 def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: bool = True) -> Plan:
