@@ -140,21 +140,16 @@ class LoRALayer(Made):
 
     @classmethod
     def adapt_parts(
-        cls,
-        modules: Mapping[str, nn.Module],
-        name: str,
-        pairs: Mapping[str, tuple[int, float]],
-        *,
-        dropout: float,
-        dtype: torch.dtype | None,
+        cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
     ) -> "LoRALayer":
         """Turn the layer called ``name`` into a :class:`LoRALayer` in place, with all-zero pairs.
 
         Args:
             pairs: rank and scaling by :attr:`Part.local`.
+            options: ``dropout`` and ``dtype``.
         """
         ((r, scaling),) = pairs.values()
-        return adapt(modules[name], cls, r=r, scaling=scaling, dropout=dropout, dtype=dtype)
+        return adapt(modules[name], cls, r=r, scaling=scaling, **options)
 
     @classmethod
     def tag_parts(cls, model: nn.Module) -> None:

@@ -43,15 +43,9 @@ class LoRAParameters(LoRALayer):
     @classmethod
     @override
     def adapt_parts(
-        cls,
-        modules: Mapping[str, nn.Module],
-        name: str,
-        pairs: Mapping[str, tuple[int, float]],
-        *,
-        dropout: float,
-        dtype: torch.dtype | None,
+        cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
     ) -> "LoRAParameters":
-        return adapt_parameters(modules[name], pairs, dtype=dtype)
+        return adapt_parameters(modules[name], pairs, dtype=options["dtype"])
 
     @override
     def pairs(self) -> dict[str, Pair]:

@@ -72,15 +72,9 @@ class LoRAMegatronLinear(LoRALayer):
     @classmethod
     @override
     def adapt_parts(
-        cls,
-        modules: Mapping[str, nn.Module],
-        name: str,
-        pairs: Mapping[str, tuple[int, float]],
-        *,
-        dropout: float,
-        dtype: torch.dtype | None,
+        cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
     ) -> "LoRAMegatronLinear":
-        return adapt_megatron(modules[name], pairs, stack_in(modules, name), dropout=dropout, dtype=dtype)
+        return adapt_megatron(modules[name], pairs, stack_in(modules, name), **options)
 
     @classmethod
     @override

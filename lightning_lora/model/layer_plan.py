@@ -38,7 +38,7 @@ class LayerPlan:
     r: int
     scaling: float
     dropout: float
-    num_parameters: int
+    num_parameters: int = 0
 
 
 @dataclass(frozen=True)

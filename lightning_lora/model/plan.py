@@ -1,13 +1,12 @@
 """Decide what an injection will do to a model, and check all of it, before anything is changed."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.token_rows import check_rows
@@ -69,10 +68,7 @@ def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: boo
     names = {id(module): name for name, module in modules.items()}
     rows = tuple(
         RowsPlan(
-            name,
-            tuple(names[id(one)] for one in tied),
-            tuple(ids),
-            len(ids) * table.get_parameter("weight").shape[1],
+            name, tuple(names[id(one)] for one in tied), tuple(ids), len(ids) * table.get_parameter("weight").shape[1]
         )
         for name, (table, tied, ids) in tables.items()
     )
@@ -84,106 +80,83 @@ def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: boo
     return Plan(config, pairs, rows, tuple(trained_whole), trained, capped, name, num_base, model)
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A pair whose rank may still become its layer's size."""
-
-    layer: str
-    part: Part
-    mixin: type[LoRALayer]
-    features: tuple[int, int]
-    r: int
-    scaling: float
-
-
 def _pairs(
     modules: Mapping[str, nn.Module], layers: Chosen, parameters: Chosen, config: LoRAConfig, *, check_ranks: bool
 ) -> tuple[tuple[LayerPlan, ...], dict[str, int]]:
     """Return the plan of every pair, and the ranks that became their layer's size."""
-    found = {
-        name: _decide(modules, name, layer, part, layers, config)
-        for name, (layer, part) in (layers | parameters).items()
-    }
+    chosen = layers | parameters
+    found = {name: _decide(modules, name, *chosen[name], layers, config) for name in chosen}
     check_patterns(config, dict.fromkeys([*found, *(layer for layer, _ in layers.values())]))
     # at the scale of the rank that was asked for: B A can be the same matrices
-    capped = _capped(config, {name: found[name] for name in layers})
+    capped = _capped(config, [found[name] for name in layers])
     plans = []
-    for name, one in found.items():
-        r, kind = capped.get(name, one.r), "matrix" if name in parameters else type(modules[one.layer]).__name__
+    for name, pair in found.items():
+        pair = replace(pair, r=capped.get(name, pair.r))
         if check_ranks:
-            _check_rank(name, kind, one.features, r)
-        num_parameters = _num_parameters(modules[one.layer], name, one, r, config)
-        plans.append(
-            LayerPlan(
-                name,
-                one.layer,
-                one.part.local,
-                kind,
-                one.mixin,
-                *one.features,
-                r=r,
-                scaling=one.scaling,
-                dropout=config.dropout,
-                num_parameters=num_parameters,
-            )
-        )
+            _check_rank(pair)
+        num_parameters = _num_parameters(pair, modules[pair.layer], chosen[name][1], config)
+        plans.append(replace(pair, num_parameters=num_parameters))
     return tuple(plans), capped
 
 
 def _decide(
     modules: Mapping[str, nn.Module], name: str, layer: str, part: Part, layers: Chosen, config: LoRAConfig
-) -> _Pair:
-    module = modules[layer]
-    mixin = choose_mixin(modules, layer, config) if name in layers else LoRAParameters
+) -> LayerPlan:
+    module, is_layer = modules[layer], name in layers
+    mixin = choose_mixin(modules, layer, config) if is_layer else LoRAParameters
     # an attention's output projection takes the attention's rank and scale
     parent = name.rpartition(".")[0]
     of_attention = parent in layers and isinstance(modules[parent], nn.MultiheadAttention)
-    keys = [parent] if of_attention else [name, layer] if name in layers else [name]
+    keys = [parent] if of_attention else [name, layer] if is_layer else [name]
     r = pattern_value(config.rank_pattern, keys, config.r)
     scaling = config.scaling(r, pattern_value(config.alpha_pattern, keys, config.alpha))
     if of_attention:
         # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
         scaling *= 2
+    kind = type(module).__name__ if is_layer else "matrix"
     features = part.features or mixin.features(module)
-    return _Pair(layer, part, mixin, features, r, scaling)
+    return LayerPlan(name, layer, part.local, kind, mixin, *features, r=r, scaling=scaling, dropout=config.dropout)
 
 
-def _num_parameters(module: nn.Module, name: str, pair: _Pair, r: int, config: LoRAConfig) -> int:
+def _num_parameters(pair: LayerPlan, module: nn.Module, part: Part, config: LoRAConfig) -> int:
     """Return how many parameters a pair brings, after checking that its factors can have their shapes and start."""
-    if pair.part.features is not None:  # of a part, whose factors are matrices or stacks of them
-        dimensions = 2 if pair.part.matrices == 1 else 3
-        total = pair.part.matrices * r * sum(pair.features)
+    r = pair.r
+    if part.features is not None:  # of a part, whose factors are matrices or stacks of them
+        dimensions = 2 if part.matrices == 1 else 3
+        total = part.matrices * r * sum(part.features)
     else:
         try:
             shapes = pair.mixin.shapes(module, r)
         except ValueError as error:
-            raise ValueError(f"{name!r} cannot be adapted: {error}") from None
+            raise ValueError(f"{pair.name!r} cannot be adapted: {error}") from None
         dimensions = len(shapes[0])
         total = sum(map(math.prod, (*shapes, *pair.mixin.more_shapes(module).values())))
     if pair.mixin.uses_init and config.init == "orthogonal" and (r % 2 or dimensions > 2):
         what = f"r={r}" if dimensions == 2 else f"factors of {dimensions} dimensions"
         raise ValueError(
-            f"init='orthogonal' needs matrices of even rank, and {name!r} has {what}: give it another rank with "
+            f"init='orthogonal' needs matrices of even rank, and {pair.name!r} has {what}: give it another rank with "
             "rank_pattern, leave it out with exclude_modules, or take another init"
         )
     return total
 
 
-def _capped(config: LoRAConfig, layers: Mapping[str, _Pair]) -> dict[str, int]:
+def _capped(config: LoRAConfig, layers: Sequence[LayerPlan]) -> dict[str, int]:
     """Return the ranks of the layers that are smaller than what was asked for, if any may be that small.
 
     A sweep over all linear layers may meet a gate with one output; a rank above all sizes is a mistake.
     """
     if not is_all_linear(config.target_modules):
         return {}
-    largest = max((max(pair.features) for pair in layers.values()), default=0)
-    return {name: min(pair.features) for name, pair in layers.items() if min(pair.features) < pair.r <= largest}
+    largest = max((max(pair.in_features, pair.out_features) for pair in layers), default=0)
+    sizes = {pair.name: min(pair.in_features, pair.out_features) for pair in layers}
+    return {pair.name: sizes[pair.name] for pair in layers if sizes[pair.name] < pair.r <= largest}
 
 
-def _check_rank(name: str, kind: str, sizes: tuple[int, int], r: int) -> None:
-    if r > min(sizes):
+def _check_rank(pair: LayerPlan) -> None:
+    size = min(pair.in_features, pair.out_features)
+    if pair.r > size:
         raise ValueError(
-            f"r={r} is larger than {name!r}, a {sizes[0]} -> {sizes[1]} {kind}: give it its own rank with "
-            f"rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it out with "
-            "exclude_modules"
+            f"r={pair.r} is larger than {pair.name!r}, a {pair.in_features} -> {pair.out_features} {pair.kind}: give "
+            f"it its own rank with rank_pattern={{{pair.name!r}: {size}}}, train it whole with modules_to_save, or "
+            "leave it out with exclude_modules"
         )
