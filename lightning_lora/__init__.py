@@ -5,9 +5,11 @@ from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dic
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse.gated_mlp import register_gated_mlp
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
-from lightning_lora.model.inject import inject, remove
+from lightning_lora.model.inject import apply, inject, remove
+from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.loss import linear_cross_entropy
 from lightning_lora.model.merge import disabled, merge, merged, unmerge
+from lightning_lora.model.plan import plan
 from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.peft.combine import combine
 from lightning_lora.peft.convert import convert
@@ -21,11 +23,14 @@ from lightning_lora.strategies.megatron import MegatronLoRAStrategy
 __version__ = "0.1.0"
 __all__ = [
     "FSDPLoRAStrategy",
+    "LayerPlan",
     "LoRACallback",
     "LoRAConfig",
     "MegatronLoRAStrategy",
+    "Plan",
     "adapter_checkpoint",
     "adapter_state_dict",
+    "apply",
     "check_portable",
     "combine",
     "convert",
@@ -39,6 +44,7 @@ __all__ = [
     "merge",
     "merged",
     "named_adapter_parameters",
+    "plan",
     "register_gated_mlp",
     "remove",
     "save_peft",

@@ -23,9 +23,9 @@ from lightning_lora.model.gathered import class_name
 from lightning_lora.model.layerdrop import skipped_at_random
 from lightning_lora.model.names import clean_name, listed
 from lightning_lora.model.root import find_root
-from lightning_lora.model.start_line import summary
 from lightning_lora.model.state import injection_of, is_merged, named_lora_layers, require_injection
 from lightning_lora.model.statistics import freeze_statistics
+from lightning_lora.model.summary import summary
 from lightning_lora.strategies import lightning_cli
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
 from lightning_lora.strategies.progress import begin_after_last_batch

@@ -46,6 +46,8 @@ _PEFT_SAME_NAMES = (
     "target_parameters",
     "trainable_token_indices",
 )
+# the values of init, where N stands for a number, and whether they start from the base: model/init.py registers them
+INITS: dict[str, bool] = {}
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 _LISTS = (
@@ -206,7 +208,7 @@ class LoRAConfig:
     @property
     def starts_from_base(self) -> bool:
         """Whether the adapters start at a part of the base weight, which is then subtracted in the product."""
-        return self.init == "olora" or self.init.startswith("pissa")
+        return INITS[_registered_init(self.init) or ""]
 
     def scaling(self, r: int, alpha: float | None) -> float:
         """Return the factor of ``B A`` for a layer of rank ``r``; ``alpha=None`` is twice ``r``."""
@@ -327,9 +329,15 @@ def _check_combination(config: LoRAConfig) -> None:
 
 
 def _check_init(init: object) -> None:
-    words = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
-    if init not in words and not (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init)):
-        raise ValueError(f"init={init!r} must be one of {', '.join(map(repr, words))} or 'pissa_niter_N'")
+    if _registered_init(init) is None:
+        words = [repr(word) for word in INITS]
+        raise ValueError(f"init={init!r} must be one of {', '.join(words[:-1])} or {words[-1]}")
+
+
+def _registered_init(init: object) -> str | None:
+    """Return the word of :data:`INITS` that ``init`` is."""
+    matches = (word for word in INITS if isinstance(init, str) and re.fullmatch(word.replace("N", r"\d+"), init))
+    return next(matches, None)
 
 
 def _token_indices(value: Any) -> Any:

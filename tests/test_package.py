@@ -35,3 +35,35 @@ def test_import_loads_no_heavy_package_beyond_lightning() -> None:
 def test_no_optional_package_is_imported_at_module_level() -> None:
     for path in (ROOT / "lightning_lora").rglob("*.py"):
         assert not re.search(r"^(import|from) (peft|transformers|megatron|bitsandbytes)", path.read_text(), re.M), path
+
+
+def test_the_core_runs_without_megatron_core(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.partition('.')[0] == 'megatron':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import torch\n"
+        "from lightning_lora import LoRAConfig, inject, load_peft, merge, plan, remove, save_peft\n"
+        "from tests import models\n"
+        "model = models.llama()\n"
+        "print(plan(model, LoRAConfig(r=2)))\n"
+        "save_peft(inject(model, LoRAConfig(r=2)), sys.argv[1])\n"
+        "merge(load_peft(remove(model), sys.argv[1]), remove=True)\n"
+        "print(sorted(name for name in sys.modules if name.partition('.')[0] == 'megatron'))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "LoRA for LlamaForCausalLM: 14 pairs" in result.stdout
+    assert result.stdout.endswith("[]\n")
+
+
+def test_nothing_but_its_strategy_imports_the_megatron_folder() -> None:
+    allowed = {"__init__.py", "strategies/megatron.py", "fabric.py"}
+    for path in (ROOT / "lightning_lora").rglob("*.py"):
+        name = path.relative_to(ROOT / "lightning_lora").as_posix()
+        if not name.startswith("megatron/") and name not in allowed:
+            assert "lightning_lora.megatron" not in path.read_text(), name

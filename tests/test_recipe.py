@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_lora import LoRACallback, LoRAConfig, MegatronLoRAStrategy, inject, load_peft, named_adapter_parameters
-from lightning_lora.megatron.tensor_parallel import plan_of, split
+from lightning_lora.megatron.tensor_parallel import split
+from lightning_lora.megatron.tp_plan import plan_of
 from lightning_lora.ops.sharded import is_sharded, logical
 from tests import models
 from tests.distributed.launch import run, torchrun_variables

@@ -19,11 +19,11 @@ from lightning_lora.checkpoint.storage import RemotePath, location
 from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
+from lightning_lora.model.families import is_pretrained
 from lightning_lora.model.finite import OnNonfinite, check_finite
 from lightning_lora.model.gathered import reshard
 from lightning_lora.model.heads import resize_advice
 from lightning_lora.model.names import clean_name, is_inside, joined, listed
-from lightning_lora.model.root import is_pretrained
 from lightning_lora.model.state import (
     check_not_disabled,
     injected_roots,

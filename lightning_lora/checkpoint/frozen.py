@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lightning_lora.checkpoint.file import trained_tensors
 from lightning_lora.checkpoint.fingerprint import exact_hashes, first_other_name, sampled
 from lightning_lora.compat.torch import non_persistent_buffers
+from lightning_lora.model.families import family_of
 from lightning_lora.model.gathered import reshard
 from lightning_lora.model.names import clean_name, joined
-from lightning_lora.model.root import is_megatron, is_pretrained
 from lightning_lora.model.state import injected_roots, named_lora_layers
 from lightning_lora.model.statistics import FrozenStatistics
 
@@ -115,7 +115,7 @@ def _frozen_parameters(module: nn.Module) -> dict[str, Tensor]:
     reshard(module)
     base: set[int] = set()
     for root in injected_roots(module).values():
-        is_own = root is module and not is_pretrained(root) and not is_megatron(root)
+        is_own = root is module and family_of(root) is None
         parts = named_lora_layers(root).values() if is_own else [root]
         base |= {id(parameter) for part in parts for parameter in part.parameters()}
     named = {clean_name(name): parameter for name, parameter in module.named_parameters()}

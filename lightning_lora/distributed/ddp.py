@@ -38,7 +38,7 @@ class Reduction:
     """
 
     def __init__(self, model: DistributedDataParallel, *, sums: bool) -> None:
-        self._model = weakref.ref(model)
+        self._model_ref = weakref.ref(model)
         self._order = {id(parameter): index for index, parameter in enumerate(model.module.parameters())}
         self._used: set[int] = set()
         self._absent: set[int] = set()  # on this rank
@@ -66,7 +66,7 @@ class Reduction:
         """
         self._used.clear()
         yield
-        model = self._model()
+        model = self._model_ref()
         if model is None or not model.require_backward_grad_sync or not self._used:
             return
         if self._is_filled:
@@ -93,7 +93,7 @@ class Reduction:
 
     def mean(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Average one bucket over all ranks: one all-reduce of what it has and a flag for each tensor."""
-        model = self._model()
+        model = self._model_ref()
         assert model is not None
         group = model.process_group
         parameters, gradients = bucket.parameters(), bucket.gradients()

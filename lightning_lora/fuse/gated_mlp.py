@@ -11,7 +11,7 @@ from lightning_lora.fuse.forms import GATED_FORMS, GatedForm, activation_name, f
 from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, leave, term
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.megatron.parallel_layers import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
 
 _registered: dict[Any, GatedForm] = {}  # by forward
@@ -103,12 +103,14 @@ def _activation_of(module: nn.Module, form: GatedForm) -> str | None:
     )
 
 
-def _is_split_inside(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
-    """Return True if the layers are whole, or split so that what lies between them is this rank's part of it."""
-    if not any(isinstance(layer, TensorParallel) for layer in (gate, up, down)):
+def _is_split_inside(gate: Any, up: Any, down: Any) -> bool:
+    """Whether the layers are whole, or split so that what lies between them is this rank's part of it."""
+    if not any(isinstance(layer, SplitLinear) for layer in (gate, up, down)):
         return True
-    columns = all(isinstance(layer, ColumnParallelLinear) and not layer.tp_whole_output for layer in (gate, up))
-    return columns and isinstance(down, RowParallelLinear) and not down.tp_whole_input
+    if not all(isinstance(layer, SplitLinear) for layer in (gate, up, down)):
+        return False
+    columns = gate.tp_dim == up.tp_dim == 0 and not (gate.tp_whole_output or up.tp_whole_output)
+    return bool(columns and down.tp_dim == 1 and not down.tp_whole_input)
 
 
 def is_watched(module: nn.Module | None) -> bool:

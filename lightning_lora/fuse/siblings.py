@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.compat.torch import forward_pre_hooks, version_of
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.megatron.parallel_layers import LoRAParallelLinear, RowParallelLinear, TensorParallel
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.ops.linear import LinearTensors, ScaledDropout, autocast_dtype, is_transformed, lora_linears
 from lightning_lora.ops.sharded import is_dtensor
 
@@ -186,7 +186,7 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
 def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
     """Return True if layers with one input can share products, masks and scaling with ``first``."""
     kind, in_features, dtype = type(first).__bases__[0], first.lora_A.shape[1], first.lora_A.dtype
-    return not isinstance(first, RowParallelLinear) and all(
+    return not (isinstance(first, SplitLinear) and first.tp_dim == 1) and all(
         type(layer).__bases__[0] is kind
         and layer.lora_A.shape[1] == in_features
         and layer.lora_A.dtype == dtype
@@ -200,7 +200,7 @@ def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
 def _is_plain(layer: LoRALinear) -> bool:
     """Return True if the layer is W and B A, without a magnitude, bias or start of its own or another forward."""
     mixin, base = type(layer).__bases__[0], layer.lora_base_class
-    return mixin is LoRAParallelLinear or (mixin is LoRALinear and base.forward is nn.Linear.forward)
+    return issubclass(base, SplitLinear) or (mixin is LoRALinear and base.forward is nn.Linear.forward)
 
 
 def compute_all(x: Tensor, layers: list[LoRALinear], leader: LoRALinear) -> Sequence[Tensor]:
@@ -241,20 +241,20 @@ def _version(tensor: Tensor) -> int:
 
 def enter(layer: nn.Module, x: Tensor) -> Tensor:
     """Return what this rank multiplies of the input of ``layer``."""
-    return layer.enter(x) if isinstance(layer, TensorParallel) else x
+    return layer.enter(x) if isinstance(layer, SplitLinear) else x
 
 
 def leave(layer: nn.Module, y: Tensor) -> Tensor:
     """Return what ``layer`` gives of this rank's product."""
-    return layer.leave(y) if isinstance(layer, TensorParallel) else y
+    return layer.leave(y) if isinstance(layer, SplitLinear) else y
 
 
 def factors(layer: LoRALinear) -> LinearTensors:
     """Return the tensors of this rank's product."""
-    bias = layer.local_bias() if isinstance(layer, TensorParallel) else layer.bias
+    bias = layer.local_bias() if isinstance(layer, SplitLinear) else layer.bias
     return LinearTensors(layer.weight, bias, layer.lora_A, layer.lora_B)
 
 
 def term(layer: LoRALinear) -> ScaledDropout:
-    """Return how the layer's adapter enters in one call, with a seed of its own for dropout."""
+    """Return scaling and dropout of the layer's adapter for one call, with a new seed."""
     return ScaledDropout(layer.lora_scaling, layer.lora_dropout, layer.dropout_seed(), layer.dropout_columns())

@@ -1,6 +1,6 @@
 """:class:`LoRALayer`, the mixin of all adapted layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,23 @@ class Pair:
     r: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one low-rank pair adapts: a layer, one of the weights that it stacks, or a parameter of a module.
+
+    Attributes:
+        name: what patterns match and what the starting values are drawn by.
+        local: which part of the layer; ``""`` is all of it.
+        features: ``(in_features, out_features)``; ``None`` are those of the layer.
+        matrices: how many matrices the parameter stacks.
+    """
+
+    name: str
+    local: str = ""
+    features: tuple[int, int] | None = None
+    matrices: int = 1
+
+
 class LoRALayer(SwappedModule):
     """Mixin of all adapted layers; ``isinstance(layer, LoRALayer)`` is how the package recognises them.
 
@@ -41,6 +58,8 @@ class LoRALayer(SwappedModule):
     """
 
     base_name: ClassVar[str] = "weight"  # of the base tensor that is adapted
+    is_linear: ClassVar[bool] = False  # whether "all-linear" means layers of this kind
+    uses_init: ClassVar[bool] = True  # whether the pairs start as the config's init says
 
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")
     frozen_names: tuple[str, ...] = ()  # adapter tensors that never train
@@ -76,6 +95,47 @@ class LoRALayer(SwappedModule):
     @classmethod
     def check(cls, layer: nn.Module) -> None:
         """Raise ``ValueError``, with the reason, for a base layer of this kind that cannot be adapted."""
+
+    @classmethod
+    def check_use(cls, modules: Mapping[str, nn.Module], name: str, config: Any) -> None:
+        """Raise ``ValueError`` where the layer called ``name`` cannot be adapted for what its model does with it, or
+        cannot have what ``config`` asks for.
+        """
+
+    @classmethod
+    def parts(cls, modules: Mapping[str, nn.Module], name: str, *, fused: bool) -> list[Part]:
+        """Return what can have a pair of its own in the layer called ``name``: the layer itself, if nothing smaller.
+
+        Args:
+            modules: all modules of the model, by name.
+            fused: count a layer that stacks several weights as one.
+        """
+        return [Part(name)]
+
+    @classmethod
+    def adapt_parts(
+        cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
+    ) -> "LoRALayer":
+        """Turn the layer called ``name`` into a :class:`LoRALayer` in place, with all-zero pairs.
+
+        Args:
+            pairs: rank and scaling by :attr:`Part.local`.
+            options: ``dropout`` and ``dtype``.
+        """
+        from lightning_lora.layers.adapt import adapt  # which imports this file
+
+        ((r, scaling),) = pairs.values()
+        return adapt(modules[name], cls, r=r, scaling=scaling, **options)
+
+    @classmethod
+    def tag_parts(cls, model: nn.Module) -> None:
+        """Keep this rank's part of the adapters in ``model`` whose base is split over ranks, and tag what is a part.
+
+        Called once, with the starting values drawn.
+        """
+
+    def start(self) -> None:
+        """Set what depends on the starting values of the pairs, once they are drawn."""
 
     @classmethod
     def shapes(cls, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -42,8 +42,9 @@ class DoRA(LoRALayer):
     def row_ratio(self) -> Tensor:
         return self.lora_magnitude.flatten() / self.norms()
 
+    @override
     @torch.no_grad()
-    def start_magnitude(self) -> None:
+    def start(self) -> None:
         """Set the magnitude to the present norms, so that the layer is what it is without it."""
         self.lora_magnitude.copy_(self.norms().view_as(self.lora_magnitude))
 

@@ -15,6 +15,8 @@ class LoRAEmbedding(LoRALayer):
     Here A starts at zero and B does not, as in PEFT. There is no dropout: the input is an index.
     """
 
+    uses_init = False
+
     weight: Tensor  # [num_embeddings, embedding_dim]
     padding_idx: int | None
 

@@ -15,6 +15,8 @@ from lightning_lora.ops.quantized import check_plain
 class LoRALinear(LoRALayer):
     """``nn.Linear``, or a subclass whose own ``forward`` is kept: ``y = base(x) + scaling * dropout(x) A^T B^T``."""
 
+    is_linear = True
+
     weight: Tensor  # [out_features, in_features]
     bias: Tensor | None
     lora_siblings: Any = None  # fuse/siblings.py: the group of layers that are computed with this one

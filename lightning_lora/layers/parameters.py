@@ -41,6 +41,13 @@ class LoRAParameters(LoRALayer):
             return FactoredWeight.of(value, A.transpose(1, 2), B.transpose(1, 2), scaling)
         return FactoredWeight.of(value, B, A, scaling)
 
+    @classmethod
+    @override
+    def adapt_parts(
+        cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
+    ) -> "LoRAParameters":
+        return adapt_parameters(modules[name], pairs, dtype=options["dtype"])
+
     @override
     def pairs(self) -> dict[str, Pair]:
         return {

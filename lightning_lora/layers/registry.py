@@ -8,7 +8,6 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
-from lightning_lora.megatron.layers import COLUMN, ROW, LoRAMegatronLinear
 
 # keys are classes, or full names of classes whose package need not be installed
 _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
@@ -20,8 +19,6 @@ _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
     nn.Conv2d: LoRAConv,
     nn.Conv3d: LoRAConv,
     nn.MultiheadAttention: LoRAMultiheadAttention,
-    COLUMN: LoRAMegatronLinear,
-    ROW: LoRAMegatronLinear,
 }
 
 
@@ -30,7 +27,8 @@ def register(base: type[nn.Module] | str, mixin: type[LoRALayer]) -> None:
 
     Args:
         base: the class, or its full name ``"package.module.Class"`` when importing it is to be avoided.
-        mixin: a :class:`LoRALayer` that defines ``features``, ``forward`` and, to be mergeable, ``merged``.
+        mixin: a :class:`LoRALayer` that defines ``features``, ``forward`` and, to be mergeable, ``merged``. With
+            ``is_linear = True`` the word ``"all-linear"`` means these layers too.
     """
     _MIXINS[base] = mixin
 
@@ -47,4 +45,4 @@ def mixin_for(layer: nn.Module) -> type[LoRALayer] | None:
 def is_linear(layer: nn.Module) -> bool:
     """Whether ``"all-linear"`` means this layer."""
     mixin = mixin_for(layer)
-    return mixin is not None and issubclass(mixin, (LoRALinear, LoRAMegatronLinear))
+    return mixin is not None and mixin.is_linear

@@ -21,7 +21,8 @@ class ResidualLinear(LoRALinear):
     lora_A0: nn.Parameter  # [r, in_features], never trained
     lora_B0: nn.Parameter  # [out_features, r], never trained
 
-    def keep_start(self) -> None:
+    @override
+    def start(self) -> None:
         """Take the present A and B as the starting values."""
         for name in ("lora_A", "lora_B"):
             values = getattr(self, name).detach().clone()

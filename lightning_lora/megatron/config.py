@@ -1,4 +1,4 @@
-"""What a Hugging Face config says, in the words of Megatron-core's ``TransformerConfig`` and ``GPTModel``."""
+"""Translate a Hugging Face config into the arguments of Megatron-core's ``TransformerConfig`` and ``GPTModel``."""
 
 import json
 from collections.abc import Mapping

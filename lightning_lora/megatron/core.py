@@ -1,14 +1,16 @@
-"""Megatron-core itself, imported where it is served and nowhere else."""
+"""Import Megatron-core where it is served and nowhere else; recognise its classes without importing it."""
 
 import sys
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_lora.compat.megatron import check_linear_product
 
 SERVED = ((0, 14), (0, 20))  # versions, from and below
+LAYERS = "megatron.core.tensor_parallel.layers"
 
 
 def megatron_core() -> ModuleType:
@@ -51,3 +53,28 @@ def check_contract() -> None:
 
     check_linear_product(ColumnParallelLinear)
     check_linear_product(RowParallelLinear)
+
+
+def is_gpt(module: nn.Module) -> bool:
+    """Whether this is a ``GPTModel``. Before Megatron-core is imported there is none."""
+    return _is_a(module, "megatron.core.models.gpt.gpt_model", "GPTModel")
+
+
+def is_parallel_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer of Megatron-core."""
+    return _is_a(module, LAYERS, "ColumnParallelLinear", "RowParallelLinear")
+
+
+def is_column(module: nn.Module) -> bool:
+    """Whether this is a column-parallel layer of Megatron-core."""
+    return _is_a(module, LAYERS, "ColumnParallelLinear")
+
+
+def is_vocabulary(module: nn.Module) -> bool:
+    """Whether this is an embedding of Megatron-core whose rows are spread over ranks."""
+    return _is_a(module, LAYERS, "VocabParallelEmbedding")
+
+
+def _is_a(module: nn.Module, path: str, *classes: str) -> bool:
+    found = sys.modules.get(path)
+    return found is not None and isinstance(module, tuple(getattr(found, name) for name in classes))

@@ -12,112 +12,21 @@ A layer that stacks several weights has one pair for each of them: q, k, v of ``
 ``linear_fc1``.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapt import become_lora_layer, register_factors
-from lightning_lora.layers.base import LoRALayer, Pair
+from lightning_lora.layers.base import LoRALayer, Pair, Part
+from lightning_lora.megatron.names import is_output_head, parts_in
+from lightning_lora.megatron.split import keep_parts
+from lightning_lora.megatron.stack import Stack, stack_in
 from lightning_lora.ops.linear import lora_linear
-
-_LAYERS = "megatron.core.tensor_parallel.layers"
-COLUMN = f"{_LAYERS}.ColumnParallelLinear"
-ROW = f"{_LAYERS}.RowParallelLinear"
-
-
-@dataclass(frozen=True)
-class Stack:
-    """How the rows of one weight are made of several: ``groups`` times each part's own rows, one part after the other.
-
-    Attributes:
-        groups: query groups of ``linear_qkv``, whose rows are ``[q, k, v]`` for each; 1 for ``[gate, up]``.
-        rows: rows of each part in one group, by its name.
-    """
-
-    groups: int
-    rows: Mapping[str, int]
-
-    @property
-    def stripes(self) -> int:
-        """How many pieces of rows each rank has a share of: groups are shared out whole, gate and up each."""
-        return len(self.rows) if self.groups == 1 else 1
-
-    def place(self, part: str) -> tuple[int, int, int]:
-        """Return a part's first row inside a group, its rows in one, and all rows of one."""
-        before = list(self.rows)[: list(self.rows).index(part)]
-        return sum(self.rows[name] for name in before), self.rows[part], sum(self.rows.values())
-
-    def assembled(self, factors: Mapping[str, Tensor], ranks: Mapping[str, int], num_local_rows: int) -> Tensor:
-        """Return B of the whole layer, ``[rows of this rank, sum of ranks]``: zero but for each part's own block.
-
-        Args:
-            factors: B by part, ``[rows of the part on this rank, r]``.
-            ranks: r by part.
-            num_local_rows: rows of the layer on this rank.
-        """
-        some = next(iter(factors.values()))
-        whole_rows = self.groups * sum(self.rows.values())
-        total, column = sum(ranks.values()), 0
-        groups = self.groups * num_local_rows // whole_rows if self.groups > 1 else 1
-        blocks = []
-        for part, rows in self.rows.items():
-            own = rows if self.groups > 1 else rows * num_local_rows // whole_rows
-            if part in factors:
-                block = factors[part].view(groups, own, ranks[part])
-                blocks.append(F.pad(block, (column, total - column - ranks[part])))
-                column += ranks[part]
-            else:
-                blocks.append(some.new_zeros(groups, own, total))
-        return torch.cat(blocks, 1).view(num_local_rows, total)
-
-
-def stack_of(parent: Any, child_name: str) -> Stack | None:
-    """Return how the weight of a Megatron-core layer is stacked, or ``None`` for one that is not.
-
-    Raises:
-        ValueError: it is stacked in a way that is not served.
-    """
-    config = parent.config
-    if child_name == "linear_qkv":
-        if getattr(config, "attention_output_gate", False):
-            raise ValueError("attention_output_gate=True puts a gate beside the queries, which is not served")
-        head, groups = config.kv_channels, config.num_query_groups
-        layer = parent.linear_qkv
-        size = layer.output_size // layer.output_size_per_partition
-        if groups % size:
-            raise ValueError(
-                f"num_query_groups={groups} is not divisible by tensor_parallel_size={size}, so that ranks would share "
-                "keys and values, which is not served: take fewer tensor-parallel ranks"
-            )
-        return Stack(groups, {"q": config.num_attention_heads // groups * head, "k": head, "v": head})
-    if child_name == "linear_fc1" and config.gated_linear_unit:
-        rows = parent.linear_fc1.output_size // 2
-        return Stack(1, {"gate": rows, "up": rows})
-    return None
-
-
-def has_megatron() -> bool:
-    """Whether Megatron-core's layers were imported, without which no model has any."""
-    return _LAYERS in sys.modules
-
-
-def is_parallel_linear(layer: nn.Module) -> bool:
-    """Whether this is a linear layer of Megatron-core, which is not imported: no layer without it."""
-    layers = sys.modules.get(_LAYERS)
-    return layers is not None and isinstance(layer, (layers.ColumnParallelLinear, layers.RowParallelLinear))
-
-
-def is_column(layer: nn.Module) -> bool:
-    """Whether this is a column-parallel layer of Megatron-core."""
-    layers = sys.modules.get(_LAYERS)
-    return layers is not None and isinstance(layer, layers.ColumnParallelLinear)
 
 
 class LoRAMegatronLinear(LoRALayer):
@@ -126,21 +35,52 @@ class LoRAMegatronLinear(LoRALayer):
     Attributes:
         lora_parts: rank and scaling by part; empty for a layer with one pair.
         lora_stack: how its rows are stacked, if they are.
-        lora_names: the Hugging Face name of what each pair adapts, by part; ``""`` is the layer itself.
     """
+
+    is_linear = True
 
     input_size: int
     output_size: int
     tp_group: Any  # torch.distributed.ProcessGroup
     lora_parts: dict[str, tuple[int, float]]
     lora_stack: Stack | None
-    lora_names: dict[str, str]
 
     @classmethod
     @override
     def features(cls, layer: nn.Module) -> tuple[int, int]:
         base: Any = layer
         return int(base.input_size), int(base.output_size)
+
+    @classmethod
+    @override
+    def check_use(cls, modules: Mapping[str, nn.Module], name: str, config: LoRAConfig) -> None:
+        if is_output_head(modules, name):
+            raise ValueError(
+                f"{name!r} is the output head of a Megatron-core model, which is not adapted: leave it out of "
+                f"target_modules, or train it whole with modules_to_save=[{name!r}]"
+            )
+        if config.use_dora or config.lora_bias or config.starts_from_base or config.init_rng == "peft":
+            raise ValueError(
+                f"{name!r} is a layer of Megatron-core, for which use_dora, lora_bias, PiSSA, OLoRA and "
+                "init_rng='peft' are not served: leave the option out"
+            )
+
+    @classmethod
+    @override
+    def parts(cls, modules: Mapping[str, nn.Module], name: str, *, fused: bool) -> list[Part]:
+        return [Part(name)] if is_output_head(modules, name) else parts_in(modules, name, fused=fused)
+
+    @classmethod
+    @override
+    def adapt_parts(
+        cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
+    ) -> "LoRAMegatronLinear":
+        return adapt_megatron(modules[name], pairs, stack_in(modules, name), **options)
+
+    @classmethod
+    @override
+    def tag_parts(cls, model: nn.Module) -> None:
+        keep_parts(model)
 
     @override
     def pairs(self) -> dict[str, Pair]:
@@ -266,7 +206,6 @@ def adapt_megatron(
     layer: nn.Module,
     parts: Mapping[str, tuple[int, float]],
     stack: Stack | None,
-    names: Mapping[str, str],
     *,
     dropout: float,
     dtype: torch.dtype | None,
@@ -276,7 +215,6 @@ def adapt_megatron(
     Args:
         parts: rank and scaling by part; ``""`` alone for one pair.
         stack: how the layer's rows are stacked; used with parts that have names.
-        names: the Hugging Face name of each part.
     """
     base: Any = layer
     in_features, out_features = base.input_size, base.output_size
@@ -284,7 +222,7 @@ def adapt_megatron(
     (_, scaling), *_ = parts.values()
     tensor_names = tuple(f"lora_{factor}_{part}" for part in parts for factor in "AB")
     attributes: dict[str, Any] = {} if "" in parts else {"adapter_names": tensor_names}
-    attributes |= {"lora_parts": {} if "" in parts else dict(parts), "lora_stack": stack, "lora_names": dict(names)}
+    attributes |= {"lora_parts": {} if "" in parts else dict(parts), "lora_stack": stack}
     adapted = become_lora_layer(layer, LoRAMegatronLinear, scaling=scaling, dropout=dropout, dtype=dtype, **attributes)
     if "" in parts:
         r = parts[""][0]

@@ -1,61 +1,49 @@
-"""What Megatron-core's layers are called in Hugging Face's models, part by part: both names are understood."""
+"""Map Megatron-core's layers, part by part, to their names in Hugging Face's models; patterns may use either."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.megatron.layers import Stack, has_megatron, is_parallel_linear, stack_of
+from lightning_lora.layers.base import Part
+from lightning_lora.megatron.core import is_gpt, is_parallel_linear
+from lightning_lora.megatron.stack import Stack, stack_in
 from lightning_lora.megatron.table import HF_TABLE, row_of
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import is_megatron
 
 
-@dataclass(frozen=True)
-class Part:
-    """A weight of its own inside a layer of Megatron-core.
-
-    Attributes:
-        layer: the layer's name in the model.
-        part: which of the weights that it stacks; ``""`` is the whole layer.
-        name: what it is called in Hugging Face's model, or the layer's own name where that has none.
-        rows: its output features.
-    """
-
-    layer: str
-    part: str
-    name: str
-    rows: int
+def megatron_parts(model: nn.Module) -> dict[str, list[Part]]:
+    """Return the parts of Megatron-core's linear layers in ``model`` by the layer's name; the output head has none."""
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    return {
+        name: parts_in(modules, name)
+        for name, module in modules.items()
+        if is_parallel_linear(module) and not is_output_head(modules, name)
+    }
 
 
-def megatron_parts(model: nn.Module, *, fused: bool = False) -> dict[str, list[Part]]:
-    """Return the parts of Megatron-core's linear layers in ``model`` by the layer's name; the output head has none.
+def parts_in(modules: Mapping[str, nn.Module], layer: str, *, fused: bool = False) -> list[Part]:
+    """Return the parts of one linear layer under Hugging Face's names, or the layer's own where it has none there.
 
     Args:
+        modules: all modules of the model, by name.
         fused: count a layer that stacks several weights as one.
     """
-    found: dict[str, list[Part]] = {}
-    for layer, module, stack in _stacked_layers(model):
-        names = _hugging_face_names(layer, stack)
-        if stack is None or fused:
-            whole: Any = module
-            found[layer] = [Part(layer, "", names.get("", layer), whole.output_size)]
-        else:
-            found[layer] = [
-                Part(layer, part, names.get(part, f"{layer}.{part}"), stack.groups * rows)
-                for part, rows in stack.rows.items()
-            ]
-    return found
+    base: Any = modules[layer]
+    stack = stack_in(modules, layer)
+    names = _hugging_face_names(layer, stack)
+    if stack is None or fused:
+        return [Part(names.get("", layer), "", (base.input_size, base.output_size))]
+    return [
+        Part(names.get(part, f"{layer}.{part}"), part, (base.input_size, stack.groups * rows))
+        for part, rows in stack.rows.items()
+    ]
 
 
-def by_layer(parts: Mapping[str, Part], layers: Mapping[str, nn.Module]) -> dict[str, list[Part]]:
-    """Return the parts that are to be adapted, by the layer that stacks them."""
-    found: dict[str, list[Part]] = {}
-    for name in layers:
-        if name in parts:
-            found.setdefault(parts[name].layer, []).append(parts[name])
-    return found
+def is_output_head(modules: Mapping[str, nn.Module], layer: str) -> bool:
+    """Whether the layer called ``layer`` makes a ``GPTModel``'s logits."""
+    parent, _, child = layer.rpartition(".")
+    return child == "output_layer" and parent in modules and is_gpt(modules[parent])
 
 
 def hugging_face_name(parameter: str) -> str | None:
@@ -64,23 +52,6 @@ def hugging_face_name(parameter: str) -> str | None:
     if found is None or found[0].layout != "plain" or ".experts." in parameter:
         return None
     return found[1][0]
-
-
-def stacks(model: nn.Module) -> dict[str, Stack | None]:
-    """Return how the rows of every linear layer of Megatron-core are stacked, by the layer's name."""
-    return {layer: stack for layer, _, stack in _stacked_layers(model)}
-
-
-def _stacked_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Stack | None]]:
-    if not has_megatron():
-        return
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    heads = {id(getattr(module, "output_layer", None)) for module in modules.values() if is_megatron(module)}
-    for name, module in modules.items():
-        if is_parallel_linear(module) and id(module) not in heads:
-            parent, _, child = name.rpartition(".")
-            owner = modules.get(parent)
-            yield name, module, None if getattr(owner, "config", None) is None else stack_of(owner, child)
 
 
 def _hugging_face_names(layer: str, stack: Stack | None) -> dict[str, str]:

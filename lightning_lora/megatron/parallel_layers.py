@@ -9,8 +9,6 @@ The adapter's term is computed where the base's is, between the base's own colle
 gradient of the whole factor is then one rank's addend of the true one: it is summed once per optimizer step.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -19,31 +17,13 @@ from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.registry import register
+from lightning_lora.layers.split import SplitLinear
 
 
-class TensorParallel(nn.Module):
-    """Mixin for a layer that holds its part of one weight; the parts are spread over ``tp_group``."""
-
-    tp_group: Any  # torch.distributed.ProcessGroup
-    tp_whole_input: bool  # row: the input comes whole, and the layer takes its slice
-    tp_whole_output: bool  # column: the parts of the output are put together
-
-    def enter(self, x: Tensor) -> Tensor:
-        """Return what this rank multiplies, ``[..., in_features of this rank]``."""
-        raise NotImplementedError
-
-    def leave(self, y: Tensor) -> Tensor:
-        """Return what the layer gives of this rank's product."""
-        raise NotImplementedError
-
-    def local_bias(self) -> Tensor | None:
-        """Return what is added to this rank's product."""
-        raise NotImplementedError
-
-
-class ColumnParallelLinear(TensorParallel, nn.Linear):
+class ColumnParallelLinear(SplitLinear, nn.Linear):
     """``nn.Linear`` with ``weight`` ``[out_features / ranks, in_features]``; its ``out_features`` is the whole's."""
+
+    tp_dim = 0
 
     @override
     def enter(self, x: Tensor) -> Tensor:
@@ -69,8 +49,10 @@ class ColumnParallelLinear(TensorParallel, nn.Linear):
         return self.leave(nn.functional.linear(self.enter(x), self.weight, self.bias))
 
 
-class RowParallelLinear(TensorParallel, nn.Linear):
+class RowParallelLinear(SplitLinear, nn.Linear):
     """``nn.Linear`` with ``weight`` ``[out_features, in_features / ranks]``; the bias is added once, after the sum."""
+
+    tp_dim = 1
 
     @override
     def enter(self, x: Tensor) -> Tensor:
@@ -112,7 +94,7 @@ class LoRAParallelLinear(LoRALinear):
     @override
     def dropout_columns(self) -> tuple[int, int] | None:
         base: Any = self
-        if not isinstance(base, RowParallelLinear):
+        if base.tp_dim == 0:
             return None
         width = self.lora_A.shape[1]
         return torch.distributed.get_rank(base.tp_group) * width, int(base.in_features)
@@ -120,23 +102,6 @@ class LoRAParallelLinear(LoRALinear):
     @override
     def merge_obstacle(self) -> str | None:
         return None
-
-
-@contextmanager
-def parts_of_output(layer: nn.Module) -> Iterator[Any]:
-    """Let a column-parallel layer give this rank's part of its output, inside the block.
-
-    Yields:
-        The process group that the output is split over; ``None`` for a layer that is not split.
-    """
-    if not isinstance(layer, ColumnParallelLinear):
-        yield None
-        return
-    former, layer.tp_whole_output = layer.tp_whole_output, False
-    try:
-        yield layer.tp_group
-    finally:
-        layer.tp_whole_output = former
 
 
 class VocabParallelEmbedding(SwappedModule):
@@ -164,7 +129,3 @@ class VocabParallelEmbedding(SwappedModule):
         rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         summed: Tensor = reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
         return summed
-
-
-register(ColumnParallelLinear, LoRAParallelLinear)
-register(RowParallelLinear, LoRAParallelLinear)

@@ -1,6 +1,5 @@
-"""Megatron-core's models are built in parts: saying of every tensor what part of the whole it is, adapters with it."""
+"""Tag each tensor of a Megatron-core model with the part of the whole tensor that it is, and cut adapters likewise."""
 
-import sys
 from typing import Any
 
 import torch
@@ -8,11 +7,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.compat.torch import forward_hooks
-from lightning_lora.megatron.layers import LoRAMegatronLinear, is_column, is_parallel_linear
-from lightning_lora.megatron.names import stacks
+from lightning_lora.layers import LoRALayer
+from lightning_lora.megatron.core import is_column, is_gpt, is_parallel_linear, is_vocabulary
+from lightning_lora.megatron.stack import stack_in
 from lightning_lora.model.copies import guard_parts
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import is_megatron
 from lightning_lora.ops.sharded import is_sharded, split_over
 
 _MESHES: dict[Any, DeviceMesh] = {}
@@ -26,15 +25,14 @@ def keep_parts(root: nn.Module) -> None:
     Communicates nothing.
     """
     modules = {clean_name(name): module for name, module in root.named_modules()}
-    stacked = stacks(root)
     for name, module in modules.items():
         if is_parallel_linear(module) and _size(module) > 1:
-            stack = stacked.get(name)
+            stack = stack_in(modules, name)
             _keep_linear(module, stripes=1 if stack is None else stack.stripes)
-        elif _is_vocabulary(module) and _size(module) > 1:
+        elif is_vocabulary(module) and _size(module) > 1:
             _tag(module, "weight", 0)
     for module in modules.values():
-        if is_megatron(module):
+        if is_gpt(module):
             _mark_addends(module)
             guard_parts(module)
 
@@ -88,7 +86,7 @@ def _keep_linear(layer: Any, *, stripes: int) -> None:
     _tag(layer, "weight", 0 if column else 1, stripes)
     if column:
         _tag(layer, "bias", 0, stripes)
-    if not isinstance(layer, LoRAMegatronLinear):
+    if not isinstance(layer, LoRALayer):
         return
     for name in layer.adapter_names:
         is_B = name.startswith("lora_B")
@@ -126,11 +124,6 @@ def _size(layer: Any) -> int:
         if hasattr(layer, f"{whole}_per_partition"):
             return int(getattr(layer, whole) // getattr(layer, f"{whole}_per_partition"))
     return 1
-
-
-def _is_vocabulary(module: nn.Module) -> bool:
-    layers = sys.modules.get("megatron.core.tensor_parallel.layers")
-    return layers is not None and isinstance(module, layers.VocabParallelEmbedding)
 
 
 def _mark_addends(model: nn.Module) -> None:

@@ -1,85 +1,29 @@
-"""Splitting a model over tensor-parallel ranks by its plan, in place: names and the model's code stay as they are."""
+"""Split a model over tensor-parallel ranks by its plan, in place: names and the model's code stay as they are."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_lora.compat.transformers import tensor_parallel_plan
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.megatron.attention_heads import check_heads
 from lightning_lora.megatron.parallel_layers import (
     ColumnParallelLinear,
     LoRAParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from lightning_lora.megatron.tp_plan import chosen_layers, stays_whole
+from lightning_lora.model.families import is_pretrained
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import is_pretrained
 from lightning_lora.model.state import require_injection
 from lightning_lora.ops.sharded import split_over
-
-# transformers' words, of this and of earlier versions: (kind, whether the other side is whole)
-_WORDS = {
-    "colwise": ("column", False),
-    "colwise_gather_output": ("column", True),
-    "colwise_rep": ("column", True),
-    "rowwise": ("row", False),
-    "rowwise_split_input": ("row", True),
-    "rowwise_rep": ("row", True),
-    "replicated_with_grad_allreduce": ("summed", False),
-}
-# what is inside fused experts stays whole on every rank
-_EXPERT_WORDS = ("packed_colwise", "packed_rowwise", "moe_tp_experts", "grouped_gemm", "ep_router", "local_colwise")
-_BERT = {
-    "encoder.layer.*.attention.self.query": "colwise",
-    "encoder.layer.*.attention.self.key": "colwise",
-    "encoder.layer.*.attention.self.value": "colwise",
-    "encoder.layer.*.attention.output.dense": "rowwise",
-    "encoder.layer.*.intermediate.dense": "colwise",
-    "encoder.layer.*.output.dense": "rowwise",
-}
-# for families that transformers gives no plan
-_PLANS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT)
-
-
-def plan_of(root: nn.Module, plan: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the plan of a model: the user's, else transformers' ``base_model_tp_plan``, else one of ours.
-
-    A plan maps names of modules, in which ``*`` stands for a number, to words such as ``"colwise"``.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if plan is not None:
-        return dict(plan)
-    found: dict[str, str] = {}
-    for name, module in root.named_modules():
-        config: Any = getattr(module, "config", None)
-        own = is_pretrained(module) and getattr(module, "base_model", None) is module
-        if own:
-            words = getattr(config, "base_model_tp_plan", None) or _PLANS.get(getattr(config, "model_type", ""), {})
-            prefix = f"{clean_name(name)}." if name else ""
-            found |= {f"{prefix}{pattern}": word for pattern, word in words.items()}
-    if found and is_pretrained(root):
-        found |= tensor_parallel_plan(root)
-    # a family's plan also names what this model has none of, such as dense layers of a mixture of experts
-    names = [clean_name(name) for name, _ in root.named_modules()]
-    found = {pattern: word for pattern, word in found.items() if any(_matches(pattern, name) for name in names)}
-    if not found:
-        raise ValueError(
-            f"{type(root).__name__} has no tensor-parallel plan (transformers' base_model_tp_plan): give the strategy "
-            'plan={"layers.*.attention.query": "colwise", "layers.*.attention.output": "rowwise", ...}, or use '
-            "strategy='fsdp_lora'"
-        )
-    return found
 
 
 def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[str, int]:
@@ -94,10 +38,10 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
         ValueError: a name is unknown, a word is not served, or a size cannot be divided. Nothing is changed then.
     """
     modules = {clean_name(name): module for name, module in root.named_modules()}
-    chosen = _chosen(modules, plan)
+    chosen = chosen_layers(modules, plan)
     ranks = mesh.size()
-    chosen = {name: how for name, how in chosen.items() if not _stays_whole(name, modules[name], how, ranks)}
-    _check_heads(root, ranks)
+    chosen = {name: how for name, how in chosen.items() if not stays_whole(name, modules[name], how, ranks)}
+    check_heads(root, ranks)
     for name, (kind, _) in chosen.items():
         _check_layer(name, modules[name], kind, ranks)
     counts: dict[str, int] = {}
@@ -118,63 +62,6 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
     return counts
 
 
-def _chosen(modules: Mapping[str, nn.Module], plan: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
-    chosen: dict[str, tuple[str, bool]] = {}
-    for pattern, word in plan.items():
-        if word in _EXPERT_WORDS or ".experts" in pattern:
-            continue
-        if word not in _WORDS:
-            raise ValueError(
-                f"the plan's word {word!r} for {pattern!r} is not served; served are {', '.join(map(repr, _WORDS))}. "
-                "Give the strategy plan={...} without it, which leaves those layers whole"
-            )
-        hits = [name for name in modules if _matches(pattern, name)]
-        if not hits:
-            raise ValueError(f"the plan's {pattern!r} names no module; there are {', '.join(list(modules)[1:6])}, ...")
-        chosen |= dict.fromkeys(hits, _WORDS[word])
-    return chosen
-
-
-def _matches(pattern: str, name: str) -> bool:
-    expression = re.escape(pattern).replace(r"\*", r"\d+")
-    return re.fullmatch(rf"(.*\.)?{expression}", name) is not None
-
-
-def heads_of(module: nn.Module) -> list[int]:
-    """Return the numbers of attention heads and of key-value heads of the transformers models inside ``module``."""
-    return [heads for _, heads in _named_heads(module)]
-
-
-def _named_heads(module: nn.Module) -> list[tuple[str, int]]:
-    found: dict[tuple[str, int], None] = {}
-    for part in module.modules():
-        if is_pretrained(part):
-            config: Any = part.config
-            config = config.get_text_config() if hasattr(config, "get_text_config") else config
-            for field in ("num_attention_heads", "num_key_value_heads"):
-                if isinstance(getattr(config, field, None), int):
-                    found[field, getattr(config, field)] = None
-    return list(found)
-
-
-def _check_heads(root: nn.Module, ranks: int) -> None:
-    for field, heads in _named_heads(root):
-        if heads % ranks:
-            fits = [size for size in range(1, heads + 1) if heads % size == 0]
-            raise ValueError(
-                f"{field}={heads} of {type(root).__name__} is not divisible by tensor_parallel_size={ranks}; sizes "
-                f"that divide it: {', '.join(map(str, fits))}"
-            )
-
-
-def _stays_whole(name: str, layer: Any, how: tuple[str, bool], ranks: int) -> bool:
-    """Whether a layer's parts would be put together again, as an output head's, and ranks do not divide its size."""
-    if how != ("column", True) or not isinstance(layer, nn.Linear) or layer.out_features % ranks == 0:
-        return False
-    rank_zero_info(f"{name!r} stays whole on every rank: {ranks} does not divide its out_features={layer.out_features}")
-    return True
-
-
 def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
     if kind == "summed":
         return
@@ -192,10 +79,13 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
     if size % ranks:
         side = "out_features" if kind == "column" else "in_features"
         raise ValueError(f"{side}={size} of {name!r} is not divisible by tensor_parallel_size={ranks}")
+    adapters = layer.adapter_names if isinstance(layer, LoRALayer) else ()
     trained = [
-        local for local, p in layer._parameters.items() if p is not None and p.requires_grad and ".lora" not in local
+        local
+        for local, parameter in layer._parameters.items()
+        if parameter is not None and parameter.requires_grad and local not in adapters
     ]
-    if any(not local.startswith("lora_") for local in trained):
+    if trained:
         raise ValueError(
             f"{name!r} trains its own {trained[0]!r} (modules_to_save, bias), which is not served in a split layer: "
             "leave it out, or use strategy='fsdp_lora'"

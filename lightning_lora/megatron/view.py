@@ -1,4 +1,4 @@
-"""A Megatron-core model as PEFT knows it: a skeleton of Hugging Face's model, with the same adapters in it."""
+"""Give the adapters of a Megatron-core model Hugging Face's names: build a skeleton of that model, adapted alike."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ from torch import nn
 from lightning_lora.layers import adapt
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.megatron.layers import LoRAMegatronLinear
-from lightning_lora.megatron.names import megatron_parts, stacks
+from lightning_lora.megatron.names import megatron_parts
+from lightning_lora.model.layer_plan import Plan
 from lightning_lora.model.root import name_or_path
 from lightning_lora.model.state import Injection, named_lora_layers, named_trained_whole, require_injection
 
@@ -22,11 +23,10 @@ class Skeleton(nn.Module):
 def skeleton(model: nn.Module) -> Skeleton:
     """Return the linear layers of a ``GPTModel``, part by part, as ``nn.Linear`` on meta under Hugging Face's names."""
     root = Skeleton()
-    modules = dict(model.named_modules())
-    for layer, parts in megatron_parts(model).items():
-        base: Any = modules[layer]
+    for parts in megatron_parts(model).values():
         for part in parts:
-            _put(root, part.name, nn.Linear(base.input_size, part.rows, bias=False, device="meta"))
+            assert part.features is not None
+            _put(root, part.name, nn.Linear(*part.features, bias=False, device="meta"))
     return root
 
 
@@ -49,25 +49,24 @@ def adapted_view(model: nn.Module) -> tuple[Skeleton, dict[str, tuple[str, str]]
         )
     view, sources = skeleton(model), dict[str, tuple[str, str]]()
     dtype = None if injection.config.adapter_dtype == "auto" else getattr(torch, injection.config.adapter_dtype)
-    how_stacked = stacks(model)
     known = megatron_parts(model)
     for name, layer in named_lora_layers(model).items():
         assert isinstance(layer, LoRAMegatronLinear)
         pairs = layer.pairs()
         for part in known[name]:
-            pair = pairs.get(part.part) or pairs.get("")
+            pair = pairs.get(part.local) or pairs.get("")
             if pair is None:
                 continue
             if part.name == name or part.name.startswith(f"{name}."):
                 raise ValueError(f"{name!r} has no name in a Hugging Face model: keep the adapter in checkpoints")
             linear = view.get_submodule(part.name)
             adapt(linear, LoRALinear, r=pair.r, scaling=pair.scaling, dropout=layer.lora_dropout, dtype=dtype)
-            local = f"_{part.part}" if part.part in pairs and part.part else ""
+            local = f"_{part.local}" if part.local in pairs and part.local else ""
             sources[f"{part.name}.lora_A"] = ("plain", f"{name}.lora_A{local}")
-            stack = how_stacked[name]
-            rows = "plain" if local or stack is None else "rows_" + "_".join(map(str, stack.place(part.part)))
+            stack = layer.lora_stack
+            rows = "plain" if local or stack is None else "rows_" + "_".join(map(str, stack.place(part.local)))
             sources[f"{part.name}.lora_B"] = (rows, f"{name}.lora_B{local}")
-    view.lora_injection = Injection(injection.config, [])  # type: ignore[assignment]  # a plain attribute
+    view.lora_injection = Injection(Plan(injection.config))  # type: ignore[assignment]  # a plain attribute
     view.config = type("Config", (), {"name_or_path": name_or_path(model)})()
     return view, sources
 

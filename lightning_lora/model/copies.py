@@ -1,4 +1,4 @@
-"""Copies and files of a model that is spread over ranks hold whole tensors, or raise an error that says what to write.
+"""Raise an error where a copy or a file would hold one rank's parts of a model; ``state_dict()`` holds whole tensors.
 
 Modules, parameters and optimizers are guarded once, when the model is placed. ``copy`` and ``pickle`` look up their
 methods on the instance, so that no class has to change.

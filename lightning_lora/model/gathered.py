@@ -1,4 +1,4 @@
-"""Modules whose parameters FSDP2 shards: gather whole copies for reading, drop them, forget what was taken out."""
+"""Gather whole copies of parameters that FSDP2 shards, drop them, and stop gathering what was taken out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ def sharded_parameters(module: Any) -> list[Any]:
     return [parameter for group in fsdp_groups(module) for parameter in group.fsdp_params]
 
 
-def forget(root: nn.Module, parameters: set[int]) -> None:
-    """Make FSDP2 gather no more what was taken out of ``root``; it would put it back at the next forward.
+def stop_gathering(root: nn.Module, parameters: set[int]) -> None:
+    """Make FSDP2 stop gathering parameters that were taken out of ``root``: it would put them back at the next forward.
 
     Args:
         parameters: identities of what is gone, as it is in shards.

@@ -1,4 +1,4 @@
-"""Which modules of a pretrained model are new task heads, untrained so far."""
+"""Find the task heads of a pretrained model that are new and untrained."""
 
 import contextlib
 import re
@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.compat.transformers import was_made
+from lightning_lora.model.families import family_of, is_pretrained
 from lightning_lora.model.names import clean_name, is_inside
-from lightning_lora.model.root import is_megatron, is_pretrained
 
 # transformers names the classes that put a new, untrained head on a pretrained body after their task; the heads of
 # other tasks come with the checkpoint, as a language model's does
@@ -75,7 +75,8 @@ def perhaps_new_heads(root: nn.Module) -> list[str]:
     In a transformers model they are the modules that transformers did not make; elsewhere they are what follows the
     last large child.
     """
-    if is_megatron(root):
+    family = family_of(root)
+    if family is not None and family.has_no_task_heads():
         return []
     if is_pretrained(root):
         if not was_made(root):  # it marks what it gave values; on the meta device nothing

@@ -1,46 +1,70 @@
-"""Starting values of the adapters."""
+"""Draw the starting values of the adapters: a function for each value of ``LoRAConfig(init=...)``.
+
+To add one, write a function that returns A and B (``None`` leaves zeros) and decorate it with :func:`register_init`.
+"""
 
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import INITS, LoRAConfig
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.bias import Biased
-from lightning_lora.layers.dora import DoRA
-from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRAConv1D
 from lightning_lora.layers.parameters import LoRAParameters
-from lightning_lora.layers.residual import ResidualLinear
-from lightning_lora.megatron.layers import LoRAMegatronLinear
+from lightning_lora.model.layer_plan import LayerPlan
+
+Generator = torch.Generator | None  # None is the default generator
+Values = tuple[Tensor | None, Tensor | None]
+Init = Callable[
+    [LoRALayer, Pair, str, Generator], Values
+]  # the str is the word that was given, such as "pissa_niter_4"
+
+_FUNCTIONS: dict[str, Init] = {}
+
+
+def register_init(word: str, *, from_base: bool = False) -> Callable[[Init], Init]:
+    """Let a function draw the values of ``LoRAConfig(init=word)``, where a capital N stands for a number.
+
+    Args:
+        from_base: the start is a part of the base weight, which is subtracted in the product: linear layers alone.
+    """
+
+    def register(function: Init) -> Init:
+        INITS[word] = from_base
+        _FUNCTIONS[word] = function
+        return function
+
+    return register
 
 
 @torch.no_grad()
-def initialize(layers: Mapping[str, LoRALayer], config: LoRAConfig) -> None:
+def initialize(layers: Mapping[str, LoRALayer], plans: Mapping[str, Sequence[LayerPlan]], config: LoRAConfig) -> None:
     """Fill every pair in place, so that the adapted model starts as its base: the values of PEFT.
 
     With ``init_rng="peft"`` they are also its very numbers, for the same seed of the default generator. PiSSA and OLoRA
     draw nothing; the fast PiSSA does.
+
+    Args:
+        layers: the adapted layers, by name.
+        plans: what was decided for the pairs of each.
     """
     for name, layer in layers.items():
         if isinstance(layer, LoRAMultiheadAttention) and config.init_rng == "peft":
             # PEFT draws the values of the output projection twice, before and after those of the input projection
-            projection = layers[f"{name}.out_proj"]
-            _initialize_pair(projection, projection.pairs()[""], f"{name}.out_proj", config)
-        for local, pair in layer.pairs().items():
-            # the same values for a model of Megatron-core's as for Hugging Face's
-            names = layer.lora_names if isinstance(layer, LoRAMegatronLinear) else {}
-            full_name = names.get(local) or ".".join(part for part in (name, local) if part)
-            _initialize_pair(layer, pair, full_name, config)
-        if isinstance(layer, ResidualLinear):
-            layer.keep_start()
-        if isinstance(layer, DoRA):
-            layer.start_magnitude()
+            projection = layers.get(f"{name}.out_proj")
+            if projection is not None:
+                _initialize_pair(projection, projection.pairs()[""], f"{name}.out_proj", config)
+        pairs = layer.pairs()
+        for one in plans[name]:
+            _initialize_pair(layer, pairs[one.part], one.name, config)
+        layer.start()
 
 
 def _initialize_pair(layer: LoRALayer, pair: Pair, name: str, config: LoRAConfig) -> None:
@@ -48,23 +72,88 @@ def _initialize_pair(layer: LoRALayer, pair: Pair, name: str, config: LoRAConfig
     generator = None if like_peft else torch.Generator(device="cpu").manual_seed(_seed(name, config.init_seed))
     if like_peft:
         bias = [layer.lora_bias] if isinstance(layer, Biased) else []
-        _burn([pair.A, pair.B, *bias], normal=isinstance(layer, LoRAEmbedding))
-    if isinstance(layer, LoRAEmbedding):
-        values: Sequence[Tensor | None] = (None, _normal(pair.B.shape, 1.0, generator))
-    elif isinstance(layer, ResidualLinear):
-        values = _from_base(layer, pair, name, config.init, generator)
-    elif config.init == "orthogonal":
-        values = _orthogonal(pair, generator)
-    elif config.init == "gaussian":
-        values = (_normal(pair.A.shape, 1 / pair.r, generator), None)
-    else:
-        fan_in = pair.A.shape[-1] if isinstance(layer, LoRAParameters) else math.prod(pair.A.shape[1:])
-        values = (_kaiming(pair.A, fan_in, generator), None)
-    for parameter, value in zip((pair.A, pair.B), values, strict=True):
+        _burn([pair.A, pair.B, *bias], normal=not layer.uses_init)
+    function = _function(config.init) if layer.uses_init else _embedding
+    for parameter, value in zip((pair.A, pair.B), function(layer, pair, config.init, generator), strict=True):
         if value is not None:
             value = _as_peft_rounds(value, layer) if like_peft else value
             if value is not parameter:
                 parameter.copy_(value)
+
+
+def _function(init: str) -> Init:
+    return next(function for word, function in _FUNCTIONS.items() if re.fullmatch(word.replace("N", r"\d+"), init))
+
+
+@register_init("kaiming")
+def _kaiming(layer: LoRALayer, pair: Pair, _: str, generator: Generator) -> Values:
+    """Draw A from U(-1/sqrt(in), 1/sqrt(in)), in A itself if it is float32 on CPU.
+
+    Not by ``nn.init``, which ``empty_init`` turns off.
+    """
+    A = pair.A
+    fan_in = A.shape[-1] if isinstance(layer, LoRAParameters) else math.prod(A.shape[1:])
+    # the bound of kaiming_uniform_(a=sqrt(5)), in its order of operations, for equal bits
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
+    is_one = A.dtype == torch.float32 and A.device.type == "cpu" and A.is_contiguous()
+    values = A if is_one else torch.empty(A.shape, dtype=torch.float32, device="cpu")
+    return values.uniform_(-bound, bound, generator=generator), None
+
+
+@register_init("gaussian")
+def _gaussian(_: LoRALayer, pair: Pair, __: str, generator: Generator) -> Values:
+    """Draw A from N(0, 1/r^2)."""
+    return _normal(pair.A.shape, 1 / pair.r, generator), None
+
+
+@register_init("orthogonal")
+def _orthogonal(_: LoRALayer, pair: Pair, __: str, generator: Generator) -> Values:
+    """Draw A and B whose product is zero: halves of one random orthogonal matrix, spread by random matrices."""
+    r, half = pair.r, pair.r // 2
+    q, _r = torch.linalg.qr(torch.randn(r, r, generator=generator, device="cpu"))
+    A = torch.randn(pair.A.shape[1], half, generator=generator, device="cpu").mm(q[0::2]).t() / 10.0
+    B = torch.randn(half, pair.B.shape[0], generator=generator, device="cpu").t().mm(q[1::2]) / 10.0
+    return A, B
+
+
+@register_init("pissa", from_base=True)
+def _pissa(layer: LoRALayer, pair: Pair, _: str, __: Generator) -> Values:
+    """Take the largest singular values of W: ``scaling * B A`` is that part of it (Meng et al. 2024, sec. 3)."""
+    left, values, right = torch.linalg.svd(_base_matrix(layer), full_matrices=False)
+    return _principal(left[:, : pair.r], values[: pair.r], right[: pair.r], pair)
+
+
+@register_init("pissa_niter_N", from_base=True)
+def _fast_pissa(layer: LoRALayer, pair: Pair, init: str, generator: Generator) -> Values:
+    """Take an estimate of the largest singular values, by N power iterations."""
+    with torch.random.fork_rng(devices=[], enabled=generator is not None):
+        if generator is not None:
+            torch.manual_seed(generator.initial_seed())
+        left, values, right = torch.svd_lowrank(_base_matrix(layer), pair.r, niter=int(init.rpartition("_")[2]))
+    return _principal(left, values, right.t(), pair)
+
+
+@register_init("olora", from_base=True)
+def _olora(layer: LoRALayer, pair: Pair, _: str, __: Generator) -> Values:
+    """Take the first columns of the QR decomposition of W: ``B A`` is that part of it (Buyukakyuz 2024)."""
+    q, upper = torch.linalg.qr(_base_matrix(layer))
+    return upper[: pair.r], q[:, : pair.r]
+
+
+def _embedding(_: LoRALayer, pair: Pair, __: str, generator: Generator) -> Values:
+    """Draw B from N(0, 1) and leave A at zero, as PEFT does for embeddings, whatever the init."""
+    return None, _normal(pair.B.shape, 1.0, generator)
+
+
+def _base_matrix(layer: LoRALayer) -> Tensor:
+    """Return the base weight as float32, ``[out, in]``."""
+    stored = layer.base_weight.detach().float()
+    return stored.t() if isinstance(layer, LoRAConv1D) else stored
+
+
+def _principal(left: Tensor, values: Tensor, right: Tensor, pair: Pair) -> Values:
+    root = torch.diag(torch.sqrt(values / pair.scaling))
+    return root @ right, left @ root
 
 
 def _seed(name: str, init_seed: int | None) -> int:
@@ -77,51 +166,6 @@ def _seed(name: str, init_seed: int | None) -> int:
 
 def _normal(shape: Sequence[int], std: float, generator: torch.Generator | None) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
-
-
-def _kaiming(A: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:
-    """Return float32 values on CPU for A, in A itself if it is. Not by ``nn.init``, which ``empty_init`` turns off."""
-    # the bound of kaiming_uniform_(a=sqrt(5)), in its order of operations, for equal bits
-    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
-    is_one = A.dtype == torch.float32 and A.device.type == "cpu" and A.is_contiguous()
-    values = A if is_one else torch.empty(A.shape, dtype=torch.float32, device="cpu")
-    return values.uniform_(-bound, bound, generator=generator)
-
-
-def _orthogonal(pair: Pair, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Return A and B whose product is zero: halves of one random orthogonal matrix, spread by random matrices."""
-    r, half = pair.r, pair.r // 2
-    q, _ = torch.linalg.qr(torch.randn(r, r, generator=generator, device="cpu"))
-    A = torch.randn(pair.A.shape[1], half, generator=generator, device="cpu").mm(q[0::2]).t() / 10.0
-    B = torch.randn(half, pair.B.shape[0], generator=generator, device="cpu").t().mm(q[1::2]) / 10.0
-    return A, B
-
-
-def _from_base(
-    layer: ResidualLinear, pair: Pair, name: str, init: str, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Return A and B with ``scaling * B A`` the part of W that PiSSA takes (sec. 3), or ``B A`` the one of OLoRA."""
-    stored = layer.base_weight.detach().float()
-    if not torch.isfinite(stored).all():
-        raise ValueError(
-            f"init={init!r} starts from the weight of {name!r}, which holds NaN or infinity: load another base, or "
-            "take init='kaiming'"
-        )
-    weight = stored.t() if isinstance(layer, LoRAConv1D) else stored  # [out, in]
-    if init == "olora":
-        q, upper = torch.linalg.qr(weight)
-        return upper[: pair.r], q[:, : pair.r]
-    if init == "pissa":
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        left, values, right = left[:, : pair.r], values[: pair.r], right[: pair.r]
-    else:
-        with torch.random.fork_rng(devices=[], enabled=generator is not None):
-            if generator is not None:
-                torch.manual_seed(generator.initial_seed())
-            left, values, right = torch.svd_lowrank(weight, pair.r, niter=int(init.rpartition("_")[2]))
-            right = right.t()
-    root = torch.diag(torch.sqrt(values / pair.scaling))
-    return root @ right, left @ root
 
 
 def _burn(parameters: Sequence[Tensor], normal: bool = False) -> None:

@@ -1,135 +1,132 @@
 """Freeze a model, put adapters into it, take them out again."""
 
-import sys
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from itertools import groupby
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_lora.compat.torch import remove_load_hook
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse import fuse, release
-from lightning_lora.layers import LoRALayer, adapt, unadapt
-from lightning_lora.layers.dora import DoRA
-from lightning_lora.layers.parameters import adapt_parameters
+from lightning_lora.layers import LoRALayer, unadapt
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.token_rows import train_rows
 from lightning_lora.layers.trained import keep_wide, restore_dtypes
-from lightning_lora.megatron.layers import adapt_megatron
-from lightning_lora.megatron.names import by_layer, stacks
-from lightning_lora.megatron.parallel_layers import TensorParallel
-from lightning_lora.megatron.split import keep_parts
-from lightning_lora.model.gathered import forget, reshard
+from lightning_lora.model.fused_paths import keep_off_fused_paths
+from lightning_lora.model.gathered import reshard, stop_gathering
 from lightning_lora.model.init import initialize
-from lightning_lora.model.names import clean_name, joined
-from lightning_lora.model.plan import Plan, planned
+from lightning_lora.model.layer_plan import LayerPlan, Plan
+from lightning_lora.model.names import clean_name
+from lightning_lora.model.plan import plan
 from lightning_lora.model.recomputation import keep_state_of_forward
 from lightning_lora.model.save_pretrained import guard_save_pretrained
 from lightning_lora.model.state import (
     Injection,
-    capped_ranks,
     check_not_disabled,
     injection_of,
     is_merged,
     named_trained_whole,
     require_injection,
     require_roots,
-    uncompiled,
 )
+from lightning_lora.model.state_dict import complete_state_dicts, take_state_dicts_as_they_are
 from lightning_lora.model.statistics import freeze_statistics, unfreeze_statistics
+from lightning_lora.model.targets import has_redundant_forward
 from lightning_lora.model.undo import unchanged_on_error
 from lightning_lora.ops.sharded import write
-from lightning_lora.ops.weights import row_norms
 
 
 def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     """Freeze ``model`` and adapt its layers in place, as ``config`` says. Returns the same object.
 
     A model that was adapted with an equal config is left as it is: nothing is frozen or drawn anew. Everything is
-    checked before anything is changed.
+    decided and checked by :func:`~lightning_lora.plan` before anything is changed.
 
     Raises:
         ValueError: the config hits nothing or the wrong kind of module, a rank exceeds a layer, or the model is already
             adapted otherwise (here or by PEFT). The message names the module and the remedy.
     """
-    config = LoRAConfig() if config is None else config
-    if not isinstance(config, LoRAConfig):
-        hint = ": write LoRAConfig.from_peft(config)" if hasattr(config, "peft_type") else ""
-        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{hint}")
     existing = injection_of(model)
-    if existing is not None:
-        _check_same_config(existing.config, config)
+    if existing is not None and isinstance(config, LoRAConfig | None):
+        _check_same_config(existing.config, config or LoRAConfig())
         return model
-    inject_anew(model, config, check_ranks=True)
-    if capped := capped_ranks(model):
-        rank_zero_info(f"LoRA: {capped}")
+    decided = plan(model, config)
+    apply(decided)
+    if decided.capped_ranks:
+        rank_zero_info(f"LoRA: {decided.capped_ranks}")
     return model
 
 
 def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
     """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size."""
-    given, model = model, uncompiled(model)
-    _check_untouched(model)
-    plan = planned(model, config, check_ranks=check_ranks)
+    apply(plan(model, config, check_ranks=check_ranks))
+    return model
+
+
+def apply(decided: Plan) -> nn.Module:
+    """Freeze and adapt the model of a plan in place. Returns the model.
+
+    If memory runs out or the user interrupts, the model is given back as it was.
+
+    Raises:
+        ValueError: the model was adapted since it was planned.
+    """
+    model = decided.model
+    if model is None or injection_of(model) is not None:
+        raise ValueError(f"{decided.model_name} was adapted since it was planned: call remove on it, and plan anew")
     with unchanged_on_error(model):
-        _carry_out(plan, model, config)
-    return given
+        _carry_out(decided, model)
+    return model
 
 
-def _carry_out(plan: Plan, model: nn.Module, config: LoRAConfig) -> None:
-    """Freeze and adapt the model as planned."""
-    injection = Injection(config, plan.trained_whole, capped=plan.capped)
+def _carry_out(decided: Plan, model: nn.Module) -> None:
+    config = decided.config
+    injection = Injection(dataclasses.replace(decided, model=None))
     for name, parameter in model.named_parameters():
         injection.requires_grad[clean_name(name)] = parameter.requires_grad
         parameter.requires_grad = False
     dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
-    _train_whole(model, plan, injection, dtype)
-    initialize(_adapt(plan, model, config, dtype), config)
-    keep_parts(model)
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    _train_whole(model, injection, dtype)
+    by_layer = {layer: list(pairs) for layer, pairs in groupby(decided, lambda pair: pair.layer)}
+    adapted = {layer: adapt_layer(modules, layer, pairs, dtype) for layer, pairs in by_layer.items()}
+    initialize(adapted, by_layer, config)
+    tag_parts(decided, model)
     if config.fuse:
         fuse(model)
-    read = {module for name, module in plan.modules.items() if plan.rows and reader_of(plan.modules, name) is not None}
-    for embedding, heads, token_ids in plan.rows.values():
-        train_rows(embedding, heads, token_ids, dtype=dtype, read=read)
-    freeze_statistics(model, plan.trained_whole)
-    _keep_off_fused_paths(model, injection)
-    model.register_load_state_dict_pre_hook(_complete_state_dict)
+    _train_rows(decided, modules, dtype)
+    freeze_statistics(model, decided.trained_whole)
+    keep_off_fused_paths(model, injection)
+    complete_state_dicts(model)
     guard_save_pretrained()
     keep_state_of_forward()
     model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
 
 
-def _adapt(plan: Plan, model: nn.Module, config: LoRAConfig, dtype: torch.dtype | None) -> dict[str, LoRALayer]:
-    """Turn the layers of the plan, and the modules of its parameters, into adapted ones, whose pairs hold zeros."""
-    how_stacked = stacks(model)
-    adapted: dict[str, LoRALayer] = {}
-    for name, wanted in by_layer(plan.parts, plan.layers).items():
-        adapted[name] = adapt_megatron(
-            plan.modules[name],
-            {part.part: (plan.ranks[part.name], plan.scales[part.name]) for part in wanted},
-            how_stacked[name],
-            {part.part: part.name for part in wanted},
-            dropout=config.dropout,
-            dtype=dtype,
-        )
-    for name, layer in plan.layers.items():
-        if name in plan.parts:
-            continue
-        layer.__dict__.pop("forward", None)  # what accelerate leaves on unhooking: the class's own, see matching
-        adapted[name] = adapt(
-            layer,
-            plan.mixins[name],
-            r=plan.ranks[name],
-            scaling=plan.scales[name],
-            dropout=config.dropout,
-            dtype=dtype,
-        )
-    for name, locals_ in plan.parameters.items():
-        own = {local: (plan.ranks[joined(name, local)], plan.scales[joined(name, local)]) for local in locals_}
-        adapted[name] = adapt_parameters(plan.modules[name], own, dtype=dtype)
-    return adapted
+def adapt_layer(
+    modules: Mapping[str, nn.Module], layer: str, pairs: list[LayerPlan], dtype: torch.dtype | None
+) -> LoRALayer:
+    """Turn the layer called ``layer`` into an adapted one, whose pairs hold zeros."""
+    if has_redundant_forward(modules[layer]):
+        del modules[layer].__dict__["forward"]
+    own = {pair.part: (pair.r, pair.scaling) for pair in pairs}
+    return pairs[0].mixin.adapt_parts(modules, layer, own, dropout=pairs[0].dropout, dtype=dtype)
+
+
+def tag_parts(decided: Plan, model: nn.Module) -> None:
+    """Let the kinds of layers keep what this rank holds of the adapters, where the base is split over ranks."""
+    for mixin in dict.fromkeys(one.mixin for one in decided):
+        mixin.tag_parts(model)
+
+
+def _train_rows(decided: Plan, modules: Mapping[str, nn.Module], dtype: torch.dtype | None) -> None:
+    """Let single rows of embeddings and output heads train."""
+    for rows in decided.token_rows:
+        names = [rows.name, *rows.tied]
+        read = {modules[name] for name in names if reader_of(modules, name) is not None}
+        train_rows(modules[rows.name], [modules[n] for n in rows.tied], rows.token_ids, dtype=dtype, read=read)
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -148,7 +145,7 @@ def remove(model: nn.Module) -> nn.Module:
             )
         check_not_disabled(root)
         reshard(root)
-        for parameter, original in _with_originals(root):
+        for parameter, original in trained_with_originals(root):
             write(parameter, original)
         take_out(root)
     return model
@@ -163,7 +160,7 @@ def take_out(root: nn.Module) -> None:
             unadapt(layer)
         else:
             release(layer)
-    forget(root, adapters)
+    stop_gathering(root, adapters)
     unfreeze_statistics(root)
     for name, parameter in root.named_parameters():
         # a parameter that was put in since keeps its flag
@@ -171,30 +168,13 @@ def take_out(root: nn.Module) -> None:
     restore_dtypes(root)
     for module, name, former in injection.undo:
         setattr(module, name, former)
-    remove_load_hook(root, _complete_state_dict)
+    take_state_dicts_as_they_are(root)
     del root.lora_injection
 
 
-def _base_that_trains(model: nn.Module, plan: Plan, config: LoRAConfig) -> dict[str, nn.Parameter]:
-    """Return the base parameters that train by design, by clean name; tied ones by their first."""
-    wanted = {id(p) for name in plan.trained_whole if name in plan.modules for p in plan.modules[name].parameters()}
-    if config.bias == "lora_only":
-        tables = [module for table, tied, _ in plan.rows.values() for module in (table, *tied)]
-        adapted = [*plan.layers.values(), *(plan.modules[name] for name in plan.parameters), *tables]
-        wanted |= {id(bias) for layer in adapted if (bias := layer._parameters.get("bias")) is not None}
-    return {
-        clean_name(name): parameter
-        for name, parameter in model.named_parameters()
-        if id(parameter) in wanted
-        or clean_name(name) in plan.trained_whole
-        or (config.bias == "all" and clean_name(name).split(".")[-1] == "bias")
-    }
-
-
-def _train_whole(model: nn.Module, plan: Plan, injection: Injection, dtype: torch.dtype | None) -> None:
+def _train_whole(model: nn.Module, injection: Injection, dtype: torch.dtype | None) -> None:
     """Unfreeze heads and biases in ``dtype`` at least, and keep copies for ``disabled`` and ``remove``."""
-    trained = _base_that_trains(model, plan, injection.config)
-    injection.trained = list(trained)
+    trained = {name: p for n, p in model.named_parameters() if (name := clean_name(n)) in injection.plan.trained}
     for name, parameter in trained.items():
         parameter.requires_grad_(True)
         if parameter.device.type != "meta":
@@ -202,21 +182,17 @@ def _train_whole(model: nn.Module, plan: Plan, injection: Injection, dtype: torc
     keep_wide(model, trained.values(), dtype)
 
 
-def _with_originals(root: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yield the base parameters that train, each with its first value."""
-    injection = require_injection(root)
-    for name, parameter in named_trained_whole(root).items():
-        if name not in injection.originals:
+def trained_with_originals(root: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the base parameters that train by design, each with its first value."""
+    originals = require_injection(root).originals
+    trained = named_trained_whole(root)
+    for name in trained:
+        if name not in originals:
             raise ValueError(
                 f"the first value of {name!r} is unknown: it was on the meta device when the model was adapted, and no "
                 "base checkpoint was loaded since by load_state_dict"
             )
-        yield parameter, injection.originals[name]
-
-
-def trained_with_originals(root: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the base parameters that train by design, each with its first value."""
-    return list(_with_originals(root))
+    return [(parameter, originals[name]) for name, parameter in trained.items()]
 
 
 def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:
@@ -225,90 +201,3 @@ def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:
     given, there = config.to_dict(), existing.to_dict()
     changed = ", ".join(f"{key}={given[key]!r} (there: {there[key]!r})" for key in given if given[key] != there[key])
     raise ValueError(f"the model is already adapted with another config: {changed}. Call remove(model) first")
-
-
-def _check_untouched(model: nn.Module) -> None:
-    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
-    theirs = () if peft_layers is None else (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)
-    for name, module in model.named_modules():
-        for local, parameter in module._parameters.items():
-            if nn.parameter.is_lazy(parameter):
-                lazy = f"{name}.{local}"
-                raise ValueError(f"{lazy!r} has no size yet (a lazy module): run one batch through the model first")
-        if isinstance(module, TensorParallel):
-            raise ValueError(
-                f"{name!r} was split over ranks by a former run under 'megatron_lora', and an adapter would be put in "
-                "whole: build the model anew"
-            )
-        if isinstance(module, LoRALayer) or injection_of(module) is not None:
-            raise ValueError(
-                f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on "
-                "it first"
-            )
-        if isinstance(module, theirs):
-            raise ValueError(
-                f"{type(model).__name__} is already wrapped by PEFT (at {name or 'the top'!r}): pass the base model, "
-                "peft_model.unload(); adapters that PEFT saved are read by load_peft(model, directory)"
-            )
-
-
-def _keep_off_fused_paths(model: nn.Module, injection: Injection) -> None:
-    """Keep ``nn.TransformerEncoderLayer`` from its fused path in eval, which reads weights past the adapters."""
-
-    def change(module: nn.Module, name: str, value: Any) -> None:
-        injection.undo.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LoRALayer) for m in module.modules()):
-            change(module, "activation_relu_or_gelu", 0)
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LoRALayer) for m in module.modules()):
-            change(module, "use_nested_tensor", False)
-
-
-def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a base checkpoint load without adapters, and an adapter checkpoint without the base.
-
-    The missing half is filled in with the tensors that are there, only when all of it is missing: one absent adapter
-    among others stays an error.
-    """
-    injection = injection_of(root)
-    if injection is None:
-        return
-    if is_merged(root):
-        raise ValueError("the adapters are merged into the weights: call unmerge(model) before loading a state into it")
-    own = {f"{prefix}{name}": tensor for name, tensor in root.state_dict(keep_vars=True).items()}
-    adapters = {
-        prefix + joined(name, local)
-        for name, layer in root.named_modules(remove_duplicate=False)
-        if isinstance(layer, LoRALayer)
-        for local in layer.tensor_names
-    }
-    whole = named_trained_whole(root)
-    trained = {f"{prefix}{name}" for name, _ in root.named_parameters() if clean_name(name) in whole}
-    base = own.keys() - adapters - trained
-    first: dict[int, str] = {}  # of the names of one tensor; a file has the others or not
-    for key, tensor in own.items():
-        first.setdefault(id(tensor), key)
-    if not any(key in state_dict for key in adapters):
-        state_dict.update({key: own[key] for key in adapters})
-        _restart_magnitudes(root, state_dict, prefix)
-        for name in whole:
-            value = state_dict.get(f"{prefix}{name}")
-            if isinstance(value, Tensor):
-                injection.originals[name] = value.detach().clone()
-    elif all(first[id(own[key])] in state_dict for key in adapters) and not any(key in state_dict for key in base):
-        for key in (base | adapters) - state_dict.keys():
-            state_dict[key] = state_dict.get(first[id(own[key])], own[key])
-
-
-@torch.no_grad()
-def _restart_magnitudes(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Let magnitudes that have not trained start at the norms of the base that a state dict brings."""
-    for name, layer in root.named_modules():
-        weight = state_dict.get(f"{prefix}{joined(name, 'weight')}")
-        if not isinstance(layer, DoRA) or not isinstance(weight, Tensor) or not layer.is_at_start():
-            continue
-        matrix = layer.as_matrix(weight.to(layer.base_weight))
-        norms = row_norms(matrix, *layer.factors(), layer.lora_scaling)
-        state_dict[f"{prefix}{joined(name, 'lora_magnitude')}"] = norms.view_as(layer.lora_magnitude)

@@ -13,28 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_lora.compat.torch import has_global_hooks, hooks_of, is_compiled
-from lightning_lora.megatron.parallel_layers import ColumnParallelLinear, parts_of_output
-from lightning_lora.model.root import is_megatron
+from lightning_lora.layers.split import parts_of_output
+from lightning_lora.model.loss_head import frozen_kind, output_head_of
 from lightning_lora.ops.cross_entropy.chunked import losses_of_linear
 from lightning_lora.ops.cross_entropy.parallel import losses_of_parts
 from lightning_lora.ops.linear import is_transformed
-from lightning_lora.ops.sharded import is_dtensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-# fields of transformers' configs by which a model changes what its head gives, with the value that changes nothing
-_CHANGES = {
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-    "output_multiplier": 1.0,
-    "output_logit_soft_cap": 0.0,
-    "logits_soft_cap": 0.0,
-    "logits_mup_width_multiplier": 1.0,
-}
-# whose own loss does not shift labels, or whose head gets what other layers made of the body's output
-_OTHERS = {"cpmant", "electra", "flaubert", "modernbert-decoder", "trocr", "xlm"}
 
 
 def _not_compiled(function: Function) -> Function:
@@ -94,7 +79,7 @@ def linear_cross_entropy(
         num_items = self.trainer.strategy.reduce(num_labels, reduce_op="mean")
         return linear_cross_entropy(self.model, hidden, labels, num_items=num_items)
     """
-    head, softcap = _head(model)
+    head, softcap = output_head_of(model)
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden is a {type(hidden).__name__} and must be a tensor: pass its .last_hidden_state")
     if hidden.shape[:-1] != labels.shape or labels.ndim != 2:
@@ -125,52 +110,6 @@ def _plain(
     return total / _divisor(num_items, targets, total)
 
 
-def _head(model: Any) -> tuple[Any, float | None]:
-    """Return the output head and the bound that the model's logits are softly kept within, if any."""
-    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
-    if is_megatron(model):
-        raise ValueError("a GPTModel computes this loss by itself: call it with labels=, shifted by one")
-    if head is None:
-        raise ValueError(
-            f"{type(model).__name__} has no output head: pass a transformers causal language model, such as "
-            "AutoModelForCausalLM gives, and not the LightningModule around it"
-        )
-    config = model.config.get_text_config()
-    what = _difference(model, head, config)
-    if what is not None:
-        raise ValueError(
-            f"{type(model).__name__} has {what}, which this loss does not know: use model(..., labels=labels).loss"
-        )
-    return head, getattr(config, "final_logit_softcapping", None)
-
-
-def _difference(model: Any, head: Any, config: Any) -> str | None:
-    """Return what makes a model's logits or its own loss another than those of its head, if anything does."""
-    for name, none in _CHANGES.items():
-        if getattr(config, name, None) not in (None, none):
-            return f"{name}={getattr(config, name)!r}"
-    unpadded = getattr(config, "unpadded_vocab_size", None)
-    if unpadded is not None and unpadded < config.vocab_size:
-        return f"unpadded_vocab_size={unpadded}"
-    if config.is_encoder_decoder:
-        return "an encoder and a decoder"
-    if getattr(type(config), "is_encoder_decoder", False):
-        return "the decoder of an encoder, whose labels are not shifted"
-    if config.model_type in _OTHERS:
-        return f"model_type={config.model_type!r}"
-    if any(child is head for child in model._modules.values()):
-        return None
-    holder = next((one for one in model.modules() if any(child is head for child in one._modules.values())), model)
-    if callable(getattr(holder, "get_output_embeddings", None)):  # the language model inside a larger one
-        return None
-    others = [
-        name
-        for name, child in holder.named_children()
-        if child is not head and next(child.parameters(), None) is not None
-    ]
-    return f"{', '.join(others)} before its head" if others else None
-
-
 def _divisor(num_items: float | Tensor | None, targets: Tensor, total: Tensor) -> float | Tensor:
     if num_items is None:
         return max(targets.numel(), 1)
@@ -186,7 +125,7 @@ def _divisor(num_items: float | Tensor | None, targets: Tensor, total: Tensor) -
 
 def _total(head: Any, rows: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """Return the sum of the losses of rows ``[T, hidden_size]``."""
-    kind = _frozen_kind(head)
+    kind = frozen_kind(head)
     if kind is not None:
         _check_targets(targets, head.out_features)
 
@@ -197,7 +136,7 @@ def _total(head: Any, rows: Tensor, targets: Tensor, softcap: float | None) -> T
         with _forward_replaced(head, chunked) if isinstance(head, FSDPModule) else nullcontext(chunked) as forward:
             losses: Tensor = forward(rows)  # FSDP's hooks gather the weight, once
         return losses.sum()
-    if kind is ColumnParallelLinear:
+    if kind is not None:  # column-parallel
         return chunked(head.enter(rows), head.tp_group).sum()
     with parts_of_output(head) as group:
         logits: Tensor = head(rows)  # [T, vocabulary], or this rank's part of it
@@ -207,24 +146,6 @@ def _total(head: Any, rows: Tensor, targets: Tensor, softcap: float | None) -> T
     if group is not None:
         return losses_of_parts(logits, targets, group).sum()
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
-
-
-def _frozen_kind(head: Any) -> type[nn.Module] | None:
-    """Return the class of a head whose output is its frozen weight's and bias's alone, FSDP's left out; else None."""
-    kind = next(cls for cls in type(head).__mro__ if not issubclass(cls, FSDPModule))
-    if kind not in (nn.Linear, ColumnParallelLinear) or "forward" in vars(head) or is_compiled(head):
-        return None
-    if has_global_hooks():
-        return None
-    is_sharded = isinstance(head, FSDPModule)
-    if any(not is_sharded or not hook.__module__.startswith("torch.distributed.fsdp") for hook in hooks_of(head)):
-        return None
-    tensors = [head.weight] if head.bias is None else [head.weight, head.bias]
-    if any(tensor.requires_grad or not tensor.is_floating_point() for tensor in tensors):
-        return None
-    if not is_sharded and any(is_dtensor(tensor) or type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
-        return None
-    return kind
 
 
 @contextmanager

@@ -23,6 +23,11 @@ def is_inside(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(f"{path}.")
 
 
+def is_inside_any(name: str, paths: Iterable[str]) -> bool:
+    """Whether a clean name is one of ``paths`` or lies below one."""
+    return any(is_inside(name, path) for path in paths)
+
+
 def nearest_names(patterns: Iterable[str], names: Iterable[str]) -> str:
     """Return "; nearest: ..." with the names, or last parts of names, most like the patterns."""
     pool = {name.rpartition(".")[2] for name in names} | set(names)

@@ -1,217 +1,162 @@
-"""What an injection will do to a model, planned and checked before anything is changed."""
+"""Decide what an injection will do to a model, and check all of it, before anything is changed."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALayer, mixin_for, read_mixin, with_options
-from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.parameters import sizes_of_parameter
-from lightning_lora.layers.read_weight import check_rescaled, reader_of
+from lightning_lora.layers.base import Part
+from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.token_rows import check_rows
-from lightning_lora.layers.variants import RESIDUAL
-from lightning_lora.megatron.layers import LoRAMegatronLinear
-from lightning_lora.megatron.names import megatron_parts
-from lightning_lora.megatron.served import check_biases, check_options
 from lightning_lora.model.heads import new_heads
-from lightning_lora.model.matching import (
-    check_patterns,
-    is_all_linear,
-    pattern_value,
-    select_layers,
-    select_parameters,
-    select_token_rows,
-    select_trained_whole,
-)
-from lightning_lora.model.names import clean_name, joined
+from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
+from lightning_lora.model.matching import check_patterns, is_all_linear, pattern_value
+from lightning_lora.model.mixins import choose_mixin
+from lightning_lora.model.names import clean_name
+from lightning_lora.model.state import uncompiled
+from lightning_lora.model.targets import Chosen, check_apart, select_layers, select_parameters
+from lightning_lora.model.trained_base import base_that_trains, select_token_rows, select_trained_whole
+from lightning_lora.model.untouched import check_untouched
 
 
-@dataclass
-class Plan:
-    """What an injection will do to a model. All that can be checked beforehand has been checked.
+def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: bool = True) -> Plan:
+    """Decide and check all that :func:`~lightning_lora.inject` would do to ``model``, and change nothing.
 
-    Attributes:
-        modules: all modules of the model, by clean name.
-        layers: modules to adapt, by name; of a layer of Megatron-core each part that it stacks.
-        mixins: what adapts each of them.
-        ranks: by the name of the pair, a layer's or a parameter's.
-        scales: the factor of each pair, in the same way.
-        capped: the ranks of the layers that are smaller than the rank that was asked for.
-        parts: the parts of Megatron-core's layers, by name.
-        parameters: parameters to adapt, by the name of their module.
-        rows: tables with rows that train, as :func:`select_token_rows` gives them.
-        trained_whole: names of the modules, and of parameters of models, that train whole.
-    """
+    Args:
+        config: ``None`` is ``LoRAConfig()``.
+        check_ranks: refuse a rank above a layer's size; files of PEFT may hold such ranks.
 
-    modules: dict[str, nn.Module]
-    layers: dict[str, nn.Module]
-    mixins: dict[str, type[LoRALayer]]
-    ranks: dict[str, int]
-    scales: dict[str, float]
-    capped: dict[str, int]
-    parts: dict[str, Any]
-    parameters: dict[str, list[str]]
-    rows: dict[str, tuple[nn.Module, list[nn.Module], list[int]]]
-    trained_whole: list[str]
-
-
-def planned(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> Plan:
-    """Decide what becomes of a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size.
+    Returns:
+        A sequence of :class:`~lightning_lora.LayerPlan`, one for each low-rank pair. ``print(plan)`` is a table.
 
     Raises:
-        ValueError: the config hits nothing, the wrong kind of module, or what cannot be adapted as it says.
+        ValueError: the config hits nothing, the wrong kind of module, or what cannot be adapted as it says, or the
+            model is already adapted (here or by PEFT). The message names the module and the remedy.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, plan
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> decided = plan(model, LoRAConfig(r=4, target_modules=["0"], modules_to_save=["2"]))
+        >>> print(decided)
+        LoRA for Sequential: 1 pair, 324 parameters train, 544 are frozen
+          name  kind    size      r  scaling  dropout  parameters
+          0     Linear  16 -> 32  4        2        0         192
+          trained whole: 2.weight, 2.bias (132 parameters)
+        >>> decided[0].r, decided.num_trainable
+        (4, 324)
     """
-    trained_whole = _modules_trained_whole(model, config)
+    config = LoRAConfig() if config is None else config
+    if not isinstance(config, LoRAConfig):
+        hint = ": write LoRAConfig.from_peft(config)" if hasattr(config, "peft_type") else ""
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{hint}")
+    model = uncompiled(model)
+    check_untouched(model)
+    to_save = config.modules_to_save
+    trained_whole = new_heads(model) if to_save is None else select_trained_whole(model, to_save)
     layers = select_layers(model, config, trained_whole)
     parameters = select_parameters(model, config)
-    rows = select_token_rows(model, config)
-    _check_apart(layers, parameters, rows)
-    for table, _, token_ids in rows.values():
-        check_rows(table, token_ids)
+    tables = select_token_rows(model, config)
     modules = {clean_name(name): module for name, module in model.named_modules()}
-    mixins = {name: _mixin(modules, name, layer, config) for name, layer in layers.items()}
-    pairs = [*layers, *(joined(name, local) for name, locals_ in parameters.items() for local in locals_)]
-    parts = {part.name: part for found in megatron_parts(model, fused=config.fused_pairs).values() for part in found}
-    check_patterns(config, [*pairs, *(parts[name].layer for name in layers if name in parts)])
-    if config.bias == "all":
-        check_biases(model, {parts[name].layer for name in layers if name in parts})
-    keys = {
-        name: (parts[name].name, parts[name].layer) if name in parts else _rank_name(layers, name) for name in pairs
-    }
-    ranks = {name: pattern_value(config.rank_pattern, keys[name], config.r) for name in pairs}
-    scales = {
-        name: config.scaling(r, pattern_value(config.alpha_pattern, keys[name], config.alpha))
-        for name, r in ranks.items()
-    }
-    # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
-    scales |= {name: 2 * scales[name] for name in layers if _rank_name(layers, name) != name}
-    sizes = {
-        name: (mixins[name].features(layer)[0], parts[name].rows) if name in parts else mixins[name].features(layer)
-        for name, layer in layers.items()
-    }
-    # at the scale of the rank that was asked for: B A can be the same matrices
-    capped = _capped(config, ranks, sizes)
-    ranks |= capped
-    plan = Plan(modules, layers, mixins, ranks, scales, capped, parts, parameters, rows, trained_whole)
-    _check_pairs(plan, sizes, config, check_ranks=check_ranks)
-    return plan
-
-
-def _modules_trained_whole(model: nn.Module, config: LoRAConfig) -> list[str]:
-    if config.modules_to_save is not None:
-        return select_trained_whole(model, config.modules_to_save)
-    return new_heads(model)
-
-
-def _check_apart(
-    layers: Mapping[str, nn.Module], parameters: Mapping[str, Any], rows: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raise ``ValueError`` for a module that two options name."""
-    adapted = {id(layer): name for name, layer in layers.items()}
-    for name in parameters:
-        if name in layers:
-            raise ValueError(f"{name!r} is in target_modules and has a parameter in target_parameters: name it once")
-    for name, (embedding, heads, _) in rows.items():
-        for module in (embedding, *heads):
-            if id(module) in adapted:
-                raise ValueError(
-                    f"{adapted[id(module)]!r} is adapted, and trainable_token_indices trains rows of the same weight "
-                    f"(of {name!r}): leave it out with exclude_modules, or adapt it without trainable_token_indices"
-                )
-
-
-def _mixin(modules: Mapping[str, nn.Module], name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALayer]:
-    """Return the mixin for a layer, by its type, by how its parent uses it and by how it starts."""
-    mixin = mixin_for(layer)
-    assert mixin is not None
-    if issubclass(mixin, LoRAMegatronLinear):
-        check_options(name, config)
-        return mixin
-    check_rescaled(modules, name)
-    reader = reader_of(modules, name)
-    if reader is not None:
-        try:
-            mixin = read_mixin(mixin, layer, reader)
-        except ValueError as error:
-            raise ValueError(f"{name!r} cannot be adapted: {error}") from None
-    try:
-        mixin = with_options(mixin, layer, use_dora=config.use_dora, lora_bias=config.lora_bias)
-    except ValueError as error:
-        option = "use_dora" if config.use_dora else "lora_bias"
-        raise ValueError(
-            f"{name!r} cannot be adapted with {option}=True: {error}. Leave the layer out with exclude_modules, or "
-            f"give {option}=False"
-        ) from None
-    if not config.starts_from_base or issubclass(mixin, LoRAEmbedding):
-        return mixin
-    residual = RESIDUAL.get(mixin)
-    weight = layer._parameters.get("weight")
-    if residual is None or weight is None or weight.device.type == "meta" or not weight.is_floating_point():
-        why = "its weight is on the meta device" if weight is not None and weight.is_meta else type(layer).__name__
-        raise ValueError(
-            f"init={config.init!r} starts from the weights of linear layers, and {name!r} has none to start from "
-            f"({why}): load the base first, or leave the layer out with exclude_modules"
+    check_apart(modules, layers, parameters, tables)
+    for table, _, token_ids in tables.values():
+        check_rows(table, token_ids)
+    pairs, capped = _pairs(modules, layers, parameters, config, check_ranks=check_ranks)
+    names = {id(module): name for name, module in modules.items()}
+    rows = tuple(
+        RowsPlan(
+            name, tuple(names[id(one)] for one in tied), tuple(ids), len(ids) * table.get_parameter("weight").shape[1]
         )
-    return residual
+        for name, (table, tied, ids) in tables.items()
+    )
+    adapted = [modules[name] for name in {layer for layer, _ in (layers | parameters).values()}]
+    adapted += [module for table, tied, _ in tables.values() for module in (table, *tied)]
+    trained = base_that_trains(model, trained_whole, adapted, config.bias)
+    num_base = sum(parameter.numel() for parameter in model.parameters())
+    name = type(model).__name__
+    return Plan(config, pairs, rows, tuple(trained_whole), trained, capped, name, num_base, model)
 
 
-def _rank_name(layers: Mapping[str, nn.Module], name: str) -> str:
-    """Return the name that patterns are matched with: an attention's output projection takes the attention's."""
-    parent = name.rpartition(".")[0]
-    return parent if isinstance(layers.get(parent), nn.MultiheadAttention) else name
-
-
-def _check_pairs(plan: Plan, sizes: Mapping[str, tuple[int, int]], config: LoRAConfig, *, check_ranks: bool) -> None:
-    """Raise ``ValueError`` for a rank that a layer or parameter cannot have."""
-    for name, layer in plan.layers.items():
+def _pairs(
+    modules: Mapping[str, nn.Module], layers: Chosen, parameters: Chosen, config: LoRAConfig, *, check_ranks: bool
+) -> tuple[tuple[LayerPlan, ...], dict[str, int]]:
+    """Return the plan of every pair, and the ranks that became their layer's size."""
+    chosen = layers | parameters
+    found = {name: _decide(modules, name, *chosen[name], layers, config) for name in chosen}
+    check_patterns(config, dict.fromkeys([*found, *(layer for layer, _ in layers.values())]))
+    # at the scale of the rank that was asked for: B A can be the same matrices
+    capped = _capped(config, [found[name] for name in layers])
+    plans = []
+    for name, pair in found.items():
+        pair = replace(pair, r=capped.get(name, pair.r))
         if check_ranks:
-            _check_rank(name, type(layer).__name__, sizes[name], plan.ranks[name])
-        _check_shapes(name, layer, plan.mixins[name], plan.ranks[name], config)
-    for name, locals_ in plan.parameters.items():
-        for local in locals_:
-            pair = joined(name, local)
-            experts, *own = sizes_of_parameter(plan.modules[name], local)
-            if check_ranks:
-                _check_rank(pair, "matrix", (own[0], own[1]), plan.ranks[pair])
-            _check_start(pair, plan.ranks[pair], 2 if experts == 1 else 3, config)
+            _check_rank(pair)
+        num_parameters = _num_parameters(pair, modules[pair.layer], chosen[name][1], config)
+        plans.append(replace(pair, num_parameters=num_parameters))
+    return tuple(plans), capped
 
 
-def _check_shapes(name: str, layer: nn.Module, mixin: type[LoRALayer], r: int, config: LoRAConfig) -> None:
-    try:
-        shape, _ = mixin.shapes(layer, r)
-    except ValueError as error:
-        raise ValueError(f"{name!r} cannot be adapted: {error}") from None
-    if not issubclass(mixin, LoRAEmbedding):  # which starts as PEFT's embeddings do, whatever the init
-        _check_start(name, r, len(shape), config)
+def _decide(
+    modules: Mapping[str, nn.Module], name: str, layer: str, part: Part, layers: Chosen, config: LoRAConfig
+) -> LayerPlan:
+    module, is_layer = modules[layer], name in layers
+    mixin = choose_mixin(modules, layer, config) if is_layer else LoRAParameters
+    # an attention's output projection takes the attention's rank and scale
+    parent = name.rpartition(".")[0]
+    of_attention = parent in layers and isinstance(modules[parent], nn.MultiheadAttention)
+    keys = [parent] if of_attention else [name, layer] if is_layer else [name]
+    r = pattern_value(config.rank_pattern, keys, config.r)
+    scaling = config.scaling(r, pattern_value(config.alpha_pattern, keys, config.alpha))
+    if of_attention:
+        # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
+        scaling *= 2
+    kind = type(module).__name__ if is_layer else "matrix"
+    features = part.features or mixin.features(module)
+    return LayerPlan(name, layer, part.local, kind, mixin, *features, r=r, scaling=scaling, dropout=config.dropout)
 
 
-def _check_start(name: str, r: int, num_dimensions: int, config: LoRAConfig) -> None:
-    if config.init == "orthogonal" and (r % 2 or num_dimensions > 2):
-        what = f"r={r}" if num_dimensions == 2 else f"factors of {num_dimensions} dimensions"
+def _num_parameters(pair: LayerPlan, module: nn.Module, part: Part, config: LoRAConfig) -> int:
+    """Return how many parameters a pair brings, after checking that its factors can have their shapes and start."""
+    r = pair.r
+    if part.features is not None:  # of a part, whose factors are matrices or stacks of them
+        dimensions = 2 if part.matrices == 1 else 3
+        total = part.matrices * r * sum(part.features)
+    else:
+        try:
+            shapes = pair.mixin.shapes(module, r)
+        except ValueError as error:
+            raise ValueError(f"{pair.name!r} cannot be adapted: {error}") from None
+        dimensions = len(shapes[0])
+        total = sum(map(math.prod, (*shapes, *pair.mixin.more_shapes(module).values())))
+    if pair.mixin.uses_init and config.init == "orthogonal" and (r % 2 or dimensions > 2):
+        what = f"r={r}" if dimensions == 2 else f"factors of {dimensions} dimensions"
         raise ValueError(
-            f"init='orthogonal' needs matrices of even rank, and {name!r} has {what}: give it another rank with "
+            f"init='orthogonal' needs matrices of even rank, and {pair.name!r} has {what}: give it another rank with "
             "rank_pattern, leave it out with exclude_modules, or take another init"
         )
+    return total
 
 
-def _capped(config: LoRAConfig, ranks: Mapping[str, int], sizes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+def _capped(config: LoRAConfig, layers: Sequence[LayerPlan]) -> dict[str, int]:
     """Return the ranks of the layers that are smaller than what was asked for, if any may be that small.
 
     A sweep over all linear layers may meet a gate with one output; a rank above all sizes is a mistake.
     """
-    largest = max((size for pair in sizes.values() for size in pair), default=0)
     if not is_all_linear(config.target_modules):
         return {}
-    return {name: min(pair) for name, pair in sizes.items() if min(pair) < ranks[name] <= largest}
+    largest = max((max(pair.in_features, pair.out_features) for pair in layers), default=0)
+    sizes = {pair.name: min(pair.in_features, pair.out_features) for pair in layers}
+    return {pair.name: sizes[pair.name] for pair in layers if sizes[pair.name] < pair.r <= largest}
 
 
-def _check_rank(name: str, kind: str, sizes: tuple[int, int], r: int) -> None:
-    if r > min(sizes):
+def _check_rank(pair: LayerPlan) -> None:
+    size = min(pair.in_features, pair.out_features)
+    if pair.r > size:
         raise ValueError(
-            f"r={r} is larger than {name!r}, a {sizes[0]} -> {sizes[1]} {kind}: give it its own rank with "
-            f"rank_pattern={{{name!r}: {min(sizes)}}}, train it whole with modules_to_save, or leave it out with "
-            "exclude_modules"
+            f"r={pair.r} is larger than {pair.name!r}, a {pair.in_features} -> {pair.out_features} {pair.kind}: give "
+            f"it its own rank with rank_pattern={{{pair.name!r}: {size}}}, train it whole with modules_to_save, or "
+            "leave it out with exclude_modules"
         )

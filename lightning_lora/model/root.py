@@ -1,18 +1,18 @@
-"""The root: the pretrained model inside a user's module, where freezing, injection and export stay."""
+"""Find the root: the pretrained model inside a user's module, where freezing, injection and export stay."""
 
-import sys
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.compat.torch import compiled_module
+from lightning_lora.model.families import family_of
 from lightning_lora.model.names import clean_name
 
 
 def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
     """Return ``(path, root)``: the module named ``path``, else the one pretrained model inside, else ``module``.
 
-    Pretrained models are transformers' and Megatron-core's.
+    Pretrained models are those of :mod:`lightning_lora.model.families`, transformers' and Megatron-core's.
 
     Raises:
         ValueError: nothing has that name, or there are several pretrained models to choose from.
@@ -28,25 +28,12 @@ def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modul
             ) from None
     found: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
-        is_model = is_pretrained(child) or is_megatron(child)
-        if is_model and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+        if family_of(child) is not None and not any(name.startswith(f"{outer}.") or not outer for outer in found):
             found[name] = child
     if len(found) > 1:
         names = ", ".join(f"{name} ({type(child).__name__})" for name, child in found.items())
         raise ValueError(f'{type(module).__name__} holds several pretrained models: {names}. Choose with module="name"')
     return next(iter((clean_name(n), child) for n, child in found.items())) if found else ("", module)
-
-
-def is_pretrained(module: nn.Module) -> bool:
-    """Whether this is a transformers model. transformers itself is not imported: no model without it."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
-
-
-def is_megatron(module: nn.Module) -> bool:
-    """Whether this is Megatron-core's ``GPTModel``. Megatron-core itself is not imported: no model without it."""
-    gpt = sys.modules.get("megatron.core.models.gpt.gpt_model")
-    return gpt is not None and isinstance(module, gpt.GPTModel)
 
 
 def name_or_path(root: nn.Module) -> str | None:

@@ -13,7 +13,8 @@ from lightning_lora.layers import LoRALayer, Pair
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.gathered import gathered
-from lightning_lora.model.names import clean_name, joined, listed
+from lightning_lora.model.layer_plan import Plan
+from lightning_lora.model.names import clean_name, joined
 
 
 @dataclass
@@ -21,10 +22,7 @@ class Injection:
     """What was done to a model, kept on the model itself as ``lora_injection``.
 
     Attributes:
-        config: the settings that the model was adapted with.
-        trained_whole: names of the modules, and of parameters of models, that train whole.
-        trained: names of the base parameters that train: those of ``trained_whole``, and biases.
-        capped: ranks of the layers that are smaller than the rank that was asked for.
+        plan: what was decided.
         originals: frozen copies of the base tensors that train, by name; those on meta have none.
         requires_grad: what every base parameter's flag was before.
         undo: attributes that were changed, as ``(module, name, former value)``.
@@ -33,10 +31,7 @@ class Injection:
         fingerprint: of the base, from when it was spread over ranks, if it is.
     """
 
-    config: LoRAConfig
-    trained_whole: list[str]
-    trained: list[str] = field(default_factory=list)
-    capped: dict[str, int] = field(default_factory=dict)
+    plan: Plan
     originals: dict[str, Tensor] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
@@ -44,15 +39,15 @@ class Injection:
     base_weights: str | None = None
     fingerprint: dict[str, Any] | None = None
 
+    @property
+    def config(self) -> LoRAConfig:
+        """The settings that the model was adapted with."""
+        return self.plan.config
 
-def capped_ranks(root: nn.Module) -> str:
-    """Return a line that names the layers whose rank is their size, below the one asked for; empty without any."""
-    injection = require_injection(root)
-    if not injection.capped:
-        return ""
-    names = [f"{name} (r={r})" for name, r in injection.capped.items()]
-    some = listed(names, 5)
-    return f"r={injection.config.r} exceeds the size of these layers, whose rank is their size: {some}"
+    @property
+    def trained_whole(self) -> tuple[str, ...]:
+        """Names of the modules, and of parameters of models, that train whole."""
+        return self.plan.trained_whole
 
 
 def injection_of(model: nn.Module) -> Injection | None:
@@ -156,8 +151,7 @@ def check_not_disabled(root: nn.Module) -> None:
 
 def named_trained_whole(root: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base parameters that train by design, heads and biases, by clean name."""
-    injection = require_injection(root)
-    if not injection.trained:
+    wanted = require_injection(root).plan.trained
+    if not wanted:
         return {}
-    wanted = set(injection.trained)
     return {clean_name(name): p for name, p in root.named_parameters() if clean_name(name) in wanted}

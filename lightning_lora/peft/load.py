@@ -16,15 +16,14 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
-from lightning_lora.megatron.names import hugging_face_name
-from lightning_lora.megatron.view import adapted_view, skeleton
+from lightning_lora.model.families import Family, family_of
 from lightning_lora.model.finite import OnNonfinite, check_finite
 from lightning_lora.model.heads import resize_advice
 from lightning_lora.model.inject import inject_anew, remove
-from lightning_lora.model.matching import is_all_linear, layer_index, pattern_value, select_layers, select_parameters
+from lightning_lora.model.matching import is_all_linear, layer_index, pattern_value
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import is_megatron
 from lightning_lora.model.state import require_injection
+from lightning_lora.model.targets import select_layers, select_parameters
 from lightning_lora.peft.diffusers import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.peft.directory import (
     CONFIG_NAME,
@@ -71,8 +70,10 @@ def load_peft(
             damaged.
     """
     directory = location(directory)
-    if is_megatron(model):
-        return _load_megatron(model, directory, check_base=check_base, on_nonfinite=on_nonfinite)
+    family = family_of(model)
+    skeleton = None if family is None else family.skeleton(model)
+    if family is not None and skeleton is not None:
+        return _load_by_skeleton(model, family, skeleton, directory, check_base=check_base, on_nonfinite=on_nonfinite)
     if (directory / DIFFUSERS_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
         values, loaded = read_diffusers(directory, component)
         peft_config = checked_config(values, directory / DIFFUSERS_NAME)
@@ -120,17 +121,25 @@ def _refuse_base(model: nn.Module, directory: Location, recorded: Mapping[str, A
     )
 
 
-def _load_megatron(model: nn.Module, directory: Location, *, check_base: bool, on_nonfinite: OnNonfinite) -> nn.Module:
-    """Read a directory that names Hugging Face's layers into a Megatron-core model, by way of a skeleton of those."""
-    view = load_peft(skeleton(model), directory, check_base=False, on_nonfinite=on_nonfinite)
+def _load_by_skeleton(
+    model: nn.Module,
+    family: Family,
+    skeleton: nn.Module,
+    directory: Location,
+    *,
+    check_base: bool,
+    on_nonfinite: OnNonfinite,
+) -> nn.Module:
+    """Read a directory that names other layers than ``model`` does, by way of a skeleton of those."""
+    view = load_peft(skeleton, directory, check_base=False, on_nonfinite=on_nonfinite)
     injection = require_injection(view)
     recorded = read_tensors(directory)[1].get("base") if check_base else None
     inject_anew(model, injection.config, check_ranks=False)
     if recorded is not None:
-        own = renamed(fingerprint(model), hugging_face_name)
+        own = renamed(fingerprint(model), family.peft_name)
         difference = first_other_value(own, {**recorded, "hashes": torch.tensor(recorded["hashes"])})
         _refuse_base(model, directory, recorded, difference)
-    _, sources = adapted_view(model)
+    _, sources = family.adapted_view(model)
     copy_tensors({source: view.get_parameter(name).detach() for name, (_, source) in sources.items()}, model)
     return model
 
@@ -339,7 +348,7 @@ def _config_for(
             config, target_modules=layers, exclude_modules=None, layers_to_transform=None, layers_pattern=None
         )
         described = set(select_layers(model, config, whole)) if layers else set()
-    described |= {f"{m}.{p}" if m else p for m, ps in select_parameters(model, config).items() for p in ps}
+    described |= set(select_parameters(model, config))
     if described != set(pairs):
         without, undescribed = sorted(described - set(pairs)), sorted(set(pairs) - described)
         raise ValueError(

@@ -20,12 +20,11 @@ from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
-from lightning_lora.megatron.names import hugging_face_name, megatron_parts
-from lightning_lora.megatron.view import adapted_view
+from lightning_lora.model.families import family_of
 from lightning_lora.model.finite import OnNonfinite
 from lightning_lora.model.left_out import say_left_out, trained_outside
 from lightning_lora.model.names import clean_name, is_inside
-from lightning_lora.model.root import is_megatron, name_or_path
+from lightning_lora.model.root import name_or_path
 from lightning_lora.model.state import (
     check_not_disabled,
     injected_roots,
@@ -140,10 +139,11 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: PEFT would compute something else from the file.
     """
-    if is_megatron(root):
-        view, sources = adapted_view(root)
+    family = family_of(root)
+    if family is not None and family.skeleton(root) is not None:
+        view, sources = family.adapted_view(root)
         description = describe_for_peft(view)
-        base = renamed(known_fingerprint(root), hugging_face_name)
+        base = renamed(known_fingerprint(root), family.peft_name)
         description["metadata"] = {"base": {**base, "hashes": base["hashes"].tolist()}}
         description["only_portable"] = _check_experts(root, view)
         description["entries"] = [(key, *_from(names[0], sources)) for key, _, names in description["entries"]]
@@ -195,7 +195,7 @@ def _check_experts(root: nn.Module, view: nn.Module) -> str | None:
     Raises:
         ValueError: only some of the experts, or of their layers, are adapted.
     """
-    experts = {part.name for found in megatron_parts(root).values() for part in found if ".experts." in part.name}
+    experts = {name for name, m in view.named_modules() if isinstance(m, nn.Linear) and ".experts." in name}
     pairs = {name: pair for name, pair in named_pairs(view).items() if name in experts}
     if not pairs:
         return None

@@ -44,8 +44,8 @@ from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricMegatronLoRAStrategy
 from lightning_lora.model.inject import inject, inject_anew
 from lightning_lora.model.root import find_root
-from lightning_lora.model.start_line import hyperparameters
 from lightning_lora.model.state import injected_roots, injection_of
+from lightning_lora.model.summary import hyperparameters
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
 from lightning_lora.strategies.fsdp import FSDPLoRAStrategy

@@ -22,13 +22,14 @@ from lightning_lora.distributed.base_weights import materialize
 from lightning_lora.distributed.gradients import GradientReducer
 from lightning_lora.distributed.replication import broadcast_replicated, differ, make_equal, move_to, refuse_other_sizes
 from lightning_lora.megatron import cpu as megatron_cpu
-from lightning_lora.megatron.core import check_contract, megatron_core, parallel_state
+from lightning_lora.megatron.attention_heads import heads_of
+from lightning_lora.megatron.core import check_contract, is_gpt, megatron_core, parallel_state
 from lightning_lora.megatron.metrics import count_batches_once
 from lightning_lora.megatron.split import check_built, keep_parts, let_gradients_through_recomputed, mesh_of
-from lightning_lora.megatron.tensor_parallel import check_replicated, heads_of, plan_of, split
+from lightning_lora.megatron.tensor_parallel import check_replicated, split
+from lightning_lora.megatron.tp_plan import plan_of
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.model.copies import guard_parts
-from lightning_lora.model.root import is_megatron
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.ops.sharded import is_sharded, shard_group
 from lightning_lora.strategies.evaluation import check_equal_evaluation
@@ -125,12 +126,12 @@ class MegatronRanks(Launched):
         """Split the model over the ranks in place, each part on its device. Called on all ranks."""
         keep_parts(model)  # also of what lies outside the adapted models: a teacher, a head of the user's
         for part in model.modules():
-            if is_megatron(part):
+            if is_gpt(part):
                 check_built(part, self.device_mesh.size())
         refuse_other_sizes(model, self.root_device)
         same_random_numbers(self.device_mesh)
         for root in injected_roots(model).values():
-            if is_megatron(root):
+            if is_gpt(root):
                 self._place_megatron(root)
             else:
                 self._place_by_plan(root)

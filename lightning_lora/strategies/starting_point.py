@@ -20,10 +20,10 @@ from lightning_lora.checkpoint.file import (
 )
 from lightning_lora.checkpoint.storage import location
 from lightning_lora.config import LoRAConfig
-from lightning_lora.megatron.weights import load_hf_weights
+from lightning_lora.model.families import family_of
 from lightning_lora.model.finite import OnNonfinite
 from lightning_lora.model.inject import inject, inject_anew, remove
-from lightning_lora.model.root import find_root, is_megatron
+from lightning_lora.model.root import find_root
 from lightning_lora.model.state import has_trained, injection_of, require_injection
 from lightning_lora.peft.load import load_peft
 
@@ -116,14 +116,14 @@ def _adapt_from_directory(root: nn.Module, given: dict[str, Any], path: str, on_
 
 
 def _read_base_first(pl_module: Any, path: str | None) -> str | None:
-    """Fill a Megatron-core model from the strategy's ``base_weights``: what is loaded into it looks at its base.
+    """Fill a model of a family that is read whole from the strategy's ``base_weights``: its adapter's base is checked.
 
     Returns:
         What was read, if anything.
     """
     _, root = find_root(pl_module, path)
     source: str | None = getattr(pl_module.trainer.strategy, "base_weights", None)
-    if not is_megatron(root) or source is None or injection_of(root) is not None:
+    family = family_of(root)
+    if family is None or source is None or injection_of(root) is not None:
         return None
-    load_hf_weights(root, source)
-    return source
+    return source if family.load_base(root, source) else None

@@ -31,8 +31,8 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.layers import LoRALayer, register
-from lightning_lora.model.matching import all_linear, left_out_towers
 from lightning_lora.model.state import named_lora_layers
+from lightning_lora.model.towers import all_linear, left_out_towers
 from tests import models, zoo
 
 # other order of float32 operations in the adapter's term
@@ -565,7 +565,7 @@ def test_a_layer_of_a_users_own_is_adapted_by_registration() -> None:
 
 
 def test_all_linear_means_the_language_model_of_a_multimodal_one_and_towers_can_be_named() -> None:
-    from lightning_lora.model.start_line import summary
+    from lightning_lora.model.summary import summary
 
     model = inject(family("llava")(), LoRAConfig(r=4))
     layers = named_lora_layers(model)

@@ -23,8 +23,8 @@ from lightning_lora import (
     remove,
     save_peft,
 )
-from lightning_lora.model.start_line import summary
 from lightning_lora.model.state import named_lora_layers
+from lightning_lora.model.summary import summary
 from tests import models, runs
 
 INITS = ["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]

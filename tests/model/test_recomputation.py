@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, disabled, inject
+from lightning_lora.megatron.core import megatron_core
 from lightning_lora.model.recomputation import keep_state_of_forward, switched
 from tests import models
 
@@ -46,6 +47,7 @@ def megatron(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 @pytest.fixture(params=[reentrant, non_reentrant, megatron])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
     if request.param is megatron:
+        megatron_core()  # an import that leaves out what it would let safe loads build
         from megatron.core.tensor_parallel import random
 
         monkeypatch.setattr(random, "_get_all_rng_states", tuple)  # they ask for a GPU's

@@ -164,13 +164,13 @@ def test_a_decomposition_that_fails_undoes_what_was_done(monkeypatch: pytest.Mon
 
 STEPS = {
     "keep_wide": 1,
-    "adapt": 3,
+    "adapt_layer": 3,
     "initialize": 1,
-    "keep_parts": 1,
+    "tag_parts": 1,
     "fuse": 1,
     "train_rows": 1,
     "freeze_statistics": 1,
-    "_keep_off_fused_paths": 1,
+    "keep_off_fused_paths": 1,
 }
 
 

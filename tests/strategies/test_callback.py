@@ -31,8 +31,8 @@ from lightning_lora import (
     remove,
 )
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.start_line import summary
 from lightning_lora.model.state import named_lora_layers, named_pairs
+from lightning_lora.model.summary import summary
 from lightning_lora.strategies.adapter_only import adopt
 from lightning_lora.strategies.fabric import adopt_fabric
 from tests import models, zoo

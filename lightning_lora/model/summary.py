@@ -1,5 +1,6 @@
 """What a run says about its adapters: its first lines, and the hyperparameters that loggers record."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,56 +10,60 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.model.gathered import class_name
 from lightning_lora.model.heads import perhaps_new_heads
 from lightning_lora.model.left_out import trained_outside
-from lightning_lora.model.matching import is_all_linear, left_out_towers
+from lightning_lora.model.matching import is_all_linear
 from lightning_lora.model.names import listed
 from lightning_lora.model.state import (
-    capped_ranks,
     injected_roots,
     named_adapter_parameters,
     named_lora_layers,
     named_trained_whole,
     require_injection,
 )
+from lightning_lora.model.towers import left_out_towers
 from lightning_lora.ops.sharded import logical
 
 
 def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
     """Return what a run's first line says: what is adapted, what trains whole, what is frozen."""
-    layers, whole, count = named_lora_layers(root), named_trained_whole(root), counts(pl_module, root)
-    kinds: dict[str, int] = {}
-    for name in layers:
-        kinds[name.rpartition(".")[2]] = kinds.get(name.rpartition(".")[2], 0) + 1
+    plan, count = require_injection(root).plan, counts(pl_module, root)
+    kinds = Counter(name.rpartition(".")[2] for name in named_lora_layers(root))
     adapted = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
+    named = {
+        "whole": listed(list(named_trained_whole(root))),
+        "outside": listed(trained_outside(pl_module, path, root)),
+    }
     lines = [
-        f"LoRA on {class_name(root)}{f' at {path!r}' if path else ''}: {len(layers)} layers adapted ({adapted})",
-        f"  adapters      {count['adapter_parameters']:>15,}  {_percent(count, 'adapter_parameters')}",
-        f"  trained whole {count['whole_parameters']:>15,}  {_percent(count, 'whole_parameters')}"
-        + (f"  ({listed(list(whole))})" if whole else ""),
-        f"  outside       {count['outside_parameters']:>15,}  {_percent(count, 'outside_parameters')}"
-        f"  ({listed(trained_outside(pl_module, path, root))})",
-        f"  frozen        {count['frozen_parameters']:>15,}  {_percent(count, 'frozen_parameters')}",
+        f"LoRA on {class_name(root)}{f' at {path!r}' if path else ''}: {kinds.total()} layers adapted ({adapted})",
+        _line("adapters", "adapter_parameters", count),
+        _line("trained whole", "whole_parameters", count, named["whole"]),
+        *([_line("outside", "outside_parameters", count, named["outside"])] if count["outside_parameters"] else []),
+        _line("frozen", "frozen_parameters", count),
     ]
-    towers = left_out_towers(root) if is_all_linear(require_injection(root).config.target_modules) else {}
+    towers = left_out_towers(root) if is_all_linear(plan.config.target_modules) else {}
     if towers:
         left = ", ".join(f"{name} ({number} linear layers)" for name, number in towers.items())
         lines.append(
             f'  left out: {left}; "all-linear" means the language model. Name them in target_modules to adapt them'
         )
-    if capped := capped_ranks(root):
-        lines.append(f"  {capped}")
-    lines += _perhaps_new(root)
-    return "\n".join(line for line in lines if "outside" not in line or count["outside_parameters"])
+    if plan.capped_ranks:
+        lines.append(f"  {plan.capped_ranks}")
+    return "\n".join([*lines, *_perhaps_new(root)])
+
+
+def _line(label: str, key: str, count: dict[str, int], names: str = "") -> str:
+    share = 100 * count[key] / max(count["total_parameters"], 1)
+    return f"  {label:<13} {count[key]:>15,}  {share:6.2f} %" + (f"  ({names})" if names else "")
 
 
 def _perhaps_new(root: nn.Module) -> list[str]:
     """Return a line for each module that may be a new head and does not train whole: half of it would stay random."""
     lines = []
     for name in perhaps_new_heads(root):
-        module = root.get_submodule(name)
-        adapted = any(isinstance(part, LoRALayer) for part in module.modules())
-        base = [parameter for local, parameter in module.named_parameters() if ".lora_" not in f".{local}"]
+        layers = [part for part in root.get_submodule(name).modules() if isinstance(part, LoRALayer)]
+        adapters = {id(tensor) for layer in layers for _, tensor in layer.named_adapter_tensors()}
+        base = [parameter for parameter in root.get_submodule(name).parameters() if id(parameter) not in adapters]
         if not all(parameter.requires_grad for parameter in base):
-            state = "adapted" if adapted else "frozen"
+            state = "adapted" if layers else "frozen"
             lines.append(
                 f"  {name!r} ({state}) may be new: train it whole with modules_to_save=[{name!r}] if no checkpoint "
                 "brought its weights"
@@ -100,7 +105,3 @@ def hyperparameters(pl_module: nn.Module) -> dict[str, Any]:
 def _numel(parameters: Iterable[nn.Parameter]) -> int:
     """Return the number of elements of whole tensors, those of other ranks with this one's."""
     return sum(logical(parameter).numel() for parameter in parameters)
-
-
-def _percent(count: dict[str, int], key: str) -> str:
-    return f"{100 * count[key] / max(count['total_parameters'], 1):6.2f} %"

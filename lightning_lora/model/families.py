@@ -1,0 +1,97 @@
+"""Families of pretrained models: what the package asks a model that only its family can answer.
+
+A family is known by the full name of its base class, so that its package need not be installed. :func:`register_family`
+is how another one is added.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+
+
+class Family:
+    """What holds for all models of one family. The defaults are those of a model that needs nothing special."""
+
+    class_name: ClassVar[str]  # "package.module.Class"
+    own_loss: ClassVar[str | None] = None  # how to get the loss from the model, where linear_cross_entropy cannot
+
+    def output_head(self, model: Any) -> nn.Module | None:
+        """Return the layer that makes logits, if the model can name it, as transformers' models can."""
+        get_output_embeddings = getattr(model, "get_output_embeddings", None)
+        return get_output_embeddings() if callable(get_output_embeddings) else None
+
+    def has_no_task_heads(self) -> bool:
+        """Return True where no model of the family has a new, untrained head."""
+        return False
+
+    def check(self, model: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> None:
+        """Raise ``ValueError`` for settings that models of this family cannot be adapted with.
+
+        Args:
+            model: the root, which is of this family or holds a model that is.
+            adapted: names of the layers to adapt, possibly none.
+        """
+
+    def load_base(self, model: nn.Module, path: str) -> bool:
+        """Copy a checkpoint's values into a model that is not adapted, if that is how the family is filled."""
+        return False
+
+    def skeleton(self, model: nn.Module) -> nn.Module | None:
+        """Return the model's linear layers, without values, under the names that a PEFT directory has them by.
+
+        ``None`` where these are the model's own names.
+        """
+        return None
+
+    def adapted_view(self, model: nn.Module) -> tuple[nn.Module, Mapping[str, tuple[str, str]]]:
+        """Return :meth:`skeleton`, adapted as ``model`` is, and ``{name in it: (layout, name in the model)}``."""
+        raise NotImplementedError(f"{type(self).__name__} has no names of its own")
+
+    def peft_name(self, parameter: str) -> str | None:
+        """Return the name that a parameter has for PEFT; ``None`` where it has none."""
+        return parameter
+
+
+class Transformers(Family):
+    """Models of transformers."""
+
+    class_name = "transformers.modeling_utils.PreTrainedModel"
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Let models whose class, or one that it is derived from, is called ``family.class_name`` be of this family."""
+    _FAMILIES[family.class_name] = family
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """Return the family that a pretrained model is of; ``None`` for any other module."""
+    for cls in type(model).__mro__:
+        family = _FAMILIES.get(f"{cls.__module__}.{cls.__qualname__}")
+        if family is not None:
+            return family
+    return None
+
+
+def families_in(model: nn.Module) -> list[Family]:
+    """Return the families of the pretrained models in ``model``, itself included, each once."""
+    found = {id(family): family for module in model.modules() if (family := family_of(module)) is not None}
+    return list(found.values())
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return the layer that makes a model's logits, if the model is of a family that has one, or can name it itself."""
+    return (family_of(model) or Family()).output_head(model)
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether this is a transformers model. transformers itself is not imported: no model without it."""
+    return isinstance(family_of(module), Transformers)
+
+
+register_family(Transformers())
