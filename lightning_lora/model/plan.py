@@ -86,8 +86,6 @@ def planned(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> Plan:
         name: config.scaling(r, pattern_value(config.alpha_pattern, keys[name], config.alpha))
         for name, r in ranks.items()
     }
-    # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
-    scales |= {name: 2 * scales[name] for name in layers if _rank_name(layers, name) != name}
     sizes = {
         name: (mixins[name].features(layer)[0], parts[name].rows) if name in parts else mixins[name].features(layer)
         for name, layer in layers.items()

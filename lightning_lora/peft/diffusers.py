@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.checkpoint.storage import Location
-from lightning_lora.peft.directory import load_safetensors
+from lightning_lora.peft.directory import Files, load_safetensors
+from lightning_lora.peft.keys import PREFIX
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"  # JSON of PEFT's configs, each field behind its component's name
@@ -21,7 +22,7 @@ _FACTORS = re.compile(
 )
 
 
-def read_diffusers(directory: Location, component: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_diffusers(directory: Location, component: str | None) -> Files:
     """Return the config and the tensors of one component, as a PEFT directory would have them.
 
     Args:
@@ -53,21 +54,21 @@ def read_diffusers(directory: Location, component: str | None) -> tuple[dict[str
     pairs = {_peft_key(key, path): value for key, value in own.items() if not key.endswith(".alpha")}
     alphas = {_layer(key.removesuffix(".alpha")): float(value) for key, value in own.items() if key.endswith(".alpha")}
     recorded = {k[len(component) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{component}.")}
-    return _config(pairs, alphas, recorded), pairs
+    return Files(_config(pairs, alphas, recorded), pairs, {})
 
 
 def _peft_key(key: str, path: Location) -> str:
     if key.endswith((".lora_magnitude_vector", ".lora_magnitude_vector.weight")):
-        return f"base_model.model.{key.removesuffix('.weight')}"
+        return f"{PREFIX}{key.removesuffix('.weight')}"
     if key.endswith(".lora_B.bias"):
-        return f"base_model.model.{key}"
+        return f"{PREFIX}{key}"
     match = _FACTORS.fullmatch(key)
     if match is None:
         raise ValueError(f"{path}: tensor {key!r} is of a kind that is not supported")
     word = match["peft"] or match["plain"] or match["old"] or match["text"]
     factor = {"down": "A", "up": "B"}.get(word, word)
     layer = _layer(f"{match['layer']}.{match['part']}" if match["part"] else match["layer"])
-    return f"base_model.model.{layer}.lora_{factor}.weight"
+    return f"{PREFIX}{layer}.lora_{factor}.weight"
 
 
 def _layer(name: str) -> str:
@@ -80,7 +81,7 @@ def _layer(name: str) -> str:
 def _config(pairs: Mapping[str, Tensor], alphas: Mapping[str, float], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return PEFT's config: the one that diffusers recorded, or ranks from the tensors with alphas equal to them."""
     ranks = {
-        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): value.shape[0]
+        key.removeprefix(PREFIX).removesuffix(".lora_A.weight"): value.shape[0]
         for key, value in pairs.items()
         if key.endswith(".lora_A.weight") and value.ndim > 0
     }
