@@ -179,30 +179,27 @@ LoRAConfig.__init__ = _answering_peft_names(LoRAConfig.__init__)  # type: ignore
 
 def _exclusions(config: LoRAConfig) -> Iterator[tuple[Any, str]]:
     """Yield the pairs of options that exclude one another, most of them in PEFT too: (are both given, message)."""
-    targets, blocks = config.target_modules, config.layers_to_transform
+    targets, blocks, lists = config.target_modules, config.layers_to_transform, config.layers_pattern
     for name in ("use_dora", "lora_bias"):
-        given, without = getattr(config, name), f"{name}=True cannot be had with "
-        yield given and config.target_parameters, f"{without}target_parameters={config.target_parameters}"
-        yield (
-            given and config.starts_from_base,
-            f"{without}init={config.init!r}, which starts from a part of the base: give init='kaiming', 'gaussian' or "
-            "'orthogonal'",
-        )
+        given, message = getattr(config, name), f"{name}=True cannot be had with "
+        yield given and config.target_parameters, f"{message}target_parameters={config.target_parameters}"
+        message += f"init={config.init!r}, which starts from a part of the base: give init='kaiming', 'gaussian' or "
+        yield given and config.starts_from_base, f"{message}'orthogonal'"
     message = "use_dora=True and lora_bias=True exclude one another, as in PEFT: give one of them"
     yield config.use_dora and config.lora_bias, message
-    yield (
-        config.target_parameters and config.dropout,
+    message = (
         f"dropout={config.dropout} cannot be had with target_parameters: the model multiplies by those weights "
         "itself, so there is no input of the adapter to drop entries of (PEFT reads no such adapter either). "
-        "Give dropout=0",
+        "Give dropout=0"
     )
-    yield (
-        isinstance(targets, str) and (blocks is not None or config.layers_pattern),
+    yield config.target_parameters and config.dropout, message
+    message = (
         "layers_to_transform and layers_pattern narrow a list of target_modules; with the string "
-        f"{targets!r}, write the layers into it as a regular expression",
+        f"{targets!r}, write the layers into it as a regular expression"
     )
-    message = f"layers_pattern={config.layers_pattern!r} says where layers_to_transform counts: give both"
-    yield config.layers_pattern and blocks is None, message
+    yield isinstance(targets, str) and (blocks is not None or lists), message
+    message = f"layers_pattern={lists!r} says where layers_to_transform counts: give both"
+    yield lists and blocks is None, message
 
 
 def _is_integer(value: object) -> bool:
@@ -213,25 +210,26 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _one_of(*words: str) -> tuple[Callable[[Any], object], type[Exception], str]:
+    return words.__contains__, ValueError, f"one of {', '.join(map(repr, words))}"
+
+
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
-_CHOICES = {
-    "bias": ("none", "all", "lora_only"),
-    "init_rng": ("name", "peft"),
-    "adapter_dtype": ("float32", "bfloat16", "float16", "float64", "auto"),
-}
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fused_pairs")
+# what the value of a field must be: (test, error, words)
 _RULES: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "dropout": (lambda value: _is_number(value) and 0 <= value < 1, ValueError, "a probability in [0, 1)"),
+    "bias": _one_of("none", "all", "lora_only"),
     "init": (
         lambda value: value in _INITS or re.fullmatch(r"pissa_niter_\d+", str(value)),
         ValueError,
-        f"one of {', '.join(map(repr, _INITS))} or 'pissa_niter_N'",
+        f"{_one_of(*_INITS)[2]} or 'pissa_niter_N'",
     ),
+    "init_rng": _one_of("name", "peft"),
+    "adapter_dtype": _one_of("float32", "bfloat16", "float16", "float64", "auto"),
     "init_seed": (lambda value: value is None or _is_integer(value), TypeError, "an integer or None"),
-} | {
-    name: (words.__contains__, ValueError, f"one of {', '.join(map(repr, words))}") for name, words in _CHOICES.items()
+    **dict.fromkeys(_SWITCHES, (lambda value: isinstance(value, bool), TypeError, "True or False")),
 }
-for _switch in ("use_rslora", "use_dora", "lora_bias", "fused_pairs"):
-    _RULES[_switch] = (lambda value: isinstance(value, bool), TypeError, "True or False")
 
 
 def _check_rank(name: str, value: Any) -> None:

@@ -4,28 +4,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from lightning_lora.checkpoint.storage import Location, location
 from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.model.matching import pattern_value
 
+V = TypeVar("V")
 CONFIG_NAME = "adapter_config.json"
 # initialisations that change the base weights in training, so that the tensors belong to the changed base
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # fields that change what an adapter computes and have no counterpart here
-UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "megatron_config",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-)
+VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication")
+UNSUPPORTED = (*VARIANTS, "alora_invocation_tokens", "megatron_config", "velora_config")
 _RELATIVE_TO_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _SAME_NAMES = (
     "r",
@@ -87,65 +80,18 @@ def scaling_of(config: Mapping[str, Any], name: str, r: int) -> float:
     return alpha_of(config, name) / divisor(config, r)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-
-
-def _is_expression(value: str) -> bool:
-    try:
-        re.compile(value)
-    except re.error:
-        return False
-    return True
-
-
-def _is_patterns(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    return all(_is_number(item) and item > 0 and _is_expression(key) for key, item in value.items())
-
-
-def _is_indices(value: Any) -> bool:
-    lists = list(value.values()) if isinstance(value, dict) else [value]
-    return all(isinstance(ids, list) and ids and all(_is_count(i) and i >= 0 for i in ids) for ids in lists)
-
-
-def _is_target(value: Any) -> bool:
-    return isinstance(value, str) or _is_names(value)
-
-
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (lambda value: _is_count(value) and value > 0, "an integer above 0"),
-    "lora_alpha": (lambda value: _is_number(value) and value > 0, "a finite number above 0"),
-    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a probability in [0, 1)"),
-    "target_modules": (_is_target, "a string or a list of names"),
-    "exclude_modules": (_is_target, "a string or a list of names"),
-    "target_parameters": (_is_names, "a list of names"),
-    "modules_to_save": (_is_names, "a list of names"),
-    "rank_pattern": (
-        lambda value: _is_patterns(value) and all(_is_count(r) for r in value.values()),
-        "a mapping from regular expressions to ranks",
-    ),
-    "alpha_pattern": (_is_patterns, "a mapping from regular expressions to numbers above 0"),
-    "trainable_token_indices": (_is_indices, "a list of token ids, or such lists by embedding"),
-}
+def anchored(values: Mapping[str, V], default: V) -> tuple[V, dict[str, V]]:
+    """Return the value of most layers, and a pattern that hits its full name alone for every other one."""
+    most = Counter(values.values()).most_common(1)[0][0] if values else default
+    return most, {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
 
 
 def checked(config: dict[str, Any], path: Location) -> dict[str, Any]:
     """Return PEFT's config after checking that it is of a kind that is read here, with fields of the right kinds."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} describes a {config.get('peft_type')!r} adapter; only 'LORA' is read")
-    for name in UNSUPPORTED:
-        if config.get(name):
-            raise ValueError(f"{path} uses {name}={brief(config[name])}, which is not supported")
+    for used in _unsupported(config):
+        raise ValueError(f"{path} uses {used}, which is not supported")
     init = config.get("init_lora_weights", True)
     if init not in _RELATIVE_TO_BASE:
         raise ValueError(
@@ -158,11 +104,16 @@ def checked(config: dict[str, Any], path: Location) -> dict[str, Any]:
     for name in ("r", "lora_alpha", "target_modules"):
         if config.get(name) is None:
             raise ValueError(f"{path} lacks {name!r}")
-    for name, (is_right, expected) in _FIELDS.items():
-        value = config.get(name)
-        if value is not None and not is_right(value):
-            raise ValueError(f"{path} has {name}={value!r}; expected {expected}")
+    dropout = 0.0 if config.get("target_parameters") else config.get("lora_dropout") or 0.0
+    try:
+        from_peft({**config, "init_lora_weights": True, "lora_dropout": dropout})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
     return config
+
+
+def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{name}={brief(config[name])}" for name in UNSUPPORTED if config.get(name))
 
 
 def from_peft(config: Any) -> LoRAConfig:
@@ -172,9 +123,8 @@ def from_peft(config: Any) -> LoRAConfig:
     if kind != "LORA":
         given = str(config) if isinstance(config, (str, os.PathLike)) else f"the {type(config).__name__}"
         raise ValueError(f"{given} describes a {brief(kind)} adapter; only 'LORA' is read")
-    used = [name for name in UNSUPPORTED if values.get(name)]
-    if used:
-        raise ValueError(f"PEFT's {used[0]}={brief(values[used[0]])} is not supported")
+    for used in _unsupported(values):
+        raise ValueError(f"PEFT's {used} is not supported")
     init = values.get("init_lora_weights", True)
     if init is False or (isinstance(init, str) and init in ("eva", "corda", "loftq", "lora_ga", "mica")):
         raise ValueError(f"PEFT's init_lora_weights={init!r} is not supported")

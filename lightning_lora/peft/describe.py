@@ -20,7 +20,7 @@ from lightning_lora.model.root import is_megatron
 from lightning_lora.model.state import named_lora_layers, named_pairs, named_trained_whole, require_injection
 from lightning_lora.peft.keys import PREFIX
 from lightning_lora.peft.layout import Entry
-from lightning_lora.peft.written import config_of, modules_trained_whole
+from lightning_lora.peft.written import modules_trained_whole, peft_config
 
 
 def describe_for_peft(root: nn.Module) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
     base = known_fingerprint(root)
     metadata = {**base, "hashes": base["hashes"].tolist()}
     return {
-        "config": config_of(root),
+        "config": peft_config(root),
         "entries": [(e.key, e.layout, list(e.names)) for e in _entries(root)],
         "metadata": {"base": metadata},
     }

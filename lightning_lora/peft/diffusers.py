@@ -2,15 +2,15 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lightning_lora.checkpoint.storage import Location
+from lightning_lora.peft.config import anchored
 from lightning_lora.peft.directory import Files, load_safetensors
-from lightning_lora.peft.keys import PREFIX
+from lightning_lora.peft.keys import PREFIX, parse_key
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"  # JSON of PEFT's configs, each field behind its component's name
@@ -81,24 +81,22 @@ def _layer(name: str) -> str:
 def _config(pairs: Mapping[str, Tensor], alphas: Mapping[str, float], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return PEFT's config: the one that diffusers recorded, or ranks from the tensors with alphas equal to them."""
     ranks = {
-        key.removeprefix(PREFIX).removesuffix(".lora_A.weight"): value.shape[0]
+        parse_key(key).name: value.shape[0]
         for key, value in pairs.items()
         if key.endswith(".lora_A.weight") and value.ndim > 0
     }
-    if not ranks:
-        return {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": []}
+    targets = sorted({parse_key(key).name for key in pairs})
     if recorded:
-        return {"peft_type": "LORA", **recorded, "target_modules": sorted(ranks)}
+        return {"peft_type": "LORA", **recorded, "target_modules": targets}
     options = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    own_alphas = {name: alphas.get(name, rank) for name, rank in ranks.items()}
-    alpha = Counter(own_alphas.values()).most_common(1)[0][0]
+    r, rank_pattern = anchored(ranks, 1)
+    alpha, alpha_pattern = anchored({name: alphas.get(name, rank) for name, rank in ranks.items()}, 1)
     return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": sorted(ranks),
+        "target_modules": targets,
         **{option: True for option, ending in options.items() if any(key.endswith(ending) for key in pairs)},
-        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in own_alphas.items() if value != alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     }

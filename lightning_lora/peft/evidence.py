@@ -153,11 +153,7 @@ class Evidence:
 
 
 def gather(files: Files, source: Any, max_rank: int | None) -> Evidence:
-    """Return the evidence of a directory with a LoRA adapter.
-
-    Raises:
-        ValueError: a file is damaged.
-    """
+    """Return the evidence of a directory with a LoRA adapter; a damaged file is a ``ValueError``."""
     config = files.config
     given = {name: config.get(name, 8) for name in ("r", "lora_alpha")}  # PEFT's own defaults
     if not isinstance(given["r"], int) or given["r"] < 1 or not isinstance(given["lora_alpha"], (int, float)):

@@ -11,23 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.peft.config import CHANGES_BASE, rank_of, scaling_of
+from lightning_lora.peft.config import CHANGES_BASE, VARIANTS, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter, Files, sorted_tensors
 from lightning_lora.peft.keys import PREFIX
 from lightning_lora.peft.layout import laid_out, unstacked
 
-# fields that ask for more than factors, or for other arithmetic with them
-_BEYOND_FACTORS = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
+# fields that ask for more than factors, or for other arithmetic with them; layers may be replicated all the same
+_BEYOND_FACTORS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias", *VARIANTS[:-1])
 _MERGE = "Use merge(model, remove=True) and save the merged model."
 
 
@@ -160,12 +150,9 @@ def _pad(factor: Tensor, dim: int, rank: int) -> Tensor:
 def _check_config(config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise ValueError(f"peft_type={config['peft_type']!r}: expected a LoRA adapter. {_MERGE}")
-    asked = {field: config[field] for field in _BEYOND_FACTORS if config.get(field)}
-    if config.get("bias", "none") not in ("none", None):
-        asked["bias"] = config["bias"]
-    if asked:
-        field, value = next(iter(asked.items()))
-        raise ValueError(f"{field}={value!r}: a portable adapter holds the factors of LoRA alone. {_MERGE}")
+    for field in _BEYOND_FACTORS:
+        if config.get(field, "none") not in ("none", None, False, [], {}, ""):
+            raise ValueError(f"{field}={config[field]!r}: a portable adapter holds the factors of LoRA alone. {_MERGE}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from lightning_lora.checkpoint.storage import location
-from lightning_lora.peft.config import divisor
+from lightning_lora.peft.config import VARIANTS, divisor
 from lightning_lora.peft.directory import read_files
 from lightning_lora.peft.evidence import MERGE, Evidence, gather
 
@@ -19,7 +19,6 @@ _ALL = " ".join(READERS)
 _BLOCK, _NORM = r"layers\.\d+\.", r"(_layernorm|\bnorm).*\.weight$"
 _BASE = "base_model_name_or_path"
 _GGUF = "convert_lora_to_gguf.py"
-_VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "layer_replication", "arrow_config")
 _BESIDE = ("rows", "bias", "base bias", "whole", "variant")  # kinds of tensors that are no factors, see Evidence
 _MERGE = f" {MERGE}"
 _PORTABLE = " Use save_peft(model, directory, portable=True), which pads to one rank and folds the scales in."
@@ -75,7 +74,7 @@ FACTS = (
     # no reader looks at values or at fields that it does not know, and the buffers of all are matrices
     Fact(_ALL, "-", lambda e: [repr(e.nonfinite)] if e.nonfinite else [], " holds NaN or infinity: {reader} serves it "
          "in silence, and every answer is wrong. Has the run diverged? Go back to an earlier checkpoint."),
-    Fact(_ALL, "-", lambda e: e.fields(*_VARIANTS), _PLAIN),
+    Fact(_ALL, "-", lambda e: e.fields(*VARIANTS), _PLAIN),
     Fact(_ALL, "-", Evidence.changed_base, " changed the base weights in training: {reader} silently adds the adapter "
          "to the unchanged ones. Save from PEFT with path_initial_model_for_weight_conversion."),
     Fact(_ALL, "-", Evidence.convolutions, " (a convolution): {reader} adapts matrices only and rejects the adapter at "

@@ -24,9 +24,6 @@ def settings_of(
 
     Args:
         tensors: what :func:`~lightning_lora.peft.fit.named_by_layer` returned.
-
-    Raises:
-        ValueError: config and tensors disagree.
     """
     given, pairs = adapter.config, adapter.factors
     # patterns and targets speak of an attention, and its output projection goes with it
@@ -42,8 +39,7 @@ def settings_of(
         trainable_token_indices=token_rows(adapter, model),
         modules_to_save=whole,
         bias=given.get("bias") or "none",
-        use_dora=bool(given.get("use_dora")),
-        lora_bias=bool(given.get("lora_bias")),
+        **{option: bool(given.get(option)) for option in ("use_rslora", "use_dora", "lora_bias")},
         adapter_dtype="float64" if any(p["A"].dtype == torch.float64 for p in pairs.values()) else "float32",
     )
     described = set(select_layers(model, config, whole)) if config.target_modules else set()
@@ -88,7 +84,6 @@ def _ranks_and_alphas(adapter: Adapter, own: list[str], tensors: Mapping[str, Te
     return {
         "r": r,
         "alpha": float(given["lora_alpha"]),
-        "use_rslora": bool(given.get("use_rslora")),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }

@@ -1,7 +1,6 @@
 """The ``adapter_config.json`` that makes PEFT adapt the layers of an adapted model, and no others."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.root import name_or_path
 from lightning_lora.model.state import named_lora_layers, named_pairs, named_token_rows, require_injection
-from lightning_lora.peft.config import divisor
+from lightning_lora.peft.config import anchored, divisor
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -30,23 +29,19 @@ _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score
 _EXPERT_PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
-def config_of(root: nn.Module) -> dict[str, Any]:
+def peft_config(root: nn.Module) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json`` for an adapted model."""
     injection = require_injection(root)
     config, layers = injection.config, named_lora_layers(root)
-    doubled = {name for name, layer in layers.items() if isinstance(layer, ResidualLinear)}
-    pairs = {  # an attention's output projection goes with the attention
-        name: pair
-        for name, pair in named_pairs(root).items()
-        if not isinstance(layers.get(name.rpartition(".")[0]), nn.MultiheadAttention)
-    }
-    ranks = {name: pair.r * (2 if name in doubled else 1) for name, pair in pairs.items()}
+    # an attention's output projection goes with the attention
+    pairs = {name: pair for name, pair in named_pairs(root).items() if not _is_projection(name, layers)}
+    ranks = {n: pair.r * (2 if isinstance(layers.get(n), ResidualLinear) else 1) for n, pair in pairs.items()}
     rslora = {"use_rslora": config.use_rslora}
     alphas = {name: _as_integer(pair.scaling * divisor(rslora, ranks[name])) for name, pair in pairs.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else config.r
-    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else _as_integer(config.alpha or 2 * config.r)
+    r, rank_pattern = anchored(ranks, config.r)
+    alpha, alpha_pattern = anchored(alphas, _as_integer(config.alpha or 2 * config.r))
     trained_whole = modules_trained_whole(root)
     modules, parameters = _targets(root, layers)
-    rows = named_token_rows(root)
     return {
         "peft_type": "LORA",
         "task_type": _task_type(root, trained_whole),
@@ -58,20 +53,23 @@ def config_of(root: nn.Module) -> dict[str, Any]:
         "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT takes none with target_parameters
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        **({"lora_bias": True} if config.lora_bias else {}),  # a field that older PEFTs do not know
+        **({"lora_bias": True} if config.lora_bias else {}),  # older PEFTs do not know the field
         "bias": config.bias,
         "target_modules": _target_modules(root, modules, trained_whole),
         "target_parameters": parameters or None,
-        "trainable_token_indices": rows or None,
+        "trainable_token_indices": named_token_rows(root) or None,
         "exclude_modules": None,
         "modules_to_save": trained_whole or None,
-        "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != r},
-        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
+        **dict.fromkeys(("layers_to_transform", "layers_pattern")),
     }
+
+
+def _is_projection(name: str, layers: Mapping[str, LoRALayer]) -> bool:
+    return isinstance(layers.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _targets(root: nn.Module, layers: Mapping[str, LoRALayer]) -> tuple[list[str], list[str]]:
@@ -84,7 +82,7 @@ def _targets(root: nn.Module, layers: Mapping[str, LoRALayer]) -> tuple[list[str
     modules: list[str] = []
     parameters: list[str] = []
     for name, layer in layers.items():
-        if isinstance(layer, TokenRows) or isinstance(layers.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+        if isinstance(layer, TokenRows) or _is_projection(name, layers):
             continue
         if isinstance(layer, LoRAParameters):
             parameters.extend(f"{name}.{part}" for part in layer.lora_parts)
