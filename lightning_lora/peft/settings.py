@@ -31,6 +31,7 @@ def settings_of(
     layers = [name for name in own if f"{name}.lora_A" in tensors]
     parameters = [name for name in own if name not in layers]
     whole = trained_modules(adapter, modules)
+    options: dict[str, Any] = {name: bool(given.get(name)) for name in ("use_rslora", "use_dora", "lora_bias")}
     config = LoRAConfig(
         **_ranks_and_alphas(adapter, own, tensors),
         **_selection(adapter, layers, parameters, modules),
@@ -39,7 +40,7 @@ def settings_of(
         trainable_token_indices=token_rows(adapter, model),
         modules_to_save=whole,
         bias=given.get("bias") or "none",
-        **{option: bool(given.get(option)) for option in ("use_rslora", "use_dora", "lora_bias")},
+        **options,
         adapter_dtype="float64" if any(p["A"].dtype == torch.float64 for p in pairs.values()) else "float32",
     )
     described = set(select_layers(model, config, whole)) if config.target_modules else set()
