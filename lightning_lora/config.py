@@ -1,16 +1,12 @@
 """What to adapt and how: :class:`LoRAConfig`, a frozen record that checks itself."""
 
 import functools
-import json
 import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from reprlib import Repr
-from typing import Any, Literal, ParamSpec, TypeVar
-
-from lightning_lora.checkpoint.storage import location
+from typing import Any, Literal
 
 PEFT_FIELD_NAMES = {
     "lora_alpha": "alpha",
@@ -18,63 +14,31 @@ PEFT_FIELD_NAMES = {
     "init_lora_weights": "init",
     "autocast_adapter_dtype": "adapter_dtype",
 }
-# fields of PEFT's config that change what an adapter computes and have no counterpart here
-PEFT_UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "megatron_config",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-)
-_PEFT_SAME_NAMES = (
-    "r",
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-    "layers_to_transform",
-    "layers_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-)
 # the values of init, where N stands for a number, and whether they start from the base: model/init.py registers them
 INITS: dict[str, bool] = {}
-ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
-
-_LISTS = (
-    "target_modules",
-    "target_parameters",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-)
-
-P = ParamSpec("P")
-T = TypeVar("T")
+# fields that hold lists, and the type of one entry, which four of them take in the place of a list
+_LISTS: dict[str, tuple[type, bool]] = {
+    "target_modules": (str, True),
+    "target_parameters": (str, False),
+    "exclude_modules": (str, True),
+    "modules_to_save": (str, False),
+    "layers_to_transform": (int, True),
+    "layers_pattern": (str, True),
+}
 
 
-def answers_peft_names(init: Callable[P, T]) -> Callable[P, T]:
-    """Let a constructor answer PEFT's field names with ours instead of "unexpected keyword"."""
+def _answering_peft_names(init: Callable[..., None]) -> Callable[..., None]:
+    """Make a constructor answer PEFT's field names with ours instead of "unexpected keyword"."""
 
     @functools.wraps(init)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         for theirs, ours in PEFT_FIELD_NAMES.items():
             if theirs in kwargs:
                 value = kwargs[theirs]
                 if isinstance(value, bool):  # PEFT's switches are words here
                     value = "auto" if ours == "adapter_dtype" and not value else getattr(LoRAConfig, ours)
                 raise TypeError(f"{theirs!r} is PEFT's name; here it is {ours!r}: write {ours}={value!r}")
-        return init(*args, **kwargs)
+        init(self, *args, **kwargs)
 
     return checked
 
@@ -155,55 +119,25 @@ class LoRAConfig:
         _check_rank("r", self.r)
         if self.alpha is not None:
             _check_alpha("alpha", self.alpha)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} must be a probability in [0, 1)")
-        _check_choice("bias", self.bias, ("none", "all", "lora_only"))
-        _check_init(self.init)
-        _check_choice("init_rng", self.init_rng, ("name", "peft"))
-        _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
-        for name in ("use_rslora", "use_dora", "lora_bias", "fused_pairs", "fuse"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
-        _check_combination(self)
-        if self.init_seed is not None and (not isinstance(self.init_seed, int) or isinstance(self.init_seed, bool)):
-            raise TypeError(f"init_seed={self.init_seed!r} must be an integer or None")
-        for name in ("rank_pattern", "alpha_pattern"):
-            _check_patterns(name, getattr(self, name))
-        for key, rank in (self.rank_pattern or {}).items():
-            _check_rank(f"rank_pattern[{key!r}]", rank)
-        for key, alpha in (self.alpha_pattern or {}).items():
-            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        for name, (is_right, error, expected) in _RULES.items():
+            if not is_right(getattr(self, name)):
+                raise error(f"{name}={getattr(self, name)!r} must be {expected}")
+        if _registered_init(self.init) is None:
+            *words, last = map(repr, INITS)
+            raise ValueError(f"init={self.init!r} must be one of {', '.join(words)} or {last}")
+        object.__setattr__(self, "rank_pattern", _patterns("rank_pattern", self.rank_pattern, _check_rank))
+        object.__setattr__(self, "alpha_pattern", _patterns("alpha_pattern", self.alpha_pattern, _check_alpha))
+        object.__setattr__(self, "trainable_token_indices", _token_indices(self.trainable_token_indices))
         if not self.target_modules and not self.target_parameters:
             raise ValueError(
                 f"target_modules={self.target_modules!r} adapts nothing; give a list of names, a regular expression, "
                 '"all-linear", or target_parameters'
             )
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}]")
-        if isinstance(self.target_parameters, str):
-            raise TypeError(
-                f"target_parameters={self.target_parameters!r} must be a list: [{self.target_parameters!r}]"
-            )
-        if self.target_parameters and self.dropout:
-            raise ValueError(
-                f"dropout={self.dropout} cannot be had with target_parameters: the model multiplies by those weights "
-                "itself, so there is no input of the adapter to drop entries of (PEFT reads no such adapter either). "
-                "Give dropout=0"
-            )
-        object.__setattr__(self, "trainable_token_indices", _token_indices(self.trainable_token_indices))
         for name in _LISTS:
-            value = getattr(self, name)
-            if value is not None and not _is_single(name, value):
-                object.__setattr__(self, name, _as_list(name, value))
-        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
-            raise ValueError(
-                "layers_to_transform and layers_pattern narrow a list of target_modules; with the string "
-                f"{self.target_modules!r}, write the layers into it as a regular expression"
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts: give both")
-        for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+            object.__setattr__(self, name, _as_list(name, getattr(self, name)))
+        for is_given, message in _exclusions(self):
+            if is_given:
+                raise ValueError(message)
 
     @property
     def starts_from_base(self) -> bool:
@@ -238,100 +172,43 @@ class LoRAConfig:
         Raises:
             ValueError: it is no LoRA config, leaves the targets to PEFT's table, or uses what is not supported here.
         """
-        values = _peft_values(config)
-        kind = getattr(values.get("peft_type", "LORA"), "value", values.get("peft_type", "LORA"))
-        if kind != "LORA":
-            raise ValueError(f"{_described(config)} describes a {brief(kind)} adapter; only 'LORA' is read")
-        used = [name for name in PEFT_UNSUPPORTED if values.get(name)]
-        if used:
-            raise ValueError(f"PEFT's {used[0]}={brief(values[used[0]])} is not supported")
-        init = values.get("init_lora_weights", True)
-        if init is False or (isinstance(init, str) and init in ("eva", "corda", "loftq", "lora_ga", "mica")):
-            raise ValueError(f"PEFT's init_lora_weights={init!r} is not supported")
-        if values.get("target_modules") is None and not values.get("target_parameters"):
-            raise ValueError("target_modules=None leaves the targets to PEFT's table of models: name them")
-        same = {name: values[name] for name in _PEFT_SAME_NAMES if values.get(name) is not None}
-        if values.get("target_modules") is None:
-            same["target_modules"] = []
-        return cls(
-            **same,
-            alpha=values.get("lora_alpha", 8),
-            dropout=values.get("lora_dropout", 0.0),
-            init="kaiming" if init is True else init,
-            init_rng="peft",
-        )
+        from lightning_lora.peft.config import from_peft  # the folder of PEFT's format imports this file
+
+        return from_peft(config)
 
     def to_peft(self) -> dict[str, Any]:
         """Return keyword arguments for ``peft.LoraConfig`` that mean the same adapter."""
-        alphas: dict[str, float] = dict(self.alpha_pattern or {})
-        if self.alpha is None:  # an alpha of the user's own counts, and comes first
-            alphas |= {key: 2 * r for key, r in (self.rank_pattern or {}).items() if key not in alphas}
-        same = {name: getattr(self, name) for name in _PEFT_SAME_NAMES}
-        return {
-            **same,
-            "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
-            "lora_dropout": self.dropout,
-            "alpha_pattern": alphas,
-            "init_lora_weights": True if self.init == "kaiming" else self.init,
-        }
+        from lightning_lora.peft.config import to_peft
+
+        return to_peft(self)
 
 
-def _peft_values(config: Any) -> dict[str, Any]:
-    if isinstance(config, (str, os.PathLike)):
-        path = location(config)
-        path = path / "adapter_config.json" if path.is_dir() else path
-        values = json.loads(path.read_text())
-    else:
-        values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{brief(config)} must be a mapping, a peft.LoraConfig or the path of a PEFT directory")
-    return dict(values)
+LoRAConfig.__init__ = _answering_peft_names(LoRAConfig.__init__)  # type: ignore[method-assign]  # dataclass made it
 
 
-def _described(config: Any) -> str:
-    """Return what a PEFT config was given as: its path, or its class."""
-    return str(config) if isinstance(config, (str, os.PathLike)) else f"the {type(config).__name__}"
-
-
-LoRAConfig.__init__ = answers_peft_names(LoRAConfig.__init__)  # type: ignore[method-assign]  # dataclass made it
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_rank(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be an integer, the rank; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}={value!r} must be at least 1")
-
-
-def _check_alpha(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be a number; got {type(value).__name__}")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}={value!r} must be a finite number above 0")
-
-
-def _check_combination(config: LoRAConfig) -> None:
-    """Raise ``ValueError`` for options that exclude one another, most of them in PEFT too."""
-    if config.use_dora and config.lora_bias:
-        raise ValueError("use_dora=True and lora_bias=True exclude one another, as in PEFT: give one of them")
+def _exclusions(config: LoRAConfig) -> Iterator[tuple[Any, str]]:
+    """Yield the pairs of options that exclude one another, most of them in PEFT too: (are both given, message)."""
+    targets, blocks, lists = config.target_modules, config.layers_to_transform, config.layers_pattern
     for name in ("use_dora", "lora_bias"):
-        if getattr(config, name) and config.target_parameters:
-            raise ValueError(f"{name}=True cannot be had with target_parameters={list(config.target_parameters)}")
-        if getattr(config, name) and config.starts_from_base:
-            raise ValueError(
-                f"{name}=True cannot be had with init={config.init!r}, which starts from a part of the base: give "
-                "init='kaiming', 'gaussian' or 'orthogonal'"
-            )
-
-
-def _check_init(init: object) -> None:
-    if _registered_init(init) is None:
-        words = [repr(word) for word in INITS]
-        raise ValueError(f"init={init!r} must be one of {', '.join(words[:-1])} or {words[-1]}")
+        given, message = getattr(config, name), f"{name}=True cannot be had with "
+        yield given and config.target_parameters, f"{message}target_parameters={config.target_parameters}"
+        message += f"init={config.init!r}, which starts from a part of the base: give init='kaiming', 'gaussian' or "
+        yield given and config.starts_from_base, f"{message}'orthogonal'"
+    message = "use_dora=True and lora_bias=True exclude one another, as in PEFT: give one of them"
+    yield config.use_dora and config.lora_bias, message
+    message = (
+        f"dropout={config.dropout} cannot be had with target_parameters: the model multiplies by those weights "
+        "itself, so there is no input of the adapter to drop entries of (PEFT reads no such adapter either). "
+        "Give dropout=0"
+    )
+    yield config.target_parameters and config.dropout, message
+    message = (
+        "layers_to_transform and layers_pattern narrow a list of target_modules; with the string "
+        f"{targets!r}, write the layers into it as a regular expression"
+    )
+    yield isinstance(targets, str) and (blocks is not None or lists), message
+    message = f"layers_pattern={lists!r} says where layers_to_transform counts: give both"
+    yield lists and blocks is None, message
 
 
 def _registered_init(init: object) -> str | None:
@@ -340,56 +217,87 @@ def _registered_init(init: object) -> str | None:
     return next(matches, None)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(*words: str) -> tuple[Callable[[Any], object], type[Exception], str]:
+    return words.__contains__, ValueError, f"one of {', '.join(map(repr, words))}"
+
+
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fused_pairs", "fuse")
+# what the value of a field must be: (test, error, words)
+_RULES: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
+    "dropout": (lambda value: _is_number(value) and 0 <= value < 1, ValueError, "a probability in [0, 1)"),
+    "bias": _one_of("none", "all", "lora_only"),
+    "init_rng": _one_of("name", "peft"),
+    "adapter_dtype": _one_of("float32", "bfloat16", "float16", "float64", "auto"),
+    "init_seed": (lambda value: value is None or _is_integer(value), TypeError, "an integer or None"),
+    **dict.fromkeys(_SWITCHES, (lambda value: isinstance(value, bool), TypeError, "True or False")),
+}
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if not _is_integer(value):
+        raise TypeError(f"{name}={value!r} must be an integer, the rank; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1")
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    if not _is_number(value):
+        raise TypeError(f"{name}={value!r} must be a number; got {type(value).__name__}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value!r} must be a finite number above 0")
+
+
+def _patterns(name: str, value: Any, check: Callable[[str, Any], None]) -> dict[str, Any]:
+    """Return ``rank_pattern`` or ``alpha_pattern`` as a plain dict."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name}={brief(value)} must be a mapping from a pattern to its value")
+    for key, item in (value or {}).items():
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{name} key {key!r} is not a regular expression: {error}") from None
+        check(f"{name}[{key!r}]", item)
+    return dict(value or {})
+
+
 def _token_indices(value: Any) -> Any:
     """Return plain lists of integers, or ``None``."""
     if value is None:
         return None
-    named = value if isinstance(value, Mapping) else {"": value}
     lists: dict[str, list[int]] = {}
-    for name, ids in named.items():
+    for name, ids in (value if isinstance(value, Mapping) else {"": value}).items():
         if isinstance(ids, str) or not isinstance(ids, Sequence) or not ids:
             raise TypeError(
                 f"trainable_token_indices={brief(value)} must be a list of token ids, or such lists by embedding"
             )
         for index in ids:
-            if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            if not _is_integer(index) or index < 0:
                 raise TypeError(f"trainable_token_indices holds {brief(index)}; every entry must be an integer from 0")
         lists[name] = list(ids)
     return lists if isinstance(value, Mapping) else lists[""]
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
-
-
-def _check_patterns(name: str, value: object) -> None:
-    if value is not None and not isinstance(value, Mapping):
-        raise TypeError(f"{name}={brief(value)} must be a mapping from a pattern to its value")
-    for key in value or {}:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(f"{name} key {key!r} is not a regular expression: {error}") from None
-
-
-def _is_single(name: str, value: object) -> bool:
-    """Whether a value stands for itself in a field that may also hold a list."""
-    return (
-        isinstance(value, int) and not isinstance(value, bool)
-        if name == "layers_to_transform"
-        else isinstance(value, str)
-    )
-
-
-def _as_list(name: str, value: Any) -> list[Any]:
+def _as_list(name: str, value: Any) -> Any:
+    """Return a plain list, or what stands for itself in the field: ``None``, or one entry where that is allowed."""
+    entry, may_be_single = _LISTS[name]
+    if value is None or (may_be_single and isinstance(value, entry) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, str) and not may_be_single:
+        raise TypeError(f"{name}={value!r} must be a list: [{value!r}]")
     if isinstance(value, str) or not isinstance(value, (Sequence, Set)):
         raise TypeError(f"{name}={brief(value)} must be a list; got {type(value).__name__}")
     items = sorted(value) if isinstance(value, Set) else list(value)
-    wanted = int if name == "layers_to_transform" else str
     for item in items:
-        if not isinstance(item, wanted) or item == "":
-            raise TypeError(f"{name} holds {brief(item)}; every entry must be a non-empty {wanted.__name__}")
+        if not isinstance(item, entry) or item == "":
+            raise TypeError(f"{name} holds {brief(item)}; every entry must be a non-empty {entry.__name__}")
     return items
 
 

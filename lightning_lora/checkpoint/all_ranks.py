@@ -1,6 +1,7 @@
 """Functions that all ranks must call: a rank that calls one alone gets an error instead of waiting for the others."""
 
 import time
+from typing import Any
 
 import torch
 
@@ -47,3 +48,14 @@ def meet(function: str) -> None:
             "tensor parallelism, or shard_adapters=True), so all ranks must call it: take it out of "
             "`if trainer.is_global_zero:`. Even so, only rank 0 writes the files"
         )
+
+
+def fail_together(failure: Exception | None) -> None:
+    """Raise on every rank what rank 0 raised: the others would wait for it. Called on all ranks."""
+    outcome: list[Any] = [None if failure is None else (isinstance(failure, ValueError), str(failure))]
+    torch.distributed.broadcast_object_list(outcome, 0)
+    if failure is not None:
+        raise failure
+    if outcome[0] is not None:
+        is_value_error, message = outcome[0]
+        raise (ValueError if is_value_error else RuntimeError)(message)

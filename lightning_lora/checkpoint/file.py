@@ -37,10 +37,11 @@ from lightning_lora.model.state import (
 )
 from lightning_lora.model.statistics import FrozenStatistics
 from lightning_lora.ops.sharded import is_sharded, local_part, logical, whole, write
-from lightning_lora.peft.save import describe_for_peft
 
 SECTION = "lightning_lora"
 FORMAT_VERSION = 1
+# what other formats keep of an adapted model in a checkpoint, by name: plain values that each function returns
+PARTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -159,7 +160,7 @@ def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> 
                 "config": require_injection(root).config.to_dict(),
                 **structure(root),
                 "base": fingerprint(root, moved),
-                "peft": _for_peft(root),
+                **{name: describe_part(root) for name, describe_part in PARTS.items()},
             }
         )
     return {"format_version": FORMAT_VERSION, "adapters": adapters}
@@ -172,14 +173,6 @@ def structure(root: nn.Module) -> dict[str, Any]:
         "token_rows": named_token_rows(root),
         "trained_whole": list(named_trained_whole(root)),
     }
-
-
-def _for_peft(root: nn.Module) -> dict[str, Any]:
-    """Return what :func:`~lightning_lora.peft.convert` needs, or why it cannot be done."""
-    try:
-        return describe_for_peft(root)
-    except ValueError as error:
-        return {"refused": str(error)}
 
 
 def read_checkpoint(path: Any, load: Callable[[Any], Any] | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ class LoRAMultiheadAttention(LoRALayer):
     """``in_proj_weight`` reads as ``W + scaling * B A``, with A ``[r, embed_dim]`` and B ``[3 embed_dim, r]``.
 
     The parent's own code, the fused path too, then sees the adapter. Dropout has no input to act on here and does
-    nothing, as in PEFT. ``out_proj`` is adapted with it, at twice the scale: PEFT 0.21 adds that update twice.
+    nothing, as in PEFT. ``out_proj`` is adapted with it.
     """
 
     base_name = "in_proj_weight"

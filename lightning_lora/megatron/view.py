@@ -35,7 +35,7 @@ def adapted_view(model: nn.Module) -> tuple[Skeleton, dict[str, tuple[str, str]]
 
     Returns:
         The skeleton, whose adapters hold zeros; and ``{name in it: (layout, name in the model)}``, for
-        :func:`~lightning_lora.peft.directory.laid_out`.
+        :func:`~lightning_lora.peft.layout.laid_out`.
 
     Raises:
         ValueError: what trains has no name in Hugging Face's model.

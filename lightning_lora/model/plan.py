@@ -110,9 +110,6 @@ def _decide(
     keys = [parent] if of_attention else [name, layer] if is_layer else [name]
     r = pattern_value(config.rank_pattern, keys, config.r)
     scaling = config.scaling(r, pattern_value(config.alpha_pattern, keys, config.alpha))
-    if of_attention:
-        # PEFT 0.21 adds the update of an attention's output projection twice, so that its adapters mean twice the scale
-        scaling *= 2
     kind = type(module).__name__ if is_layer else "matrix"
     features = part.features or mixin.features(module)
     return LayerPlan(name, layer, part.local, kind, mixin, *features, r=r, scaling=scaling, dropout=config.dropout)

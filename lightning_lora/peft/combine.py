@@ -1,9 +1,7 @@
 """A weighted sum of PEFT adapters as one PEFT adapter: exact by concatenation, or truncated to a rank."""
 
-import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,11 +10,9 @@ import torch
 
 from lightning_lora.checkpoint.storage import Location, location
 from lightning_lora.model.finite import OnNonfinite, check_finite
-from lightning_lora.peft.directory import CONFIG_NAME, read_tensors, write_directory
+from lightning_lora.peft.directory import Files, read_files, write_directory
 from lightning_lora.peft.portable import Factors, folded, read_factors, write_factors
 
-# some tools leave the adapter's name in the keys
-_ADAPTER_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB])\.(?!weight$|bias$)[^.]+(?=(?:\.weight)?$)")
 # what says which layers are adapted, besides target_parameters
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # what changes the model or the tokens that are adapted, and so must be one for all
@@ -50,24 +46,27 @@ def combine(
             base models, with layers of different shapes, or with NaN or infinity, or r above what is there.
     """
     factor_of = _checked_weights(directories, weights)
-    adapters = {location(directory): _read(location(directory), on_nonfinite) for directory in directories}
-    configs = {path: config for path, (config, _, _) in adapters.items()}
+    adapters = {location(directory): read_files(location(directory)) for directory in directories}
+    for path, files in adapters.items():
+        check_finite(files.tensors, path, on_nonfinite)
+    layers_of = {path: _layers(path, files) for path, files in adapters.items()}
+    configs = {path: files.config for path, files in adapters.items()}
     _check_shared(configs)
-    metadata = _shared_metadata({path: metadata for path, (_, _, metadata) in adapters.items()})
+    metadata = _shared_metadata({path: files.metadata for path, files in adapters.items()})
     layers: dict[str, list[tuple[Location, Factors]]] = {}
     for directory, factor in zip(directories, factor_of, strict=True):
         path = location(directory)
-        for layer, factors in adapters[path][1].items():
+        for layer, factors in layers_of[path].items():
             weighted = replace(factors, scaling=factors.scaling * factor)
             layers.setdefault(layer, []).append((path, weighted))
-    summed = {layer: _concatenated(layer, parts) for layer, parts in layers.items()}
+    summed = {layer: _concatenated(parts) for layer, parts in layers.items()}
     largest = max(factors.rank for factors in summed.values())
     if r is not None:
         if not 1 <= r <= largest:
             raise ValueError(f"r={r}: expected 1 to {largest}, the largest sum of the adapters' ranks; or None, exact")
-        summed = {layer: _truncated(layer, factors, r) for layer, factors in summed.items()}
+        summed = {layer: _truncated(factors, r) for layer, factors in summed.items()}
     config, tensors = write_factors(_config(list(configs.values()), summed), summed, r or largest)
-    write_directory(output, config, tensors, metadata, on_nonfinite=on_nonfinite)
+    write_directory(output, Files(config, tensors, metadata), on_nonfinite=on_nonfinite)
 
 
 def _checked_weights(directories: Sequence[_Path], weights: Sequence[float] | None) -> list[float]:
@@ -91,7 +90,7 @@ def _check_shared(configs: Mapping[Location, Mapping[str, Any]]) -> None:
             raise ValueError(f"the adapters differ in {field}: {there}; expected adapters of one base model")
 
 
-def _shared_metadata(recorded: Mapping[Location, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _shared_metadata(recorded: Mapping[Location, Mapping[str, Any]]) -> dict[str, Any]:
     """Return what lightning_lora recorded about the base of the adapters, which must be one base."""
     first: tuple[Location, Mapping[str, Any]] | None = None
     for path, metadata in recorded.items():
@@ -110,25 +109,25 @@ def _shared_metadata(recorded: Mapping[Location, Mapping[str, Any]]) -> Mapping[
                     f"{path} was trained on another base model than {first[0]}: the base tensor {name!r} held other "
                     "values; expected adapters of one base model"
                 )
-    return None if first is None else first[1]
+    return {} if first is None else dict(first[1])
 
 
-def _concatenated(layer: str, parts: Sequence[tuple[Location, Factors]]) -> Factors:
+def _concatenated(parts: Sequence[tuple[Location, Factors]]) -> Factors:
     """Return one pair of factors whose product is the sum of the parts' scaled products."""
     first_path, first = parts[0]
     for path, part in parts:
         if part.num_groups > 1:
             raise ValueError(
-                f"{layer!r} of {path} is a convolution in {part.num_groups} groups: expected layers without groups. "
-                "Leave it out of target_modules, or merge the adapters one by one."
+                f"{part.name!r} of {path} is a convolution in {part.num_groups} groups: expected layers without "
+                "groups. Leave it out of target_modules, or merge the adapters one by one."
             )
         if _described(part) != _described(first):
             raise ValueError(
-                f"{layer!r} differs: {_described(first)} in {first_path}, {_described(part)} in {path}; expected "
+                f"{part.name!r} differs: {_described(first)} in {first_path}, {_described(part)} in {path}; expected "
                 "adapters of one base model with the same parameters of it"
             )
     A = torch.cat([part.A for _, part in parts], dim=1)
-    B = torch.cat([folded(part) for _, part in parts], dim=1)
+    B = torch.cat([folded(part) for _, part in parts], dim=first.rank_dim)
     return replace(first, A=A, B=B, scaling=1.0)
 
 
@@ -137,28 +136,27 @@ def _described(part: Factors) -> str:
     kind = "embedding" if ".lora_embedding_" in part.keys[0] else "layer"
     if part.parameters:
         kind = f"one of {', '.join(part.parameters)} for {part.A.shape[0]} experts"
-    return f"{kind} with A [r, {', '.join(map(str, part.A.shape[2:]))}] and B [{part.B.shape[0]}, r]"
+    return f"{kind} with A [r, {', '.join(map(str, part.A.shape[2:]))}] and B [{part.B.shape[part.rank_dim - 1]}, r]"
 
 
-def _truncated(layer: str, factors: Factors, r: int) -> Factors:
+def _truncated(factors: Factors, r: int) -> Factors:
     """Return the factors of the best approximation of rank r, for each expert on its own.
 
     With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` the singular values of B A are those of ``R_B R_A^T``, which is
     [rank, rank]. In float64, since squares of small singular values would be lost.
     """
     A = factors.A.flatten(2).double()  # [experts, rank, in]
-    B = factors.B.flatten(2) if factors.parameters else factors.B.flatten(1).unsqueeze(-1)
-    B = B.permute(2, 0, 1).double()  # [experts, out, rank]
+    B = (factors.B if factors.parameters else factors.B.flatten(1).unsqueeze(0)).double()  # [experts, out, rank]
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
     core = R_B @ R_A.mT
     if not torch.isfinite(core).all():
-        raise ValueError(f"the factors of {layer!r} hold values that are not finite: is an adapter damaged?")
+        raise ValueError(f"the factors of {factors.name!r} hold values that are not finite: is an adapter damaged?")
     U, S, V_T = torch.linalg.svd(core, full_matrices=False)
     root = S[:, :r].sqrt()
     B = Q_B @ (U[..., :r] * root.unsqueeze(-2))
     A = (root.unsqueeze(-1) * V_T[:, :r]) @ Q_A.mT
-    B = B.permute(1, 2, 0) if factors.parameters else B[0].unflatten(1, (-1, *factors.B.shape[2:]))
+    B = B if factors.parameters else B[0].unflatten(1, (-1, *factors.B.shape[2:]))
     dtype_A, dtype_B = (torch.promote_types(factor.dtype, torch.float32) for factor in (factors.A, factors.B))
     return replace(factors, A=A.unflatten(2, factors.A.shape[2:]).to(dtype_A), B=B.to(dtype_B))
 
@@ -194,20 +192,8 @@ def _selection(config: Mapping[str, Any]) -> list[Any]:
     return [sorted(value, key=str) if isinstance(value, list) else value for value in values]
 
 
-def _read(directory: Location, on_nonfinite: OnNonfinite) -> tuple[dict[str, Any], dict[str, Factors], dict[str, Any]]:
-    path = directory / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} is not an adapter directory: it has no {CONFIG_NAME}")
+def _layers(directory: Location, files: Files) -> dict[str, Factors]:
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object, found {type(config).__name__}")
-    tensors, metadata = read_tensors(directory)
-    check_finite(tensors, directory, on_nonfinite)
-    named = {_ADAPTER_NAME.sub(r"\1", key): value for key, value in tensors.items()}
-    try:
-        return config, read_factors(config, named), metadata
+        return read_factors(files, directory)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error

@@ -2,14 +2,15 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lightning_lora.checkpoint.storage import Location
-from lightning_lora.peft.directory import load_safetensors
+from lightning_lora.peft.config import anchored
+from lightning_lora.peft.directory import Files, load_safetensors
+from lightning_lora.peft.keys import PREFIX, parse_key
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"  # JSON of PEFT's configs, each field behind its component's name
@@ -21,7 +22,7 @@ _FACTORS = re.compile(
 )
 
 
-def read_diffusers(directory: Location, component: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_diffusers(directory: Location, component: str | None) -> Files:
     """Return the config and the tensors of one component, as a PEFT directory would have them.
 
     Args:
@@ -53,21 +54,21 @@ def read_diffusers(directory: Location, component: str | None) -> tuple[dict[str
     pairs = {_peft_key(key, path): value for key, value in own.items() if not key.endswith(".alpha")}
     alphas = {_layer(key.removesuffix(".alpha")): float(value) for key, value in own.items() if key.endswith(".alpha")}
     recorded = {k[len(component) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{component}.")}
-    return _config(pairs, alphas, recorded), pairs
+    return Files(_config(pairs, alphas, recorded), pairs, {})
 
 
 def _peft_key(key: str, path: Location) -> str:
     if key.endswith((".lora_magnitude_vector", ".lora_magnitude_vector.weight")):
-        return f"base_model.model.{key.removesuffix('.weight')}"
+        return f"{PREFIX}{key.removesuffix('.weight')}"
     if key.endswith(".lora_B.bias"):
-        return f"base_model.model.{key}"
+        return f"{PREFIX}{key}"
     match = _FACTORS.fullmatch(key)
     if match is None:
         raise ValueError(f"{path}: tensor {key!r} is of a kind that is not supported")
     word = match["peft"] or match["plain"] or match["old"] or match["text"]
     factor = {"down": "A", "up": "B"}.get(word, word)
     layer = _layer(f"{match['layer']}.{match['part']}" if match["part"] else match["layer"])
-    return f"base_model.model.{layer}.lora_{factor}.weight"
+    return f"{PREFIX}{layer}.lora_{factor}.weight"
 
 
 def _layer(name: str) -> str:
@@ -80,24 +81,22 @@ def _layer(name: str) -> str:
 def _config(pairs: Mapping[str, Tensor], alphas: Mapping[str, float], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return PEFT's config: the one that diffusers recorded, or ranks from the tensors with alphas equal to them."""
     ranks = {
-        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): value.shape[0]
+        parse_key(key).name: value.shape[0]
         for key, value in pairs.items()
         if key.endswith(".lora_A.weight") and value.ndim > 0
     }
-    if not ranks:
-        return {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": []}
+    targets = sorted({parse_key(key).name for key in pairs})
     if recorded:
-        return {"peft_type": "LORA", **recorded, "target_modules": sorted(ranks)}
+        return {"peft_type": "LORA", **recorded, "target_modules": targets}
     options = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    own_alphas = {name: alphas.get(name, rank) for name, rank in ranks.items()}
-    alpha = Counter(own_alphas.values()).most_common(1)[0][0]
+    r, rank_pattern = anchored(ranks, 1)
+    alpha, alpha_pattern = anchored({name: alphas.get(name, rank) for name, rank in ranks.items()}, 1)
     return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": sorted(ranks),
+        "target_modules": targets,
         **{option: True for option, ending in options.items() if any(key.endswith(ending) for key in pairs)},
-        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in own_alphas.items() if value != alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     }

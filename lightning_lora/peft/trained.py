@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.checkpoint.storage import Location
 from lightning_lora.config import brief
 from lightning_lora.model.heads import resize_advice
 from lightning_lora.model.names import clean_name
@@ -14,27 +13,21 @@ from lightning_lora.model.state import injection_of
 from lightning_lora.peft.directory import Adapter
 
 
-def set_copies_apart(adapter: Adapter, peft_config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+def set_copies_apart(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Move embeddings and heads that did not train, which PEFT may copy into the file, from ``trained`` to ``base``."""
-    whole = tuple(peft_config.get("modules_to_save") or [])
+    whole = _whole(adapter)
     for name in list(adapter.trained):
         owner, _, local = name.rpartition(".")
         if local == "weight" and not any(_is_within(owner, entry) for entry in whole) and owner in modules:
             adapter.base[name] = adapter.trained.pop(name)
 
 
-def check_ties(
-    model: nn.Module,
-    adapter: Adapter,
-    peft_config: Mapping[str, Any],
-    modules: Mapping[str, nn.Module],
-    directory: Location,
-) -> None:
+def check_ties(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Raise ``ValueError`` where PEFT trained a copy of a tensor that is tied to another module's in this model.
 
     Twins of equal values trained together, and both count as trained.
     """
-    whole = tuple(peft_config.get("modules_to_save") or [])
+    whole = _whole(adapter)
     twins: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         twins.setdefault(id(parameter), []).append(clean_name(name))
@@ -45,7 +38,7 @@ def check_ties(
                 continue
             value = adapter.trained.get(name, adapter.base.get(name))
             if value is None or not torch.equal(value, adapter.trained[copied[0]]):
-                raise ValueError(_apart(f"{directory} trained {copied[0]!r}", name, model, _owner_of(name)))
+                raise ValueError(_apart(f"{adapter.source} trained {copied[0]!r}", name, model, _owner_of(name)))
             adapter.trained[name] = value
             adapter.base.pop(name, None)
 
@@ -73,11 +66,9 @@ def untrained_values(model: nn.Module, adapter: Adapter) -> list[str]:
     ]
 
 
-def token_rows(
-    peft_config: Mapping[str, Any], adapter: Adapter, model: nn.Module, directory: Location
-) -> dict[str, list[int]] | None:
+def token_rows(adapter: Adapter, model: nn.Module) -> dict[str, list[int]] | None:
     """Return the trained rows' indices by embedding, which must be those that the file has rows for."""
-    wanted = peft_config.get("trainable_token_indices")
+    wanted, source = adapter.config.get("trainable_token_indices"), adapter.source
     if not wanted and not adapter.rows:
         return None
     lists = list(wanted.values()) if isinstance(wanted, Mapping) else [wanted or []]
@@ -87,7 +78,7 @@ def token_rows(
         matches = [ids for entry, ids in zip(entries, lists, strict=True) if name.endswith(entry)]
         if not matches or len(matches[0]) != rows.shape[0]:
             raise ValueError(
-                f"{directory} has {rows.shape[0]} trained rows for {name!r}; its trainable_token_indices list "
+                f"{source} has {rows.shape[0]} trained rows for {name!r}; its trainable_token_indices list "
                 f"{len(matches[0]) if matches else 0}"
             )
         tables = dict(model.named_parameters(remove_duplicate=False))
@@ -98,19 +89,19 @@ def token_rows(
             needed = (recorded[0] if recorded else max(matches[0]) + 1, rows.shape[-1])
             advice = "" if table is None else resize_advice(model, f"{name}.weight", needed, table.shape)
             raise ValueError(
-                f"{directory} trains rows up to {max(matches[0])} of width {rows.shape[-1]} of {name!r}, the model has "
+                f"{source} trains rows up to {max(matches[0])} of width {rows.shape[-1]} of {name!r}, the model has "
                 f"{there}" + (advice or ": another base model?")
             )
         first = next(twin for twin, parameter in tables.items() if parameter is table)
         if first != f"{name}.weight":  # PEFT lets what is tied to an input embedding follow, and nothing else
-            raise ValueError(_apart(f"{directory} trained rows of {name + '.weight'!r}", first, model, name))
+            raise ValueError(_apart(f"{source} trained rows of {name + '.weight'!r}", first, model, name))
         found[name] = list(matches[0])
     if wanted and not found:
-        raise ValueError(f"{directory} names trainable_token_indices, but has no rows for them: is a file damaged?")
+        raise ValueError(f"{source} names trainable_token_indices, but has no rows for them: is a file damaged?")
     return found
 
 
-def check_trained(model: nn.Module, adapter: Adapter, directory: Location) -> list[tuple[Tensor, int, Tensor]]:
+def check_trained(model: nn.Module, adapter: Adapter) -> list[tuple[Tensor, int, Tensor]]:
     """Check the base tensors in a directory: those that trained must fit, untrained copies must be the model's own.
 
     Returns:
@@ -119,14 +110,16 @@ def check_trained(model: nn.Module, adapter: Adapter, directory: Location) -> li
     own = {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     for name, value in (adapter.trained | adapter.base).items():
         if name not in own:
-            raise ValueError(f"{directory} holds {name!r}, which {type(model).__name__} lacks: another base model?")
+            raise ValueError(
+                f"{adapter.source} holds {name!r}, which {type(model).__name__} lacks: another base model?"
+            )
         if value.shape != own[name].shape:
             hint = resize_advice(model, name, value.shape, own[name].shape)
             raise ValueError(
-                f"{directory} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}{hint}"
+                f"{adapter.source} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}{hint}"
             )
         if value.is_floating_point() != own[name].is_floating_point():  # a batch normalisation counts its batches
-            raise ValueError(f"{directory} has {value.dtype} for {name!r}, the model has {own[name].dtype}")
+            raise ValueError(f"{adapter.source} has {value.dtype} for {name!r}, the model has {own[name].dtype}")
     tails: list[tuple[Tensor, int, Tensor]] = []
     for name, value in adapter.base.items():
         if own[name].device.type == "meta":
@@ -137,18 +130,16 @@ def check_trained(model: nn.Module, adapter: Adapter, directory: Location) -> li
         first = int(differs.flatten(1).any(1).nonzero()[0]) if value.ndim > 1 else 0
         if first < value.shape[0] // 2:
             raise ValueError(
-                f"{directory} brings its own base tensor {name!r}, which differs from the model's (a trained "
+                f"{adapter.source} brings its own base tensor {name!r}, which differs from the model's (a trained "
                 "embedding, or another base): load that base first"
             )
         tails.append((own[name].detach(), first, value[first:]))
     return tails
 
 
-def trained_modules(
-    peft_config: Mapping[str, Any], adapter: Adapter, modules: Mapping[str, nn.Module], directory: Location
-) -> list[str]:
+def trained_modules(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the modules that PEFT's ``modules_to_save`` means here; the directory must have all of their tensors."""
-    entries = peft_config.get("modules_to_save") or []
+    entries = _whole(adapter)
     found = [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
     trained: list[str] = []
     for name in found:
@@ -161,10 +152,15 @@ def trained_modules(
             continue
         if missing:
             raise ValueError(
-                f"{directory} says modules_to_save={brief(entries)}, but has no {missing[0]!r}. Is a file damaged?"
+                f"{adapter.source} says modules_to_save={brief(list(entries))}, but has no {missing[0]!r}. Is a file "
+                "damaged?"
             )
         trained.append(name)
     return [name for name in trained if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
+
+
+def _whole(adapter: Adapter) -> tuple[str, ...]:
+    return tuple(adapter.config.get("modules_to_save") or [])
 
 
 def _is_value(value: Tensor, own: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint import random_state
+from lightning_lora.checkpoint.all_ranks import fail_together
 from lightning_lora.checkpoint.atomic_io import make_atomic
 from lightning_lora.checkpoint.file import (
     SECTION,
@@ -67,9 +68,10 @@ from lightning_lora.model.left_out import outside_names, say_left_out
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots, named_adapter_parameters
 from lightning_lora.ops.sharded import on_rank_zero
+from lightning_lora.peft.config import CONFIG_NAME
 from lightning_lora.peft.convert import write_adapter
-from lightning_lora.peft.directory import CONFIG_NAME, WEIGHTS_NAME
-from lightning_lora.peft.save import fail_together, write_tokenizer
+from lightning_lora.peft.directory import WEIGHTS_NAME
+from lightning_lora.peft.save import write_tokenizer
 from lightning_lora.strategies.lockstep import Lockstep
 from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
 from lightning_lora.strategies.refusals import (

@@ -31,7 +31,7 @@ from lightning_lora.megatron.split import mesh_of
 from lightning_lora.megatron.view import adapted_view
 from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.ops.sharded import is_sharded, split_over, whole
-from lightning_lora.peft.directory import laid_out
+from lightning_lora.peft.layout import laid_out
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ddp_script import rank_loader

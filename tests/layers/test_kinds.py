@@ -204,6 +204,39 @@ def test_gradients_are_pefts(kind: Kind, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(own), torch.tensor(expected), rtol=1e-4, atol=1e-9)
 
 
+def test_an_attentions_projection_has_the_plain_scale_here_and_half_of_b_in_the_file(tmp_path: Path) -> None:
+    kind = KINDS["attention"]
+    model = inject(kind.build(), LoRAConfig(r=4, alpha=12, target_modules=["mha"])).eval()
+    give_values(model)
+    scalings = {name: layer.lora_scaling for name, layer in named_lora_layers(model).items()}
+    assert scalings == {"mha": 3.0, "mha.out_proj": 3.0}
+    save_peft(model, tmp_path / "ours")
+    tensors = safetensors.torch.load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    B = tensors["base_model.model.mha.base_layer.out_proj.lora_B.weight"]
+    assert torch.equal(B * 2, model.mha.out_proj.lora_B)  # which PEFT adds twice
+    again = load_peft(kind.build(), tmp_path / "ours").eval()
+    assert torch.equal(run(again, kind.x), run(model, kind.x))
+    torch.save(adapter_checkpoint(model), tmp_path / "adapter.ckpt")
+    convert(tmp_path / "adapter.ckpt", tmp_path / "converted")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "converted" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+
+@pytest.mark.parametrize("version", ["0.15.2", "0.21.2", "0.22.0", "1.0"])
+def test_an_attention_of_a_peft_that_is_not_known_to_add_its_projection_twice_is_refused(
+    version: str, tmp_path: Path
+) -> None:
+    kind = KINDS["attention"]
+    save_peft(inject(kind.build(), LoRAConfig(r=2, target_modules=["mha"])), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_version": version}))
+    if version < "0.22":
+        load_peft(kind.build(), tmp_path)
+        return
+    with pytest.raises(ValueError, match=rf"peft_version='{version}' adapted an nn.MultiheadAttention.*upgrade"):
+        load_peft(kind.build(), tmp_path)
+
+
 def test_starting_values_are_pefts_bit_for_bit(kind: Kind, tmp_path: Path) -> None:
     torch.manual_seed(11)
     reference = theirs(kind)

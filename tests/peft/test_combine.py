@@ -305,7 +305,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     (path / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="neither adapter_model.safetensors nor adapter_model.bin"):
         combine([path], None, tmp_path / "out")
-    for text, message in [("{", "it is no JSON"), (json.dumps([1]), "expected a JSON object, found list")]:
+    for text, message in [("{", "is not JSON"), (json.dumps([1]), "expected a JSON object, found list")]:
         (path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             combine([path], None, tmp_path / "out")
