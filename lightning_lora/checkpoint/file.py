@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint.all_ranks import meet
-from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference
+from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference, without
 from lightning_lora.checkpoint.storage import RemotePath, location
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
@@ -150,6 +150,8 @@ def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> 
     """
     adapters = []
     for path, root in injected_roots(module).items():
+        base = fingerprint(root)
+        held = {clean_name(name) for name, parameter in root.named_parameters() if id(parameter) in moved}
         adapters.append(
             {
                 "name": "default",
@@ -157,8 +159,8 @@ def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> 
                 "root": path,
                 "config": require_injection(root).config.to_dict(),
                 **structure(root),
-                "base": fingerprint(root, moved),
-                "peft": _for_peft(root),
+                "base": without(base, held),
+                "peft": _for_peft(root, base),
             }
         )
     return {"format_version": FORMAT_VERSION, "adapters": adapters}
@@ -173,10 +175,10 @@ def structure(root: nn.Module) -> dict[str, Any]:
     }
 
 
-def _for_peft(root: nn.Module) -> dict[str, Any]:
+def _for_peft(root: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     """Return what :func:`~lightning_lora.peft.convert` needs, or why it cannot be done."""
     try:
-        return describe_for_peft(root)
+        return describe_for_peft(root, base)
     except ValueError as error:
         return {"refused": str(error)}
 

@@ -87,7 +87,7 @@ def save_peft(
     """
     root = require_root(model)
     check_not_disabled(root)
-    description = describe_for_peft(root)
+    description = describe_for_peft(root, known_fingerprint(root))
     tensors = _needed(root, description)
     spread = any(map(is_sharded, tensors.values()))
     if spread:
@@ -133,17 +133,18 @@ def fail_together(failure: Exception | None) -> None:
         raise (ValueError if is_value_error else RuntimeError)(message)
 
 
-def describe_for_peft(root: nn.Module) -> dict[str, Any]:
+def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that a PEFT directory needs beside the tensors, in plain values: config, entries, metadata.
+
+    Args:
+        base: the fingerprint of the frozen base.
 
     Raises:
         ValueError: PEFT would compute something else from the file.
     """
     if is_megatron(root):
         view, sources = adapted_view(root)
-        description = describe_for_peft(view)
-        base = renamed(known_fingerprint(root), hugging_face_name)
-        description["metadata"] = {"base": {**base, "hashes": base["hashes"].tolist()}}
+        description = describe_for_peft(view, renamed(base, hugging_face_name))
         description["only_portable"] = _check_experts(root, view)
         description["entries"] = [(key, *_from(names[0], sources)) for key, _, names in description["entries"]]
         description["config"]["task_type"] = "CAUSAL_LM"
@@ -156,12 +157,10 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
                 "adapter in checkpoints, or merge(model, remove=True) and save the merged model"
             )
     _check_trained_whole(root)
-    base = known_fingerprint(root)
-    metadata = {**base, "hashes": base["hashes"].tolist()}
     return {
         "config": _peft_config(root),
         "entries": [(e.key, e.layout, list(e.names)) for e in _entries(root)],
-        "metadata": {"base": metadata},
+        "metadata": {"base": {**base, "hashes": base["hashes"].tolist()}},
     }
 
 

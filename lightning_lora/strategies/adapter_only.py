@@ -100,7 +100,6 @@ class AdapterOnly(Strategy):
     _reduction: Reduction | None = None  # under DDP
     _checked_readable: bool = False
     _said_left_out: bool = False
-    _loaded: dict[str, Any] | None = None
     _loaded_from: Any = None
     _position: dict[str, Any] | None = None  # random states at the last batch
     _loader_states: list[dict[str, Any]] | None = None
@@ -259,7 +258,7 @@ class AdapterOnly(Strategy):
             correct_progress(checkpoint["loops"]["fit_loop"], module.trainer.accumulate_grad_batches)
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
         checkpoint[STATE_KEY] = tensors
-        self._loaded, self._loaded_from = checkpoint, checkpoint_path
+        self._loaded_from = checkpoint_path
         states = checkpoint[SECTION].get("random_states") if fitting else None
         self._random_states = random_state.fitting_states(states, self._num_ranks(), checkpoint_path)
         return checkpoint
@@ -394,7 +393,7 @@ class AdapterOnly(Strategy):
 
     def forget_random_state(self) -> None:
         """Drop the loaded random states: the resumed run is under way."""
-        self._random_states = self._loaders_to_restore = self._loaded = None
+        self._random_states = self._loaders_to_restore = None
         self._position, self._loader_states, self._is_over = None, None, False
 
     def note_end(self) -> None:
