@@ -48,10 +48,6 @@ class MegatronRanks(Launched):
         tensor_parallel_size: int | Literal["auto"] = "auto",
         plan: dict[str, str] | None = None,
         base_weights: str | None = None,
-        sequence_parallel: bool = False,
-        pipeline_parallel_size: int = 1,
-        context_parallel_size: int = 1,
-        expert_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
@@ -60,19 +56,10 @@ class MegatronRanks(Launched):
         super().__init__(**kwargs)
         megatron_core()
         check_contract()
-        others = {
-            "pipeline_parallel_size": pipeline_parallel_size,
-            "context_parallel_size": context_parallel_size,
-            "expert_parallel_size": expert_parallel_size,
-        }
-        for name, size in others.items():
-            if size != 1:
-                raise ValueError(f"{name}={size} is not served: tensor and data parallelism are. Leave it at 1")
         if tensor_parallel_size != "auto" and (not isinstance(tensor_parallel_size, int) or tensor_parallel_size < 1):
             raise ValueError(f"tensor_parallel_size={tensor_parallel_size!r} must be 'auto' or a positive integer")
         self.tensor_parallel_size = tensor_parallel_size
         self.plan = plan
-        self.sequence_parallel = sequence_parallel
         self.base_weights = base_weights
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -144,11 +131,6 @@ class MegatronRanks(Launched):
         self._checked_batch = False
 
     def _place_by_plan(self, root: nn.Module) -> None:
-        if self.sequence_parallel:
-            raise ValueError(
-                f"sequence_parallel=True is served for Megatron-core's models, not for {type(root).__name__}, which is "
-                "split by a plan: Megatron-core gathers the first dimension, which is the batch there"
-            )
         check_replicated(root)
         if not any(is_sharded(parameter) for parameter in root.parameters()):
             make_equal(root, self.root_device)
@@ -163,11 +145,6 @@ class MegatronRanks(Launched):
         materialize(root, self.base_weights, self.root_device)
 
     def _place_megatron(self, root: Any) -> None:
-        if self.sequence_parallel and not root.config.sequence_parallel and self.device_mesh.size() > 1:
-            raise ValueError(
-                "the strategy has sequence_parallel=True, and the model was built without: give its config "
-                "sequence_parallel=True"
-            )
         if self.base_weights is not None and injection_of(root).base_weights != self.base_weights:  # type: ignore[union-attr]  # it is adapted
             load_hf_weights(root, self.base_weights)
             injection_of(root).base_weights = self.base_weights  # type: ignore[union-attr]
@@ -208,9 +185,6 @@ class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
             built in ``configure_model`` neither heads nor size are known yet: give a number then.
         plan: ``{"layers.*.attention.query": "colwise", ...}``, instead of transformers' ``base_model_tp_plan``.
         base_weights: as for :class:`~lightning_lora.FSDPLoRAStrategy`: each rank reads its slices of a base on meta.
-        sequence_parallel: hold Megatron-core's models to their config's ``sequence_parallel=True``. Not served for
-            models with a plan: Megatron-core gathers the first dimension, which is the batch there.
-        pipeline_parallel_size, context_parallel_size, expert_parallel_size: 1; more is not served.
         process_group_backend: ``"nccl"``, ``"gloo"``, ...; ``None`` takes the device's.
         timeout: of collectives.
 
