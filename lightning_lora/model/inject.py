@@ -20,12 +20,11 @@ from lightning_lora.megatron.layers import adapt_megatron
 from lightning_lora.megatron.names import by_layer, stacks
 from lightning_lora.megatron.parallel_layers import TensorParallel
 from lightning_lora.megatron.split import keep_parts
+from lightning_lora.model import recomputation, save_pretrained  # noqa: F401  # wrap functions when a model is adapted
 from lightning_lora.model.gathered import forget, reshard
 from lightning_lora.model.init import initialize
 from lightning_lora.model.names import clean_name, joined
 from lightning_lora.model.plan import Plan, planned
-from lightning_lora.model.recomputation import keep_state_of_forward
-from lightning_lora.model.save_pretrained import guard_save_pretrained
 from lightning_lora.model.state import (
     Injection,
     capped_ranks,
@@ -39,6 +38,7 @@ from lightning_lora.model.state import (
 )
 from lightning_lora.model.statistics import freeze_statistics, unfreeze_statistics
 from lightning_lora.model.undo import unchanged_on_error
+from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.linear import row_norms
 from lightning_lora.ops.sharded import write
 
@@ -94,9 +94,8 @@ def _carry_out(plan: Plan, model: nn.Module, config: LoRAConfig) -> None:
     freeze_statistics(model, plan.trained_whole)
     _keep_off_fused_paths(model, injection)
     model.register_load_state_dict_pre_hook(_complete_state_dict)
-    guard_save_pretrained()
-    keep_state_of_forward()
     model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
+    run_at_injection()
 
 
 def _adapt(plan: Plan, model: nn.Module, config: LoRAConfig, dtype: torch.dtype | None) -> dict[str, LoRALayer]:

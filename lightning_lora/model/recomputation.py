@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch.utils.checkpoint as torch_checkpoint
 
+from lightning_lora.model.wrapping import at_injection, wrap
+
 
 class Switch(Protocol):
     """A change of a model that can be made and undone any number of times."""
@@ -40,20 +42,18 @@ def switch_off(key: int) -> None:
     switched.pop(key).leave()
 
 
+@at_injection
 def keep_state_of_forward() -> None:
     """Make torch's and Megatron-core's activation checkpoints recompute with the changes that were made in forward.
 
     No hook serves both of torch's variants, so a method of their classes is wrapped, once in a process. Where nothing
     was switched in between, they recompute as before.
     """
-    frame: Any = torch_checkpoint._CheckpointFrame
-    if not hasattr(frame.__init__, "lora_original"):
-        frame.__init__ = _with_present_state(frame.__init__)
+    wrap(torch_checkpoint._CheckpointFrame, "__init__", _with_present_state)
     megatron = sys.modules.get("megatron.core.tensor_parallel.random")
     for module in (torch_checkpoint, megatron):
-        function: Any = getattr(module, "CheckpointFunction", None)
-        if function is not None and not hasattr(function.forward, "lora_original"):
-            function.forward = staticmethod(_with_present_state(function.forward))
+        if (function := getattr(module, "CheckpointFunction", None)) is not None:
+            wrap(function, "forward", lambda forward: staticmethod(_with_present_state(forward)))
 
 
 def _with_present_state(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +63,6 @@ def _with_present_state(method: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(own: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return method(own, functools.partial(_run_as_then, dict(switched), function), *args, **kwargs)
 
-    wrapped.lora_original = method  # type: ignore[attr-defined]
     return wrapped
 
 

@@ -13,6 +13,7 @@ from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.gathered import gathered
 from lightning_lora.model.names import clean_name, joined, listed
+from lightning_lora.model.wrapping import run_at_injection
 
 
 @dataclass
@@ -42,6 +43,10 @@ class Injection:
     source: str | None = None
     base_weights: str | None = None
     fingerprint: dict[str, Any] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        run_at_injection()  # the adapted model came from another process
 
 
 def capped_ranks(root: nn.Module) -> str:

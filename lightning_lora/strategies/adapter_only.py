@@ -70,6 +70,7 @@ from lightning_lora.peft.convert import write_adapter
 from lightning_lora.peft.directory import CONFIG_NAME, WEIGHTS_NAME
 from lightning_lora.peft.save import fail_together, write_tokenizer
 from lightning_lora.strategies.lockstep import Lockstep
+from lightning_lora.strategies.logged import log_adapters
 from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
 from lightning_lora.strategies.refusals import (
     check_has_values,
@@ -110,6 +111,7 @@ class AdapterOnly(Strategy):
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
         self.lockstep = Lockstep(trainer)
+        log_adapters(trainer)
         super().setup(trainer)
 
     @override

@@ -13,6 +13,8 @@ import warnings
 from types import MethodType
 from typing import Any
 
+from lightning_lora.model.wrapping import wrap
+
 
 def install(callback: type) -> None:
     """Wrap the method that builds the optimizer, where LightningCLI is imported; a second call does nothing.
@@ -21,11 +23,9 @@ def install(callback: type) -> None:
         callback: the class of callbacks that put adapters into a model.
     """
     module = sys.modules.get("lightning.pytorch.cli")  # importing it takes longer than all of lightning_lora
-    if module is not None and not hasattr(
-        module.LightningCLI._add_configure_optimizers_method_to_model, "knows_adapters"
-    ):
-        method = module.LightningCLI._add_configure_optimizers_method_to_model
-        module.LightningCLI._add_configure_optimizers_method_to_model = _building_late(method, callback)
+    if module is not None:
+        name = "_add_configure_optimizers_method_to_model"
+        wrap(module.LightningCLI, name, functools.partial(_building_late, callback=callback))
 
 
 def _building_late(add: Any, callback: type) -> Any:
@@ -58,7 +58,6 @@ def _building_late(add: Any, callback: type) -> Any:
 
         cli.model.configure_optimizers = MethodType(configure_optimizers, cli.model)
 
-    adding.knows_adapters = True  # type: ignore[attr-defined]
     return adding
 
 

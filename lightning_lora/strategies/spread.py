@@ -22,6 +22,7 @@ from lightning_lora.model.copies import guard_state
 from lightning_lora.strategies.adapter_only import AdapterOnly
 from lightning_lora.strategies.launched import Launched, check_adapted
 from lightning_lora.strategies.lockstep import Lockstep
+from lightning_lora.strategies.logged import log_adapters
 
 
 class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
@@ -68,6 +69,7 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
         self.accelerator.setup(trainer)
         check_adapted(self.model, self.strategy_name)
         self.lockstep = Lockstep(trainer)
+        log_adapters(trainer)
         evaluating = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
         for loop in (*evaluating, trainer.predict_loop):
             loop.inference_mode = False  # FSDP2's first forward in it leaves tensors that cannot train
