@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -19,19 +17,18 @@ from lightning_lora.checkpoint import random_state
 from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.gathered import class_name
-from lightning_lora.model.layerdrop import skipped_at_random
-from lightning_lora.model.names import clean_name, listed
+from lightning_lora.model.idle import idle_layers
+from lightning_lora.model.recomputation import let_gradients_through_checkpointed_blocks
 from lightning_lora.model.root import find_root
 from lightning_lora.model.start_line import summary
-from lightning_lora.model.state import injection_of, is_merged, named_lora_layers, require_injection
+from lightning_lora.model.state import is_merged, named_lora_layers, require_injection
 from lightning_lora.model.statistics import freeze_statistics
 from lightning_lora.strategies import lightning_cli
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
-from lightning_lora.strategies.progress import begin_after_last_batch
+from lightning_lora.strategies.combinations import check_averaging, check_launcher, check_trainer
+from lightning_lora.strategies.progress import begin_after_last_batch, say_what_repeats
 from lightning_lora.strategies.refusals import check_readable
-from lightning_lora.strategies.starting_point import adapt_module, configure_then_adapt
-
-_REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
+from lightning_lora.strategies.starting_point import adapt_module, check_built_in_time, configure_then_adapt
 
 
 class LoRACallback(Callback):
@@ -114,7 +111,9 @@ class LoRACallback(Callback):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._check_company(trainer, pl_module)
+        check_trainer(trainer)
+        check_averaging(trainer, self)
+        check_launcher(trainer, pl_module, self.module)
         strategy, own = adopt(trainer.strategy), frozenset((self.module,))
         strategy.peft_roots = strategy.peft_roots | own if self.save_peft else strategy.peft_roots - own
         strategy.on_nonfinite = self.on_nonfinite
@@ -147,7 +146,7 @@ class LoRACallback(Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         path, root = find_root(pl_module, self.module)
-        _check_built_in_time(root)
+        check_built_in_time(root)
         if is_merged(root):
             raise ValueError(
                 "the adapters are merged into the base weights and cannot train: call unmerge(model) first"
@@ -160,7 +159,7 @@ class LoRACallback(Callback):
                     "them out with self.save_hyperparameters(ignore=[...])",
                 )
         look_for_moved(pl_module)
-        _let_gradients_through_checkpointed_blocks(root)
+        let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, require_injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
         dropout = require_injection(root).config.dropout
@@ -188,7 +187,7 @@ class LoRACallback(Callback):
         strategy = trainer.strategy
         assert isinstance(strategy, AdapterOnly)
         self._random_state = None
-        if self._say_what_repeats(trainer):
+        if say_what_repeats(trainer):
             strategy.restore_random_state()  # making the loader's iterator drew from the generators
         elif strategy.has_random_state():
             self._random_state = random_state.collect()
@@ -214,89 +213,10 @@ class LoRACallback(Callback):
             return
         self._checked.add(id(optimizer))
         _, root = find_root(pl_module, self.module)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        skipped = skipped_at_random(root)
-        idle = [
-            name
-            for name, layer in named_lora_layers(root).items()
-            if name not in skipped
-            and any(id(p) in held for _, p in layer.named_adapter_tensors())
-            and all(p.grad is None for _, p in layer.named_adapter_tensors())
-        ]
-        if idle:
-            some = listed(idle, 5)
-            message = (
-                f"{len(idle)} adapted layers got no gradient in the first step: {some}. Their output does not reach "
-                "the loss: leave them out with exclude_modules"
-            )
+        if (message := idle_layers(root, optimizer)) is not None:
             if self.strict_idle:
                 raise ValueError(message)
             rank_zero_warn(message)
-
-    def _say_what_repeats(self, trainer: "pl.Trainer") -> bool:
-        """Return whether the run goes on in mid-epoch, and say which batches a loader without a position repeats."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        total = trainer.num_training_batches
-        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs) and trainer.fit_loop.restarting:
-            rank_zero_info("Lightning skips one step of ReduceLROnPlateau when it resumes at an epoch's end")
-        if not trainer.fit_loop.restarting or progress.ready == 0 or progress.ready >= total:
-            return False
-        if progress.ready % trainer.accumulate_grad_batches:
-            rank_zero_info(
-                f"Resuming after {progress.ready % trainer.accumulate_grad_batches} of "
-                f"{trainer.accumulate_grad_batches} accumulated batches: their gradients are not in the "
-                "file, so the first step is made of the others"
-            )
-        loader = trainer.fit_loop._combined_loader
-        loaders = [] if loader is None else loader.flattened
-        if not all(hasattr(one, "state_dict") and hasattr(one, "load_state_dict") for one in loaders):
-            left = f"{int(total - progress.ready)} of {int(total)}" if total != float("inf") else "remaining"
-            rank_zero_info(
-                f"Resuming after batch {progress.ready} of epoch {trainer.current_epoch} with a dataloader that "
-                f"keeps no position: it starts at its first batch again for the {left} batches left, so batches "
-                "repeat and others are not seen in this epoch. torchdata.stateful_dataloader.StatefulDataLoader "
-                "resumes exactly"
-            )
-        return True
-
-    def _check_company(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Refuse trainers, strategies, precisions and callbacks that would break the run's promises."""
-        if not isinstance(trainer, pl.Trainer):
-            raise TypeError(
-                f"the Trainer is {type(trainer).__module__}.{type(trainer).__qualname__}; lightning_lora works "
-                "with the package lightning: write `import lightning.pytorch as pl` instead of `import "
-                "pytorch_lightning as pl`"
-            )
-        precision = type(trainer.precision_plugin).__name__
-        if precision in _REPLACING_PRECISIONS:
-            raise ValueError(
-                f"{precision} replaces the linear layers that adapters sit in and is not supported. Use "
-                'precision="bf16-true" for a frozen base in half the memory, or "bf16-mixed"'
-            )
-        shards = getattr(trainer.strategy, "shards", False)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        averaging = [one for one in callbacks if isinstance(one, (WeightAveraging, StochasticWeightAveraging))]
-        if averaging and shards:
-            raise ValueError(
-                f"{type(averaging[0]).__name__} copies the whole model, which no rank holds under "
-                f"{type(trainer.strategy).__name__}: use it with strategy='ddp', or leave it out"
-            )
-        for callback in callbacks:
-            if callback is self:
-                break
-            if callback in averaging:
-                name = type(callback).__name__
-                raise ValueError(
-                    f"{name} copies the model at setup, before LoRACallback adapts it: list LoRACallback before {name}"
-                )
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            _, root = find_root(pl_module, self.module)
-            if injection_of(root) is None:
-                raise ValueError(
-                    "this strategy runs fit in forked or spawned processes, and the model in this script's "
-                    "process would come back without adapters. Use strategy='ddp', or adapt it before fit with the "
-                    "callback's settings: inject(model, LoRAConfig(...))"
-                )
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
@@ -304,28 +224,3 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(LoRAConfig)}
     spelled_out = settings.keys() == defaults.keys()
     return {name: value for name, value in settings.items() if not spelled_out or value != defaults[name]}
-
-
-def _check_built_in_time(root: nn.Module) -> None:
-    """Raise ``ValueError`` for a model, or a part of it, that was built after the callback adapted what was there."""
-    injection = injection_of(root)
-    known = set() if injection is None else set(injection.requires_grad)
-    adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
-    late = [n for n, p in root.named_parameters() if clean_name(n) not in known and id(p) not in adapters]
-    if injection is None or late:
-        some = f" ({late[0]!r} is new)" if injection is not None else ""
-        raise ValueError(
-            f"{type(root).__name__} was built or changed after LoRACallback's setup{some}, in the module's own setup() "
-            "perhaps: build the model in __init__ or configure_model"
-        )
-
-
-def _let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
-    """Make the output of frozen embeddings require grad where transformers checkpoints its blocks reentrantly.
-
-    A reentrant checkpoint whose input needs no gradient gives its parameters none.
-    """
-    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in root.modules()]
-    reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
-    if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
-        enable()

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch.utils.checkpoint as torch_checkpoint
+from torch import nn
 
 from lightning_lora.model.wrapping import at_injection, wrap
 
@@ -80,3 +81,14 @@ def _run_as_then(then: dict[int, Switch], function: Callable[..., Any], *args: A
             switch_on(key, then[key])
             stack.callback(switch_off, key)
         return function(*args, **kwargs)
+
+
+def let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
+    """Make the output of frozen embeddings require grad where transformers checkpoints its blocks reentrantly.
+
+    A reentrant checkpoint whose input needs no gradient gives its parameters none.
+    """
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in root.modules()]
+    reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
+    if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
+        enable()
