@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint import random_state
 from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.gathered import class_name
@@ -26,7 +25,7 @@ from lightning_lora.model.statistics import freeze_statistics
 from lightning_lora.strategies import lightning_cli
 from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
 from lightning_lora.strategies.combinations import check_averaging, check_launcher, check_trainer
-from lightning_lora.strategies.progress import begin_after_last_batch, say_what_repeats
+from lightning_lora.strategies.progress import begin_after_last_batch
 from lightning_lora.strategies.refusals import check_readable
 from lightning_lora.strategies.starting_point import adapt_module, check_built_in_time, configure_then_adapt
 
@@ -100,7 +99,6 @@ class LoRACallback(Callback):
         if on_nonfinite not in (None, "error", "warn"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r} is not known; expected 'error', 'warn' or None")
         self.on_nonfinite = on_nonfinite
-        self._random_state: dict[str, Any] | None = None
         self._checked: set[int] = set()
         lightning_cli.install(LoRACallback)
 
@@ -115,7 +113,8 @@ class LoRACallback(Callback):
         check_averaging(trainer, self)
         check_launcher(trainer, pl_module, self.module)
         strategy, own = adopt(trainer.strategy), frozenset((self.module,))
-        strategy.peft_roots = strategy.peft_roots | own if self.save_peft else strategy.peft_roots - own
+        beside = strategy.peft_beside
+        beside.paths = beside.paths | own if self.save_peft else beside.paths - own
         strategy.on_nonfinite = self.on_nonfinite
         self._checked = set()
         if is_overridden("configure_model", pl_module):
@@ -184,26 +183,16 @@ class LoRACallback(Callback):
             layer.start_dropout()  # from_pretrained leaves models in eval mode: it would be off
             # ranks that share a model share its dropout
             layer.lora_salt = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
-        strategy = trainer.strategy
-        assert isinstance(strategy, AdapterOnly)
-        self._random_state = None
-        if say_what_repeats(trainer):
-            strategy.restore_random_state()  # making the loader's iterator drew from the generators
-        elif strategy.has_random_state():
-            self._random_state = random_state.collect()
-        strategy.forget_random_state()
+        _adopted(trainer).position.begin(trainer)
         begin_after_last_batch(trainer)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        assert isinstance(trainer.strategy, AdapterOnly)
-        trainer.strategy.note_end()
+        _adopted(trainer).position.note_end()
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._random_state is not None:  # a run that never stopped has no on_train_start hooks here
-            random_state.restore(self._random_state)
-            self._random_state = None
+        _adopted(trainer).position.begin_epoch()
 
     @override
     def on_before_optimizer_step(
@@ -217,6 +206,11 @@ class LoRACallback(Callback):
             if self.strict_idle:
                 raise ValueError(message)
             rank_zero_warn(message)
+
+
+def _adopted(trainer: "pl.Trainer") -> AdapterOnly:
+    assert isinstance(trainer.strategy, AdapterOnly)
+    return trainer.strategy
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,20 +7,17 @@ copied.
 
 import contextlib
 import functools
-import os
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint import random_state
 from lightning_lora.checkpoint.atomic_io import make_atomic
 from lightning_lora.checkpoint.file import (
     SECTION,
@@ -52,7 +49,6 @@ from lightning_lora.checkpoint.optimizer_state import (
     prepare_optimizers,
     spread_state,
 )
-from lightning_lora.checkpoint.storage import Location, location, remove_files
 from lightning_lora.distributed.ddp import (
     Reduction,
     prepare_ddp,
@@ -62,15 +58,12 @@ from lightning_lora.distributed.ddp import (
 )
 from lightning_lora.distributed.overflow import check_scalable
 from lightning_lora.model.finite import OnNonfinite, check_finite
-from lightning_lora.model.left_out import outside_names, say_left_out
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots, named_adapter_parameters
 from lightning_lora.ops.sharded import on_rank_zero
-from lightning_lora.peft.convert import write_adapter
-from lightning_lora.peft.directory import CONFIG_NAME, WEIGHTS_NAME
-from lightning_lora.peft.save import fail_together, write_tokenizer
 from lightning_lora.strategies.lockstep import Lockstep
 from lightning_lora.strategies.logged import log_adapters
+from lightning_lora.strategies.peft_beside import PeftBeside
 from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
 from lightning_lora.strategies.refusals import (
     check_has_values,
@@ -81,8 +74,8 @@ from lightning_lora.strategies.refusals import (
     is_deepspeed,
     unsupported,
 )
+from lightning_lora.strategies.run_position import RunPosition
 
-S = TypeVar("S")
 STATE_KEY = "state_dict"
 
 
@@ -95,18 +88,20 @@ class AdapterOnly(Strategy):
     """
 
     shards: bool = False
-    peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
     on_nonfinite: OnNonfinite | None = None
     lockstep: Lockstep | None = None  # of a run
     _reduction: Reduction | None = None  # under DDP
-    _checked_readable: bool = False
-    _said_left_out: bool = False
     _loaded_from: Any = None
-    _position: dict[str, Any] | None = None  # random states at the last batch
-    _loader_states: list[dict[str, Any]] | None = None
-    _is_over: bool = False
-    _random_states: list[dict[str, Any]] | None = None
-    _loaders_to_restore: list[list[torch.Tensor]] | None = None
+
+    @functools.cached_property
+    def position(self) -> RunPosition:
+        """Where the run stands."""
+        return RunPosition(self)
+
+    @functools.cached_property
+    def peft_beside(self) -> PeftBeside:
+        """The PEFT directories beside the run's checkpoints."""
+        return PeftBeside()
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
@@ -136,8 +131,7 @@ class AdapterOnly(Strategy):
 
         What is spread over ranks is gathered to rank 0.
         """
-        if not self._is_over:  # what comes next, the state of stateful dataloaders among it, may draw numbers
-            self._position = self._collect_position()
+        self.position.note()
         look_for_moved(self._adapted_module())
         return {name: on_rank_zero(value, is_zero=self.is_global_zero) for name, value in self._trained_state().items()}
 
@@ -157,10 +151,7 @@ class AdapterOnly(Strategy):
             section["left_out"] = {STATE_KEY: describe_left_out(module)}
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
-            position = self._position or self._collect_position()
-            section["random_states"] = random_state.gather(position, self._num_ranks())
-            if self._is_over and self._loader_states:
-                checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._loader_states
+            self.position.add_to(checkpoint, section, self._num_ranks())
         # averaging callbacks may have put a full state in its place, the user's hook may have added to it
         names = self._trained_state().keys()
         base = {clean_name(name) for name in module.state_dict()} - names
@@ -175,44 +166,22 @@ class AdapterOnly(Strategy):
             )
         self._check_finite(checkpoint[STATE_KEY], filepath)
         checkpoint[SECTION] = section
-        if self.is_global_zero and not self._checked_readable:
+        if self.is_global_zero:
             check_readable(
                 checkpoint,
                 "the checkpoint would hold objects that a safe load refuses, from hyperparameters (keep them out with "
                 "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values",
             )
-            self._checked_readable = True
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self.peft_roots and not location(filepath).name.startswith("."):
-            self._write_peft_directories(checkpoint, filepath)
-            self._say_left_out(checkpoint, filepath)
+        self.peft_beside.write(self, checkpoint, filepath, STATE_KEY)
 
-    def _write_peft_directories(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        """Write what the file holds, which need not be what the model holds. Called on all ranks; rank 0 writes."""
-        failure: Exception | None = None
-        if self.is_global_zero:
-            roots = injected_roots(self._adapted_module())
-            try:
-                for adapter in checkpoint[SECTION]["adapters"]:
-                    path = adapter["root"]
-                    if None in self.peft_roots or path in self.peft_roots:
-                        directory = peft_directory(filepath, path if len(roots) > 1 else "")
-                        write_adapter(checkpoint, adapter, directory, filepath, on_nonfinite=self._on_nonfinite_save())
-                        write_tokenizer(getattr(roots[path], "tokenizer", None), directory)
-            except Exception as error:
-                failure = error
-        if self._num_ranks() > 1:
-            fail_together(failure)
-        elif failure is not None:
-            raise failure
-
-    def _on_nonfinite_save(self) -> OnNonfinite:
+    def on_nonfinite_at_save(self) -> OnNonfinite:
         """Return what a save does about NaN: it must neither end a run unasked, nor hide the error that ends one."""
         return "warn" if self._adapted_module().trainer.interrupted else self.on_nonfinite or "warn"
 
     def _check_finite(self, state: Mapping[str, Any], filepath: Any) -> None:
         """Warn of adapters that hold NaN or infinity, or raise ``ValueError`` on all ranks. Called on all ranks."""
-        adapters, on_nonfinite = adapters_in(state, self._adapted_module()), self._on_nonfinite_save()
+        adapters, on_nonfinite = adapters_in(state, self._adapted_module()), self.on_nonfinite_at_save()
         failure = None
         try:
             check_finite(adapters, filepath, on_nonfinite)
@@ -223,19 +192,11 @@ class AdapterOnly(Strategy):
         if failure is not None:
             raise ValueError(failure)
 
-    def _say_left_out(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        """Say, once in a run, what the PEFT directory beside a checkpoint does not hold."""
-        if not self._said_left_out:
-            outside = outside_names(checkpoint[STATE_KEY], *injected_roots(self._adapted_module()))
-            say_left_out(peft_directory(filepath), outside, f"It is in {filepath}, under {STATE_KEY!r}")
-            self._said_left_out = True
-
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
-        directory = peft_directory(filepath)
-        if self.peft_roots and self.is_global_zero and directory.is_dir():
-            remove_files(directory, (CONFIG_NAME, WEIGHTS_NAME))
+        if self.is_global_zero:
+            self.peft_beside.remove(filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -262,7 +223,7 @@ class AdapterOnly(Strategy):
         checkpoint[STATE_KEY] = tensors
         self._loaded_from = checkpoint_path
         states = checkpoint[SECTION].get("random_states") if fitting else None
-        self._random_states = random_state.fitting_states(states, self._num_ranks(), checkpoint_path)
+        self.position.load(states, self._num_ranks(), checkpoint_path)
         return checkpoint
 
     def _check_left_out(self, checkpoint: dict[str, Any], source: Any) -> None:
@@ -369,46 +330,14 @@ class AdapterOnly(Strategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         # the last moment before the training data's iterator is made, which draws from the generators
-        if self._adapted_module().trainer.training and self._random_states is not None:
-            self.restore_random_state()
-            if self._loaders_to_restore is None:
-                self._loaders_to_restore = list(self._own_random_state().get("loaders", []))
-            if self._loaders_to_restore:
-                random_state.restore_loader(dataloader, self._loaders_to_restore.pop(0))
-            # Lightning tells samplers the epoch only after a resumed run has made its iterator
-            epochs: Any = self._adapted_module().trainer.fit_loop.epoch_progress.current
-            _set_sampler_epoch(dataloader, epochs.processed)
+        trainer: Any = self._adapted_module().trainer
+        if trainer.training:
+            self.position.before_iterator(dataloader, trainer.fit_loop.epoch_progress.current.processed)
         return super().process_dataloader(dataloader)
 
-    def restore_random_state(self) -> None:
-        """Put this rank's random generators where the loaded checkpoint left them; without one do nothing."""
-        if self._random_states is not None:
-            random_state.restore(self._own_random_state())
-
-    def _own_random_state(self) -> dict[str, Any]:
-        assert self._random_states is not None
-        return self._random_states[int(getattr(self, "global_rank", 0))]
-
-    def has_random_state(self) -> bool:
-        """Whether a loaded checkpoint's random states are still to be restored."""
-        return self._random_states is not None
-
-    def forget_random_state(self) -> None:
-        """Drop the loaded random states: the resumed run is under way."""
-        self._random_states = self._loaders_to_restore = None
-        self._position, self._loader_states, self._is_over = None, None, False
-
-    def note_end(self) -> None:
-        """Keep the position at the run's end for files written later, when its dataloaders have lost theirs."""
-        combined = self._adapted_module().trainer.fit_loop._combined_loader
-        self._position = self._collect_position()
-        self._loader_states = None if combined is None else combined._state_dicts()
-        self._is_over = True
-
-    def _collect_position(self) -> dict[str, Any]:
-        combined = self._adapted_module().trainer.fit_loop._combined_loader
-        loaders = [] if combined is None else combined.flattened
-        return {**random_state.collect(), "loaders": random_state.collect_loaders(loaders)}
+    def random_state_of_this_rank(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return this rank's random states among those of all ranks."""
+        return states[int(getattr(self, "global_rank", 0))]
 
     def _adapted_module(self) -> "pl.LightningModule":
         assert self.lightning_module is not None
@@ -455,10 +384,3 @@ def adopt(strategy: Strategy) -> AdapterOnly:
 def adopted_class(mixin: type[Any], base: type[Any]) -> type[Any]:
     """Return the class ``LoRA<Base>(mixin, Base)``."""
     return type(f"LoRA{base.__name__}", (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
-
-
-def peft_directory(filepath: Any, path: str = "") -> Location:
-    """Return where the PEFT directory beside a checkpoint file is: ``last.ckpt`` has ``last-peft``."""
-    stem = os.fspath(filepath).removesuffix(".ckpt")
-    directory = location(f"{stem}-peft")
-    return directory / path if path else directory

@@ -210,11 +210,10 @@ class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
         check_equal_evaluation(trainer, self.device_mesh.get_group())
 
     @override
-    def _own_random_state(self) -> dict[str, Any]:
-        assert self._random_states is not None
+    def random_state_of_this_rank(self, states: list[dict[str, Any]]) -> dict[str, Any]:
         first = torch.distributed.get_global_rank(self.device_mesh.get_group(), 0)
         # ranks that share a model now may not have shared one when the file was written
-        return {**self._random_states[first], "megatron": super()._own_random_state().get("megatron", {})}
+        return {**states[first], "megatron": super().random_state_of_this_rank(states).get("megatron", {})}
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
