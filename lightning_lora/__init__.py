@@ -23,11 +23,12 @@ from lightning_lora.peft.convert import convert
 from lightning_lora.peft.load import load_peft
 from lightning_lora.peft.readers import check_portable
 from lightning_lora.peft.save import save_peft
-from lightning_lora.strategies import fabric_methods, missing_callback  # noqa: F401  # wrap at the first injection
-from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
-from lightning_lora.strategies.load_from_checkpoint import wrap_load_from_checkpoint
-from lightning_lora.strategies.megatron import MegatronLoRAStrategy
-from lightning_lora.strategies.registry import register
+from lightning_lora.strategies.fabric import methods  # noqa: F401  # wraps at the first injection
+from lightning_lora.strategies.shared.registry import register
+from lightning_lora.strategies.trainer import missing_callback  # noqa: F401  # wraps at the first injection
+from lightning_lora.strategies.trainer.fsdp import FSDPLoRAStrategy
+from lightning_lora.strategies.trainer.load_from_checkpoint import wrap_load_from_checkpoint
+from lightning_lora.strategies.trainer.megatron import MegatronLoRAStrategy
 
 __version__ = "0.1.0"
 __all__ = [

@@ -22,12 +22,12 @@ from lightning_lora.model.root import find_root
 from lightning_lora.model.start_line import summary
 from lightning_lora.model.state import is_merged, named_lora_layers, require_injection
 from lightning_lora.model.statistics import freeze_statistics
-from lightning_lora.strategies import lightning_cli
-from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
-from lightning_lora.strategies.combinations import check_averaging, check_launcher, check_trainer
-from lightning_lora.strategies.progress import begin_after_last_batch
-from lightning_lora.strategies.refusals import check_readable
-from lightning_lora.strategies.starting_point import adapt_module, check_built_in_time, configure_then_adapt
+from lightning_lora.strategies.shared.refusals import check_readable
+from lightning_lora.strategies.trainer import lightning_cli
+from lightning_lora.strategies.trainer.adapter_only import AdapterOnly, adopt
+from lightning_lora.strategies.trainer.combinations import check_averaging, check_launcher, check_trainer
+from lightning_lora.strategies.trainer.progress import begin_after_last_batch
+from lightning_lora.strategies.trainer.starting_point import adapt_module, check_built_in_time, configure_then_adapt
 
 
 class LoRACallback(Callback):

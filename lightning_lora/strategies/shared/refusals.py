@@ -14,18 +14,15 @@ from lightning_lora.model.state import injected_roots
 from lightning_lora.ops.sharded import is_sharded
 
 
-def unsupported(name: str) -> str:
-    """Return the error for a strategy that cannot keep adapter checkpoints exact."""
-    return (
-        f"{name} is not supported: its checkpoints would hold the base or lose the adapters. Use strategy='auto' or "
-        "'ddp' (every rank holds the frozen base, and only the adapters' gradients are exchanged), or 'fsdp_lora' "
-        "(each rank holds its share of the base)"
-    )
-
-
-def is_deepspeed(strategy: object) -> bool:
-    """Whether a strategy is DeepSpeed's, which Lightning derives from DDP's."""
-    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)
+def check_served(strategy: object, served: tuple[type[Any], ...]) -> None:
+    """Raise ``ValueError`` for a strategy that cannot keep adapter checkpoints exact."""
+    is_deepspeed = any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)  # derived from DDP's
+    if not isinstance(strategy, served) or is_deepspeed:
+        raise ValueError(
+            f"{type(strategy).__name__} is not supported: its checkpoints would hold the base or lose the adapters. "
+            "Use strategy='auto' or 'ddp' (every rank holds the frozen base, and only the adapters' gradients are "
+            "exchanged), or 'fsdp_lora' (each rank holds its share of the base)"
+        )
 
 
 def check_reader(checkpoint_io: Any) -> None:

@@ -21,8 +21,8 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_lora.distributed.rendezvous import store_of_this_attempt
 from lightning_lora.model.state import injected_roots
-from lightning_lora.strategies.rendezvous import store_of_this_attempt
 
 T = TypeVar("T")
 

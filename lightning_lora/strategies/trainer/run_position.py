@@ -6,7 +6,7 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from torch import Tensor
 
 from lightning_lora.checkpoint import random_state
-from lightning_lora.strategies.progress import say_what_repeats
+from lightning_lora.strategies.trainer.progress import say_what_repeats
 
 
 class RunPosition:

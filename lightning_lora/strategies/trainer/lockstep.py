@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_lora.strategies.notes import Notes, common_notes
-from lightning_lora.strategies.signals import NotedSignals, Request
+from lightning_lora.distributed.notes import Notes, common_notes
+from lightning_lora.strategies.trainer.signals import NotedSignals, Request
 
 _BEGINS, _VALIDATES, _LEAVES = range(3)
 _OF_ALL_RANKS = ("barrier", "broadcast", "reduce", "_num_ranks")  # methods of a strategy

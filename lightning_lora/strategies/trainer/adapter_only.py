@@ -18,7 +18,6 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint.atomic_io import make_atomic
 from lightning_lora.checkpoint.file import (
     SECTION,
     adapters_in,
@@ -51,7 +50,6 @@ from lightning_lora.checkpoint.optimizer_state import (
 )
 from lightning_lora.distributed.ddp import (
     Reduction,
-    prepare_ddp,
     reduce_in_fixed_order,
     share_buffers_again,
     share_buffers_once,
@@ -61,20 +59,20 @@ from lightning_lora.model.finite import OnNonfinite, check_finite
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots, named_adapter_parameters
 from lightning_lora.ops.sharded import on_rank_zero
-from lightning_lora.strategies.lockstep import Lockstep
-from lightning_lora.strategies.logged import log_adapters
-from lightning_lora.strategies.peft_beside import PeftBeside
-from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
-from lightning_lora.strategies.refusals import (
+from lightning_lora.strategies.shared.adoption import swap_class
+from lightning_lora.strategies.shared.refusals import (
     check_has_values,
     check_readable,
     check_reader,
+    check_served,
     check_whole,
     first_on_meta,
-    is_deepspeed,
-    unsupported,
 )
-from lightning_lora.strategies.run_position import RunPosition
+from lightning_lora.strategies.trainer.lockstep import Lockstep
+from lightning_lora.strategies.trainer.logged import log_adapters
+from lightning_lora.strategies.trainer.peft_beside import PeftBeside
+from lightning_lora.strategies.trainer.progress import begin_after_finished_epoch, correct_progress
+from lightning_lora.strategies.trainer.run_position import RunPosition
 
 STATE_KEY = "state_dict"
 
@@ -144,26 +142,8 @@ class AdapterOnly(Strategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write one file on rank 0. Called on all ranks; gathers a few kilobytes of random states."""
-        module = self._adapted_module()
-        section = {}
-        if self.is_global_zero or self.shards:
-            section = describe(module, STATE_KEY, moved_tensors(module))
-            section["left_out"] = {STATE_KEY: describe_left_out(module)}
-        if "optimizer_states" in checkpoint:
-            section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
-            self.position.add_to(checkpoint, section, self._num_ranks())
-        # averaging callbacks may have put a full state in its place, the user's hook may have added to it
-        names = self._trained_state().keys()
-        base = {clean_name(name) for name in module.state_dict()} - names
-        for holder, key in _model_states(checkpoint):
-            named = {clean_name(name): value for name, value in holder[key].items()}
-            holder[key] = {name: value for name, value in named.items() if name not in base}
-        lost = [name for name in trained_tensors(module) if name not in checkpoint[STATE_KEY]]
-        if lost:
-            raise ValueError(
-                f"on_save_checkpoint took {len(lost)} trained tensors out of checkpoint['state_dict'], {lost[0]!r} "
-                "among them, and the file could not be resumed: keep them under their names"
-            )
+        section = self._describe_run(checkpoint)
+        self._remove_base(checkpoint)
         self._check_finite(checkpoint[STATE_KEY], filepath)
         checkpoint[SECTION] = section
         if self.is_global_zero:
@@ -174,6 +154,35 @@ class AdapterOnly(Strategy):
             )
         super().save_checkpoint(checkpoint, filepath, storage_options)
         self.peft_beside.write(self, checkpoint, filepath, STATE_KEY)
+
+    def _describe_run(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return the section about the adapters, their base, the optimizers and the position. Called on all ranks."""
+        module, section = self._adapted_module(), {}
+        if self.is_global_zero or self.shards:
+            section = describe(module, STATE_KEY, moved_tensors(module))
+            section["left_out"] = {STATE_KEY: describe_left_out(module)}
+        if "optimizer_states" in checkpoint:
+            section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
+            self.position.add_to(checkpoint, section, self._num_ranks())
+        return section
+
+    def _remove_base(self, checkpoint: dict[str, Any]) -> None:
+        """Take base weights out of a checkpoint, where averaging callbacks or the user's hook have put them.
+
+        Raises:
+            ValueError: trained tensors are missing.
+        """
+        module = self._adapted_module()
+        base = {clean_name(name) for name in module.state_dict()} - self._trained_state().keys()
+        for holder, key in _model_states(checkpoint):
+            named = {clean_name(name): value for name, value in holder[key].items()}
+            holder[key] = {name: value for name, value in named.items() if name not in base}
+        lost = [name for name in trained_tensors(module) if name not in checkpoint[STATE_KEY]]
+        if lost:
+            raise ValueError(
+                f"on_save_checkpoint took {len(lost)} trained tensors out of checkpoint['state_dict'], {lost[0]!r} "
+                "among them, and the file could not be resumed: keep them under their names"
+            )
 
     def on_nonfinite_at_save(self) -> OnNonfinite:
         """Return what a save does about NaN: it must neither end a run unasked, nor hide the error that ends one."""
@@ -360,27 +369,13 @@ def _model_states(checkpoint: Any) -> list[tuple[dict[str, Any], str]]:
 
 
 def adopt(strategy: Strategy) -> AdapterOnly:
-    """Make a Trainer's strategy write and read adapter-only checkpoints, in place. Adopting twice does nothing.
+    """Make a Trainer's strategy write and read adapter-only checkpoints, in place; see :func:`swap_class`.
 
     Raises:
-        ValueError: the strategy shards or replaces the model in a way that is not served; the message says what to use.
+        ValueError: the strategy, or how it reads files, is not served.
     """
-    if isinstance(strategy, AdapterOnly):
-        check_reader(strategy.checkpoint_io)
-        make_atomic(strategy.checkpoint_io)
-        return strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or is_deepspeed(strategy):
-        raise ValueError(unsupported(type(strategy).__name__))
+    check_served(strategy, (AdapterOnly, SingleDeviceStrategy, DDPStrategy))
     check_reader(strategy.checkpoint_io)
-    make_atomic(strategy.checkpoint_io)
-    if isinstance(strategy, DDPStrategy):
-        prepare_ddp(strategy)
-    strategy.__class__ = adopted_class(AdapterOnly, type(strategy))
+    swap_class(strategy, AdapterOnly, DDPStrategy)
     assert isinstance(strategy, AdapterOnly)
     return strategy
-
-
-@functools.cache
-def adopted_class(mixin: type[Any], base: type[Any]) -> type[Any]:
-    """Return the class ``LoRA<Base>(mixin, Base)``."""
-    return type(f"LoRA{base.__name__}", (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_lora.checkpoint.file import SECTION, read_checkpoint
 from lightning_lora.model.state import injected_roots
 from lightning_lora.model.wrapping import at_injection, wrap
-from lightning_lora.strategies.fabric import adapted_modules, adopt_fabric
+from lightning_lora.strategies.fabric.adapter_only import adapted_modules, adopt_fabric
 
 
 @at_injection
