@@ -1,5 +1,14 @@
-"""LoRA for PyTorch Lightning and Fabric, from a laptop to Megatron tensor parallelism."""
+"""LoRA for PyTorch Lightning and Fabric, from a laptop to Megatron tensor parallelism.
 
+Importing this package registers the strategies ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and
+wraps one function of Lightning: ``LightningModule.load_from_checkpoint`` adapts the new module if the file holds
+adapters. The first model that is adapted wraps Fabric's ``setup``, ``save`` and ``load``, the Trainer's restoring of a
+model, ``save_pretrained`` and activation checkpoints; the first :class:`LoRACallback` wraps how LightningCLI builds an
+optimizer. Without adapters all of these behave as ever, and
+:func:`lightning_lora.model.wrapping.unwrap_all` puts them back.
+"""
+
+from lightning_lora import fabric
 from lightning_lora.callback import LoRACallback
 from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict, load_adapter_state_dict
 from lightning_lora.config import LoRAConfig
@@ -16,9 +25,12 @@ from lightning_lora.peft.convert import convert
 from lightning_lora.peft.load import load_peft
 from lightning_lora.peft.readers import check_portable
 from lightning_lora.peft.save import save_peft
-from lightning_lora.strategies import lightning_hooks
-from lightning_lora.strategies.fsdp import FSDPLoRAStrategy
-from lightning_lora.strategies.megatron import MegatronLoRAStrategy
+from lightning_lora.strategies.fabric import methods  # noqa: F401  # wraps at the first injection
+from lightning_lora.strategies.shared.registry import register
+from lightning_lora.strategies.trainer import missing_callback  # noqa: F401  # wraps at the first injection
+from lightning_lora.strategies.trainer.fsdp import FSDPLoRAStrategy
+from lightning_lora.strategies.trainer.load_from_checkpoint import wrap_load_from_checkpoint
+from lightning_lora.strategies.trainer.megatron import MegatronLoRAStrategy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,4 +63,16 @@ __all__ = [
     "unmerge",
 ]
 
-lightning_hooks.install()
+register(
+    "fsdp_lora",
+    "the frozen base sharded with FSDP2, adapters whole, adapter-only checkpoints",
+    FSDPLoRAStrategy,
+    fabric.FSDPLoRAStrategy,
+)
+register(
+    "megatron_lora",
+    "the base split over tensor-parallel ranks by its plan, adapter-only checkpoints",
+    MegatronLoRAStrategy,
+    fabric.MegatronLoRAStrategy,
+)
+wrap_load_from_checkpoint()

@@ -6,33 +6,28 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint import random_state
 from lightning_lora.checkpoint.frozen import look_for_moved
-from lightning_lora.compat.lightning import is_forking, train_loader
-from lightning_lora.compat.transformers import checkpoint_function
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.gathered import class_name
-from lightning_lora.model.layerdrop import skipped_at_random
-from lightning_lora.model.names import clean_name, listed
+from lightning_lora.model.idle import idle_layers
+from lightning_lora.model.recomputation import let_gradients_through_checkpointed_blocks
 from lightning_lora.model.root import find_root
-from lightning_lora.model.state import injection_of, is_merged, named_lora_layers, require_injection
+from lightning_lora.model.state import is_merged, named_lora_layers, require_injection
 from lightning_lora.model.statistics import freeze_statistics
 from lightning_lora.model.summary import summary
-from lightning_lora.strategies import lightning_cli
-from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
-from lightning_lora.strategies.progress import begin_after_last_batch
-from lightning_lora.strategies.refusals import check_readable
-from lightning_lora.strategies.starting_point import adapt_module, configure_then_adapt
-
-_REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
+from lightning_lora.strategies.shared.refusals import check_readable
+from lightning_lora.strategies.trainer import lightning_cli
+from lightning_lora.strategies.trainer.adapter_only import AdapterOnly, adopt
+from lightning_lora.strategies.trainer.combinations import check_averaging, check_launcher, check_trainer
+from lightning_lora.strategies.trainer.progress import begin_after_last_batch
+from lightning_lora.strategies.trainer.starting_point import adapt_module, check_built_in_time, configure_then_adapt
 
 
 class LoRACallback(Callback):
@@ -104,7 +99,6 @@ class LoRACallback(Callback):
         if on_nonfinite not in (None, "error", "warn"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r} is not known; expected 'error', 'warn' or None")
         self.on_nonfinite = on_nonfinite
-        self._random_state: dict[str, Any] | None = None
         self._checked: set[int] = set()
         lightning_cli.install(LoRACallback)
 
@@ -115,9 +109,12 @@ class LoRACallback(Callback):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._check_company(trainer, pl_module)
+        check_trainer(trainer)
+        check_averaging(trainer, self)
+        check_launcher(trainer, pl_module, self.module)
         strategy, own = adopt(trainer.strategy), frozenset((self.module,))
-        strategy.peft_roots = strategy.peft_roots | own if self.save_peft else strategy.peft_roots - own
+        beside = strategy.peft_beside
+        beside.paths = beside.paths | own if self.save_peft else beside.paths - own
         strategy.on_nonfinite = self.on_nonfinite
         self._checked = set()
         if is_overridden("configure_model", pl_module):
@@ -148,7 +145,7 @@ class LoRACallback(Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         path, root = find_root(pl_module, self.module)
-        _check_built_in_time(root)
+        check_built_in_time(root)
         if is_merged(root):
             raise ValueError(
                 "the adapters are merged into the base weights and cannot train: call unmerge(model) first"
@@ -161,7 +158,7 @@ class LoRACallback(Callback):
                     "them out with self.save_hyperparameters(ignore=[...])",
                 )
         look_for_moved(pl_module)
-        _let_gradients_through_checkpointed_blocks(root)
+        let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, require_injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
         dropout = require_injection(root).config.dropout
@@ -186,26 +183,16 @@ class LoRACallback(Callback):
             layer.start_dropout()  # from_pretrained leaves models in eval mode: it would be off
             # ranks that share a model share its dropout
             layer.lora_salt = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
-        strategy = trainer.strategy
-        assert isinstance(strategy, AdapterOnly)
-        self._random_state = None
-        if self._say_what_repeats(trainer):
-            strategy.restore_random_state()  # making the loader's iterator drew from the generators
-        elif strategy.has_random_state():
-            self._random_state = random_state.collect()
-        strategy.forget_random_state()
+        _adopted(trainer).position.begin(trainer)
         begin_after_last_batch(trainer)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        assert isinstance(trainer.strategy, AdapterOnly)
-        trainer.strategy.note_end()
+        _adopted(trainer).position.note_end()
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._random_state is not None:  # a run that never stopped has no on_train_start hooks here
-            random_state.restore(self._random_state)
-            self._random_state = None
+        _adopted(trainer).position.begin_epoch()
 
     @override
     def on_before_optimizer_step(
@@ -215,89 +202,15 @@ class LoRACallback(Callback):
             return
         self._checked.add(id(optimizer))
         _, root = find_root(pl_module, self.module)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        skipped = skipped_at_random(root)
-        idle = [
-            name
-            for name, layer in named_lora_layers(root).items()
-            if name not in skipped
-            and any(id(p) in held for _, p in layer.named_adapter_tensors())
-            and all(p.grad is None for _, p in layer.named_adapter_tensors())
-        ]
-        if idle:
-            some = listed(idle, 5)
-            message = (
-                f"{len(idle)} adapted layers got no gradient in the first step: {some}. Their output does not reach "
-                "the loss: leave them out with exclude_modules"
-            )
+        if (message := idle_layers(root, optimizer)) is not None:
             if self.strict_idle:
                 raise ValueError(message)
             rank_zero_warn(message)
 
-    def _say_what_repeats(self, trainer: "pl.Trainer") -> bool:
-        """Return whether the run goes on in mid-epoch, and say which batches a loader without a position repeats."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        total = trainer.num_training_batches
-        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs) and trainer.fit_loop.restarting:
-            rank_zero_info("Lightning skips one step of ReduceLROnPlateau when it resumes at an epoch's end")
-        if not trainer.fit_loop.restarting or progress.ready == 0 or progress.ready >= total:
-            return False
-        if progress.ready % trainer.accumulate_grad_batches:
-            rank_zero_info(
-                f"Resuming after {progress.ready % trainer.accumulate_grad_batches} of "
-                f"{trainer.accumulate_grad_batches} accumulated batches: their gradients are not in the "
-                "file, so the first step is made of the others"
-            )
-        loader = train_loader(trainer)
-        loaders = [] if loader is None else loader.flattened
-        if not all(hasattr(one, "state_dict") and hasattr(one, "load_state_dict") for one in loaders):
-            left = f"{int(total - progress.ready)} of {int(total)}" if total != float("inf") else "remaining"
-            rank_zero_info(
-                f"Resuming after batch {progress.ready} of epoch {trainer.current_epoch} with a dataloader that "
-                f"keeps no position: it starts at its first batch again for the {left} batches left, so batches "
-                "repeat and others are not seen in this epoch. torchdata.stateful_dataloader.StatefulDataLoader "
-                "resumes exactly"
-            )
-        return True
 
-    def _check_company(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Refuse trainers, strategies, precisions and callbacks that would break the run's promises."""
-        if not isinstance(trainer, pl.Trainer):
-            raise TypeError(
-                f"the Trainer is {type(trainer).__module__}.{type(trainer).__qualname__}; lightning_lora works "
-                "with the package lightning: write `import lightning.pytorch as pl` instead of `import "
-                "pytorch_lightning as pl`"
-            )
-        precision = type(trainer.precision_plugin).__name__
-        if precision in _REPLACING_PRECISIONS:
-            raise ValueError(
-                f"{precision} replaces the linear layers that adapters sit in and is not supported. Use "
-                'precision="bf16-true" for a frozen base in half the memory, or "bf16-mixed"'
-            )
-        shards = getattr(trainer.strategy, "shards", False)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        averaging = [one for one in callbacks if isinstance(one, (WeightAveraging, StochasticWeightAveraging))]
-        if averaging and shards:
-            raise ValueError(
-                f"{type(averaging[0]).__name__} copies the whole model, which no rank holds under "
-                f"{type(trainer.strategy).__name__}: use it with strategy='ddp', or leave it out"
-            )
-        for callback in callbacks:
-            if callback is self:
-                break
-            if callback in averaging:
-                name = type(callback).__name__
-                raise ValueError(
-                    f"{name} copies the model at setup, before LoRACallback adapts it: list LoRACallback before {name}"
-                )
-        if is_forking(trainer.strategy.launcher):
-            _, root = find_root(pl_module, self.module)
-            if injection_of(root) is None:
-                raise ValueError(
-                    "this strategy runs fit in forked or spawned processes, and the model in this script's "
-                    "process would come back without adapters. Use strategy='ddp', or adapt it before fit with the "
-                    "callback's settings: inject(model, LoRAConfig(...))"
-                )
+def _adopted(trainer: "pl.Trainer") -> AdapterOnly:
+    assert isinstance(trainer.strategy, AdapterOnly)
+    return trainer.strategy
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
@@ -305,28 +218,3 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(LoRAConfig)}
     spelled_out = settings.keys() == defaults.keys()
     return {name: value for name, value in settings.items() if not spelled_out or value != defaults[name]}
-
-
-def _check_built_in_time(root: nn.Module) -> None:
-    """Raise ``ValueError`` for a model, or a part of it, that was built after the callback adapted what was there."""
-    injection = injection_of(root)
-    known = set() if injection is None else set(injection.requires_grad)
-    adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
-    late = [n for n, p in root.named_parameters() if clean_name(n) not in known and id(p) not in adapters]
-    if injection is None or late:
-        some = f" ({late[0]!r} is new)" if injection is not None else ""
-        raise ValueError(
-            f"{type(root).__name__} was built or changed after LoRACallback's setup{some}, in the module's own setup() "
-            "perhaps: build the model in __init__ or configure_model"
-        )
-
-
-def _let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
-    """Make the output of frozen embeddings require grad where transformers checkpoints its blocks reentrantly.
-
-    A reentrant checkpoint whose input needs no gradient gives its parameters none.
-    """
-    functions = [checkpoint_function(module) for module in root.modules()]
-    reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
-    if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
-        enable()

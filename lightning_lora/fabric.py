@@ -12,12 +12,12 @@ from lightning_lora.distributed.gradients import GradientReducer, drop_unused
 from lightning_lora.distributed.sharding import shard, sharded_trainables
 from lightning_lora.megatron.core import parallel_state
 from lightning_lora.model.gathered import reshard
-from lightning_lora.strategies.fabric_spread import FabricSpread
-from lightning_lora.strategies.fsdp import FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
-from lightning_lora.strategies.megatron import MegatronRanks, check_first_batch
+from lightning_lora.strategies.fabric.sharded import FabricShardedStrategy
+from lightning_lora.strategies.shared.fsdp import FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
+from lightning_lora.strategies.shared.megatron import MegatronRanks, check_first_batch
 
 
-class FSDPLoRAStrategy(FSDPRanks, FabricSpread):
+class FSDPLoRAStrategy(FSDPRanks, FabricShardedStrategy):
     """Shard the frozen base over all ranks with FSDP2 and keep the adapters whole; the twin for Fabric.
 
     The arguments are those of :class:`lightning_lora.FSDPLoRAStrategy`. ``fabric.setup(model, optimizer)`` takes the
@@ -62,7 +62,7 @@ class FSDPLoRAStrategy(FSDPRanks, FabricSpread):
         return no_sync(model, self._reducers[model][0])
 
 
-class MegatronLoRAStrategy(MegatronRanks, FabricSpread):
+class MegatronLoRAStrategy(MegatronRanks, FabricShardedStrategy):
     """Split the base over tensor-parallel ranks by its plan, adapters with it; the twin for Fabric.
 
     The arguments are those of :class:`lightning_lora.MegatronLoRAStrategy`. Megatron-core's groups exist after

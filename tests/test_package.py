@@ -1,5 +1,6 @@
 """The package as a whole: its public names, its version, the cost of importing it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -67,3 +68,54 @@ def test_nothing_but_its_strategy_imports_the_megatron_folder() -> None:
         name = path.relative_to(ROOT / "lightning_lora").as_posix()
         if not name.startswith("megatron/") and name not in allowed:
             assert "lightning_lora.megatron" not in path.read_text(), name
+
+
+SNAPSHOT = """
+import json, sys
+import torch, torch.utils.checkpoint, lightning.pytorch as pl, lightning.fabric
+import lightning.pytorch.cli, lightning.pytorch.core.saving, transformers.modeling_utils
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.pytorch.strategies import StrategyRegistry
+
+def places():
+    for module in list(sys.modules.values()):
+        name = getattr(module, "__name__", "")
+        if name.partition(".")[0] in ("torch", "lightning", "transformers"):
+            yield name, module
+            for key, value in list(vars(module).items()):
+                if isinstance(value, type) and value.__module__ == name:
+                    yield f"{name}.{key}", value
+
+def functions():
+    kinds = (type(places), staticmethod, classmethod, property)
+    return {
+        (name, key): value
+        for name, owner in places() for key, value in list(vars(owner).items()) if isinstance(value, kinds)
+    }
+
+def changed():
+    now = functions()
+    return sorted(".".join(place) for place in before.keys() & now.keys() if before[place] is not now[place])
+
+before, registered = functions(), [set(StrategyRegistry), set(STRATEGY_REGISTRY)]
+import lightning_lora
+names = [sorted(set(one) - known) for one, known in zip((StrategyRegistry, STRATEGY_REGISTRY), registered)]
+imported = changed()
+model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+lightning_lora.inject(model, lightning_lora.LoRAConfig(r=1))
+lightning_lora.LoRACallback()
+used = changed()
+from lightning_lora.model.wrapping import unwrap_all
+unwrap_all()
+print(json.dumps([names, imported, used, changed()]))
+"""
+
+
+def test_import_registers_two_names_and_wraps_one_function_and_first_use_can_be_undone() -> None:
+    result = subprocess.run([sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, check=True, cwd=ROOT)
+    names, imported, used, left = json.loads(result.stdout.splitlines()[-1])
+    assert names == [["fsdp_lora", "megatron_lora"]] * 2
+    assert imported == ["lightning.pytorch.core.saving._load_state"]
+    wrapped = ("Fabric.setup", "Fabric.save", "_CheckpointConnector.restore_model", "PreTrainedModel.save_pretrained")
+    assert all(any(place.endswith(name) for place in used) for name in wrapped)
+    assert left == []

@@ -1,6 +1,6 @@
 """Checkpoint files that are whole or not there: written beside their place, then moved into it."""
 
-import io
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from lightning_lora.checkpoint.storage import write_atomically
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's file writer, made safe against a crash, a kill and a full disk on local file systems.
 
-    Remote paths are written as Lightning does.
+    ``torch.save`` writes into the file, so that no second copy of the checkpoint is made in memory. Remote paths are
+    written as Lightning does.
     """
 
     @override
@@ -23,9 +24,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_atomically(Path(path), buffer.getbuffer())
+        write_atomically(Path(path), functools.partial(torch.save, checkpoint))
 
 
 def make_atomic(checkpoint_io: CheckpointIO) -> None:

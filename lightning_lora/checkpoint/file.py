@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint.all_ranks import meet
-from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference
+from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference, without
 from lightning_lora.checkpoint.storage import RemotePath, location
 from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.config import LoRAConfig
@@ -41,7 +41,7 @@ from lightning_lora.ops.sharded import is_sharded, local_part, logical, whole, w
 SECTION = "lightning_lora"
 FORMAT_VERSION = 1
 # what other formats keep of an adapted model in a checkpoint, by name: plain values that each function returns
-PARTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {}
+PARTS: dict[str, Callable[[nn.Module, dict[str, Any]], dict[str, Any]]] = {}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -152,6 +152,8 @@ def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> 
     """
     adapters = []
     for path, root in injected_roots(module).items():
+        base = fingerprint(root)
+        held = {clean_name(name) for name, parameter in root.named_parameters() if id(parameter) in moved}
         adapters.append(
             {
                 "name": "default",
@@ -159,8 +161,8 @@ def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> 
                 "root": path,
                 "config": require_injection(root).config.to_dict(),
                 **structure(root),
-                "base": fingerprint(root, moved),
-                **{name: describe_part(root) for name, describe_part in PARTS.items()},
+                "base": without(base, held),
+                **{name: describe_part(root, base) for name, describe_part in PARTS.items()},
             }
         )
     return {"format_version": FORMAT_VERSION, "adapters": adapters}

@@ -21,7 +21,7 @@ _MASK = 2**62 - 1
 _CHUNK = 2**18
 
 
-def fingerprint(root: nn.Module, moved: Collection[int] = ()) -> dict[str, Any]:
+def fingerprint(root: nn.Module) -> dict[str, Any]:
     """Return one integer per frozen tensor of the base, as ``{"source", "names", "hashes", "dtypes", "embeddings"}``.
 
     Each integer is a sum, over up to 64 positions that depend on the tensor's size alone, of a hash of the position and
@@ -31,9 +31,6 @@ def fingerprint(root: nn.Module, moved: Collection[int] = ()) -> dict[str, Any]:
     of the last one are kept too: rows that a resize added hold values of their own.
 
     Of a sharded base each rank hashes its own part, and the integers are summed: call on all ranks then.
-
-    Args:
-        moved: identities of parameters to leave out, since a file holds them.
     """
     reshard(root)
     tables = {id(m._parameters.get("weight")) for m in root.modules() if isinstance(m, nn.Embedding)}
@@ -42,7 +39,6 @@ def fingerprint(root: nn.Module, moved: Collection[int] = ()) -> dict[str, Any]:
         name: (tensor, parameters.get(name, tensor))
         for name, tensor in named_base_tensors(root)
         if stored_as(tensor) is None and tensor.device.type != "meta" and parameters.get(name, tensor).numel() > 0
-        if id(parameters.get(name, tensor)) not in moved
     }
     resizable = [name for name in held if id(parameters.get(name)) in tables]
     sums = [_hash(tensor, like) for tensor, like in held.values()]
@@ -93,16 +89,25 @@ def first_difference(root: nn.Module, recorded: dict[str, Any]) -> str | None:
     return first_other_value(own, recorded) if difference is None else difference
 
 
-def renamed(recorded: dict[str, Any], rename: Callable[[str], str | None]) -> dict[str, Any]:
+def renamed(recorded: Mapping[str, Any], rename: Callable[[str], str | None]) -> dict[str, Any]:
     """Return a fingerprint under other names; tensors that have none, and what is known of embeddings, are left out."""
     names = [rename(name) for name in recorded["names"]]
-    kept = [index for index, name in enumerate(names) if name is not None]
+    return {**_at(recorded, [i for i, name in enumerate(names) if name is not None], names), "embeddings": {}}
+
+
+def without(recorded: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return a fingerprint without the tensors of these names."""
+    kept = [index for index, name in enumerate(recorded["names"]) if name not in names]
+    embeddings = {name: value for name, value in recorded["embeddings"].items() if name not in names}
+    return {**_at(recorded, kept, recorded["names"]), "embeddings": embeddings}
+
+
+def _at(recorded: Mapping[str, Any], kept: list[int], names: Sequence[str | None]) -> dict[str, Any]:
     return {
         "source": recorded["source"],
         "names": [names[index] for index in kept],
         "hashes": recorded["hashes"][kept],
         "dtypes": [recorded["dtypes"][index] for index in kept],
-        "embeddings": {},
     }
 
 

@@ -170,11 +170,6 @@ def place_of_load_state() -> tuple[Any, str]:
     return _place("lightning.pytorch.core.saving", "_load_state")
 
 
-def place_of_log_hyperparams() -> tuple[Any, str]:
-    """Return where a Trainer finds the function that logs hyperparameters."""
-    return _place("lightning.pytorch.trainer.trainer", "_log_hyperparams")
-
-
 def place_of_restore_model() -> tuple[Any, str]:
     """Return where a Trainer finds the method that fills its module from a file."""
     connector = _lightning("lightning.pytorch.trainer.connectors.checkpoint_connector", "_CheckpointConnector")

@@ -14,6 +14,9 @@ import torch
 
 from lightning_lora.compat.megatron import set_random_state_functions, skip_copies_to_host
 
+_MISSING = object()
+_replaced: list[tuple[Any, str, Any]] = []  # (owner, name, its value before install)
+
 
 def install() -> None:
     """Let Megatron-core run on the CPU, for this process. A second call does nothing.
@@ -26,9 +29,9 @@ def install() -> None:
             "'megatron_lora' on CPU stands in for what Megatron-core hard-codes to CUDA, which is refused on a machine "
             "with a CUDA device: use accelerator='gpu', or hide the devices with CUDA_VISIBLE_DEVICES="
         )
-    found: Any = torch.cuda.current_device
-    if found is _cpu:
+    if _replaced:
         return
+    before = [(owner, dict(vars(owner))) for owner in _patched_owners()]
     _draw_from_the_cpu()
     _mask_on_the_cpu()
     _norms_under_sequence_parallelism()
@@ -36,6 +39,36 @@ def install() -> None:
     name_te_general_gemm()
     _dispatch_without_streams()
     torch.cuda.current_device = _cpu  # type: ignore[assignment]  # an index in torch; both name a device
+    for owner, former in before:
+        _replaced.extend(
+            (owner, name, former.get(name, _MISSING))
+            for name, value in vars(owner).items()
+            if former.get(name, _MISSING) is not value
+        )
+
+
+def uninstall() -> None:
+    """Put Megatron-core and torch back as they were before :func:`install`.
+
+    A strategy does not call it at its teardown: the split model's forward still needs the patches after a run.
+    """
+    while _replaced:
+        owner, name, value = _replaced.pop()
+        if value is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+
+
+def _patched_owners() -> list[Any]:
+    from megatron.core.fusions import fused_softmax
+    from megatron.core.tensor_parallel import layers, random
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    functions = (layers.LinearWithFrozenWeight, layers.LinearWithGradAccumulationAndAsyncCommunication)
+    return [torch.cuda, random, fused_softmax, WrappedTorchNorm, *functions, moe_utils, MoEAlltoAllTokenDispatcher]
 
 
 def name_te_general_gemm() -> None:

@@ -14,14 +14,13 @@ from lightning_lora.layers import LoRALayer, unadapt
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.token_rows import train_rows
 from lightning_lora.layers.trained import keep_wide, restore_dtypes
+from lightning_lora.model import recomputation, save_pretrained  # noqa: F401  # wrap functions when a model is adapted
 from lightning_lora.model.fused_paths import keep_off_fused_paths
 from lightning_lora.model.gathered import reshard, stop_gathering
 from lightning_lora.model.init import initialize
 from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.plan import plan
-from lightning_lora.model.recomputation import keep_state_of_forward
-from lightning_lora.model.save_pretrained import guard_save_pretrained
 from lightning_lora.model.state import (
     Injection,
     check_not_disabled,
@@ -35,6 +34,7 @@ from lightning_lora.model.state_dict import complete_state_dicts, take_state_dic
 from lightning_lora.model.statistics import freeze_statistics, unfreeze_statistics
 from lightning_lora.model.targets import has_redundant_forward
 from lightning_lora.model.undo import unchanged_on_error
+from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.sharded import write
 
 
@@ -100,9 +100,8 @@ def _carry_out(decided: Plan, model: nn.Module) -> None:
     freeze_statistics(model, decided.trained_whole)
     keep_off_fused_paths(model, injection)
     complete_state_dicts(model)
-    guard_save_pretrained()
-    keep_state_of_forward()
     model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
+    run_at_injection()
 
 
 def adapt_layer(

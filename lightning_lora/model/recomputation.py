@@ -11,8 +11,11 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch.utils.checkpoint as torch_checkpoint
+from torch import nn
 
 from lightning_lora.compat.torch import checkpoint_frame
+from lightning_lora.compat.transformers import checkpoint_function
+from lightning_lora.model.wrapping import at_injection, wrap
 
 
 class Switch(Protocol):
@@ -42,20 +45,18 @@ def switch_off(key: int) -> None:
     switched.pop(key).leave()
 
 
+@at_injection
 def keep_state_of_forward() -> None:
     """Make torch's and Megatron-core's activation checkpoints recompute with the changes that were made in forward.
 
     No hook serves both of torch's variants, so a method of their classes is wrapped, once in a process. Where nothing
     was switched in between, they recompute as before.
     """
-    frame = checkpoint_frame()
-    if not hasattr(frame.__init__, "lora_original"):
-        frame.__init__ = _with_present_state(frame.__init__)
+    wrap(checkpoint_frame(), "__init__", _with_present_state)
     megatron = sys.modules.get("megatron.core.tensor_parallel.random")
     for module in (torch_checkpoint, megatron):
-        function: Any = getattr(module, "CheckpointFunction", None)
-        if function is not None and not hasattr(function.forward, "lora_original"):
-            function.forward = staticmethod(_with_present_state(function.forward))
+        if (function := getattr(module, "CheckpointFunction", None)) is not None:
+            wrap(function, "forward", lambda forward: staticmethod(_with_present_state(forward)))
 
 
 def _with_present_state(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +66,6 @@ def _with_present_state(method: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(own: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return method(own, functools.partial(_run_as_then, dict(switched), function), *args, **kwargs)
 
-    wrapped.lora_original = method  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -83,3 +83,14 @@ def _run_as_then(then: dict[int, Switch], function: Callable[..., Any], *args: A
             switch_on(key, then[key])
             stack.callback(switch_off, key)
         return function(*args, **kwargs)
+
+
+def let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
+    """Make the output of frozen embeddings require grad where transformers checkpoints its blocks reentrantly.
+
+    A reentrant checkpoint whose input needs no gradient gives its parameters none.
+    """
+    functions = [checkpoint_function(module) for module in root.modules()]
+    reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
+    if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
+        enable()

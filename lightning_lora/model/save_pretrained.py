@@ -15,6 +15,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.model.copies import WHAT_TO_WRITE
 from lightning_lora.model.gathered import class_name
 from lightning_lora.model.names import clean_name
+from lightning_lora.model.wrapping import at_injection, wrap
 from lightning_lora.ops.sharded import is_part
 
 # the classes that models inherit the method from, by the modules that define them
@@ -25,6 +26,7 @@ _WRITERS = {
 }
 
 
+@at_injection
 def guard_save_pretrained() -> None:
     """Wrap ``save_pretrained`` of imported model classes so that it looks for adapters. A second call does nothing.
 
@@ -33,9 +35,8 @@ def guard_save_pretrained() -> None:
     what to write instead. A model without adapters, and a ``state_dict=`` without any, is written as ever.
     """
     for module, name in _WRITERS.items():
-        cls: Any = getattr(sys.modules.get(module), name, None)
-        if cls is not None and not hasattr(cls.save_pretrained, "knows_adapters"):
-            cls.save_pretrained = _looking_for_adapters(cls.save_pretrained)
+        if (cls := getattr(sys.modules.get(module), name, None)) is not None:
+            wrap(cls, "save_pretrained", _looking_for_adapters)
 
 
 def _looking_for_adapters(method: Any) -> Any:
@@ -51,7 +52,6 @@ def _looking_for_adapters(method: Any) -> Any:
                 return method(*call.args, **call.kwargs)
         return method(self, *args, **kwargs)
 
-    save_pretrained.knows_adapters = True  # type: ignore[attr-defined]
     return save_pretrained
 
 

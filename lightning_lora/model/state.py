@@ -15,6 +15,7 @@ from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.gathered import gathered
 from lightning_lora.model.layer_plan import Plan
 from lightning_lora.model.names import clean_name, joined
+from lightning_lora.model.wrapping import run_at_injection
 
 
 @dataclass
@@ -43,6 +44,10 @@ class Injection:
     def config(self) -> LoRAConfig:
         """The settings that the model was adapted with."""
         return self.plan.config
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        run_at_injection()  # the adapted model came from another process
 
     @property
     def trained_whole(self) -> tuple[str, ...]:

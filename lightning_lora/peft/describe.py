@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.checkpoint.file import PARTS
-from lightning_lora.checkpoint.fingerprint import known_fingerprint, renamed
+from lightning_lora.checkpoint.fingerprint import renamed
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding
@@ -21,8 +21,11 @@ from lightning_lora.peft.layout import Entry
 from lightning_lora.peft.written import modules_trained_whole, peft_config
 
 
-def describe_for_peft(root: nn.Module) -> dict[str, Any]:
+def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that a PEFT directory needs beside the tensors, in plain values: config, entries, metadata.
+
+    Args:
+        base: the fingerprint of the frozen base.
 
     Raises:
         ValueError: PEFT would compute something else from the file.
@@ -30,9 +33,7 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
     family = family_of(root)
     if family is not None and family.skeleton(root) is not None:
         view, sources = family.adapted_view(root)
-        description = describe_for_peft(view)
-        base = renamed(known_fingerprint(root), family.peft_name)
-        description["metadata"] = {"base": {**base, "hashes": base["hashes"].tolist()}}
+        description = describe_for_peft(view, renamed(base, family.peft_name))
         description["only_portable"] = _check_experts(root, view)
         description["entries"] = [(key, *_from(names[0], sources)) for key, _, names in description["entries"]]
         description["config"]["task_type"] = "CAUSAL_LM"
@@ -45,12 +46,10 @@ def describe_for_peft(root: nn.Module) -> dict[str, Any]:
                 "adapter in checkpoints, or merge(model, remove=True) and save the merged model"
             )
     _check_trained_whole(root)
-    base = known_fingerprint(root)
-    metadata = {**base, "hashes": base["hashes"].tolist()}
     return {
         "config": peft_config(root),
         "entries": [(e.key, e.layout, list(e.names)) for e in _entries(root)],
-        "metadata": {"base": metadata},
+        "metadata": {"base": {**base, "hashes": base["hashes"].tolist()}},
     }
 
 
@@ -182,10 +181,10 @@ def _parameter_entries(name: str, layer: LoRAParameters) -> list[Entry]:
     return entries
 
 
-def _for_checkpoint(root: nn.Module) -> dict[str, Any]:
+def _for_checkpoint(root: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     """Return what :func:`~lightning_lora.peft.convert` needs of a checkpoint, or why it cannot be done."""
     try:
-        return describe_for_peft(root)
+        return describe_for_peft(root, base)
     except ValueError as error:
         return {"refused": str(error)}
 

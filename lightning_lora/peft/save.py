@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint.all_ranks import fail_together, meet
+from lightning_lora.checkpoint.fingerprint import known_fingerprint
 from lightning_lora.checkpoint.storage import local_directory, location
 from lightning_lora.model.finite import OnNonfinite
 from lightning_lora.model.left_out import say_left_out, trained_outside
@@ -56,7 +57,7 @@ def save_peft(
     """
     root = require_root(model)
     check_not_disabled(root)
-    description = describe_for_peft(root)
+    description = describe_for_peft(root, known_fingerprint(root))
     tensors = _needed(root, description)
     spread = any(map(is_sharded, tensors.values()))
     if spread:

@@ -2,7 +2,9 @@
 
 import copy
 import errno
+import io
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from lightning_lora import (
     merge,
     save_peft,
 )
+from lightning_lora.checkpoint import fingerprint
+from lightning_lora.checkpoint.atomic_io import AtomicCheckpointIO
 from lightning_lora.checkpoint.storage import write_atomically
 from lightning_lora.layers import LoRALayer
 from tests import models
@@ -53,6 +57,15 @@ def test_file_holds_what_trains_and_how_it_was_made(tmp_path: Path) -> None:
     assert len(adapter["base"]["names"]) == len(list(models.llama().parameters()))
     adapter_bytes = sum(p.numel() * p.element_size() for p in adapter_state_dict(module).values())
     assert (tmp_path / "last.ckpt").stat().st_size < 3 * adapter_bytes + 80_000  # weights, two moments, names
+
+
+def test_a_save_reads_the_base_for_one_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, module = fitted(tmp_path)
+    hashed = []
+    monkeypatch.setattr(fingerprint, "_hash", lambda tensor, *_, **__: hashed.append(id(tensor)) or torch.tensor(0))
+    run.save_checkpoint(tmp_path / "more.ckpt")
+    base = [p for p in module.parameters() if not p.requires_grad]
+    assert len(hashed) == len(base) + 1  # the last row of the embedding is hashed too
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -558,6 +571,35 @@ class TestAtomicity:
         assert "cannot write 5,000 bytes to" in output
         assert path.read_bytes() == b"former"
         assert [p.name for p in files.iterdir()] == ["last.ckpt"]
+
+    def test_a_checkpoint_is_written_without_a_copy_of_it_in_memory(self, tmp_path: Path) -> None:
+        content = {"x": torch.zeros(2**24), "n": 1}
+        torch.save(content, tmp_path / "archive.ckpt")  # the file's name is in its bytes
+        tracemalloc.start()
+        AtomicCheckpointIO().save_checkpoint(content, tmp_path / "atomic.ckpt")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**20
+        assert (tmp_path / "atomic.ckpt").read_bytes() == (tmp_path / "archive.ckpt").read_bytes()
+
+    def test_a_full_disk_amid_a_checkpoint_leaves_the_former_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "last.ckpt"
+        AtomicCheckpointIO().save_checkpoint({"n": 1}, path)
+        real = Path.open
+
+        class Full(io.FileIO):
+            def write(self, content: Any) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(
+            Path, "open", lambda self, mode="r": Full(self, "w") if self.suffix == ".part" else real(self, mode)
+        )
+        with pytest.raises(OSError, match=r"bytes to .*last.ckpt: No space left on device; a former file"):
+            AtomicCheckpointIO().save_checkpoint({"n": 2, "x": torch.zeros(1000)}, path)
+        assert torch.load(path, weights_only=True) == {"n": 1}
+        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 class TestPeftBeside:

@@ -146,8 +146,7 @@ def training(directory: Path, num_ranks: int) -> dict[str, Any]:
     for size, sequence_parallel, recomputes in layouts(num_ranks):
         name = layout_name(size, sequence_parallel, recomputes)
         module = Module(source, sequence_parallel=sequence_parallel, **(RECOMPUTE if recomputes else {}))
-        options = {"sequence_parallel": sequence_parallel}
-        trainer, _ = run(directory / name, size, module, max_epochs=2, options=options)
+        trainer, _ = run(directory / name, size, module, max_epochs=2)
         with counted_collectives() as reducing:
             for reducer in trainer.strategy._reducers:
                 reducer.reduce()
@@ -519,9 +518,7 @@ def unfreezing(directory: Path, num_ranks: int) -> dict[str, Any]:
 
 def fabric(directory: Path, num_ranks: int) -> dict[str, Any]:
     """The same run in Fabric."""
-    fabric = Fabric(
-        accelerator="cpu", devices=num_ranks, strategy=FabricStrategy(tensor_parallel_size=2, sequence_parallel=True)
-    )
+    fabric = Fabric(accelerator="cpu", devices=num_ranks, strategy=FabricStrategy(tensor_parallel_size=2))
     fabric.launch()
     module = Module(directory / "hf", sequence_parallel=True)
     module.configure_model()
@@ -593,7 +590,6 @@ def whole_modules(directory: Path, num_ranks: int) -> dict[str, Any]:
 def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
     source = directory / "hf"
     cases: dict[str, Any] = {
-        "sequence": lambda: run(None, 2, Module(source), options={"sequence_parallel": True}),
         "dora": lambda: run(None, 2, Module(source), lora={"use_dora": True}),
         "typo": lambda: run(None, 2, Module(source), lora={"target_modules": ["q_prj"]}),
         "head": lambda: run(None, 2, Module(source), lora={"target_modules": ["output_layer"]}),

@@ -309,7 +309,6 @@ def refusals(directory: Path, num_ranks: int) -> dict[str, str]:
     cases: dict[str, dict[str, Any]] = {
         "word": {"options": {"plan": {"layers.*.self_attn.q_proj": "columnwise"}}},
         "name": {"options": {"plan": {"layers.*.self_attn.query": "colwise"}}},
-        "sequence": {"options": {"sequence_parallel": True}},
         "dora": {"lora": {"use_dora": True}},
         "no plan": {"module": Module("gpt2")},
         "trained": {"lora": {"modules_to_save": ["down_proj"], "target_modules": ["q_proj"]}},

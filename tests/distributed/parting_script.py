@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback
-from lightning_lora.strategies import notes
+from lightning_lora.distributed import notes
 from tests import models, runs
 from tests.distributed.launch import report
 from tests.runs import LanguageModule

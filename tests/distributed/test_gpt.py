@@ -374,7 +374,6 @@ class TestRefusals:
         ("case", "message"),
         [
             ("built early", r"was built for tensor_parallel_size=1 .*, and runs on \d: build it in configure_model"),
-            ("sequence", "the model was built without: give its config sequence_parallel=True"),
             ("dora", "for which use_dora, lora_bias, PiSSA, OLoRA and init_rng='peft' are not served"),
             ("typo", "'q_prj' matches no module of GPTModel; nearest: q_proj"),
             ("head", "'output_layer' is the output head of a Megatron-core model"),

@@ -260,7 +260,6 @@ class TestRefusals:
             ("no plan", "GPT2LMHeadModel has no tensor-parallel plan"),
             ("trained", "'model.layers.0.mlp.down_proj' trains its own 'weight'"),
             ("tied", "the tied embedding or output head is adapted"),
-            ("sequence", "sequence_parallel=True is served for Megatron-core's models, not for LlamaForCausalLM"),
             ("size", "LlamaForCausalLM is split over 2 ranks, from another run, and this one has 1 that share a model"),
             ("removed", "was split over ranks by a former run under 'megatron_lora'"),
             ("batches", "ranks that share a model were given different batches"),
@@ -278,9 +277,8 @@ class TestRefusals:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not served"),
-        ({"context_parallel_size": 2}, "context_parallel_size=2 is not served"),
-        ({"expert_parallel_size": 4}, "expert_parallel_size=4 is not served"),
+        ({"pipeline_parallel_size": 2}, "has no option 'pipeline_parallel_size'; nearest: tensor_parallel_size"),
+        ({"sequence_parallel": True}, "has no option 'sequence_parallel'"),
         ({"tensor_parallel_size": 0}, "must be 'auto' or a positive integer"),
         ({"tensor_paralel_size": 2}, "has no option 'tensor_paralel_size'; nearest: tensor_parallel_size"),
     ],

@@ -272,7 +272,7 @@ class TestRefusals:
 def test_options_are_those_of_the_trainers(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="has no option 'tensor_paralel_size'; nearest: tensor_parallel_size"):
         MegatronLoRAStrategy(tensor_paralel_size=2)
-    with pytest.raises(ValueError, match="pipeline_parallel_size=2 is not served"):
+    with pytest.raises(TypeError, match="has no option 'pipeline_parallel_size'; nearest: tensor_parallel_size"):
         MegatronLoRAStrategy(pipeline_parallel_size=2)
 
 

@@ -11,7 +11,7 @@ from lightning_lora import LoRAConfig, inject, remove
 from lightning_lora.distributed.blocks import Block, wrap_blocks
 from lightning_lora.layers.class_swap import lora_class
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.strategies.adapter_only import AdapterOnly, adopt
+from lightning_lora.strategies.trainer.adapter_only import AdapterOnly, adopt
 
 
 def adapted() -> nn.Module:

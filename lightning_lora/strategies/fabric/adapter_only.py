@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint import random_state
-from lightning_lora.checkpoint.atomic_io import make_atomic
 from lightning_lora.checkpoint.file import (
     SECTION,
     adapters_in,
@@ -40,13 +39,13 @@ from lightning_lora.checkpoint.optimizer_state import (
     parameter_names,
     spread_state,
 )
-from lightning_lora.distributed.ddp import Reduction, prepare_ddp, reduce_in_fixed_order
+from lightning_lora.distributed.ddp import Reduction, reduce_in_fixed_order
 from lightning_lora.distributed.overflow import check_scalable
-from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.model.finite import check_finite
 from lightning_lora.model.state import injected_roots
 from lightning_lora.ops.sharded import on_rank_zero
-from lightning_lora.strategies.refusals import check_whole, is_deepspeed, unsupported
+from lightning_lora.strategies.shared.adoption import adopt_class
+from lightning_lora.strategies.shared.refusals import check_served, check_whole
 
 
 class FabricAdapterOnly(Strategy):
@@ -246,15 +245,8 @@ def adopt_fabric(strategy: Strategy) -> None:
     Raises:
         ValueError: the strategy shards the model in a way that is not served; the message says what to use.
     """
-    if isinstance(strategy, FabricAdapterOnly):
-        make_atomic(strategy.checkpoint_io)
-        return
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or is_deepspeed(strategy):
-        raise ValueError(unsupported(type(strategy).__name__))
-    make_atomic(strategy.checkpoint_io)
-    if isinstance(strategy, DDPStrategy):
-        prepare_ddp(strategy)
-    swap_class(strategy, FabricAdapterOnly)
+    check_served(strategy, (FabricAdapterOnly, SingleDeviceStrategy, DDPStrategy))
+    adopt_class(strategy, FabricAdapterOnly, DDPStrategy)
 
 
 def merge_sections(sections: list[dict[str, Any]]) -> dict[str, Any]:

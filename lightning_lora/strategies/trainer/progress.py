@@ -9,8 +9,9 @@ batch, whose next epoch is not begun but gone on with.
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.compat.lightning import clear_restarting, uncount_saved_batch
+from lightning_lora.compat.lightning import clear_restarting, train_loader, uncount_saved_batch
 
 
 def correct_progress(fit_loop: dict[str, Any], accumulate_grad_batches: int) -> None:
@@ -49,3 +50,28 @@ def begin_after_last_batch(trainer: "pl.Trainer") -> None:
         and batch_loop.batch_progress.is_last_batch
     ):
         fit_loop.reset_restart_stage()
+
+
+def say_what_repeats(trainer: "pl.Trainer") -> bool:
+    """Return whether a resumed run goes on inside an epoch, and log which batches it repeats or leaves out."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    total = trainer.num_training_batches
+    if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs) and trainer.fit_loop.restarting:
+        rank_zero_info("Lightning skips one step of ReduceLROnPlateau when it resumes at an epoch's end")
+    if not trainer.fit_loop.restarting or progress.ready == 0 or progress.ready >= total:
+        return False
+    if accumulated := progress.ready % trainer.accumulate_grad_batches:
+        rank_zero_info(
+            f"Resuming after {accumulated} of {trainer.accumulate_grad_batches} accumulated batches: their gradients "
+            "are not in the file, so the first step is made of the others"
+        )
+    loader = train_loader(trainer)
+    loaders = [] if loader is None else loader.flattened
+    if not all(hasattr(one, "state_dict") and hasattr(one, "load_state_dict") for one in loaders):
+        left = f"{int(total - progress.ready)} of {int(total)}" if total != float("inf") else "remaining"
+        rank_zero_info(
+            f"Resuming after batch {progress.ready} of epoch {trainer.current_epoch} with a dataloader that keeps no "
+            f"position: it starts at its first batch again for the {left} batches left, so batches repeat and others "
+            "are not seen in this epoch. torchdata.stateful_dataloader.StatefulDataLoader resumes exactly"
+        )
+    return True

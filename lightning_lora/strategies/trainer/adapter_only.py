@@ -7,9 +7,8 @@ copied.
 
 import contextlib
 import functools
-import os
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,9 +18,6 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint import random_state
-from lightning_lora.checkpoint.all_ranks import fail_together
-from lightning_lora.checkpoint.atomic_io import make_atomic
 from lightning_lora.checkpoint.file import (
     SECTION,
     adapters_in,
@@ -52,39 +48,32 @@ from lightning_lora.checkpoint.optimizer_state import (
     prepare_optimizers,
     spread_state,
 )
-from lightning_lora.checkpoint.storage import Location, location, remove_files
-from lightning_lora.compat.lightning import loader_states, set_epoch, train_loader
 from lightning_lora.distributed.ddp import (
     Reduction,
-    prepare_ddp,
     reduce_in_fixed_order,
     share_buffers_again,
     share_buffers_once,
 )
 from lightning_lora.distributed.overflow import check_scalable
-from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.model.finite import OnNonfinite, check_finite
-from lightning_lora.model.left_out import outside_names, say_left_out
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots, named_adapter_parameters
 from lightning_lora.ops.sharded import on_rank_zero
-from lightning_lora.peft.config import CONFIG_NAME
-from lightning_lora.peft.convert import write_adapter
-from lightning_lora.peft.directory import WEIGHTS_NAME
-from lightning_lora.peft.save import write_tokenizer
-from lightning_lora.strategies.lockstep import Lockstep
-from lightning_lora.strategies.progress import begin_after_finished_epoch, correct_progress
-from lightning_lora.strategies.refusals import (
+from lightning_lora.strategies.shared.adoption import adopt_class
+from lightning_lora.strategies.shared.refusals import (
     check_has_values,
     check_readable,
     check_reader,
+    check_served,
     check_whole,
     first_on_meta,
-    is_deepspeed,
-    unsupported,
 )
+from lightning_lora.strategies.trainer.lockstep import Lockstep
+from lightning_lora.strategies.trainer.logged import log_adapters
+from lightning_lora.strategies.trainer.peft_beside import PeftBeside
+from lightning_lora.strategies.trainer.progress import begin_after_finished_epoch, correct_progress
+from lightning_lora.strategies.trainer.run_position import RunPosition
 
-S = TypeVar("S")
 STATE_KEY = "state_dict"
 
 
@@ -97,23 +86,25 @@ class AdapterOnly(Strategy):
     """
 
     shards: bool = False
-    peft_roots: frozenset[str | None] = frozenset()  # as given to LoRACallback(module=...)
     on_nonfinite: OnNonfinite | None = None
     lockstep: Lockstep | None = None  # of a run
     _reduction: Reduction | None = None  # under DDP
-    _checked_readable: bool = False
-    _said_left_out: bool = False
-    _loaded: dict[str, Any] | None = None
     _loaded_from: Any = None
-    _position: dict[str, Any] | None = None  # random states at the last batch
-    _loader_states: list[dict[str, Any]] | None = None
-    _is_over: bool = False
-    _random_states: list[dict[str, Any]] | None = None
-    _loaders_to_restore: list[list[torch.Tensor]] | None = None
+
+    @functools.cached_property
+    def position(self) -> RunPosition:
+        """Where the run stands."""
+        return RunPosition(self)
+
+    @functools.cached_property
+    def peft_beside(self) -> PeftBeside:
+        """The PEFT directories beside the run's checkpoints."""
+        return PeftBeside()
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
         self.lockstep = Lockstep(trainer)
+        log_adapters(trainer)
         super().setup(trainer)
 
     @override
@@ -138,8 +129,7 @@ class AdapterOnly(Strategy):
 
         What is spread over ranks is gathered to rank 0.
         """
-        if not self._is_over:  # what comes next, the state of stateful dataloaders among it, may draw numbers
-            self._position = self._collect_position()
+        self.position.note()
         look_for_moved(self._adapted_module())
         return {name: on_rank_zero(value, is_zero=self.is_global_zero) for name, value in self._trained_state().items()}
 
@@ -152,20 +142,38 @@ class AdapterOnly(Strategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write one file on rank 0. Called on all ranks; gathers a few kilobytes of random states."""
-        module = self._adapted_module()
-        section = {}
+        section = self._describe_run(checkpoint)
+        self._remove_base(checkpoint)
+        self._check_finite(checkpoint[STATE_KEY], filepath)
+        checkpoint[SECTION] = section
+        if self.is_global_zero:
+            check_readable(
+                checkpoint,
+                "the checkpoint would hold objects that a safe load refuses, from hyperparameters (keep them out with "
+                "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values",
+            )
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self.peft_beside.write(self, checkpoint, filepath, STATE_KEY)
+
+    def _describe_run(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return the section about the adapters, their base, the optimizers and the position. Called on all ranks."""
+        module, section = self._adapted_module(), {}
         if self.is_global_zero or self.shards:
             section = describe(module, STATE_KEY, moved_tensors(module))
             section["left_out"] = {STATE_KEY: describe_left_out(module)}
         if "optimizer_states" in checkpoint:
             section["optimizers"] = [parameter_names(optimizer, names_of(module)) for optimizer in self.optimizers]
-            position = self._position or self._collect_position()
-            section["random_states"] = random_state.gather(position, self._num_ranks())
-            if self._is_over and self._loader_states:
-                checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._loader_states
-        # averaging callbacks may have put a full state in its place, the user's hook may have added to it
-        names = self._trained_state().keys()
-        base = {clean_name(name) for name in module.state_dict()} - names
+            self.position.add_to(checkpoint, section, self._num_ranks())
+        return section
+
+    def _remove_base(self, checkpoint: dict[str, Any]) -> None:
+        """Take base weights out of a checkpoint, where averaging callbacks or the user's hook have put them.
+
+        Raises:
+            ValueError: trained tensors are missing.
+        """
+        module = self._adapted_module()
+        base = {clean_name(name) for name in module.state_dict()} - self._trained_state().keys()
         for holder, key in _model_states(checkpoint):
             named = {clean_name(name): value for name, value in holder[key].items()}
             holder[key] = {name: value for name, value in named.items() if name not in base}
@@ -175,46 +183,14 @@ class AdapterOnly(Strategy):
                 f"on_save_checkpoint took {len(lost)} trained tensors out of checkpoint['state_dict'], {lost[0]!r} "
                 "among them, and the file could not be resumed: keep them under their names"
             )
-        self._check_finite(checkpoint[STATE_KEY], filepath)
-        checkpoint[SECTION] = section
-        if self.is_global_zero and not self._checked_readable:
-            check_readable(
-                checkpoint,
-                "the checkpoint would hold objects that a safe load refuses, from hyperparameters (keep them out with "
-                "save_hyperparameters(ignore=[...])), a callback's state, or on_save_checkpoint; give plain values",
-            )
-            self._checked_readable = True
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self.peft_roots and not location(filepath).name.startswith("."):
-            self._write_peft_directories(checkpoint, filepath)
-            self._say_left_out(checkpoint, filepath)
 
-    def _write_peft_directories(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        """Write what the file holds, which need not be what the model holds. Called on all ranks; rank 0 writes."""
-        failure: Exception | None = None
-        if self.is_global_zero:
-            roots = injected_roots(self._adapted_module())
-            try:
-                for adapter in checkpoint[SECTION]["adapters"]:
-                    path = adapter["root"]
-                    if None in self.peft_roots or path in self.peft_roots:
-                        directory = peft_directory(filepath, path if len(roots) > 1 else "")
-                        write_adapter(checkpoint, adapter, directory, filepath, on_nonfinite=self._on_nonfinite_save())
-                        write_tokenizer(getattr(roots[path], "tokenizer", None), directory)
-            except Exception as error:
-                failure = error
-        if self._num_ranks() > 1:
-            fail_together(failure)
-        elif failure is not None:
-            raise failure
-
-    def _on_nonfinite_save(self) -> OnNonfinite:
+    def on_nonfinite_at_save(self) -> OnNonfinite:
         """Return what a save does about NaN: it must neither end a run unasked, nor hide the error that ends one."""
         return "warn" if self._adapted_module().trainer.interrupted else self.on_nonfinite or "warn"
 
     def _check_finite(self, state: Mapping[str, Any], filepath: Any) -> None:
         """Warn of adapters that hold NaN or infinity, or raise ``ValueError`` on all ranks. Called on all ranks."""
-        adapters, on_nonfinite = adapters_in(state, self._adapted_module()), self._on_nonfinite_save()
+        adapters, on_nonfinite = adapters_in(state, self._adapted_module()), self.on_nonfinite_at_save()
         failure = None
         try:
             check_finite(adapters, filepath, on_nonfinite)
@@ -225,19 +201,11 @@ class AdapterOnly(Strategy):
         if failure is not None:
             raise ValueError(failure)
 
-    def _say_left_out(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        """Say, once in a run, what the PEFT directory beside a checkpoint does not hold."""
-        if not self._said_left_out:
-            outside = outside_names(checkpoint[STATE_KEY], *injected_roots(self._adapted_module()))
-            say_left_out(peft_directory(filepath), outside, f"It is in {filepath}, under {STATE_KEY!r}")
-            self._said_left_out = True
-
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
-        directory = peft_directory(filepath)
-        if self.peft_roots and self.is_global_zero and directory.is_dir():
-            remove_files(directory, (CONFIG_NAME, WEIGHTS_NAME))
+        if self.is_global_zero:
+            self.peft_beside.remove(filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -262,9 +230,9 @@ class AdapterOnly(Strategy):
             correct_progress(checkpoint["loops"]["fit_loop"], module.trainer.accumulate_grad_batches)
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
         checkpoint[STATE_KEY] = tensors
-        self._loaded, self._loaded_from = checkpoint, checkpoint_path
+        self._loaded_from = checkpoint_path
         states = checkpoint[SECTION].get("random_states") if fitting else None
-        self._random_states = random_state.fitting_states(states, self._num_ranks(), checkpoint_path)
+        self.position.load(states, self._num_ranks(), checkpoint_path)
         return checkpoint
 
     def _check_left_out(self, checkpoint: dict[str, Any], source: Any) -> None:
@@ -371,46 +339,14 @@ class AdapterOnly(Strategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         # the last moment before the training data's iterator is made, which draws from the generators
-        if self._adapted_module().trainer.training and self._random_states is not None:
-            self.restore_random_state()
-            if self._loaders_to_restore is None:
-                self._loaders_to_restore = list(self._own_random_state().get("loaders", []))
-            if self._loaders_to_restore:
-                random_state.restore_loader(dataloader, self._loaders_to_restore.pop(0))
-            # Lightning tells samplers the epoch only after a resumed run has made its iterator
-            epochs: Any = self._adapted_module().trainer.fit_loop.epoch_progress.current
-            set_epoch(dataloader, epochs.processed)
+        trainer: Any = self._adapted_module().trainer
+        if trainer.training:
+            self.position.before_iterator(dataloader, trainer.fit_loop.epoch_progress.current.processed)
         return super().process_dataloader(dataloader)
 
-    def restore_random_state(self) -> None:
-        """Put this rank's random generators where the loaded checkpoint left them; without one do nothing."""
-        if self._random_states is not None:
-            random_state.restore(self._own_random_state())
-
-    def _own_random_state(self) -> dict[str, Any]:
-        assert self._random_states is not None
-        return self._random_states[int(getattr(self, "global_rank", 0))]
-
-    def has_random_state(self) -> bool:
-        """Whether a loaded checkpoint's random states are still to be restored."""
-        return self._random_states is not None
-
-    def forget_random_state(self) -> None:
-        """Drop the loaded random states: the resumed run is under way."""
-        self._random_states = self._loaders_to_restore = self._loaded = None
-        self._position, self._loader_states, self._is_over = None, None, False
-
-    def note_end(self) -> None:
-        """Keep the position at the run's end for files written later, when its dataloaders have lost theirs."""
-        combined = train_loader(self._adapted_module().trainer)
-        self._position = self._collect_position()
-        self._loader_states = None if combined is None else loader_states(combined)
-        self._is_over = True
-
-    def _collect_position(self) -> dict[str, Any]:
-        combined = train_loader(self._adapted_module().trainer)
-        loaders = [] if combined is None else combined.flattened
-        return {**random_state.collect(), "loaders": random_state.collect_loaders(loaders)}
+    def random_state_of_this_rank(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return this rank's random states among those of all ranks."""
+        return states[int(getattr(self, "global_rank", 0))]
 
     def _adapted_module(self) -> "pl.LightningModule":
         assert self.lightning_module is not None
@@ -433,28 +369,13 @@ def _model_states(checkpoint: Any) -> list[tuple[dict[str, Any], str]]:
 
 
 def adopt(strategy: Strategy) -> AdapterOnly:
-    """Make a Trainer's strategy write and read adapter-only checkpoints, in place. Adopting twice does nothing.
+    """Make a Trainer's strategy write and read adapter-only checkpoints, in place; see :func:`swap_class`.
 
     Raises:
-        ValueError: the strategy shards or replaces the model in a way that is not served; the message says what to use.
+        ValueError: the strategy, or how it reads files, is not served.
     """
-    if isinstance(strategy, AdapterOnly):
-        check_reader(strategy.checkpoint_io)
-        make_atomic(strategy.checkpoint_io)
-        return strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or is_deepspeed(strategy):
-        raise ValueError(unsupported(type(strategy).__name__))
+    check_served(strategy, (AdapterOnly, SingleDeviceStrategy, DDPStrategy))
     check_reader(strategy.checkpoint_io)
-    make_atomic(strategy.checkpoint_io)
-    if isinstance(strategy, DDPStrategy):
-        prepare_ddp(strategy)
-    swap_class(strategy, AdapterOnly)
+    adopt_class(strategy, AdapterOnly, DDPStrategy)
     assert isinstance(strategy, AdapterOnly)
     return strategy
-
-
-def peft_directory(filepath: Any, path: str = "") -> Location:
-    """Return where the PEFT directory beside a checkpoint file is: ``last.ckpt`` has ``last-peft``."""
-    stem = os.fspath(filepath).removesuffix(".ckpt")
-    directory = location(f"{stem}-peft")
-    return directory / path if path else directory

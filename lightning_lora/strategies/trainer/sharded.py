@@ -1,4 +1,4 @@
-"""The Trainer's side of a strategy whose model is spread over ranks: when what is reduced, read, saved and let go."""
+"""Trainer lifecycle of sharded strategies: placement, gradient reduction, checkpoints, teardown."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,12 +18,13 @@ from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.distributed.replication import broadcast_together, changing_buffers
 from lightning_lora.distributed.sharding import sharded_trainables
 from lightning_lora.model.copies import guard_state
-from lightning_lora.strategies.adapter_only import AdapterOnly
-from lightning_lora.strategies.launched import Launched, check_adapted
-from lightning_lora.strategies.lockstep import Lockstep
+from lightning_lora.strategies.shared.launched import Launched, check_adapted
+from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
+from lightning_lora.strategies.trainer.lockstep import Lockstep
+from lightning_lora.strategies.trainer.logged import log_adapters
 
 
-class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
+class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
     """Base of ``fsdp_lora`` and ``megatron_lora`` for the Trainer.
 
     A subclass says how the model is placed (:meth:`place`) and over which ranks which gradients are averaged
@@ -66,6 +67,7 @@ class SpreadStrategy(Launched, AdapterOnly, ParallelStrategy):
         self.accelerator.setup(trainer)
         check_adapted(self.model, self.strategy_name)
         self.lockstep = Lockstep(trainer)
+        log_adapters(trainer)
         evaluating = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
         for loop in (*evaluating, trainer.predict_loop):
             loop.inference_mode = False  # FSDP2's first forward in it leaves tensors that cannot train

@@ -3,28 +3,26 @@
 import inspect
 import io
 import pickle
+from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots
 from lightning_lora.ops.sharded import is_sharded
 
 
-def unsupported(name: str) -> str:
-    """Return the error for a strategy that cannot keep adapter checkpoints exact."""
-    return (
-        f"{name} is not supported: its checkpoints would hold the base or lose the adapters. Use strategy='auto' or "
-        "'ddp' (every rank holds the frozen base, and only the adapters' gradients are exchanged), or 'fsdp_lora' "
-        "(each rank holds its share of the base)"
-    )
-
-
-def is_deepspeed(strategy: object) -> bool:
-    """Whether a strategy is DeepSpeed's, which Lightning derives from DDP's."""
-    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)
+def check_served(strategy: object, served: tuple[type[Any], ...]) -> None:
+    """Raise ``ValueError`` for a strategy that cannot keep adapter checkpoints exact."""
+    is_deepspeed = any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)  # derived from DDP's
+    if not isinstance(strategy, served) or is_deepspeed:
+        raise ValueError(
+            f"{type(strategy).__name__} is not supported: its checkpoints would hold the base or lose the adapters. "
+            "Use strategy='auto' or 'ddp' (every rank holds the frozen base, and only the adapters' gradients are "
+            "exchanged), or 'fsdp_lora' (each rank holds its share of the base)"
+        )
 
 
 def check_reader(checkpoint_io: Any) -> None:
@@ -44,7 +42,7 @@ def check_readable(content: dict[str, Any], problem: str) -> None:
         problem: begins the error: where the objects come from, and how to leave them out.
     """
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(_without_values(content), buffer)
     buffer.seek(0)
     try:
         torch.load(buffer, map_location="cpu", weights_only=True)
@@ -52,6 +50,17 @@ def check_readable(content: dict[str, Any], problem: str) -> None:
         raise ValueError(
             f"{problem}, or allow their class with torch.serialization.add_safe_globals. {error}"
         ) from error
+
+
+def _without_values(content: Any) -> Any:
+    """Return nested plain containers with empty tensors in place of plain tensors, which every load accepts."""
+    if type(content) in (Tensor, nn.Parameter):
+        return content.new_empty(0)
+    if type(content) in (dict, OrderedDict):
+        return type(content)((key, _without_values(value)) for key, value in content.items())
+    if type(content) in (list, tuple):
+        return type(content)(map(_without_values, content))
+    return content
 
 
 def check_whole(model: nn.Module, strategy: str) -> None:

@@ -23,8 +23,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.families import family_of
 from lightning_lora.model.finite import OnNonfinite
 from lightning_lora.model.inject import inject, inject_anew, remove
+from lightning_lora.model.names import clean_name
 from lightning_lora.model.root import find_root
-from lightning_lora.model.state import has_trained, injection_of, require_injection
+from lightning_lora.model.state import has_trained, injection_of, named_lora_layers, require_injection
 from lightning_lora.peft.load import load_peft
 
 
@@ -127,3 +128,17 @@ def _read_base_first(pl_module: Any, path: str | None) -> str | None:
     if family is None or source is None or injection_of(root) is not None:
         return None
     return source if family.load_base(root, source) else None
+
+
+def check_built_in_time(root: nn.Module) -> None:
+    """Raise ``ValueError`` for a model, or a part of it, that was built after the callback adapted what was there."""
+    injection = injection_of(root)
+    known = set() if injection is None else set(injection.requires_grad)
+    adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
+    late = [n for n, p in root.named_parameters() if clean_name(n) not in known and id(p) not in adapters]
+    if injection is None or late:
+        some = f" ({late[0]!r} is new)" if injection is not None else ""
+        raise ValueError(
+            f"{type(root).__name__} was built or changed after LoRACallback's setup{some}, in the module's own setup() "
+            "perhaps: build the model in __init__ or configure_model"
+        )

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.compat.lightning import connect, gather_tensor, reduce_tensor, set_launcher, subprocess_launcher
+from lightning_lora.distributed.rendezvous import store_of_this_attempt
 from lightning_lora.model.state import injected_roots
-from lightning_lora.strategies.rendezvous import store_of_this_attempt
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Fabric's side of a strategy whose model is spread over ranks: when what is reduced, read, saved and let go."""
+"""Fabric lifecycle of sharded strategies: placement, gradient reduction, checkpoints, teardown."""
 
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -18,11 +18,11 @@ from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, 
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.distributed.replication import broadcast_together, changing_buffers
 from lightning_lora.model.copies import guard_state
-from lightning_lora.strategies.fabric import FabricAdapterOnly
-from lightning_lora.strategies.launched import Launched, check_adapted
+from lightning_lora.strategies.fabric.adapter_only import FabricAdapterOnly
+from lightning_lora.strategies.shared.launched import Launched, check_adapted
 
 
-class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
+class FabricShardedStrategy(Launched, FabricAdapterOnly, ParallelStrategy):
     """Base of ``fsdp_lora`` and ``megatron_lora`` for Fabric.
 
     A subclass says how a module is placed (:meth:`place`) and over which ranks which gradients are averaged
@@ -173,7 +173,7 @@ class FabricSpread(Launched, FabricAdapterOnly, ParallelStrategy):
 class _NoSync:
     """Accumulate gradients on each rank, without communication. Fabric calls its one method."""
 
-    def __init__(self, strategy: FabricSpread) -> None:
+    def __init__(self, strategy: FabricShardedStrategy) -> None:
         self._strategy = strategy
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ from lightning_lora.compat.lightning import (
     uncount_batch,
     validates_next,
 )
-from lightning_lora.strategies.notes import Notes, common_notes
+from lightning_lora.distributed.notes import Notes, common_notes
 
 _BEGINS, _VALIDATES, _LEAVES = range(3)
 _OF_ALL_RANKS = ("barrier", "broadcast", "reduce", "_num_ranks")  # methods of a strategy
@@ -36,7 +36,7 @@ class Lockstep:
     """Wraps the methods of a Trainer's loops in which all ranks meet, for one run. Made on all ranks."""
 
     def __init__(self, trainer: "pl.Trainer") -> None:
-        from lightning_lora.strategies.signals import NotedSignals  # its base class is looked up by this import
+        from lightning_lora.strategies.trainer.signals import NotedSignals  # its base class is looked up by this import
 
         self._trainer = trainer
         self._signals = NotedSignals(trainer)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import HashStore
 
-from lightning_lora.strategies.rendezvous import _agreed_name, store_of_this_attempt
+from lightning_lora.distributed.rendezvous import _agreed_name, store_of_this_attempt
 
 
 def names(store: HashStore, world_size: int, delays_s: list[float]) -> list[str]:

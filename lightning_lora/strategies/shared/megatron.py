@@ -1,4 +1,4 @@
-"""``MegatronLoRAStrategy``: tensor parallelism with Megatron-core's groups and collectives.
+"""What ``megatron_lora`` is for Trainer and Fabric alike: its options, its groups of ranks, placing a model on them.
 
 Models with a plan are split when they are placed; Megatron-core's own are built in parts.
 """
@@ -7,13 +7,11 @@ import os
 from datetime import timedelta
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from typing_extensions import override
 
 from lightning_lora.checkpoint.fingerprint import remember_fingerprint
 from lightning_lora.checkpoint.optimizer_state import names_of
@@ -32,10 +30,8 @@ from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.model.copies import guard_parts
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.ops.sharded import is_sharded, shard_group
-from lightning_lora.strategies.evaluation import check_equal_evaluation
-from lightning_lora.strategies.fsdp import gathering_dtype
-from lightning_lora.strategies.launched import Launched, check_keywords
-from lightning_lora.strategies.spread import SpreadStrategy
+from lightning_lora.strategies.shared.fsdp import gathering_dtype
+from lightning_lora.strategies.shared.launched import Launched, check_keywords
 
 
 class MegatronRanks(Launched):
@@ -49,10 +45,6 @@ class MegatronRanks(Launched):
         tensor_parallel_size: int | Literal["auto"] = "auto",
         plan: dict[str, str] | None = None,
         base_weights: str | None = None,
-        sequence_parallel: bool = False,
-        pipeline_parallel_size: int = 1,
-        context_parallel_size: int = 1,
-        expert_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
@@ -61,19 +53,10 @@ class MegatronRanks(Launched):
         super().__init__(**kwargs)
         megatron_core()
         check_contract()
-        others = {
-            "pipeline_parallel_size": pipeline_parallel_size,
-            "context_parallel_size": context_parallel_size,
-            "expert_parallel_size": expert_parallel_size,
-        }
-        for name, size in others.items():
-            if size != 1:
-                raise ValueError(f"{name}={size} is not served: tensor and data parallelism are. Leave it at 1")
         if tensor_parallel_size != "auto" and (not isinstance(tensor_parallel_size, int) or tensor_parallel_size < 1):
             raise ValueError(f"tensor_parallel_size={tensor_parallel_size!r} must be 'auto' or a positive integer")
         self.tensor_parallel_size = tensor_parallel_size
         self.plan = plan
-        self.sequence_parallel = sequence_parallel
         self.base_weights = base_weights
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -145,11 +128,6 @@ class MegatronRanks(Launched):
         self._checked_batch = False
 
     def _place_by_plan(self, root: nn.Module) -> None:
-        if self.sequence_parallel:
-            raise ValueError(
-                f"sequence_parallel=True is served for Megatron-core's models, not for {type(root).__name__}, which is "
-                "split by a plan: Megatron-core gathers the first dimension, which is the batch there"
-            )
         check_replicated(root)
         if not any(is_sharded(parameter) for parameter in root.parameters()):
             make_equal(root, self.root_device)
@@ -164,11 +142,6 @@ class MegatronRanks(Launched):
         materialize(root, self.base_weights, self.root_device)
 
     def _place_megatron(self, root: Any) -> None:
-        if self.sequence_parallel and not root.config.sequence_parallel and self.device_mesh.size() > 1:
-            raise ValueError(
-                "the strategy has sequence_parallel=True, and the model was built without: give its config "
-                "sequence_parallel=True"
-            )
         if self.base_weights is not None and injection_of(root).base_weights != self.base_weights:  # type: ignore[union-attr]  # it is adapted
             load_hf_weights(root, self.base_weights)
             injection_of(root).base_weights = self.base_weights  # type: ignore[union-attr]
@@ -192,63 +165,6 @@ class MegatronRanks(Launched):
         group = parallel_state().get_data_parallel_group()
         parts = GradientReducer(model.parameters(), group, parts=True, names=names)
         return [whole, parts]
-
-
-class MegatronLoRAStrategy(MegatronRanks, SpreadStrategy):
-    """Split the base over tensor-parallel ranks, adapters with it; what ranks are left are data-parallel.
-
-    The linear layers of a model with a plan become column- and row-parallel in place: their names, and the model's own
-    code, stay as they are. Megatron-core's ``GPTModel`` is built in ``configure_model``, each rank its parts. An
-    adapter's term is added where its base's is, inside the base's collectives; with sequence parallelism column layers
-    exchange r numbers per token besides. Once per optimizer step all gradients of whole factors are summed in one
-    all-reduce. The checkpoint is the single adapter-only file of every other strategy.
-
-    Args:
-        tensor_parallel_size: ranks that share a model. ``"auto"`` takes the smallest, two at least, that divides the
-            ranks and the model's heads and whose share of the base fills at most half a device. Of a model that is
-            built in ``configure_model`` neither heads nor size are known yet: give a number then.
-        plan: ``{"layers.*.attention.query": "colwise", ...}``, instead of transformers' ``base_model_tp_plan``.
-        base_weights: as for :class:`~lightning_lora.FSDPLoRAStrategy`: each rank reads its slices of a base on meta.
-        sequence_parallel: hold Megatron-core's models to their config's ``sequence_parallel=True``. Not served for
-            models with a plan: Megatron-core gathers the first dimension, which is the batch there.
-        pipeline_parallel_size, context_parallel_size, expert_parallel_size: 1; more is not served.
-        process_group_backend: ``"nccl"``, ``"gloo"``, ...; ``None`` takes the device's.
-        timeout: of collectives.
-
-    Raises:
-        ValueError, TypeError: an option is not served (at once), or the model cannot be split (at ``setup``).
-        ImportError: megatron-core is missing or of another version; the message says what to install.
-
-    Example::
-
-        trainer = L.Trainer(callbacks=[LoRACallback(r=8)], strategy="megatron_lora", devices=8)
-    """
-
-    strategy_name = "megatron_lora"
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        self.form_groups(self.lightning_module)
-
-    @override
-    def setup(self, trainer: "pl.Trainer") -> None:
-        super().setup(trainer)
-        check_equal_evaluation(trainer, self.device_mesh.get_group())
-
-    @override
-    def _own_random_state(self) -> dict[str, Any]:
-        assert self._random_states is not None
-        first = torch.distributed.get_global_rank(self.device_mesh.get_group(), 0)
-        # ranks that share a model now may not have shared one when the file was written
-        return {**self._random_states[first], "megatron": super()._own_random_state().get("megatron", {})}
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._checked_batch:
-            check_same_batch(args, self.device_mesh)
-            self._checked_batch = True
-        return super().training_step(*args, **kwargs)
 
 
 def choose_size(wanted: int | Literal["auto"], world_size: int, module: nn.Module | None, device: torch.device) -> int:

@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any
 
 from lightning_lora.compat.lightning import cli_callbacks, place_of_cli_optimizer
+from lightning_lora.model.wrapping import wrap
 
 
 def install(callback: type) -> None:
@@ -22,8 +23,8 @@ def install(callback: type) -> None:
         callback: the class of callbacks that put adapters into a model.
     """
     place = place_of_cli_optimizer()
-    if place is not None and not hasattr(getattr(*place), "knows_adapters"):
-        setattr(*place, _building_late(getattr(*place), callback))
+    if place is not None:
+        wrap(*place, functools.partial(_building_late, callback=callback))
 
 
 def _building_late(add: Any, callback: type) -> Any:
@@ -56,5 +57,4 @@ def _building_late(add: Any, callback: type) -> Any:
 
         cli.model.configure_optimizers = MethodType(configure_optimizers, cli.model)
 
-    adding.knows_adapters = True  # type: ignore[attr-defined]
     return adding

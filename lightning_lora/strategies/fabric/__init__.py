@@ -1,0 +1,1 @@
+"""Strategies for Fabric: the base classes of :mod:`lightning_lora.fabric`."""

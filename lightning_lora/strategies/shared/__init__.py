@@ -1,0 +1,1 @@
+"""What the strategies for Trainer and Fabric have in common."""

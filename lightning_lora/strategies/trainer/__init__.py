@@ -1,0 +1,1 @@
+"""Strategies for the Trainer, and what a Trainer's run needs besides."""
