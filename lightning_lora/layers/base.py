@@ -8,11 +8,11 @@ the base stay what they were.
 import copyreg
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_lora.ops.linear import merged_weight
 from lightning_lora.ops.sharded import is_sharded

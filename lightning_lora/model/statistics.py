@@ -1,11 +1,11 @@
 """Batch normalisation of a frozen base: its running statistics stay put, in training too."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_lora.layers.base import Made, lora_class
 from lightning_lora.model.names import clean_name
