@@ -9,6 +9,7 @@ QUICKSTART_ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 
 BENCHMARKS_ARGS ?=
+MATRIX_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHMARKS_VENV ?= .venv-benchmarks
@@ -16,7 +17,7 @@ BENCHMARKS_BIN := $(BENCHMARKS_VENV)/bin
 BENCHMARKS_INSTALLED := $(BENCHMARKS_VENV)/.installed
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: help venv quickstart test format lint types versions check benchmarks clean
+.PHONY: help venv quickstart test format lint types versions check benchmarks matrix clean
 
 help:
 	@echo "make quickstart  fine-tune SmolLM2-135M to write dictionary definitions, in two to five minutes on two CPU cores"
@@ -24,6 +25,7 @@ help:
 	@echo "make check       what every commit passes: format, lint, types, versions, tests"
 	@echo "make format      rewrite the code in the project's format"
 	@echo "make benchmarks  measure every figure beside PEFT and other peers, in half an hour, and draw the plots"
+	@echo "make matrix      run the core of the tests on every claimed combination of versions; MATRIX_ARGS chooses rows"
 	@echo "make clean       remove caches and example outputs; the environment and the model stay"
 
 venv: $(INSTALLED)
@@ -72,6 +74,9 @@ $(BENCHMARKS_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.
 benchmarks: $(BENCHMARKS_INSTALLED)
 	@OMP_NUM_THREADS=1 $(BENCHMARKS_BIN)/python benchmarks/run.py $(BENCHMARKS_ARGS)
 	@$(BENCHMARKS_BIN)/python benchmarks/plot.py
+
+matrix:
+	@python3.11 tests/matrix --pip-args '$(PIP_ARGS)' $(MATRIX_ARGS)
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info examples/outputs

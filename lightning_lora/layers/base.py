@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule
 from lightning_lora.ops.sharded import is_sharded

@@ -5,11 +5,11 @@ In a narrow dtype small updates would be rounded away.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_lora.compat.torch import collect_weights
 from lightning_lora.layers.base import not_narrower

@@ -1,10 +1,10 @@
 """Freeze the running statistics of a frozen base's batch normalisations, in training too."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_lora.compat.torch import batch_norm_class
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
