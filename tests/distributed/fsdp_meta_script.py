@@ -14,8 +14,8 @@ from lightning_lora import FSDPLoRAStrategy, LoRAConfig, inject
 from lightning_lora.model.gathered import gathered
 from lightning_lora.ops.sharded import is_sharded
 from tests.distributed.fsdp_models_script import GPT, start
-from tests.distributed.fsdp_script import Recorded, fit
 from tests.distributed.launch import report
+from tests.distributed.training import Recorded, fit
 
 
 class OnMeta(Recorded):

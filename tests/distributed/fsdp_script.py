@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch import Tensor
 from lightning_lora import (
     FSDPLoRAStrategy,
     LoRACallback,
-    adapter_state_dict,
     disabled,
     merge,
     merged,
@@ -26,11 +25,18 @@ from lightning_lora import (
 from lightning_lora.ops.sharded import is_sharded
 from tests import models
 from tests.distributed.counting import counted_collectives
-from tests.distributed.ddp_script import BATCH, Recorded, rank_loader, train
 from tests.distributed.launch import report
-
-SHARDED = {"min_shard_numel": 1000}  # the tiny model's embedding and head too
-PROMPTS = models.token_ids(4, 5, seed=3)
+from tests.distributed.training import (
+    BATCH,
+    PROMPTS,
+    SHARDED,
+    Finetuned,
+    Recorded,
+    fit,
+    optimizer_state,
+    rank_loader,
+    state,
+)
 
 
 class Watched(Recorded):
@@ -57,26 +63,6 @@ class Watched(Recorded):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._counting.__exit__(None, None, None)
-
-
-class Finetuned(Recorded):
-    """Reads gradients in every hook there is, and steps by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.norms: list[float] = []
-
-    def norm(self) -> float:
-        return sum(p.grad.square().sum().item() for p in self.parameters() if p.grad is not None)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        for _ in range(2):  # two backwards before one step
-            self.manual_backward(self.model(input_ids=batch, labels=batch).loss / 2)
-        self.norms.append(self.norm())
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 class Sharding(Recorded):
@@ -176,40 +162,6 @@ class Alternating(Finetuned):
             optimizer.zero_grad()
 
 
-def fit(
-    directory: Path | None,
-    module: pl.LightningModule,
-    strategy: Any = "fsdp_lora",
-    *,
-    lora: dict[str, Any] | None = None,
-    loaders: dict[str, Any] | None = None,
-    ckpt_path: Any = None,
-    callbacks: tuple[Any, ...] = (),
-    **settings: Any,
-) -> pl.Trainer:
-    """Train on this rank's rows, with a checkpoint per epoch in ``directory``, if there is one."""
-    num_ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    saving = [] if directory is None else [ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=num_ranks,
-        strategy=strategy,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=bool(saving),
-        default_root_dir=directory,
-        callbacks=[LoRACallback(**{"r": 4, **(lora or {})}), *saving, *callbacks],
-        **{"max_epochs": 1, "logger": False, "log_every_n_steps": 1, **settings},
-    )
-    trainer.fit(module, **{"train_dataloaders": rank_loader(rank, num_ranks), **(loaders or {})}, ckpt_path=ckpt_path)
-    return trainer
-
-
-def state(module: pl.LightningModule) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in adapter_state_dict(module).items()}
-
-
 def straight(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     """Two epochs with validation before and between, saved and read back."""
     module = Watched()
@@ -260,7 +212,7 @@ def straight(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
 def resumed(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     """Files of this strategy, of DDP and of one process, resumed under this strategy and under DDP."""
     found: dict[str, Any] = {}
-    train(directory / "ddp", "ddp", rank, num_ranks)
+    fit(directory / "ddp", Recorded(), "ddp")
     for source in ("fsdp", "ddp", "single"):
         found[f"from_{source}"] = going_on(directory / source / "epoch=0.ckpt")
     module = Recorded()
@@ -268,7 +220,8 @@ def resumed(directory: Path, rank: int, num_ranks: int) -> dict[str, Any]:
     trainer = fit(None, module, ckpt_path=url, max_epochs=2)
     trainer.save_checkpoint(f"file://{directory}/url.ckpt")
     found["from_url"] = {"losses": module.losses}
-    _, module = train(None, "ddp", rank, num_ranks, max_epochs=2, ckpt_path=directory / "fsdp" / "epoch=0.ckpt")
+    module = Recorded()
+    fit(None, module, "ddp", max_epochs=2, ckpt_path=directory / "fsdp" / "epoch=0.ckpt")
     found["to_ddp"] = {"losses": module.losses, "adapters": state(module)}
     validating = Watched()
     fit(None, validating, ckpt_path=directory / "fsdp" / "epoch=1.ckpt", max_epochs=2)
@@ -286,16 +239,6 @@ def going_on(path: Path) -> dict[str, Any]:
     module = Recorded()
     trainer = fit(None, module, ckpt_path=path, max_epochs=2)
     return {"losses": module.losses, "adapters": state(module), "step": trainer.global_step}
-
-
-def optimizer_state(module: pl.LightningModule) -> list[dict[str, Tensor]]:
-    """Return the moments of every parameter, in the order of the optimizer."""
-    optimizer = module.trainer.optimizers[0]
-    return [
-        {name: value.clone() for name, value in optimizer.state[parameter].items()}
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    ]
 
 
 HEADED: dict[str, Any] = {

@@ -34,10 +34,9 @@ from lightning_lora.ops.sharded import is_sharded, split_over, whole
 from lightning_lora.peft.directory import laid_out
 from tests import models
 from tests.distributed.counting import counted_collectives
-from tests.distributed.ddp_script import rank_loader
-from tests.distributed.fsdp_script import fit
 from tests.distributed.launch import report
 from tests.distributed.megatron_script import AfterTheSearch, AtMidway
+from tests.distributed.training import fit, rank_loader
 
 
 def hugging_face() -> torch.nn.Module:

@@ -56,6 +56,8 @@ def run(
     idle_s: float = 300,
     fresh: bool = False,
     folder: Path = ROOT,
+    module: str = "",
+    environment: dict[str, str] | None = None,
 ) -> list[str]:
     """Run ``tests/distributed/<script>``, or one elsewhere, and return what each process wrote.
 
@@ -63,6 +65,8 @@ def run(
         variables: of the environment of each process, which tell it its rank.
         directory: what they write is kept in it.
         folder: where they run.
+        module: is imported before the processes are forked, once for all launches.
+        environment: variables that all processes share.
     """
     # nor a seed that an earlier run in this process left
     strange = ("SLURM", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
@@ -76,10 +80,11 @@ def run(
     order = {
         "script": str(Path(__file__).parent / script),
         "arguments": arguments,
-        "environments": [{**kept, **own} for own in variables],
+        "environments": [{**kept, **(environment or {}), **own} for own in variables],
         "outputs": list(map(str, outputs)),
         "fresh": fresh,
         "folder": str(folder),
+        "module": module,
     }
     codes, hang = _obeyed(order, timeout_s, idle_s)
     assert not hang, f"{hang}:\n" + "\n".join(f"rank {r}: {o.read_text()[-4000:]}" for r, o in enumerate(outputs))

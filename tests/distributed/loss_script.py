@@ -16,10 +16,9 @@ from lightning_lora.ops.cross_entropy import tiles
 from lightning_lora.ops.sharded import is_sharded, logical, spread_like, write
 from tests import models
 from tests.distributed.counting import counted_collectives
-from tests.distributed.ddp_script import BATCH, rank_loader
-from tests.distributed.fsdp_script import SHARDED, fit
 from tests.distributed.launch import report
 from tests.distributed.megatron_script import four_heads
+from tests.distributed.training import BATCH, SHARDED, fit, rank_loader
 from tests.live_bytes import watched
 from tests.runs import ROWS, LanguageModule
 

@@ -21,10 +21,9 @@ from lightning_lora.ops.sharded import is_sharded, local_part, split_over, whole
 from tests import models, runs
 from tests.distributed import megatron_script
 from tests.distributed.counting import counted_collectives
-from tests.distributed.ddp_script import BATCH
-from tests.distributed.fsdp_script import PROMPTS
 from tests.distributed.launch import report
 from tests.distributed.megatron_script import four_heads, whole_factors
+from tests.distributed.training import BATCH, PROMPTS
 
 INIT_SCALE = 256.0
 SOURCES = ("one process", "tp2", "fsdp", "trainer")

@@ -16,10 +16,9 @@ from lightning_lora.distributed.gradient_norm import total_norm
 from lightning_lora.ops.sharded import is_sharded
 from tests import models, zoo
 from tests.distributed.counting import counted_collectives
-from tests.distributed.ddp_script import Recorded, rank_loader
 from tests.distributed.fsdp_meta_script import on_meta
-from tests.distributed.fsdp_script import PROMPTS, Finetuned, fit, optimizer_state, state
 from tests.distributed.launch import report
+from tests.distributed.training import PROMPTS, Finetuned, Recorded, fit, optimizer_state, rank_loader, state
 
 
 def four_heads(tied: bool = False) -> torch.nn.Module:

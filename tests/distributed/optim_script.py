@@ -9,9 +9,8 @@ from torch.optim import AdamW
 
 from lightning_lora import FSDPLoRAStrategy, LoRAAdamW, MegatronLoRAStrategy
 from lightning_lora.ops.sharded import is_sharded
-from tests.distributed.ddp_script import Recorded, rank_loader
-from tests.distributed.fsdp_script import SHARDED, fit, state
 from tests.distributed.launch import report
+from tests.distributed.training import SHARDED, Recorded, fit, rank_loader, state
 
 MAX_NORM = 0.05  # below the norm of every gradient of these runs
 

@@ -10,9 +10,9 @@ import torch
 from lightning_lora import LoRACallback, adapter_state_dict, disabled, load_peft
 from tests import models, runs
 from tests.distributed import fsdp_script
-from tests.distributed.ddp_script import Recorded, train
 from tests.distributed.fsdp_script import PROMPTS
 from tests.distributed.launch import Launches
+from tests.distributed.training import Recorded, alone, fit
 
 # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 in a gradient into 1e-6 per step, and there are eight
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -31,7 +31,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def single(directory: Path) -> Recorded:
     """Two epochs on one process."""
-    return train(directory / "single", "auto", 0, 1, max_epochs=2)[1]
+    return alone(directory=directory / "single", max_epochs=2)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def found(directory: Path, single: Recorded) -> Launches:
 
 def one_process(module: Any = None, **settings: Any) -> Any:
     module = module or Recorded()
-    fsdp_script.fit(None, module, "auto", **settings)
+    fit(None, module, "auto", **settings)
     return module
 
 
@@ -180,7 +180,7 @@ class TestCheckpoints:
     def test_the_file_resumes_on_one_process(self, found: Launches, single: Recorded, num_ranks: int) -> None:
         found(num_ranks, "straight")
         path = found.directory(num_ranks) / "fsdp" / "epoch=0.ckpt"
-        _, module = train(None, "auto", 0, 1, max_epochs=2, ckpt_path=path)
+        module = alone(max_epochs=2, ckpt_path=path)
         torch.testing.assert_close(adapter_state_dict(module), adapter_state_dict(single), **STEP_TOLERANCE)
 
     def test_weights_and_moments_are_bit_equal_after_loading(self, found: Launches) -> None:

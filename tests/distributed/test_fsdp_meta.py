@@ -14,11 +14,10 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.distributed.base_weights import materialize, open_slices
 from tests import models, zoo
-from tests.distributed.ddp_script import Recorded
 from tests.distributed.fsdp_meta_script import Computed
 from tests.distributed.fsdp_models_script import GPT
-from tests.distributed.fsdp_script import fit
 from tests.distributed.launch import Launches, launch
+from tests.distributed.training import Recorded, fit
 
 # 12 blocks of 12 MB
 LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "vocab_size": 8192}

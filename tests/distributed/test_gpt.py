@@ -10,10 +10,9 @@ import torch
 
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_peft, save_peft
 from tests import models
-from tests.distributed.ddp_script import Recorded
-from tests.distributed.fsdp_script import fit
 from tests.distributed.gpt_script import biased, hugging_face, layout_name, layouts, mixture
 from tests.distributed.launch import Launches
+from tests.distributed.training import Recorded, fit
 
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
 GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums

@@ -13,8 +13,8 @@ from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.fabric import MegatronLoRAStrategy
 from tests import runs
 from tests.distributed import megatron_fabric_script as script
-from tests.distributed.ddp_script import Recorded
 from tests.distributed.launch import Launches
+from tests.distributed.training import Recorded
 
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
 GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.ddp_script import rank_loader
-from tests.distributed.fsdp_script import fit, state
 from tests.distributed.launch import launch
 from tests.distributed.optim_script import MAX_NORM, SETTINGS, STRATEGIES, Theirs
+from tests.distributed.training import fit, rank_loader, state
 
 # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 in a gradient into 1e-6 per step, and there are four
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

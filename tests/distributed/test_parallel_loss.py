@@ -12,10 +12,9 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapter_parameters
 from tests import models, zoo
-from tests.distributed.ddp_script import BATCH
-from tests.distributed.fsdp_script import fit
 from tests.distributed.launch import Launches
 from tests.distributed.loss_script import AVERAGED, CASES, HEADLESS, SPLITS, TILE, Predicting, labels_of, unequal_labels
+from tests.distributed.training import BATCH, fit
 from tests.runs import ROWS
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums

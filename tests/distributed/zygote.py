@@ -1,7 +1,8 @@
 """A process that has imported what ranks need, which takes longer than most of them run, and forks them from itself.
 
-It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs", "fresh", "folder"}``,
-a process for each environment, which begins anew if it is to be fresh. It answers with the processes' numbers, and with
+It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs", "fresh", "folder",
+"module"}``, imports the module, if one is named, and starts a process for each environment, which begins anew if it is
+to be fresh. It answers with the processes' numbers, and with
 their exit codes when all have ended.
 """
 
@@ -40,6 +41,9 @@ def serve() -> None:
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     for line in sys.stdin:
         order = json.loads(line)
+        if order["module"]:
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):  # the ranks fail on it, too
+                importlib.import_module(order["module"])
         children = [
             _fork(order, environment, output)
             for environment, output in zip(order["environments"], order["outputs"], strict=True)
