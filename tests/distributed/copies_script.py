@@ -20,9 +20,9 @@ from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.ops.sharded import is_sharded, whole
 from tests import models
-from tests.distributed.gpt_script import hugging_face
+from tests.distributed.gpt import hugging_face
 from tests.distributed.launch import report
-from tests.distributed.megatron_script import four_heads
+from tests.distributed.split import four_heads
 
 FACTOR = 3.0  # what the adapters of a reloaded model were multiplied by in between
 

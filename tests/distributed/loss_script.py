@@ -17,7 +17,7 @@ from lightning_lora.ops.sharded import is_sharded, logical, spread_like, write
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.launch import report
-from tests.distributed.megatron_script import four_heads
+from tests.distributed.split import four_heads
 from tests.distributed.training import BATCH, SHARDED, fit, rank_loader
 from tests.live_bytes import watched
 from tests.runs import ROWS, LanguageModule

@@ -19,10 +19,10 @@ from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
 from lightning_lora.megatron.core import parallel_state
 from lightning_lora.ops.sharded import is_sharded, local_part, split_over, whole
 from tests import models, runs
-from tests.distributed import megatron_script
+from tests.distributed import split
 from tests.distributed.counting import counted_collectives
 from tests.distributed.launch import report
-from tests.distributed.megatron_script import four_heads, whole_factors
+from tests.distributed.split import four_heads, whole_factors
 from tests.distributed.training import BATCH, PROMPTS
 
 INIT_SCALE = 256.0
@@ -285,8 +285,8 @@ class Spoiling(Callback):
 
 def trainer_overflow(directory: Path) -> dict[str, Any]:
     plugin = TrainerMixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=INIT_SCALE))
-    module, spoiling = megatron_script.Module(), Spoiling()
-    megatron_script.run(
+    module, spoiling = split.Module(), Spoiling()
+    split.run(
         directory / "trainer", 2, module, plugins=plugin, callbacks=(LateFilled(), spoiling), limit_train_batches=3,
         validates=False, gradient_clip_val=1e3,
     )  # fmt: skip

@@ -10,7 +10,8 @@ import torch
 
 from lightning_lora import LoRAConfig, adapter_state_dict, inject, load_peft, save_peft
 from tests import models
-from tests.distributed.gpt_script import biased, hugging_face, layout_name, layouts, mixture
+from tests.distributed.gpt import biased, hugging_face, mixture
+from tests.distributed.gpt_script import layout_name, layouts
 from tests.distributed.launch import Launches
 from tests.distributed.training import Recorded, fit
 

@@ -14,7 +14,8 @@ from lightning_lora.megatron import core
 from lightning_lora.strategies import megatron
 from tests import models, runs
 from tests.distributed.launch import Launches
-from tests.distributed.megatron_script import SPLIT, MixedSteps, Module, four_heads
+from tests.distributed.megatron_script import MixedSteps
+from tests.distributed.split import SPLIT, Module, four_heads
 from tests.distributed.training import PROMPTS, fit
 
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step

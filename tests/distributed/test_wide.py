@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_lora import adapter_state_dict
-from tests.distributed.gpt_script import biased, hugging_face
+from tests.distributed.gpt import biased, hugging_face
 from tests.distributed.launch import launch
 from tests.distributed.wide_script import classifier, scaler, train
 

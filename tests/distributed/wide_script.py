@@ -18,8 +18,8 @@ from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.model.state import named_trained_whole
 from lightning_lora.ops.sharded import whole
 from tests import models, runs
-from tests.distributed.gpt_script import Module as GPTModule
-from tests.distributed.gpt_script import run
+from tests.distributed.gpt import Module as GPTModule
+from tests.distributed.gpt import run
 from tests.distributed.launch import report
 
 BATCH, STEPS = 4, 8

@@ -27,7 +27,7 @@ PRELOADED = (
     "lightning_lora",
     "transformers.models.llama.modeling_llama",
     "tests.zoo",
-    "tests.distributed.gpt_script",  # and what it shares with the others
+    "tests.distributed.gpt",  # and what it shares with others
 )
 
 
