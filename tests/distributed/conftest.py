@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import gpt
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder that all tests of a file share, and all ranks."""
     return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def hf(directory: Path) -> Path:
+    """Return where Hugging Face's weights are, of which GPTModels are built."""
+    gpt.hugging_face().save_pretrained(directory / "hf")
+    return directory / "hf"

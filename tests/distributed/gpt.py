@@ -5,16 +5,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor
 
-from lightning_lora import MegatronLoRAStrategy
+from lightning_lora import MegatronLoRAStrategy, named_adapter_parameters
+from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.megatron.view import adapted_view
-from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.ops.sharded import split_over, whole
 from lightning_lora.peft.directory import laid_out
 from tests import models
-from tests.distributed.training import fit, rank_loader, rank_of
+from tests.distributed.training import Recorded, fit, rank_loader, rank_of
+
+STEP_TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
+GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
+LOGIT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+BATCH = models.token_ids(4, 8, seed=2)
 
 
 def hugging_face() -> torch.nn.Module:
@@ -49,6 +55,14 @@ def mixture() -> torch.nn.Module:
         moe_intermediate_size=16, norm_topk_prob=True,
     )  # fmt: skip
     return models._seeded(lambda: Qwen3MoeForCausalLM(config))
+
+
+class Alone(Recorded):
+    """Hugging Face's model, which one process trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = hugging_face().train()
 
 
 class Module(pl.LightningModule):
@@ -122,12 +136,6 @@ def adapters(module: Module) -> dict[str, Tensor]:
     return in_hugging_face(module.model, tensors)
 
 
-class Bare(Module):
-    """Leaves reading the weights to the strategy."""
-
-    loads = False
-
-
 def run(directory: Path | None, size: int, module: Module, **settings: Any) -> tuple[Any, Module]:
     rank, num_ranks = rank_of()
     replicas = num_ranks // size
@@ -140,4 +148,18 @@ def run(directory: Path | None, size: int, module: Module, **settings: Any) -> t
 def logits_of(module: Module) -> Tensor:
     module.eval()
     with torch.no_grad():
-        return module.logits(models.token_ids(4, 8, seed=2)).clone()
+        return module.logits(BATCH).clone()
+
+
+def expected_logits(model: torch.nn.Module) -> Tensor:
+    """Return what one of Hugging Face's models makes of the same batch."""
+    with torch.no_grad():
+        return model.eval()(BATCH).logits
+
+
+def launched(size: int, **options: Any) -> Fabric:
+    """Launch Fabric with ``size`` tensor-parallel ranks, which makes Megatron-core's groups."""
+    strategy = FabricStrategy(tensor_parallel_size=size, **options)
+    fabric = Fabric(accelerator="cpu", devices=rank_of()[1], strategy=strategy)
+    fabric.launch()
+    return fabric

@@ -49,18 +49,14 @@ def small(name: str, **settings: Any) -> torch.nn.Module:
     return models._seeded(lambda: getattr(transformers, f"{name}ForCausalLM")(config))
 
 
-def family(name: str) -> Any:
-    return next(f.build for f in zoo.FAMILIES if f.name == name)
-
-
 BUILDS: dict[str, Any] = {
     "llama": four_heads,
     "tied llama": lambda: four_heads(tied=True),
     "qwen3": models.qwen3,
-    "gemma2": family("gemma2"),
-    "phi3": family("phi3"),
+    "gemma2": zoo.named("gemma2").build,
+    "phi3": zoo.named("phi3").build,
     "bert": bert,
-    **{name: family(name) for name in ("mistral", "qwen2", "gemma3", "mixtral", "qwen3_moe", "deepseek_v3")},
+    **{name: zoo.named(name).build for name in ("mistral", "qwen2", "gemma3", "mixtral", "qwen3_moe", "deepseek_v3")},
     "glm4": lambda: small("Glm4", head_dim=8),
     "phi": lambda: small("Phi", num_key_value_heads=4),
     "gpt2": models.gpt2,

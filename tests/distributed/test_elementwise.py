@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
-from lightning_lora import FSDPLoRAStrategy, LoRAAdamW, LoRAConfig, MegatronLoRAStrategy, inject
+from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy, inject
 from lightning_lora import fabric as twins
 from lightning_lora.distributed.elementwise import check_steps_on_parts
 from lightning_lora.ops.sharded import local_part, split_over, spread_like
@@ -30,7 +30,7 @@ RIGHT_ON_PARTS = {
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
     "AdamW foreach", "AdamW fused", "AdamW amsgrad maximize", "Adam weight_decay decoupled_weight_decay",
     "SGD momentum nesterov weight_decay", "SGD momentum foreach", "SGD fused", "RMSprop centered momentum",
-    "Adagrad lr_decay", "LoRAAdamW ", "LoRAAdamW flat", "LoRAAdamW max_norm", "LoRAAdamW max_norm flat",
+    "Adagrad lr_decay",
     "NeedsClosure ", "special", "grouped",
 }  # fmt: skip
 # wants sparse gradients; cannot be copied; knows a model; keeps tensors of the parameters' sizes outside of its state
@@ -142,10 +142,6 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
             (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
             (torch.optim.Adagrad, {"lr_decay": 0.1}),
             (torch.optim.LBFGS, {"line_search_fn": "strong_wolfe"}),
-            (LoRAAdamW, {}),
-            (LoRAAdamW, {"flat": True}),
-            (LoRAAdamW, {"max_norm": 0.5}),
-            (LoRAAdamW, {"max_norm": 0.5, "flat": True}),
             (TrustRatio, {}),
             (NeedsClosure, {}),
         ]

@@ -1,7 +1,8 @@
 """Trainer runs on ranks whose every step sees what one process would see, and what is kept of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ def optimizer_state(module: pl.LightningModule) -> list[dict[str, Tensor]]:
         for group in optimizer.param_groups
         for parameter in group["params"]
     ]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed everything, for the block: what is set in the environment would seed later tests' runs, too."""
+    pl.seed_everything(seed, verbose=False)
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
 
 
 def error_of(act: Callable[..., Any], *arguments: Any, **settings: Any) -> str:
