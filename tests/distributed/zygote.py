@@ -16,6 +16,7 @@ import runpy
 import sys
 import traceback
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_lora.megatron.core import megatron_core
 
 PRELOADED = (
     "lightning_lora",
+    "torch.distributed.algorithms.ddp_comm_hooks",
     "transformers.models.llama.modeling_llama",
     "tests.zoo",
     "tests.distributed.gpt",  # and what it shares with others
@@ -44,6 +46,8 @@ def serve() -> None:
         if order["module"]:
             with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):  # the ranks fail on it, too
                 importlib.import_module(order["module"])
+        for finalizer in weakref.finalize._registry:  # torch.library's at the end would take longer than many ranks run
+            finalizer.atexit = False
         children = [
             _fork(order, environment, output)
             for environment, output in zip(order["environments"], order["outputs"], strict=True)
