@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import gpt
-
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -16,5 +14,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hf(directory: Path) -> Path:
     """Return where Hugging Face's weights are, of which GPTModels are built."""
+    from tests.distributed import gpt  # and with it Megatron-core, which other files' tests do without
+
     gpt.hugging_face().save_pretrained(directory / "hf")
     return directory / "hf"

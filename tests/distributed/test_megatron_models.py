@@ -1,58 +1,21 @@
-"""``gpt_model`` and ``load_hf_weights`` on 1 and 2 gloo ranks against transformers."""
+"""``gpt_model`` on 1 and 2 gloo ranks: outputs, gradients and dropout, against transformers."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_lora.megatron import cpu as megatron_cpu
-from lightning_lora.megatron.models import HF_TABLE, Row, block_spec, gpt_model, load_hf_weights
-from lightning_lora.megatron.table import row_of
+from lightning_lora.megatron.models import block_spec, gpt_model
 from tests import models
+from tests.distributed.gpt_families import FAMILIES, TINY, build, form_groups, loaded
 from tests.distributed.ranks import on_ranks
 from tests.distributed.training import EXACT, from_all_ranks, rank_of
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
-TINY = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "vocab_size": models.VOCAB, "max_position_embeddings": 16384,
-}  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
-    "experts": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
-    "raw experts": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [0]}),
-}
 BATCH = models.token_ids(2, 8)
 LABELS = BATCH.roll(-1, 1)
-
-
-def build(name: str) -> Any:
-    """Return a seeded model of transformers all of whose weights differ, norms' too."""
-    import transformers
-
-    family, settings = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**{**TINY, **settings})
-    model = models._seeded(lambda: getattr(transformers, f"{family}ForCausalLM")(config)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +24,6 @@ def sources(directory: Path) -> Path:
     for name in FAMILIES:
         build(name).save_pretrained(directory / name)
     return directory
-
-
-def form_groups() -> bool:
-    """Make Megatron-core's process groups of all ranks; return whether there are several."""
-    from megatron.core import parallel_state
-
-    torch.distributed.init_process_group("gloo")
-    size = torch.distributed.get_world_size()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size, create_gloo_process_groups=False)
-    megatron_cpu.install()
-    megatron_cpu.install()  # a second call does nothing
-    return size > 1
-
-
-def loaded(source: Path, **settings: Any) -> Any:
-    model = gpt_model(source, **settings)
-    load_hf_weights(model, source)
-    return model
 
 
 def outputs(model: Any, **inputs: Any) -> Any:
@@ -224,114 +169,6 @@ def test_norms_are_marked_under_sequence_parallelism(sources: Path) -> None:
     model = gpt_model(sources / "experts", sequence_parallel=several)
     norms = [parameter for name, parameter in model.named_parameters() if "layernorm" in name]
     assert {bool(getattr(parameter, "sequence_parallel", False)) for parameter in norms} == {several}
-
-
-def written(folder: Path, tensors: dict[str, Tensor]) -> Path:
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def fused_experts(experts: dict[str, Tensor]) -> dict[str, Tensor]:
-    fused = {key: value for key, value in experts.items() if ".experts." not in key}
-    for layer in range(2):
-        place = f"model.layers.{layer}.mlp.experts"
-        gate, up, down = (
-            torch.stack([experts[f"{place}.{expert}.{part}_proj.weight"] for expert in range(4)])
-            for part in ("gate", "up", "down")
-        )
-        fused |= {f"{place}.gate_up_proj": torch.cat([gate, up], 1), f"{place}.down_proj": down}
-    return fused
-
-
-@pytest.fixture(scope="module")
-def other_forms(sources: Path, directory: Path) -> list[Path]:
-    """Return folders of the experts' tensors under other names, stacked, and in several files."""
-    experts = load_file(sources / "experts" / "model.safetensors")
-    (directory / "in parts").mkdir()
-    parts = {f"part{index}.safetensors": dict(list(experts.items())[index::2]) for index in range(2)}
-    for file, tensors in parts.items():
-        save_file(tensors, directory / "in parts" / file)
-    weight_map = {key: file for file, tensors in parts.items() for key in tensors}
-    (directory / "in parts" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return [
-        written(directory / "base", {key.removeprefix("model."): value for key, value in experts.items()}),
-        written(directory / "nested", {f"base_model.model.{key}": value for key, value in experts.items()}),
-        written(directory / "fused", fused_experts(experts)),
-        directory / "in parts",
-    ]
-
-
-def assert_holds(state: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name, value in expected.items():
-        if isinstance(value, Tensor):
-            assert torch.equal(state[name], value), name
-
-
-@on_ranks(1, 2)
-def test_other_files_and_models_are_filled_alike(sources: Path, other_forms: list[Path]) -> None:
-    form_groups()
-    expected = loaded(sources / "experts").state_dict()
-    for folder in other_forms:
-        model = gpt_model(sources / "experts")
-        load_hf_weights(model, folder)
-        assert_holds(model.state_dict(), expected)
-
-    # a model that is adapted, inside another
-    model = gpt_model(sources / "experts")
-    linear = model.decoder.layers[0].self_attention.linear_qkv
-    linear.__class__ = type("Adapted", (type(linear),), {})
-    linear.lora_A = torch.nn.Parameter(torch.ones(2, 32))
-    load_hf_weights(torch.nn.ModuleDict({"inner": model}), sources / "experts")
-    assert (linear.lora_A == 1).all()
-    assert_holds(model.state_dict(), expected)
-
-    # a user's own rows of the table
-    other = Row("decoder.final_layernorm.weight", ("model.layers.0.input_layernorm.weight",))
-    model.spare = torch.nn.Parameter(torch.zeros(32))
-    load_hf_weights(model, sources / "experts", [*HF_TABLE, other, Row("spare", ("model.norm.weight",))])
-    first = model.decoder.layers[0].input_layernorm.weight
-    assert torch.equal(model.decoder.final_layernorm.weight, first)
-    assert torch.equal(model.spare, expected["decoder.final_layernorm.weight"])
-
-
-def test_a_fused_norm_of_transformer_engine_is_the_local_one() -> None:
-    pairs = {
-        "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.3.input_layernorm.weight",
-        "decoder.layers.3.mlp.linear_fc1.layer_norm_weight": "decoder.layers.3.pre_mlp_layernorm.weight",
-        "decoder.layers.3.mlp.experts.linear_fc2.weight7": "decoder.layers.3.mlp.experts.local_experts.7.linear_fc2.weight",
-    }
-    for fused, local in pairs.items():
-        found, expected = (row_of(name, HF_TABLE, ()) for name in (fused, local))
-        assert found is not None
-        assert expected is not None
-        assert found[1] == expected[1]
-
-
-def damaged(sources: Path) -> Iterator[tuple[str, dict[str, Tensor], str]]:
-    """Return families, tensors that do not fit them, and what is said of them."""
-    experts, llama = (load_file(sources / name / "model.safetensors") for name in ("experts", "llama"))
-    embedding = "model.embed_tokens.weight"
-    short = {**llama, embedding: llama[embedding][:-4].clone()}
-    yield "llama", short, r"'model.embed_tokens.weight' is \[96, 32\], and 'embedding.*' takes \[100, 32\]"
-    lacking = {key: value for key, value in llama.items() if key != "model.norm.weight"}
-    yield "llama", lacking, "lacks 'model.norm.weight', which GPTModel is made of"
-    extra = {**llama, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "spare": torch.ones(1)}
-    yield "llama", extra, "holds 'spare', for which GPTModel has no place"
-    three = {k: v[:3].clone() if "mlp.experts" in k else v for k, v in fused_experts(experts).items()}
-    yield "experts", three, "'model.layers.0.mlp.experts.*' holds 3 experts, and the model has 4"
-
-
-@on_ranks(1, 2)
-def test_weights_that_do_not_fit_are_said_and_nothing_copied(tmp_path: Path, sources: Path) -> None:
-    form_groups()
-    for number, (name, tensors, message) in enumerate(damaged(sources)):
-        folder = written(tmp_path / f"{number} of rank {rank_of()[0]}", tensors)
-        model = gpt_model(sources / name)
-        before = {name: p.clone() for name, p in model.named_parameters()}
-        with pytest.raises(ValueError, match=message):
-            load_hf_weights(model, folder)
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 class Config:
