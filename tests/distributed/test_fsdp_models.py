@@ -156,10 +156,7 @@ def test_three_steps_equal_one_process(num_ranks: int, name: str) -> None:
     assert share_in_shards(wrapped.module) > 0.4
 
 
-@pytest.mark.parametrize("name", [family.name for family in zoo.FAMILIES])
-@on_ranks(2)
-def test_every_family_gives_the_outputs_and_gradients_of_one_process(name: str) -> None:
-    family = zoo.named(name)
+def assert_like_one_process(family: zoo.Family) -> None:
 
     def adapted() -> nn.Module:
         model = inject(family.build(), LoRAConfig(r=2, exclude_modules=family.refused or None))
@@ -180,3 +177,11 @@ def test_every_family_gives_the_outputs_and_gradients_of_one_process(name: str) 
     torch.testing.assert_close(output, expected_output, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, expected_gradients, **GRADIENT_TOLERANCE)
     assert share_in_shards(model) > 0.3
+
+
+@pytest.mark.parametrize("first", range(0, len(zoo.FAMILIES), 6))
+@on_ranks(2)
+def test_families_give_the_outputs_and_gradients_of_one_process(first: int) -> None:
+    for family in zoo.FAMILIES[first : first + 6]:
+        print(family.name, flush=True)  # seen if it fails
+        assert_like_one_process(family)

@@ -81,7 +81,7 @@ def test_two_epochs_equal_one_process(tmp_path: Path, single: dict[str, Any], nu
 @layouts
 @on_ranks()
 def test_merged_and_exported_it_is_the_model_of_one_process(tmp_path: Path, num_ranks: int, size: int) -> None:
-    _, module = run(None, size, validates=False)
+    _, module = run(None, size, validates=False, limit_train_batches=1)
     batch = models.token_ids(4, 8, seed=2)
     with torch.no_grad():
         logits = module.model(batch).logits

@@ -72,7 +72,7 @@ def trainer(directory: Path, strategy: Any, **settings: Any) -> pl.Trainer:
 
 @strategies
 @on_ranks(2)
-def test_every_batch_is_evaluated_and_metrics_are_means_over_all(tmp_path: Path, strategy: str) -> None:
+def test_every_batch_is_evaluated_and_predicted_and_metrics_are_means_over_all(tmp_path: Path, strategy: str) -> None:
     module, rank, run = Evaluated(), rank_of()[0], trainer(tmp_path, strategy)
     run.test(module, loaders(rank), verbose=False)
     assert module.evaluated == pytest.approx(losses(rank, 0) + losses(rank, 1), rel=1e-5)
@@ -82,12 +82,7 @@ def test_every_batch_is_evaluated_and_metrics_are_means_over_all(tmp_path: Path,
         metric = run.callback_metrics[f"val_loss/dataloader_idx_{dataloader}"].item()
         assert metric == pytest.approx(sum(everyones) / len(everyones), rel=1e-5)
 
-
-@strategies
-@on_ranks(2)
-def test_every_batch_is_predicted(tmp_path: Path, strategy: str) -> None:
-    rank = rank_of()[0]
-    outputs = trainer(tmp_path, strategy).predict(Evaluated(), loaders(rank))
+    outputs = trainer(tmp_path, strategy).predict(module, loaders(rank))
     model = models.llama().train(False)
     for dataloader, predicted in enumerate(outputs):
         with torch.no_grad():

@@ -41,6 +41,7 @@ def serve() -> None:
         warnings.simplefilter("ignore")
         megatron_core()
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    warm_up()
     for line in sys.stdin:
         order = json.loads(line)
         if order["module"]:
@@ -55,6 +56,15 @@ def serve() -> None:
         print(json.dumps(children), flush=True)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), flush=True)
+
+
+def warm_up() -> None:
+    """Do once what every rank would do first: read the code of the model that most of them adapt, and call it."""
+    from lightning_lora import LoRAConfig, inject
+    from tests import models
+
+    with torch.random.fork_rng(), torch.no_grad():
+        inject(models.llama(), LoRAConfig(r=2))(models.token_ids())
 
 
 def _fork(order: dict[str, Any], environment: dict[str, str], output: str) -> int:
