@@ -1,5 +1,6 @@
 """Ranks with unequal numbers of batches to evaluate, against one process that sees all of them."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,16 @@ def loaders(rank: int) -> list[Any]:
     return [DataLoader(rows(rank, dataloader), batch_size=2) for dataloader in range(2)]
 
 
-def losses(rank: int, dataloader: int) -> list[float]:
-    """Return the losses of one process; an adapter that has not trained changes nothing."""
-    model = models.llama().train(False)
-    with torch.no_grad():
-        return [model(input_ids=batch, labels=batch).loss.item() for batch in rows(rank, dataloader).split(2)]
+@pytest.fixture(scope="module")
+def single() -> dict[tuple[int, int], tuple[list[float], Tensor]]:
+    """Return losses and logits of one process, by rank and dataloader: an adapter that has not trained changes nothing."""
+    model, found = models.llama().train(False), {}
+    for rank, dataloader in itertools.product(range(2), range(2)):
+        ids = rows(rank, dataloader)
+        with torch.no_grad():
+            losses = [model(input_ids=batch, labels=batch).loss.item() for batch in ids.split(2)]
+            found[rank, dataloader] = (losses, model(input_ids=ids).logits)
+    return found
 
 
 def trainer(directory: Path, strategy: Any, **settings: Any) -> pl.Trainer:
@@ -72,22 +78,21 @@ def trainer(directory: Path, strategy: Any, **settings: Any) -> pl.Trainer:
 
 @strategies
 @on_ranks(2)
-def test_every_batch_is_evaluated_and_predicted_and_metrics_are_means_over_all(tmp_path: Path, strategy: str) -> None:
+def test_every_batch_is_evaluated_and_predicted_and_metrics_are_means_over_all(
+    tmp_path: Path, single: dict[tuple[int, int], Any], strategy: str
+) -> None:
     module, rank, run = Evaluated(), rank_of()[0], trainer(tmp_path, strategy)
     run.test(module, loaders(rank), verbose=False)
-    assert module.evaluated == pytest.approx(losses(rank, 0) + losses(rank, 1), rel=1e-5)
+    assert module.evaluated == pytest.approx(single[rank, 0][0] + single[rank, 1][0], rel=1e-5)
     for dataloader in range(2):
-        everyones = losses(0, dataloader) + losses(1, dataloader)
+        everyones = single[0, dataloader][0] + single[1, dataloader][0]
         assert len(everyones) == sum(NUM_BATCHES[dataloader])
         metric = run.callback_metrics[f"val_loss/dataloader_idx_{dataloader}"].item()
         assert metric == pytest.approx(sum(everyones) / len(everyones), rel=1e-5)
 
     outputs = trainer(tmp_path, strategy).predict(module, loaders(rank))
-    model = models.llama().train(False)
     for dataloader, predicted in enumerate(outputs):
-        with torch.no_grad():
-            logits = model(input_ids=rows(rank, dataloader)).logits
-        torch.testing.assert_close(torch.cat(predicted), logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(predicted), single[rank, dataloader][1], rtol=1e-4, atol=1e-5)
 
 
 @strategies
