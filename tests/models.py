@@ -1,5 +1,8 @@
 """Tiny random models from configs, the same on every call: nothing is downloaded."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +74,18 @@ class Encoder(nn.Module):
 
 def encoder() -> nn.Module:
     return _seeded(Encoder)
+
+
+def on_meta(kind: Any, directory: Path, **settings: Any) -> nn.Module:
+    """Return a transformers model without values, from the config in a directory, which it names as its weights'."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, **settings)
+    config._name_or_path = str(directory)
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    model.config._name_or_path = str(directory)
+    return model
 
 
 def token_ids(rows: int = 2, columns: int = 7, seed: int = 0) -> Tensor:

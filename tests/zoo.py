@@ -405,3 +405,7 @@ FAMILIES = [
     Family("conv_net", lambda: seeded(ConvNet), pixels(16), whole),
     Family("unet", lambda: seeded(UNet), unet_inputs, whole),
 ]
+
+
+def named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)

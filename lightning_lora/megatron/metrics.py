@@ -22,6 +22,12 @@ def gather_over_data(result: Tensor, group: Any = None) -> list[Tensor]:
 
 def count_batches_once(module: nn.Module) -> None:
     """Make the metrics inside a module sync over data-parallel ranks, unless the user set how they sync."""
-    for part in module.modules():
-        if isinstance(part, Metric) and part.dist_sync_fn is None and part.process_group is None:
-            part.dist_sync_fn = gather_over_data
+    metrics: list[Any] = [part for part in module.modules() if _is_metric(part)]
+    for metric in metrics:
+        if metric.dist_sync_fn is None and metric.process_group is None:
+            metric.dist_sync_fn = gather_over_data
+
+
+def _is_metric(part: nn.Module) -> bool:
+    # isinstance asks all subclasses of an abstract class about every type: 0.4 s for those of torchmetrics
+    return Metric in type(part).__mro__

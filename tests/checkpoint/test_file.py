@@ -1,10 +1,7 @@
 """Checkpoints of a Trainer: what is in them, exact resume, what is refused, and that nothing is lost."""
 
 import copy
-import errno
-import io
 import os
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,14 +28,9 @@ from lightning_lora import (
     save_peft,
 )
 from lightning_lora.checkpoint import fingerprint
-from lightning_lora.checkpoint.atomic_io import AtomicCheckpointIO
-from lightning_lora.checkpoint.storage import write_atomically
 from lightning_lora.layers import LoRALayer
 from tests import models
-from tests.distributed.launch import run, torchrun_variables
 from tests.runs import LanguageModule, LazyModule, fitted, loader, same_adapters, trainer
-
-ATOMIC_SCRIPT = str(Path(__file__).with_name("atomic_script.py"))
 
 
 def epochs(directory: Path, **settings: Any) -> ModelCheckpoint:
@@ -535,71 +527,6 @@ class TestRefusals:
 
         with pytest.raises(ValueError, match=r"save_hyperparameters\(ignore="):
             trainer(tmp_path, LoRACallback(r=4)).fit(Objects(Path("x")), loader())
-
-
-class TestAtomicity:
-    @pytest.fixture
-    def files(self, tmp_path: Path) -> Path:
-        (tmp_path / "files").mkdir()
-        return tmp_path / "files"
-
-    def test_killed_at_any_moment_the_former_file_is_readable(self, files: Path) -> None:
-        run(ATOMIC_SCRIPT, [{}], files.parent, str(files), "be_killed")
-        assert "last.ckpt" in [path.name for path in files.iterdir()]
-
-    def test_a_full_disk_leaves_the_former_file_and_no_litter(self, tmp_path: Path, monkeypatch) -> None:
-        path = tmp_path / "last.ckpt"
-        write_atomically(path, b"former")
-        monkeypatch.setattr(
-            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
-        )
-        with pytest.raises(
-            OSError, match=r"cannot write 3 bytes to .*last.ckpt: No space left on device; a former file"
-        ):
-            write_atomically(path, b"new")
-        assert path.read_bytes() == b"former"
-        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-
-    def test_ranks_write_to_one_path_at_the_same_time(self, files: Path) -> None:
-        run(ATOMIC_SCRIPT, torchrun_variables(2), files.parent, str(files), "write_with_others")
-        assert [p.name for p in (files / "adapter").iterdir()] == ["x"]
-
-    def test_a_write_that_the_system_cuts_short_leaves_the_former_file(self, files: Path) -> None:
-        path = files / "last.ckpt"
-        write_atomically(path, b"former")
-        [output] = run(ATOMIC_SCRIPT, [{}], files.parent, str(files), "be_cut_short")
-        assert "cannot write 5,000 bytes to" in output
-        assert path.read_bytes() == b"former"
-        assert [p.name for p in files.iterdir()] == ["last.ckpt"]
-
-    def test_a_checkpoint_is_written_without_a_copy_of_it_in_memory(self, tmp_path: Path) -> None:
-        content = {"x": torch.zeros(2**24), "n": 1}
-        torch.save(content, tmp_path / "archive.ckpt")  # the file's name is in its bytes
-        tracemalloc.start()
-        AtomicCheckpointIO().save_checkpoint(content, tmp_path / "atomic.ckpt")
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert peak < 2**20
-        assert (tmp_path / "atomic.ckpt").read_bytes() == (tmp_path / "archive.ckpt").read_bytes()
-
-    def test_a_full_disk_amid_a_checkpoint_leaves_the_former_file(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = tmp_path / "last.ckpt"
-        AtomicCheckpointIO().save_checkpoint({"n": 1}, path)
-        real = Path.open
-
-        class Full(io.FileIO):
-            def write(self, content: Any) -> int:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(
-            Path, "open", lambda self, mode="r": Full(self, "w") if self.suffix == ".part" else real(self, mode)
-        )
-        with pytest.raises(OSError, match=r"bytes to .*last.ckpt: No space left on device; a former file"):
-            AtomicCheckpointIO().save_checkpoint({"n": 2, "x": torch.zeros(1000)}, path)
-        assert torch.load(path, weights_only=True) == {"n": 1}
-        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 class TestPeftBeside:

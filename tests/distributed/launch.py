@@ -1,4 +1,4 @@
-"""Start a script on several gloo ranks as torchrun does, and collect what each rank found."""
+"""Start a script in several processes, as torchrun starts ranks, and stop those that hang."""
 
 import contextlib
 import functools
@@ -14,37 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).parent.parent.parent
 RANK_VARIABLES = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_RUN_ID",
 )  # fmt: skip
-
-
-def launch(
-    script: str,
-    num_ranks: int,
-    directory: Path,
-    *arguments: str,
-    timeout_s: float = 1800,
-    idle_s: float = 300,
-    fresh: bool = False,
-) -> list[Any]:
-    """Run ``tests/distributed/<script>`` on ``num_ranks`` processes; return what each one saved with :func:`report`.
-
-    Args:
-        timeout_s: the ranks are killed after so long, for hangs alone: a launch takes seconds.
-        idle_s: they are killed after so long without progress, see :class:`Watch`.
-        fresh: the ranks share no memory with a process that was there before.
-    """
-    results = [directory / f"rank{rank}.pt" for rank in range(num_ranks)]
-    for result in results:  # of an earlier launch
-        result.unlink(missing_ok=True)
-    limits = {"timeout_s": timeout_s, "idle_s": idle_s}
-    run(script, torchrun_variables(num_ranks), directory, str(directory), *arguments, fresh=fresh, **limits)
-    return [torch.load(result, weights_only=True) for result in results]
 
 
 def run(
@@ -56,6 +30,8 @@ def run(
     idle_s: float = 300,
     fresh: bool = False,
     folder: Path = ROOT,
+    module: str = "",
+    environment: dict[str, str] | None = None,
 ) -> list[str]:
     """Run ``tests/distributed/<script>``, or one elsewhere, and return what each process wrote.
 
@@ -63,6 +39,8 @@ def run(
         variables: of the environment of each process, which tell it its rank.
         directory: what they write is kept in it.
         folder: where they run.
+        module: is imported before the processes are forked, once for all launches.
+        environment: variables that all processes share.
     """
     # nor a seed that an earlier run in this process left
     strange = ("SLURM", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
@@ -76,10 +54,11 @@ def run(
     order = {
         "script": str(Path(__file__).parent / script),
         "arguments": arguments,
-        "environments": [{**kept, **own} for own in variables],
+        "environments": [{**kept, **(environment or {}), **own} for own in variables],
         "outputs": list(map(str, outputs)),
         "fresh": fresh,
         "folder": str(folder),
+        "module": module,
     }
     codes, hang = _obeyed(order, timeout_s, idle_s)
     assert not hang, f"{hang}:\n" + "\n".join(f"rank {r}: {o.read_text()[-4000:]}" for r, o in enumerate(outputs))
@@ -93,47 +72,6 @@ def torchrun_variables(num_ranks: int) -> list[dict[str, str]]:
     """Return what torchrun tells each rank, in the order of ``RANK_VARIABLES``."""
     common = ["0", str(num_ranks), str(num_ranks), "127.0.0.1", str(free_port()), "test"]
     return [dict(zip(RANK_VARIABLES, [str(rank), str(rank), *common], strict=True)) for rank in range(num_ranks)]
-
-
-class Launches:
-    """What the ranks of a script found, part by part: each part is launched once, when it is first asked for.
-
-    Ranks of one number share a folder, in which parts find the files of the parts before them.
-    """
-
-    def __init__(self, script: str, directory: Path, first: str = "") -> None:
-        """Remember what to launch.
-
-        Args:
-            directory: holds what all ranks read, and will hold a folder for each number of ranks.
-            first: the part whose files the others read.
-        """
-        self.script, self.shared, self.first = script, directory, first
-        self._found: dict[tuple[int, str], Any] = {}
-
-    def __call__(self, num_ranks: int, part: str) -> Any:
-        """Return what each rank found in a part."""
-        key = (num_ranks, part)
-        if self.first not in ("", part):
-            self(num_ranks, self.first)
-        if key not in self._found:
-            try:
-                self._found[key] = launch(self.script, num_ranks, self.directory(num_ranks), part)
-            except AssertionError as error:  # for all tests that ask
-                self._found[key] = error
-        if isinstance(self._found[key], AssertionError):
-            raise self._found[key]
-        return self._found[key]
-
-    def directory(self, num_ranks: int) -> Path:
-        """Return the folder of the launches on so many ranks."""
-        directory = self.shared / f"{num_ranks} ranks"
-        if not directory.exists():
-            shared = [path for path in self.shared.iterdir() if not path.name.endswith(" ranks")]
-            directory.mkdir()
-            for path in shared:
-                (directory / path.name).symlink_to(path)
-        return directory
 
 
 def _obeyed(order: dict[str, Any], timeout_s: float, idle_s: float) -> tuple[list[int], str]:
@@ -246,8 +184,3 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-
-
-def report(directory: Path, values: Any) -> None:
-    """Save this rank's findings for the test that launched it."""
-    torch.save(values, directory / f"rank{os.environ['RANK']}.pt")

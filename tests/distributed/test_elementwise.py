@@ -1,14 +1,29 @@
 """Which optimizers may step on parts of tensors, on two gloo ranks against steps on whole ones in one process."""
 
+import threading
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim import Optimizer
+from transformers.optimization import Adafactor
 
-from tests.distributed.elementwise_script import OPTIMIZERS, stepped, whole_tensors
-from tests.distributed.launch import launch
+from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy, inject
+from lightning_lora import fabric as twins
+from lightning_lora.distributed.elementwise import check_steps_on_parts
+from lightning_lora.ops.sharded import local_part, split_over, spread_like
+from tests import models
+from tests.distributed.ranks import on_ranks
+from tests.distributed.training import error_of, fit, rank_loader, rank_of
+from tests.runs import LanguageModule
 
+NUM_STEPS = 4
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
 # what torch documents, or what is written in the script, as computed entry by entry or over ranks
 RIGHT_ON_PARTS = {
@@ -22,9 +37,162 @@ RIGHT_ON_PARTS = {
 NOT_TRIED = {"SparseAdam": "SparseAdam", "locked": "Locked", "holding": "Holding", "lookahead": "Lookahead"}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return launch("elementwise_script.py", 2, tmp_path_factory.mktemp("elementwise"))
+class TrustRatio(Optimizer):
+    """SGD whose steps are scaled by the norms of weight and gradient, as LARS's and LAMB's are."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                ratio = parameter.data.norm() / parameter.grad.norm()
+                parameter.data -= group["lr"] * ratio * parameter.grad
+
+
+class Special(Optimizer):
+    """Entry by entry; needs an argument, knows parameters by name, takes no closure."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], *, decay: dict[str, float]) -> None:
+        named = list(named)
+        self.named, self.decay = dict(named), decay
+        super().__init__([parameter for _, parameter in named], {"lr": 0.1})
+
+    def step(self) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter -= 0.1 * (parameter.grad + self.decay[name] * parameter)
+
+
+class NeedsClosure(torch.optim.SGD):
+    """Computes the gradients twice in a step."""
+
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        closure()
+        return super().step(closure)
+
+
+class Lookahead(Optimizer):
+    """Steps by another optimizer, and back half of the way at every second step."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner, self.count = inner, 0
+        self.slow = {p: p.detach().clone() for group in inner.param_groups for p in group["params"]}
+        super().__init__(inner.param_groups, {})
+        self.param_groups = inner.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+        self.count += 1
+        for parameter, slow in self.slow.items():
+            if self.count % 2 == 0:
+                slow += 0.5 * (parameter - slow)
+                parameter.copy_(slow)
+
+
+class Holding(torch.optim.SGD):
+    """Knows a model, which may be large."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.model = nn.Linear(1, 1)
+
+
+class Locked(torch.optim.SGD):
+    """Cannot be copied."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.lock = threading.Lock()
+
+
+def warming_up(params: list[nn.Parameter]) -> Optimizer:
+    """Its learning rate is zero at the first step, by a schedule that has put its own step in the place of step."""
+    optimizer = torch.optim.Adafactor(params, lr=0.1)
+    optimizer.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def grouped(params: list[nn.Parameter]) -> Optimizer:
+    groups = [{"params": [p], "lr": 0.05 * (i + 1), "weight_decay": 0.1 * i} for i, p in enumerate(params)]
+    return torch.optim.AdamW(groups)
+
+
+def of(cls: Any, **settings: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
+    return lambda params: cls(params, **settings)
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    **{
+        name: of(getattr(torch.optim, name), lr=0.1)
+        for name in torch.optim.__all__
+        if isinstance(cls := getattr(torch.optim, name, None), type) and issubclass(cls, Optimizer) and cls is not Optimizer
+    },
+    **{
+        f"{cls.__name__} {' '.join(settings)}": of(cls, lr=0.1, **settings)
+        for cls, settings in [
+            (torch.optim.AdamW, {"foreach": True}),
+            (torch.optim.AdamW, {"fused": True}),
+            (torch.optim.AdamW, {"amsgrad": True, "maximize": True}),
+            (torch.optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+            (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+            (torch.optim.SGD, {"momentum": 0.9, "foreach": True}),
+            (torch.optim.SGD, {"fused": True}),
+            (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
+            (torch.optim.Adagrad, {"lr_decay": 0.1}),
+            (torch.optim.LBFGS, {"line_search_fn": "strong_wolfe"}),
+            (TrustRatio, {}),
+            (NeedsClosure, {}),
+        ]
+    },
+    "transformers' Adafactor": lambda params: Adafactor(params, scale_parameter=True, relative_step=True),
+    "special": lambda params: Special(
+        ((str(i), p) for i, p in enumerate(params)), decay={str(i): 0.1 for i in range(len(params))}
+    ),
+    "lookahead": lambda params: Lookahead(torch.optim.SGD(params, lr=0.1)),
+    "locked": Locked,
+    "holding": Holding,
+    "warming up": warming_up,
+    "grouped": grouped,
+}  # fmt: skip
+
+
+def whole_tensors(seed: int) -> list[Tensor]:
+    """Return tensors of unequal rows and columns: two to be split, one to stay whole."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator) for shape in ((8, 12), (6, 10), (3, 4))]
+    return [tensor * torch.linspace(0.5, 4.0, len(tensor)).view(-1, 1) for tensor in tensors]
+
+
+def stepped(optimizer: Optimizer, params: list[Any]) -> list[Tensor]:
+    """Return what this rank holds of the parameters after a few steps, on gradients that all ranks know."""
+    for index in range(NUM_STEPS):
+
+        def closure(index: int = index) -> Tensor:
+            for parameter, gradient in zip(params, whole_tensors(1 + index), strict=True):
+                parameter.grad = spread_like(gradient, parameter)
+            return sum((local_part(p.detach()) * local_part(p.grad)).sum() for p in params)
+
+        closure()
+        optimizer.step() if isinstance(optimizer, Special) else optimizer.step(closure)
+        if hasattr(optimizer, "schedule"):
+            optimizer.schedule.step()
+    return [local_part(parameter.detach()).clone() for parameter in params]
+
+
+def on_parts(mesh: Any, *, tagged: bool) -> list[Any]:
+    """Return parameters of which this rank has rows, has columns, and has all."""
+    params: list[Any] = []
+    for tensor, dim in zip(whole_tensors(0), (0, 1, None), strict=True):
+        if dim is None:
+            params.append(nn.Parameter(tensor))
+            continue
+        spread = distribute_tensor(tensor, mesh, [Shard(dim)], src_data_rank=None)
+        params.append(nn.Parameter(spread.to_local().contiguous() if tagged else spread))
+        if tagged:
+            split_over(params[-1], mesh, dim)
+    return params
 
 
 def whole(name: str) -> list[Tensor]:
@@ -32,52 +200,112 @@ def whole(name: str) -> list[Tensor]:
     return stepped(OPTIMIZERS[name](params), params)
 
 
-def parts(tensors: list[Tensor], rank: int) -> list[Tensor]:
+def parts_of_this_rank(tensors: list[Tensor]) -> list[Tensor]:
+    rank, _ = rank_of()
     return [tensors[0].chunk(2, 0)[rank], tensors[1].chunk(2, 1)[rank], tensors[2]]
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(NOT_TRIED)))
-def test_an_optimizer_of_split_tensors_passes_if_and_only_if_its_steps_are_right(ranks: list[Any], name: str) -> None:
-    expected = whole(name)
-    for index, rank in enumerate(ranks):
-        found = rank["tagged"][name]
+def verdict(optimizer: Optimizer) -> str:
+    """Return what is said of an optimizer, which is left as it was, as the random state is."""
+    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [local_part(parameter.detach()).clone() for parameter in params]
+    attributes, random = dict(vars(optimizer)), torch.get_rng_state()
+    keys = {id(parameter): list(entry) for parameter, entry in optimizer.state.items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
-            torch.testing.assert_close(found["stepped"], parts(expected, index), **TOLERANCE)
-            is_right = True
-        except AssertionError:
-            is_right = False
-        assert found["verdict"].startswith("passed" if name in RIGHT_ON_PARTS else "refused")
-        assert is_right is (name in RIGHT_ON_PARTS)
+            check_steps_on_parts(optimizer)
+            said = "passed"
+        except ValueError as error:
+            said = f"refused: {error}"
+    assert attributes == vars(optimizer)
+    assert keys == {id(parameter): list(entry) for parameter, entry in optimizer.state.items()}
+    assert torch.equal(random, torch.get_rng_state())
+    for parameter, value in zip(params, before, strict=True):
+        assert torch.equal(local_part(parameter.detach()), value)
+        assert parameter.grad is None
+    return f"untried: {caught[0].message}" if caught else said
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(NOT_TRIED)))
-def test_an_optimizer_of_dtensors_passes_only_if_its_steps_are_right(ranks: list[Any], name: str) -> None:
-    for index, rank in enumerate(ranks):
-        found = rank["DTensor"][name]
-        if found["verdict"] == "passed":
-            torch.testing.assert_close(found["stepped"], parts(whole(name), index), **TOLERANCE)
+def is_right_on_parts(optimizer: Optimizer, params: list[Any], expected: list[Tensor]) -> bool:
+    try:
+        torch.testing.assert_close(stepped(optimizer, params), parts_of_this_rank(expected), **TOLERANCE)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[Tensor]]:
+    """Return what every optimizer makes of whole tensors."""
+    return {name: whole(name) for name in sorted(set(OPTIMIZERS) - set(NOT_TRIED))}
+
+
+@on_ranks(2)
+def test_an_optimizer_of_split_tensors_passes_if_and_only_if_its_steps_are_right(
+    expected: dict[str, list[Tensor]],
+) -> None:
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    for name, build in OPTIMIZERS.items():
+        params = on_parts(mesh, tagged=True)
+        optimizer = build(params)
+        said = verdict(optimizer)
+        if name in NOT_TRIED:
+            assert said.startswith(f"untried: {NOT_TRIED[name]} could not be tried"), (name, said)
+            continue
+        right = name in RIGHT_ON_PARTS
+        assert said.startswith("passed" if right else "refused"), (name, said)
+        assert is_right_on_parts(optimizer, params, expected[name]) is right, name
+
+
+@on_ranks(2)
+def test_an_optimizer_of_dtensors_passes_only_if_its_steps_are_right(expected: dict[str, list[Tensor]]) -> None:
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    for name, build in OPTIMIZERS.items():
+        params = on_parts(mesh, tagged=False)
+        optimizer = build(params)
+        said = verdict(optimizer)
+        if name in NOT_TRIED:
+            assert said.startswith(f"untried: {NOT_TRIED[name]} could not be tried"), (name, said)
+        elif said == "passed":
+            assert is_right_on_parts(optimizer, params, expected[name]), name
         else:
-            assert "shard_adapters=False" in found["verdict"]
-            assert name not in RIGHT_ON_PARTS or "error" in found  # torch itself cannot step on them beside whole ones
+            assert "shard_adapters=False" in said, (name, said)
+            if name in RIGHT_ON_PARTS:  # torch itself cannot step on them beside whole ones
+                with pytest.raises(Exception):  # noqa: B017
+                    stepped(optimizer, params)
 
 
-@pytest.mark.parametrize("name", NOT_TRIED)
-def test_an_optimizer_that_cannot_be_tried_passes_with_a_warning(ranks: list[Any], name: str) -> None:
-    for kind in ("tagged", "DTensor"):
-        assert ranks[0][kind][name]["verdict"].startswith(f"untried: {NOT_TRIED[name]} could not be tried")
+class Factored(LanguageModule):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adafactor([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_neither_the_optimizer_nor_the_random_state_is_touched(ranks: list[Any], name: str) -> None:
-    for rank in ranks:
-        assert rank["tagged"][name]["untouched"]
-        assert rank["DTensor"][name]["untouched"]
+def fit_factored(strategy: Any) -> None:
+    # ranks that share a model see the same batches
+    data = rank_loader(0, 1) if isinstance(strategy, MegatronLoRAStrategy) else rank_loader(*rank_of())
+    fit(None, Factored(), strategy, loaders={"train_dataloaders": data}, limit_train_batches=1)
 
 
-def test_a_run_with_a_factored_optimizer_is_refused_at_the_start_where_adapters_are_in_parts(ranks: list[Any]) -> None:
-    for rank in ranks:
-        for strategy, remedy in (("megatron_lora", "strategy='fsdp_lora'"), ("shard_adapters", "shard_adapters=False")):
-            for error in rank["runs"][strategy]:
-                assert "Adafactor with these settings does not step on parts" in error
-                assert remedy in error
-        assert rank["runs"]["fsdp_lora"] == ["none", "none"]
+def set_up_factored(strategy: Any) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    model = inject(models.llama(), LoRAConfig(r=4))
+    fabric.setup(model, torch.optim.Adafactor([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+
+
+@on_ranks(2)
+def test_a_run_with_a_factored_optimizer_is_refused_at_the_start_where_adapters_are_in_parts() -> None:
+    split, sharded = {"tensor_parallel_size": 2}, {"shard_adapters": True}
+    for start, strategy, remedy in (
+        (fit_factored, MegatronLoRAStrategy(**split), "strategy='fsdp_lora'"),
+        (set_up_factored, twins.MegatronLoRAStrategy(**split), "strategy='fsdp_lora'"),
+        (fit_factored, FSDPLoRAStrategy(**sharded), "shard_adapters=False"),
+        (set_up_factored, twins.FSDPLoRAStrategy(**sharded), "shard_adapters=False"),
+    ):
+        error = error_of(start, strategy)
+        assert "Adafactor with these settings does not step on parts" in error
+        assert remedy in error
+    assert error_of(fit_factored, "fsdp_lora") == error_of(set_up_factored, "fsdp_lora") == "none"

@@ -1,286 +1,229 @@
-"""``megatron_lora`` in Fabric on 2 and 4 gloo ranks against one process, and loss scaling over ranks."""
+"""``megatron_lora`` in Fabric on 2 and 4 gloo ranks against one process."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor, nn
 
-from lightning_lora import LoRACallback
-from lightning_lora.distributed.overflow import keep_overflows, share_overflows
+from lightning_lora import LoRAConfig, inject
 from lightning_lora.fabric import MegatronLoRAStrategy
-from tests import runs
-from tests.distributed import megatron_fabric_script as script
-from tests.distributed.ddp_script import Recorded
-from tests.distributed.launch import Launches
+from lightning_lora.megatron.core import parallel_state
+from tests import models
+from tests.distributed.counting import counted_collectives
+from tests.distributed.ranks import on_ranks
+from tests.distributed.split import four_heads, whole_factors
+from tests.distributed.split_fabric import adapters, batches, gradients, loss_of, make, start, step
+from tests.distributed.training import EXACT, PROMPTS, STEP_TOLERANCE, from_all_ranks, rank_of
 
-STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
 GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
-EXACT = {"rtol": 0.0, "atol": 0.0}
+LAYOUTS = [(2, 2), (4, 2), (4, 4)]  # ranks, and how many of them share a model
+layouts = pytest.mark.parametrize(("num_ranks", "size"), LAYOUTS)
+
+
+def three_steps(fabric: Fabric, model: Any, optimizer: Any, data: list[Tensor]) -> list[Tensor]:
+    return [step(fabric, model, optimizer, batch) for batch in data[:3]]
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fabric")
+def single() -> dict[str, Any]:
+    """Return what one process finds: the rows, the first gradients, and three steps."""
+    fabric = start()
+    model, optimizer = fabric.setup(*make())
+    data = list(batches(fabric))
+    fabric.backward(loss_of(model, data[0]))
+    found = {"data": torch.stack(data), "gradients": gradients(model)}
+    optimizer.zero_grad()
+    found |= {"losses": three_steps(fabric, model, optimizer, data), "adapters": adapters(model)}
+    step(fabric, model, optimizer, data[3])
+    found["text"] = model.eval().generate(PROMPTS[:1], max_new_tokens=4, do_sample=False)
+    return found
+
+
+@layouts
+@on_ranks()
+def test_gradients_and_three_steps_equal_one_process(single: dict[str, Any], num_ranks: int, size: int) -> None:
+    fabric, (rank, _) = start(tensor_parallel_size=size), rank_of()
+    model, optimizer = fabric.setup(*make())
+    data = list(batches(fabric))
+
+    # ranks that share a model get the same rows, and others get others
+    dealt = from_all_ranks(torch.stack(data))
+    assert torch.equal(dealt[rank], dealt[rank - rank % size])
+    together = torch.cat(dealt[::size], dim=1)
+    assert torch.equal(together.sort(dim=1).values, single["data"].sort(dim=1).values)
+
+    fabric.backward(loss_of(model, data[0]))
+    torch.testing.assert_close(gradients(model), single["gradients"], **GRADIENT_TOLERANCE)
+    optimizer.zero_grad()
+    losses = three_steps(fabric, model, optimizer, data)
+    torch.testing.assert_close(losses, single["losses"], **STEP_TOLERANCE)
+    torch.testing.assert_close(adapters(model), single["adapters"], **STEP_TOLERANCE)
+    factors = whole_factors(model.module)
+    assert len(factors) == 14  # one factor of each adapted layer
+    torch.testing.assert_close(factors, from_all_ranks(factors)[0], **EXACT)
+
+    step(fabric, model, optimizer, data[3])
+    assert torch.equal(model.eval().generate(PROMPTS[:1], max_new_tokens=4, do_sample=False), single["text"])
+
+
+CLIPPING: dict[str, dict[str, float]] = {"by norm": {"max_norm": 0.05}, "by value": {"clip_val": 0.001}}
+CLIPPED = [(2, 2, "by norm"), (2, 2, "by value"), (4, 2, "by norm"), (4, 2, "by value"), (4, 4, "by norm")]
+
+
+def accumulated(fabric: Fabric, how: str) -> dict[str, Any]:
+    """Take two steps of two backwards each, clipped; return the last gradients, and the sizes of all-reduces."""
+    model, optimizer = fabric.setup(*make())
+    found: dict[str, Any] = {"all-reduces": []}
+    for index, batch in enumerate(batches(fabric)):
+        is_last = index % 2 == 1
+        loss = loss_of(model, batch) / 2
+        with fabric.no_backward_sync(model, enabled=not is_last), counted_collectives() as traffic:
+            fabric.backward(loss)
+        found["all-reduces"].append(traffic["all_reduce"])
+        if is_last:
+            found["gradients"] = gradients(model)
+            found["norm"] = fabric.clip_gradients(model, optimizer, **CLIPPING[how])
+            found["clipped"] = gradients(model)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {**found, "adapters": adapters(model)}
 
 
 @pytest.fixture(scope="module")
-def single(directory: Path) -> dict[str, Any]:
-    """What one process finds, and its files."""
-    script.four_heads().save_pretrained(directory / "saved")
-    fabric = script.start()
-    found = {
-        **script.three_steps(fabric, directory / "one process.ckpt"),
-        "by norm": script.accumulated(fabric, max_norm=0.05),
-        "by value": script.accumulated(fabric, clip_val=0.001),
-        "twice": script.twice_before_a_step(fabric),
-    }
-    module = Recorded()
-    module.model = script.four_heads()
-    trainer = runs.trainer(directory, LoRACallback(r=4), limit_train_batches=2)
-    trainer.fit(module, runs.loader())
-    trainer.save_checkpoint(directory / "trainer.ckpt")
+def single_accumulated() -> dict[str, Any]:
+    return {how: accumulated(start(), how) for how in CLIPPING}
+
+
+@pytest.mark.parametrize(("num_ranks", "size", "how"), CLIPPED)
+@on_ranks()
+def test_accumulation_and_clipping_equal_one_process_and_reduce_with_the_last_backward(
+    single_accumulated: dict[str, Any], num_ranks: int, size: int, how: str
+) -> None:
+    expected, found = single_accumulated[how], accumulated(start(tensor_parallel_size=size), how)
+    assert expected["norm"] is None or expected["norm"] > 0.1  # it is clipped
+    for part in ("gradients", "norm", "clipped"):
+        torch.testing.assert_close(found[part], expected[part], **GRADIENT_TOLERANCE)
+    torch.testing.assert_close(found["adapters"], expected["adapters"], **STEP_TOLERANCE)
+
+    first, last = found["all-reduces"][:2]
+    assert set(first) == {4 * 8 * 32 * size // num_ranks}  # what the layers sum themselves: tokens times hidden size
+    # whole factors; parts over replicas
+    assert len(last) - len(first) == (1 if size == num_ranks else 2)
+
+
+def read_twice(fabric: Fabric) -> list[dict[str, Tensor | None]]:
+    """Return the gradients after one backward, and after two."""
+    model, _ = fabric.setup(*make())
+    found = []
+    for batch in list(batches(fabric))[:2]:
+        fabric.backward(loss_of(model, batch))
+        found.append(gradients(model))
     return found
 
 
 @pytest.fixture(scope="module")
-def found(directory: Path, single: Any) -> Launches:
-    return Launches("megatron_fabric_script.py", directory, first="training")
+def single_read_twice() -> list[dict[str, Tensor | None]]:
+    return read_twice(start())
 
 
-both = pytest.mark.parametrize("num_ranks", [2, 4])
-LAYOUTS = [(2, 2), (4, 2), (4, 4)]  # ranks, and how many of them share a model
-layouts = pytest.mark.parametrize(("num_ranks", "size"), LAYOUTS)
-CLIPPED = [(2, 2, "by norm"), (2, 2, "by value"), (4, 2, "by norm"), (4, 2, "by value"), (4, 4, "by norm")]
+@on_ranks(4)
+def test_each_backward_before_a_step_counts_once_for_who_reads(single_read_twice: list[Any]) -> None:
+    fabric = start("megatron_lora")
+    torch.testing.assert_close(read_twice(fabric), single_read_twice, **GRADIENT_TOLERANCE)
+    # the name in the registry chooses the size from the first model
+    assert fabric.strategy.device_mesh.size() == 2
 
 
-def trained(found: Launches, num_ranks: int, size: int) -> list[Any]:
-    """Return what each rank found of training in one layout."""
-    return [rank[f"tp{size}"] for rank in found(num_ranks, "training")]
+@on_ranks(4)
+def test_an_optimizer_made_after_the_model_trains_it_and_one_from_before_is_refused(single: dict[str, Any]) -> None:
+    fabric, (model, early) = start("megatron_lora"), make()
+    model = fabric.setup_module(model)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, eps=1e-4)
+    optimizer = fabric.setup_optimizers(optimizer)
+    data = list(batches(fabric))
+    three_steps(fabric, model, optimizer, data)
+    torch.testing.assert_close(adapters(model), single["adapters"], **STEP_TOLERANCE)
+    with pytest.raises(ValueError, match=r"call fabric\.setup\(model, optimizer\) with both"):
+        fabric.setup_optimizers(early)
+
+    # a model without gradients is left alone beside another
+    other, other_optimizer = fabric.setup(*make(models.qwen3))
+    fabric.backward(loss_of(other, data[0]))
+    assert set(gradients(model).values()) == {None}
+    other_optimizer.step()
 
 
-class TestTraining:
-    @layouts
-    def test_gradients_and_three_steps_equal_one_process(
-        self, found: Launches, single: Any, num_ranks: int, size: int
-    ) -> None:
-        for rank in trained(found, num_ranks, size):
-            torch.testing.assert_close(rank["gradients"], single["gradients"], **GRADIENT_TOLERANCE)
-            torch.testing.assert_close(rank["adapters"], single["adapters"], **STEP_TOLERANCE)
-            torch.testing.assert_close(rank["losses"], single["losses"], **STEP_TOLERANCE)
-
-    @layouts
-    def test_whole_factors_are_bit_equal_on_all_ranks(self, found: Launches, num_ranks: int, size: int) -> None:
-        first, *others = trained(found, num_ranks, size)
-        for rank in others:
-            assert len(rank["raw"]) == 14  # one factor of each adapted layer
-            torch.testing.assert_close(rank["raw"], first["raw"], **EXACT)
-
-    @layouts
-    def test_ranks_that_share_a_model_get_the_same_rows_and_others_get_others(
-        self, found: Launches, single: Any, num_ranks: int, size: int
-    ) -> None:
-        dealt = [rank["data"] for rank in trained(found, num_ranks, size)]
-        for index, data in enumerate(dealt):
-            assert torch.equal(data, dealt[index - index % size])
-        together = torch.cat(dealt[::size], dim=1)
-        assert torch.equal(together.sort(dim=1).values, single["data"].sort(dim=1).values)
-
-    @pytest.mark.parametrize(("num_ranks", "size", "how"), CLIPPED)
-    def test_accumulation_and_clipping_equal_one_process(
-        self, found: Launches, single: Any, num_ranks: int, size: int, how: str
-    ) -> None:
-        expected = single[how]
-        assert expected["norm"] is None or expected["norm"] > 0.1  # it is clipped
-        for rank in trained(found, num_ranks, size):
-            for part in ("accumulated", "norm", "clipped"):
-                torch.testing.assert_close(rank[how][part], expected[part], **GRADIENT_TOLERANCE)
-            torch.testing.assert_close(rank[how]["adapters"], expected["adapters"], **STEP_TOLERANCE)
-
-    @layouts
-    def test_gradients_move_only_with_the_last_backward(self, found: Launches, num_ranks: int, size: int) -> None:
-        rank = trained(found, num_ranks, size)[0]["by norm"]
-        rows = 4 * 8 * 32 * size // num_ranks  # what the layers sum themselves: tokens times hidden size
-        assert set(rank["first"]) == {rows}
-        # whole factors; parts over replicas
-        assert len(rank["last"]) - len(rank["first"]) == (1 if size == num_ranks else 2)
-
-    def test_each_backward_before_a_step_counts_once_for_who_reads(self, found: Launches, single: Any) -> None:
-        for rank in found(4, "orders"):
-            for read, expected in zip(rank["twice"]["reads"], single["twice"]["reads"], strict=True):
-                torch.testing.assert_close(read, expected, **GRADIENT_TOLERANCE)
-
-    @layouts
-    def test_texts_are_those_of_one_process(self, found: Launches, single: Any, num_ranks: int, size: int) -> None:
-        assert all(torch.equal(rank["text"], single["text"]) for rank in trained(found, num_ranks, size))
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    four_heads().save_pretrained(tmp_path)
+    return tmp_path
 
 
-class TestOrders:
-    def test_an_optimizer_made_after_the_model_trains_it_and_one_from_before_is_refused(
-        self, found: Launches, single: Any
-    ) -> None:
-        for rank in found(4, "orders"):
-            torch.testing.assert_close(rank["apart"], single["adapters"], **STEP_TOLERANCE)
-            assert "call fabric.setup(model, optimizer) with both" in rank["early"]
-
-    def test_the_name_in_the_registry_chooses_the_size_from_the_first_model(self, found: Launches) -> None:
-        assert [rank["ranks"] for rank in found(4, "orders")] == [2] * 4
-
-    def test_a_model_without_gradients_is_left_alone_beside_another(self, found: Launches) -> None:
-        for rank in found(4, "orders"):
-            assert set(rank["company"].values()) == {None}
-
-    def test_a_base_on_meta_is_read_in_slices(self, found: Launches, single: Any) -> None:
-        for rank in found(4, "orders"):
-            assert rank["was_meta"]
-            torch.testing.assert_close(rank["meta"], single["gradients"], **GRADIENT_TOLERANCE)
+@on_ranks(4)
+def test_a_base_on_meta_is_read_in_slices(saved: Path, single: dict[str, Any]) -> None:
+    fabric = start(tensor_parallel_size=2, base_weights=str(saved))
+    with fabric.init_module(empty_init=True):
+        base = four_heads()
+    assert base.model.layers[0].mlp.up_proj.weight.is_meta
+    model, _ = fabric.setup(*make(lambda: base))
+    fabric.backward(loss_of(model, next(iter(batches(fabric)))))
+    torch.testing.assert_close(gradients(model), single["gradients"], **GRADIENT_TOLERANCE)
 
 
-class TestFiles:
-    @layouts
-    def test_a_step_after_loading_is_that_of_a_run_that_went_on(
-        self, found: Launches, num_ranks: int, size: int
-    ) -> None:
-        for rank in trained(found, num_ranks, size):
-            assert rank["step"] == 3
-            torch.testing.assert_close(rank["resumed"], rank["going_on"], **EXACT)
-
-    @layouts
-    def test_the_file_is_that_of_one_process(self, found: Launches, num_ranks: int, size: int) -> None:
-        found(num_ranks, "training")
-        expected, read = (read_file(found, num_ranks, name) for name in ("one process", f"tp{size}"))
-        torch.testing.assert_close(read["model"], expected["model"], **STEP_TOLERANCE)
-        torch.testing.assert_close(read["optimizer"]["state"], expected["optimizer"]["state"], **STEP_TOLERANCE)
-        ours, theirs = (file["lightning_lora"]["adapters"][0]["base"] for file in (read, expected))
-        assert torch.equal(ours["hashes"], theirs["hashes"])
-
-    @pytest.mark.parametrize("source", script.SOURCES)
-    def test_any_file_is_written_again_as_it_was_read(self, found: Launches, source: str) -> None:
-        found(2, "files")
-        original, again = (read_file(found, 2, name) for name in (source, f"{source} again"))
-        torch.testing.assert_close(again["model"], tensors_of(original), **EXACT)
-        torch.testing.assert_close(again["optimizer"]["state"], moments_of(original), **EXACT)
-
-    def test_fsdp_and_one_process_read_it(self, found: Launches) -> None:
-        found(2, "files")
-        original, again = (read_file(found, 2, name) for name in ("tp2", "tp2 by fsdp"))
-        torch.testing.assert_close(again["model"], original["model"], **EXACT)
-        torch.testing.assert_close(again["optimizer"]["state"], original["optimizer"]["state"], **EXACT)
-        fabric = script.start()
-        model, optimizer = fabric.setup(*script.make())
-        fabric.load(found.directory(2) / "tp2.ckpt", {"model": model, "optimizer": optimizer})
-        torch.testing.assert_close(script.adapters(model), original["model"], **EXACT)
-        torch.testing.assert_close(optimizer.state_dict()["state"], original["optimizer"]["state"], **EXACT)
+def test_one_process_is_a_run_like_any_other_also_after_its_group_is_gone(single: dict[str, Any]) -> None:
+    for _ in range(2):
+        fabric = Fabric(accelerator="cpu", devices=1, strategy="megatron_lora")
+        fabric.launch()
+        model, optimizer = fabric.setup(*make())
+        losses = three_steps(fabric, model, optimizer, list(batches(fabric)))
+        torch.testing.assert_close(losses, single["losses"], **STEP_TOLERANCE)
+        torch.distributed.destroy_process_group()
 
 
-def read_file(found: Launches, num_ranks: int, name: str) -> Any:
-    return torch.load(found.directory(num_ranks) / f"{name}.ckpt", weights_only=True)
+def with_heads(heads: int) -> nn.Module:
+    """An adapted Llama with a number of heads that four ranks do not divide, nor two its key-value heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=heads,
+        num_key_value_heads=heads // 2, vocab_size=models.VOCAB,
+    )  # fmt: skip
+    return inject(LlamaForCausalLM(config), LoRAConfig(r=2))
 
 
-def tensors_of(file: dict[str, Any]) -> Any:
-    """Return the adapters of Fabric's file, or of the Trainer's."""
-    if "model" in file:
-        return file["model"]
-    return {name.removeprefix("model."): value for name, value in file["state_dict"].items()}
+@on_ranks(2, 4)
+def test_groups_of_a_given_size_are_there_after_launch_and_must_divide_a_later_model(num_ranks: int) -> None:
+    fabric = start(tensor_parallel_size=num_ranks)
+    assert parallel_state().get_tensor_model_parallel_world_size() == num_ranks
+    field, heads = ("num_attention_heads", 6) if num_ranks == 4 else ("num_key_value_heads", 3)
+    message = f"{field}={heads} of LlamaForCausalLM is not divisible by tensor_parallel_size={num_ranks}"
+    with pytest.raises(ValueError, match=message):
+        fabric.setup(with_heads(6))
 
 
-def moments_of(file: dict[str, Any]) -> Any:
-    return (file["optimizer"] if "optimizer" in file else file["optimizer_states"][0])["state"]
+@on_ranks(2)
+def test_what_cannot_be_served_is_said() -> None:
+    fabric = start(tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"'megatron_lora' .* LlamaForCausalLM holds no adapters"):
+        fabric.setup(four_heads())
+    model = fabric.setup(make()[0])
+    with pytest.raises(ValueError, match="ranks that share a model were given different batches"):
+        loss_of(model, models.token_ids(2, 8, seed=fabric.global_rank))
+    with pytest.raises(ValueError, match=r"call fabric.setup\(model\) before fabric.setup_dataloaders"):
+        batches(start(tensor_parallel_size="auto"))
+    start(tensor_parallel_size=1)
+    message = "another strategy has laid the ranks out since this one did: 1 share a model, and here"
+    with pytest.raises(ValueError, match=message):
+        fabric.setup(make()[0])
+    with pytest.raises(ValueError, match="1 share a model, and here"):
+        batches(fabric)
 
 
-class TestOverflow:
-    @both
-    def test_all_ranks_skip_the_step_in_which_one_finds_an_overflow_and_take_the_next(
-        self, found: Launches, num_ranks: int
-    ) -> None:
-        first, *_ = ranks = found(num_ranks, "overflows")
-        assert len(first) == (5 if num_ranks == 2 else 2)
-        for case in first:
-            for rank in ranks:
-                assert [any_moved for any_moved, _ in rank[case]["moved"]] == [True, False, True], case
-                assert [all_moved for _, all_moved in rank[case]["moved"]] == [True, False, True], case
-                assert rank[case]["scales"] == [script.INIT_SCALE, script.INIT_SCALE / 2, script.INIT_SCALE / 2], case
-                torch.testing.assert_close(rank[case]["raw"], first[case]["raw"], **EXACT)
-
-    @both
-    def test_gradients_are_reduced_in_the_scaled_domain(self, found: Launches, single: Any, num_ranks: int) -> None:
-        for rank in found(num_ranks, "overflows"):
-            for name, gradient in rank["clipped"]["gradients"].items():
-                expected = single["gradients"][name]
-                error = (gradient / script.INIT_SCALE - expected).norm() / expected.norm()
-                assert error < 0.02, name  # ten bits of float16, through two blocks
-
-    def test_a_trainers_scaler_is_its_own_again_after_the_run(self, found: Launches) -> None:
-        assert all(rank["trainer"]["is_undone"] for rank in found(2, "overflows"))
-
-    def test_gradients_are_reduced_before_the_check_and_a_scaler_is_wrapped_once(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
-        parameter = torch.nn.Parameter(torch.ones(2))
-        optimizer, scaler = torch.optim.SGD([parameter]), torch.amp.GradScaler("cpu", init_scale=2.0)
-        calls: list[Any] = []
-        for _ in range(2):
-            share_overflows(scaler, lambda: calls.append(parameter.grad.clone()))
-        scaler.scale(parameter.sum()).backward()
-        scaler.unscale_(optimizer)
-        torch.testing.assert_close(calls, [torch.full((2,), 2.0)])
-        torch.testing.assert_close(parameter.grad, torch.ones(2))
-        keep_overflows(scaler)
-        assert "_unscale_grads_" not in vars(scaler)
-
-    def test_a_scaler_without_the_method_is_refused_by_name(self) -> None:
-        with pytest.raises(ValueError, match="not served with NoScaler of torch .* no '_unscale_grads_'"):
-            share_overflows(NoScaler(), lambda: None)
-
-
-class NoScaler:
-    pass
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("case", "message"),
-        [
-            ("bare", "'megatron_lora' .* LlamaForCausalLM holds no adapters"),
-            ("batches", "ranks that share a model were given different batches"),
-            ("auto before a model", r"call fabric.setup\(model\) before fabric.setup_dataloaders"),
-            ("other groups", "another strategy has laid the ranks out since this one did: 1 share a model, and here"),
-            ("data of other groups", "1 share a model, and here"),
-        ],
-    )
-    def test_what_cannot_be_served_is_said(self, found: Launches, case: str, message: str) -> None:
-        for rank in found(2, "refusals"):
-            assert re.search(message, rank[case]), rank[case]
-
-    @both
-    def test_groups_of_a_given_size_are_there_after_launch(self, found: Launches, num_ranks: int) -> None:
-        assert {rank["groups"] for rank in found(num_ranks, "refusals")} == {str(num_ranks)}
-
-    @both
-    def test_a_later_model_that_the_ranks_do_not_divide_is_said_with_the_numbers(
-        self, found: Launches, num_ranks: int
-    ) -> None:
-        field, heads = ("num_attention_heads", 6) if num_ranks == 4 else ("num_key_value_heads", 3)
-        message = f"{field}={heads} of LlamaForCausalLM is not divisible by tensor_parallel_size={num_ranks}"
-        for rank in found(num_ranks, "refusals"):
-            assert message in rank["later model"]
-
-
-def test_options_are_those_of_the_trainers(tmp_path: Path) -> None:
+def test_options_are_those_of_the_trainers() -> None:
     with pytest.raises(TypeError, match="has no option 'tensor_paralel_size'; nearest: tensor_parallel_size"):
         MegatronLoRAStrategy(tensor_paralel_size=2)
     with pytest.raises(TypeError, match="has no option 'pipeline_parallel_size'; nearest: tensor_parallel_size"):
         MegatronLoRAStrategy(pipeline_parallel_size=2)
-
-
-def test_one_process_is_a_run_like_any_other_also_after_its_group_is_gone(single: Any) -> None:
-    for _ in range(2):
-        fabric = Fabric(accelerator="cpu", devices=1, strategy="megatron_lora")
-        fabric.launch()
-        model, optimizer = fabric.setup(*script.make())
-        losses = [script.step(fabric, model, optimizer, batch) for batch in list(script.batches(fabric))[:3]]
-        torch.testing.assert_close(losses, single["losses"], **STEP_TOLERANCE)
-        torch.distributed.destroy_process_group()

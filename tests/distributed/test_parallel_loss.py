@@ -1,146 +1,190 @@
-"""``linear_cross_entropy`` on 2 and 4 gloo ranks, and on one process, against transformers' own loss."""
+"""``linear_cross_entropy`` with an output head that 2 and 4 gloo ranks split, against transformers' own loss."""
 
-import itertools
-import math
+import zlib
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, inject, linear_cross_entropy, named_adapter_parameters
+from lightning_lora import LoRAConfig, MegatronLoRAStrategy, inject, linear_cross_entropy, named_adapter_parameters
+from lightning_lora.ops.cross_entropy import tiles
+from lightning_lora.ops.sharded import is_sharded, local_part, logical, spread_like, write
 from tests import models, zoo
-from tests.distributed.ddp_script import BATCH
-from tests.distributed.fsdp_script import fit
-from tests.distributed.launch import Launches
-from tests.distributed.loss_script import AVERAGED, CASES, HEADLESS, SPLITS, TILE, Predicting, labels_of, unequal_labels
-from tests.runs import ROWS
+from tests.distributed.counting import counted_collectives
+from tests.distributed.ranks import on_ranks
+from tests.distributed.split import four_heads
+from tests.distributed.training import fit, rank_loader, seeded
+from tests.runs import LanguageModule
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
 ROUNDING = {"rtol": 0.05, "atol": 1e-3}  # of bfloat16, 2^-9, in several layers
 HIDDEN = 32
 
 
-class Whole(Predicting):
-    """The same by transformers' own loss."""
+def odd() -> nn.Module:
+    """A Llama with a vocabulary that no number of ranks divides."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    def loss(self, batch: Tensor, labels: Tensor) -> Tensor:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=models.VOCAB + 1,
+    )  # fmt: skip
+    return models._seeded(lambda: LlamaForCausalLM(config))
+
+
+def capped() -> nn.Module:
+    """A Gemma 2, which keeps its logits within bounds, and scales what its embedding gives."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=8, vocab_size=models.VOCAB, final_logit_softcapping=0.3, tie_word_embeddings=False,
+    )  # fmt: skip
+    return models._seeded(lambda: Gemma2ForCausalLM(config))
+
+
+def padded() -> nn.Module:
+    """A Llama whose padding token is in the last rank's rows."""
+    model = four_heads()
+    model.get_input_embeddings().padding_idx = models.VOCAB - 1
+    return model
+
+
+HEAD = {"target_modules": ["q_proj", "down_proj", "lm_head"]}
+TABLE = {"target_modules": ["q_proj", "embed_tokens"]}
+TILE = (2, 40)  # of the logits that are there at once; not what the sizes of these models would choose
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (four_heads, {}),
+    "tied llama": (lambda: four_heads(tied=True), {}),
+    "adapted head": (four_heads, {"lora": HEAD}),
+    "adapted head with dropout": (four_heads, {"lora": {**HEAD, "dropout": 0.3}}),
+    "adapted table": (four_heads, {"lora": TABLE}),
+    "trained table": (four_heads, {"lora": {"modules_to_save": ["embed_tokens"]}}),
+    "gemma2": (capped, {}),
+    "odd vocabulary": (odd, {}),
+    "padding": (padded, {}),
+    "bf16": (four_heads, {"precision": "bf16-mixed"}),
+    "nothing learned": (four_heads, {}),
+}
+# ranks, how many of them share a model, and which; on four, quarters of a vocabulary, and replicas
+SPLITS = [(2, 2, case) for case in CASES] + [
+    (4, 4, "llama"), (4, 4, "tied llama"), (4, 4, "padding"), (4, 4, "odd vocabulary"), (4, 2, "llama"),
+]  # fmt: skip
+
+
+def labels_of(batch: Tensor) -> Tensor:
+    """Leave the first row's beginning, and every third position, out of the loss."""
+    labels = batch.clone()
+    labels[:, ::3] = -100
+    labels[0, :5] = -100
+    return labels
+
+
+class Predicting(LanguageModule):
+    """Keeps the loss and the gradients of its only step, and what went between ranks for the loss."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.model = CASES[case][0]().train()
+        self.learns = case != "nothing learned"
+
+    def loss_of(self, batch: Tensor, labels: Tensor) -> Tensor:
+        return linear_cross_entropy(self.model, self.model.model(batch).last_hidden_state, labels)
+
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Let no factor be zero, of which the other's gradient would be too: the same values however they lie."""
+        for name, parameter in self.named_parameters():
+            if "lora_" in name:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                write(parameter, 0.1 * torch.randn(logical(parameter).shape, generator=generator))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        labels = labels_of(batch) if self.learns else torch.full_like(batch, -100)
+        self.num_learned = int((labels[:, 1:] != -100).sum())
+        loss = self.loss_of(batch, labels)
+        self.loss = loss.detach().clone()
+        self._counting = counted_collectives()
+        self.backward_traffic = self._counting.__enter__()
+        return loss
+
+    def on_after_backward(self) -> None:
+        self._counting.__exit__(None, None, None)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.parameters_by_name = dict(self.named_parameters())
+        self.gradients = {n: local_part(p.grad).clone() for n, p in self.parameters_by_name.items() if p.requires_grad}
+
+
+class Counted(Predicting):
+    """Counts what goes between ranks for the loss."""
+
+    def loss_of(self, batch: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.model.model(batch).last_hidden_state
+        with counted_collectives() as self.traffic:
+            return linear_cross_entropy(self.model, hidden, labels)
+
+
+class Whole(Predicting):
+    """Computes the loss by transformers' own."""
+
+    def loss_of(self, batch: Tensor, labels: Tensor) -> Tensor:
         loss = self.model(input_ids=batch, labels=labels).loss
         return loss if self.learns else 0.0 * self.model(input_ids=batch).logits.sum()  # theirs is nan
 
 
-class Unequal(Whole):
-    """The whole of a batch that ranks have unequal parts of."""
-
-    def labels(self, batch: Tensor) -> Tensor:
-        return unequal_labels(batch)
+def stepped(module: Predicting, strategy: Any, case: str) -> Any:
+    loaders = {"train_dataloaders": rank_loader(0, 1)}  # ranks get the same data
+    with seeded(7):
+        fit(None, module, strategy, loaders=loaders, limit_train_batches=1, **CASES[case][1])
+    return module
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("loss")
-    single = {}
-    for case, (_, settings) in CASES.items():
-        # dropout's mask on the head's input is of the positions that go through it
-        single[case] = Predicting(case) if "dropout" in case else Whole(case)
-        seed_everything(7, verbose=False)
-        fit(None, single[case], "auto", limit_train_batches=1, **settings)
-    for case, num_batches in itertools.product(("llama", "tied llama"), (1, 2)):
-        module = Unequal(case)
-        loaders = {"train_dataloaders": DataLoader(models.token_ids(ROWS, 8, seed=1), batch_size=BATCH * num_batches)}
-        fit(None, module, "auto", lora=HEADLESS, loaders=loaders, limit_train_batches=1)
-        single[f"whole {case}, {num_batches}"] = module
-    torch.save({case: module.found["gradients"] for case, module in single.items()}, directory / "single.pt")
-    return {"single": single, "found": Launches("loss_script.py", directory)}
+def single() -> dict[str, Any]:
+    """Return the loss and the gradients of every case on one process."""
+    # dropout's mask on the head's input is of the positions that go through it
+    classes = {case: Predicting if "dropout" in case else Whole for case in CASES}
+    modules = {case: stepped(cls(case), "auto", case) for case, cls in classes.items()}
+    return {case: (module.loss, module.gradients) for case, module in modules.items()}
 
 
-def splits(run: dict[str, Any], case: str) -> list[dict[str, Any]]:
-    """Return what every rank found of a case, split over two ranks and, of some, over four."""
-    ranks = [rank for num_ranks in (2, 4) for rank in run["found"](num_ranks, "split")]
-    return [found for rank in ranks for name, found in rank.items() if name.startswith(f"{case}, ")]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_loss_and_all_gradients_are_those_of_one_process(run: dict[str, Any], case: str) -> None:
-    tolerance = ROUNDING if case == "bf16" else TOLERANCE
-    for found in splits(run, case):
-        torch.testing.assert_close(found["loss"], run["single"][case].found["loss"], **tolerance)
-        torch.testing.assert_close(found["gradients"], found["expected"], **tolerance)
-        assert all(gradient.any() for gradient in found["gradients"].values()) == (case != "nothing learned")
-    assert len(splits(run, case)) == sum(num_ranks for num_ranks, of in SPLITS.items() for _, one in of if one == case)
-
-
-@pytest.mark.parametrize("case", sorted(set(CASES) - {"odd vocabulary"}))
-def test_a_split_head_costs_two_numbers_per_token(run: dict[str, Any], case: str) -> None:
-    for found in splits(run, case):
-        tokens, traffic, backward = found["learned"], found["traffic"], found["backward"]
-        assert traffic["all_gather"] == [2 * tokens]
-        assert traffic["all_reduce"] == backward["all_gather"] == []
-        assert backward["all_reduce"][0] == tokens * HIDDEN  # the head's own, of the gradient of its input
-
-
-def test_a_head_that_ranks_do_not_divide_stays_whole_and_costs_nothing(run: dict[str, Any]) -> None:
-    for found in splits(run, "odd vocabulary"):
-        assert not any(found["traffic"].values())
-        assert not {"model.lm_head.weight", "model.model.embed_tokens.weight"} & set(found["split"])
-
-
-def test_nothing_learned_is_a_loss_of_zero_and_moves_nothing(run: dict[str, Any]) -> None:
-    for found in splits(run, "nothing learned"):
-        assert found["loss"].item() == 0.0
-        assert not any(gradient.any() for gradient in found["gradients"].values())
-
-
-@pytest.mark.parametrize("num_batches", [1, 2])
-@pytest.mark.parametrize("strategy", AVERAGED)
-def test_gradients_over_unequal_ranks_are_those_of_the_whole_batch(
-    run: dict[str, Any], strategy: str, num_batches: int
+@pytest.mark.parametrize(("num_ranks", "size", "case"), SPLITS)
+@on_ranks()
+def test_a_split_head_has_the_loss_and_all_gradients_of_one_process_for_two_numbers_per_token(
+    single: dict[str, Any], num_ranks: int, size: int, case: str
 ) -> None:
-    expected = run["single"][f"whole {AVERAGED[strategy][0]}, {num_batches}"].found
-    ranks = [rank[f"{strategy}, {num_batches}"] for rank in run["found"](4, "averaged")]
-    counts = [number for rank in ranks for number in rank["labels"]]
-    assert len(set(counts)) > 1
-    assert strategy == "megatron_lora" or 0 in counts
-    torch.testing.assert_close(
-        torch.tensor([loss for rank in ranks for loss in rank["losses"]]).mean(), expected["loss"]
-    )
-    for number, rank in enumerate(ranks):
-        torch.testing.assert_close(rank["gradients"], rank["expected"], **TOLERANCE)
-        replica = ranks[number % 2 if strategy == "megatron_lora" else 0]
-        torch.testing.assert_close(rank["gradients"], replica["gradients"], rtol=0.0, atol=0.0)
-    if strategy == "megatron_lora":
-        assert ranks[0]["losses"] == ranks[1]["losses"]
+    tiles._tile = lambda *_: TILE
+    module = stepped(Counted(case), MegatronLoRAStrategy(tensor_parallel_size=size), case)
+    loss, gradients = single[case]
+    tolerance = ROUNDING if case == "bf16" else TOLERANCE
+    torch.testing.assert_close(module.loss, loss, **tolerance)
+    expected = {name: spread_like(value, module.parameters_by_name[name]).clone() for name, value in gradients.items()}
+    torch.testing.assert_close(module.gradients, expected, **tolerance)
 
+    # nothing learned is a loss of zero, and moves nothing
+    learned = [bool(gradient.any()) for gradient in module.gradients.values()]
+    assert all(learned) if module.learns else not any(learned) and module.loss.item() == 0.0
 
-@pytest.mark.parametrize("num_batches", [1, 2])
-def test_a_sharded_head_is_gathered_once_for_all_tiles(run: dict[str, Any], num_batches: int) -> None:
-    for rank in run["found"](4, "averaged"):
-        found = rank[f"fsdp_lora, {num_batches}"]
-        for traffic in found["traffic"]:
-            assert traffic["all_gather"] == [25 * HIDDEN]  # on the rank without labels too
-            assert not traffic["all_reduce"]
-        assert len(found["backward"]["all_gather"]) == 1  # the first block's
-
-
-def test_no_strategy_has_more_than_a_tile_of_logits(run: dict[str, Any]) -> None:
-    for strategy in AVERAGED:
-        found = [rank[f"{strategy}, 2"] for rank in run["found"](4, "averaged")]
-        assert max(max(one["largest"]) for one in found) == math.prod(TILE)
-        assert max(max(one["labels"]) for one in found) > 2 * TILE[0]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_an_input_embedding_of_its_own_is_split_unless_it_trains(run: dict[str, Any], case: str) -> None:
+    # an input embedding of its own is split unless it trains
+    split = {name for name, parameter in module.parameters_by_name.items() if is_sharded(parameter)}
     stays_whole = case in ("adapted table", "trained table", "odd vocabulary")
-    for found in splits(run, case):
-        assert ("model.model.embed_tokens.weight" in found["split"]) != stays_whole
+    assert ("model.model.embed_tokens.weight" in split) != stays_whole
+
+    if case == "odd vocabulary":  # a head that ranks do not divide stays whole and costs nothing
+        assert not any(module.traffic.values())
+        assert "model.lm_head.weight" not in split
+    else:
+        assert module.traffic["all_gather"] == [2 * module.num_learned]
+        assert module.traffic["all_reduce"] == module.backward_traffic["all_gather"] == []
+        # the head's own, of the gradient of its input
+        assert module.backward_traffic["all_reduce"][0] == module.num_learned * HIDDEN
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
 def test_the_loss_of_a_whole_head_is_transformers_own(name: str) -> None:
-    model = next(f for f in zoo.FAMILIES if f.name == name).build()
+    model = zoo.named(name).build()
     batch = models.token_ids(4, 8)
     inject(model, LoRAConfig(r=4))
     models.fill_adapters(model)

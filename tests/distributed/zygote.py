@@ -1,7 +1,8 @@
 """A process that has imported what ranks need, which takes longer than most of them run, and forks them from itself.
 
-It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs", "fresh", "folder"}``,
-a process for each environment, which begins anew if it is to be fresh. It answers with the processes' numbers, and with
+It reads one line of JSON for each launch: ``{"script", "arguments", "environments", "outputs", "fresh", "folder",
+"module"}``, imports the module, if one is named, and starts a process for each environment, which begins anew if it is
+to be fresh. It answers with the processes' numbers, and with
 their exit codes when all have ended.
 """
 
@@ -15,6 +16,7 @@ import runpy
 import sys
 import traceback
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from lightning_lora.megatron.core import megatron_core
 
 PRELOADED = (
     "lightning_lora",
+    "torch.distributed.algorithms.ddp_comm_hooks",
     "transformers.models.llama.modeling_llama",
     "tests.zoo",
-    "tests.distributed.gpt_script",  # and what it shares with the others
+    "tests.distributed.gpt",  # and what it shares with others
 )
 
 
@@ -38,8 +41,14 @@ def serve() -> None:
         warnings.simplefilter("ignore")
         megatron_core()
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    warm_up()
     for line in sys.stdin:
         order = json.loads(line)
+        if order["module"]:
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):  # the ranks fail on it, too
+                importlib.import_module(order["module"])
+        for finalizer in weakref.finalize._registry:  # torch.library's at the end would take longer than many ranks run
+            finalizer.atexit = False
         children = [
             _fork(order, environment, output)
             for environment, output in zip(order["environments"], order["outputs"], strict=True)
@@ -47,6 +56,15 @@ def serve() -> None:
         print(json.dumps(children), flush=True)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), flush=True)
+
+
+def warm_up() -> None:
+    """Do once what every rank would do first: read the code of the model that most of them adapt, and call it."""
+    from lightning_lora import LoRAConfig, inject
+    from tests import models
+
+    with torch.random.fork_rng(), torch.no_grad():
+        inject(models.llama(), LoRAConfig(r=2))(models.token_ids())
 
 
 def _fork(order: dict[str, Any], environment: dict[str, str], output: str) -> int:

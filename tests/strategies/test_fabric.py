@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_checkpoint, adapter_state_dict, inject
 from tests import models
-from tests.distributed.resume_script import Loop, epochs_of_loop
+from tests.distributed.loop import Loop, epochs_of_loop
 from tests.runs import LanguageModule, fitted, loader, same_adapters, trainer
 
 
