@@ -62,14 +62,6 @@ def test_the_core_runs_without_megatron_core(tmp_path: Path) -> None:
     assert result.stdout.endswith("[]\n")
 
 
-def test_nothing_but_its_strategy_imports_the_megatron_folder() -> None:
-    allowed = {"__init__.py", "strategies/megatron.py", "fabric.py"}
-    for path in (ROOT / "lightning_lora").rglob("*.py"):
-        name = path.relative_to(ROOT / "lightning_lora").as_posix()
-        if not name.startswith("megatron/") and name not in allowed:
-            assert "lightning_lora.megatron" not in path.read_text(), name
-
-
 SNAPSHOT = """
 import json, sys
 import torch, torch.utils.checkpoint, lightning.pytorch as pl, lightning.fabric
