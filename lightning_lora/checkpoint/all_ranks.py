@@ -1,4 +1,4 @@
-"""Functions that all ranks must call: a rank that calls one alone gets an error instead of waiting for the others."""
+"""Raise an error, instead of waiting, where a function that all ranks must call is called on some of them."""
 
 import time
 from typing import Any

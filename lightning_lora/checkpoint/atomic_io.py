@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there: written beside their place, then moved into it."""
+"""Write a checkpoint file beside its place and move it there, so that a file is whole or absent."""
 
 import functools
 from pathlib import Path

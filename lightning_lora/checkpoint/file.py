@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and whether it fits a model: checked in full before anything is copied.
+"""Describe, read and check adapter checkpoints; everything is checked before anything is copied.
 
 An adapter checkpoint is an ordinary ``torch.save`` file. Its tensors are the adapters and whatever else trains, under
 their names in the module that was saved; a section ``"lightning_lora"`` says how they were made.

@@ -1,4 +1,4 @@
-"""A fingerprint of the frozen base, by which an adapter knows the model that it was trained on."""
+"""Fingerprint the frozen base, so that an adapter is loaded only onto the base that it was trained on."""
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

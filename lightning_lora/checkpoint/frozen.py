@@ -1,4 +1,4 @@
-"""Frozen tensors, which a checkpoint leaves out until their values change.
+"""Leave frozen tensors out of checkpoints until their values change.
 
 Teachers and target networks follow the model without requiring grad, and often only their values show it: writing
 through ``.data``, replacing it, and fused kernels do not increase a tensor's version. So all bytes are hashed when a

@@ -1,4 +1,4 @@
-"""Optimizers of adapted models: frozen parameters out, state matched by parameter name."""
+"""Match optimizer state to parameters by name, and keep frozen parameters out of optimizers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The state of all random generators of a process, in values that a safe ``torch.load`` can read."""
+"""Save and restore the random generators of a process, in values that a safe ``torch.load`` can read."""
 
 import random
 import sys

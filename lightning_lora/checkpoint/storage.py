@@ -1,4 +1,4 @@
-"""Atomic file writes, on local disks and behind URLs.
+"""Read and write files, atomically, on local disks and behind URLs.
 
 URLs (``s3://``, ``gs://``, ``hf://``, ``memory://``) are read and written through fsspec, as in Lightning.
 """

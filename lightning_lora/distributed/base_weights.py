@@ -1,4 +1,4 @@
-"""A base on the meta device, filled from safetensors on disk: each rank reads the slices that it holds."""
+"""Stream a base that was built on the meta device from safetensors: each rank reads only its slices."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: finding them, and checkpointing or compiling each in place."""
+"""Find the repeated blocks of a model, and checkpoint or compile each of them in place."""
 
 import functools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Reducing the adapters' gradients under DDP: one all-reduce per step, in an order that never changes.
+"""Reduce the adapters' gradients under DDP in one all-reduce per step, in an order that never changes.
 
 DDP sorts its buckets anew after its first backward, by the order in which gradients came. A ring all-reduce sums in an
 order that depends on a number's place in the bucket, so a run that resumed would differ in the last bit from one that

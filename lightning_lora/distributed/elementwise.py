@@ -1,4 +1,4 @@
-"""Whether an optimizer steps on parts of tensors as on whole ones: it is tried on small tensors, both ways."""
+"""Try whether an optimizer steps on parts of tensors as on whole ones, on small tensors."""
 
 import copy
 import inspect

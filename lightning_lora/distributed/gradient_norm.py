@@ -1,4 +1,4 @@
-"""The norm of gradients, some of which may be spread over ranks."""
+"""Compute the norm of gradients of which some are sharded."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Gradients of replicated tensors: one flat all-reduce per step, before anyone reads them; clipping over shards."""
+"""Reduce gradients of replicated tensors in one all-reduce per step, before anyone reads them; clip over shards."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What a rank that fails leaves for the others: a note in the process group's store.
+"""Tell the other ranks through the process group's store why a rank failed.
 
 A collective waits for all ranks. Gloo ends it when a rank's process ends, with an error that names an address; a rank
 that lives on, after its script caught the error, is waited for until the group's timeout. So a thread on every rank

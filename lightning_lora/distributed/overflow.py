@@ -1,4 +1,4 @@
-"""Loss scaling over ranks: an overflow that one rank sees is every rank's, so that all skip the step together."""
+"""Share an overflow of scaled gradients among all ranks, so that all of them skip the step."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

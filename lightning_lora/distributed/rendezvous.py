@@ -1,4 +1,4 @@
-"""Finding the other ranks after torchrun has started the workers again.
+"""Find the other ranks again after torchrun has restarted the workers.
 
 torchrun keeps one key-value store for all attempts (torch 2.13). A worker that reads in it what a rank of an earlier
 attempt left there connects to a process that is gone: it fails, or waits. Here the ranks of an attempt agree on a name

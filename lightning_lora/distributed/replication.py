@@ -1,4 +1,4 @@
-"""What every rank holds whole: moving it to its device, and keeping it equal on all ranks."""
+"""Move what every rank holds whole to its device, and check that it is equal on all ranks."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Sharding an adapted model with FSDP2: the frozen base in units, one per block; what trains stays whole beside it."""
+"""Shard the frozen base of an adapted model with FSDP2, one unit per block; what trains stays whole."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

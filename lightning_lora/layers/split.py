@@ -1,4 +1,4 @@
-"""Linear layers whose one weight is split over ranks: what others may ask of them, whoever splits them."""
+"""What any linear layer whose weight is split over ranks offers to the rest of the package."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

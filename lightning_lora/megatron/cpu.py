@@ -1,4 +1,4 @@
-"""A stand-in for what Megatron-core hard-codes to CUDA, so that tensor-parallel runs can be tried and tested on CPU.
+"""Stand in for what Megatron-core hard-codes to CUDA, so that tensor-parallel runs can be tested on CPU.
 
 Megatron-core reads ``torch.cuda`` where it makes buffers, keeps random states and copies between streams. Here the CPU
 and its generator stand in: ``install()`` patches those places of Megatron-core, and of torch only

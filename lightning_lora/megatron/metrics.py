@@ -1,4 +1,4 @@
-"""torchmetrics under tensor parallelism: each batch counts once, not once for every rank that shares a model."""
+"""Let torchmetrics count a batch once under tensor parallelism, not once for every rank that shares a model."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How a tensor-parallel rank's part of each layout is cut out of a checkpoint's tensors."""
+"""Cut a tensor-parallel rank's part of each layout out of a checkpoint's tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Adapted layers that got no gradient in a run's first step: their output does not reach the loss."""
+"""Report adapted layers that got no gradient in a run's first step, because their output does not reach the loss."""
 
 from torch import nn
 from torch.optim import Optimizer

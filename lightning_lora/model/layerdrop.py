@@ -1,4 +1,4 @@
-"""Layers that a model skips at random while it trains: ``layerdrop`` (Fan et al. 2019), as transformers names it."""
+"""Tell which layers a model skips at random while it trains (``layerdrop``, Fan et al. 2019)."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""Parameters that train outside the adapted model: PEFT directories do not hold them, and one line says so."""
+"""Name the parameters that train outside the adapted model, which no PEFT directory holds."""
 
 from collections.abc import Iterable
 from typing import Any

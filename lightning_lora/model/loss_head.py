@@ -1,4 +1,4 @@
-"""The output head of a causal language model, and whether logits and loss are what the head alone gives."""
+"""Find the output head of a causal language model, and check that its logits are the head's alone."""
 
 from typing import Any
 

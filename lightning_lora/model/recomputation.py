@@ -1,4 +1,4 @@
-"""Activation checkpointing beside ``disabled(model)``: a block is recomputed with the adapters that its forward had.
+"""Recompute a checkpointed block with the adapters that its forward had, also beside ``disabled(model)``.
 
 Backward may run after ``disabled`` was entered or left. torch restores the random state and autocast for what it
 recomputes; it knows nothing of adapters.

@@ -1,4 +1,4 @@
-"""``save_pretrained`` of models with adapters, whose files ``from_pretrained`` would read as the bare base.
+"""Make ``save_pretrained`` of an adapted model write what ``from_pretrained`` reads, or raise an error.
 
 It writes what ``state_dict()`` holds, and its readers drop names that the class does not know: those of the adapters.
 """

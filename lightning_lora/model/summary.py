@@ -1,4 +1,4 @@
-"""What a run says about its adapters: its first lines, and the hyperparameters that loggers record."""
+"""Describe the adapters in the first lines of a run, and for loggers."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Dropout masks recomputed in backward instead of stored: a hash of a seed and of each entry's position."""
+"""Recompute dropout masks in backward instead of storing them: a mask is a hash of a seed and of positions."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Gradients that differ between ranks: operations entry by entry run, reading a number out of them raises an error.
+"""Raise an error where code reads a number out of a gradient that differs between ranks.
 
 A gradient is guarded by its class, which is swapped in place: it stays the same object in the same memory, so that
 autograd adds to it and nothing is copied. Operations that work entry by entry (scale, clamp, unscale) run, and their

@@ -1,4 +1,4 @@
-"""Tensors that are spread over ranks: read whole, written from whole ones, looked at in part.
+"""Read and write tensors of which each rank holds a part.
 
 FSDP2's are DTensors. What tensor parallelism splits are ordinary tensors, one part each, with a tag that says of what
 (:func:`split_over`): the layers multiply by them, and optimizers and scalers see nothing unusual.

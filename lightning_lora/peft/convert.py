@@ -1,4 +1,4 @@
-"""``convert``: an adapter checkpoint as a PEFT directory."""
+"""``convert``: write a PEFT directory from an adapter checkpoint, without the model."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a PEFT directory holds that not every reader serves: the findings that the table in ``readers`` speaks of."""
+"""Find in a PEFT directory what the table in ``readers`` speaks of."""
 
 import math
 import re

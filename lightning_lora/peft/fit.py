@@ -1,4 +1,4 @@
-"""The adapter's tensors under our names and in our layout, after checking that they fit the model."""
+"""Give an adapter's tensors our names and layout, after checking that they fit the model."""
 
 from collections.abc import Mapping
 from typing import Any

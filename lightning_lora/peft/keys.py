@@ -1,4 +1,4 @@
-"""What a tensor of a PEFT file is, told by its key alone."""
+"""Parse the keys of a PEFT file."""
 
 import re
 from typing import NamedTuple

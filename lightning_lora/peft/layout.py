@@ -1,4 +1,4 @@
-"""How the tensors of a PEFT file are made from those of a model, and the other way."""
+"""Convert tensors between the layout of a model and that of a PEFT file."""
 
 import re
 from collections.abc import Mapping, Sequence

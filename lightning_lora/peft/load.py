@@ -1,4 +1,4 @@
-"""``load_peft``: a PEFT directory into a model."""
+"""``load_peft``: load a PEFT directory into a model."""
 
 import os
 from collections.abc import Mapping

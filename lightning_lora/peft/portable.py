@@ -1,4 +1,4 @@
-"""PEFT adapters in the one shape that every reader scales alike: one rank, ``lora_alpha`` equal to it, no patterns.
+"""Rewrite PEFT adapters so that every reader scales them alike: one rank, ``lora_alpha`` equal to it, no patterns.
 
 vLLM, SGLang, llama.cpp and PEFT agree on no more than ``lora_alpha / r`` with the config's own r. Rows of zeros bring
 every layer to that r, and the layer's scale moves into ``lora_B``, so that the quotient is 1.

@@ -1,4 +1,4 @@
-"""``save_peft``: an adapted model as a PEFT directory."""
+"""``save_peft``: save an adapted model as a PEFT directory."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence

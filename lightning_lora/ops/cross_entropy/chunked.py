@@ -1,4 +1,4 @@
-"""Cross-entropy of what a frozen linear layer gives, without whole logits.
+"""Compute the cross-entropy of a frozen linear layer's output without whole logits.
 
 The gradient of x is formed beside the loss, while a tile of logits is there (see ``tiles.py``): they are not made
 again, and with a frozen W nothing else is needed. Kept is ``u = dloss/dx / sigmoid d`` (see ``parallel.py``), as

@@ -1,4 +1,4 @@
-"""What ranks agree on about logits ``[T, vocabulary / ranks]`` that are split over them, and the loss of such logits.
+"""Compute the loss of logits ``[T, vocabulary / ranks]`` that are split over ranks.
 
 The target's logit is kept apart from the others, so that nothing cancels: with
 ``d = log sum_{v != t} exp z_v - z_t``, which takes two numbers per token and rank,

@@ -1,4 +1,4 @@
-"""What ``fsdp_lora`` is for Trainer and Fabric alike: its options, its mesh of ranks, and what it refuses."""
+"""Options, ranks and refusals of ``fsdp_lora``, for Trainer and Fabric."""
 
 import inspect
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the strategies of Trainer and Fabric share: one process per device, found through a process group."""
+"""Launch one process per device and connect them, for the sharded strategies of Trainer and Fabric."""
 
 import atexit
 import difflib

@@ -1,4 +1,4 @@
-"""What ``megatron_lora`` is for Trainer and Fabric alike: its options, its groups of ranks, placing a model on them.
+"""Options, process groups and placement of ``megatron_lora``, for Trainer and Fabric.
 
 Models with a plan are split when they are placed; Megatron-core's own are built in parts.
 """

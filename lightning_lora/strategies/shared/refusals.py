@@ -1,4 +1,4 @@
-"""What adapter-only checkpoints refuse: strategies, files and models that are not served, each with what to do."""
+"""Refuse strategies, files and models that adapter-only checkpoints do not serve, and say what to use."""
 
 import inspect
 import io

@@ -1,4 +1,4 @@
-"""``LightningCLI --optimizer=...``: the optimizer is built after the model has its adapters.
+"""Let ``LightningCLI --optimizer=...`` build the optimizer after the model has its adapters.
 
 LightningCLI builds the optimizer that its arguments describe from ``model.parameters()`` before the Trainer runs, when
 no adapters are there, and a model of ``configure_model`` has no parameters at all. ``LoRACallback`` calls

@@ -1,4 +1,4 @@
-"""``MyModule.load_from_checkpoint(path)`` adapts the new module where the file holds adapters.
+"""Let ``MyModule.load_from_checkpoint(path)`` adapt the new module if the file holds adapters.
 
 This is the one function of another package that importing ``lightning_lora`` wraps: a script may load a file before it
 calls anything else, and Lightning's own function would fail on the missing base weights or drop the adapters. For files

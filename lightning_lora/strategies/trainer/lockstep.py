@@ -1,4 +1,4 @@
-"""The ranks of a Trainer's run begin every batch and leave every epoch together, and they stop and fail together.
+"""Keep the ranks of a Trainer's run together: they begin batches, leave epochs, stop and fail together.
 
 Before a batch, before a validation and after the last batch, all ranks compare where they are: one all-reduce of three
 integers, instead of the broadcast of one that Lightning makes before every batch. Where ranks are apart (one has no

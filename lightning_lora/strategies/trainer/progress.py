@@ -1,4 +1,4 @@
-"""Correct where a checkpoint says that its run stood, so that a resume begins with the next batch.
+"""Correct the counts of a loaded checkpoint, so that a resumed run begins with the next batch.
 
 Lightning counts epochs and batches as ready, started, processed and completed, and concludes at a resume from these
 counts in which hook the file was written. Three files mislead it: of a run that was ended in the middle of an epoch,

@@ -1,4 +1,4 @@
-"""Where a Trainer's run stands: the states of its random generators and dataloaders, saved and restored exactly."""
+"""Save and restore where a Trainer's run stands: random generators and dataloaders."""
 
 from typing import Any
 

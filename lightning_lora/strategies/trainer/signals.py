@@ -1,4 +1,4 @@
-"""Signals of a scheduler: the handler notes what came, and the ranks act on it together, between two batches.
+"""Act on a scheduler's signal on all ranks together, between two batches.
 
 Lightning's own handlers talk to the other ranks, or write a checkpoint, wherever the signal finds them: in a
 collective, an optimizer's step, another checkpoint. The other ranks are elsewhere, and all wait for each other until
