@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_lora.compat import distributed, megatron, transformers
+from lightning_lora.megatron.core import megatron_core
 from lightning_lora.compat import lightning as of_lightning
 from lightning_lora.compat import torch as of_torch
 from lightning_lora.compat.lookup import private
@@ -583,6 +584,7 @@ def test_experts_of_transformers_say_how_they_compute() -> None:
 
 
 def test_megatron_core_has_what_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    megatron_core()  # takes back what a bare import lets safe loads build
     from megatron.core.tensor_parallel import random
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
