@@ -27,10 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_lora.compat import distributed, megatron, transformers
-from lightning_lora.megatron.core import megatron_core
 from lightning_lora.compat import lightning as of_lightning
 from lightning_lora.compat import torch as of_torch
 from lightning_lora.compat.lookup import private
+from lightning_lora.megatron.core import megatron_core
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "lightning_lora"

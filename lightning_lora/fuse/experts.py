@@ -1,4 +1,4 @@
-"""Modules of fused experts that are computed as one, adapters included: :class:`LoRAExperts`."""
+"""Compute modules of fused experts in one function, adapters included: :class:`LoRAExperts`."""
 
 import sys
 from typing import Any, NamedTuple

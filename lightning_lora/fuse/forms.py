@@ -1,4 +1,4 @@
-"""The written forms of gated MLPs: a class that has the code of one of them computes its formula.
+"""Hold the code of known gated MLPs: a class with the same code computes the same formula.
 
 All but a few of the classes in transformers are copies of these texts. A class that is written in another way says
 what it is with :func:`~lightning_lora.fuse.gated_mlp.register_gated_mlp`.

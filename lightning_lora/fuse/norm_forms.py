@@ -1,4 +1,4 @@
-"""The written forms of RMS norms: a class that has the code of one of them computes its formula."""
+"""Hold the code of known RMS norms: a class with the same code computes the same formula."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""RMS norms of a frozen base that save their output for backward, which the adapted layers behind them save anyway."""
+"""Make RMS norms of a frozen base save their output for backward instead of their input."""
 
 from typing import Any
 

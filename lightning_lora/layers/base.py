@@ -1,4 +1,4 @@
-""":class:`LoRALayer`, the mixin of all adapted layers."""
+""":class:`LoRALayer`, the mixin of all adapted layers: what a kind of layer defines, and what it inherits."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The one factory of classes that are made at run time: an object gets ``LoRA<Base>(mixin, Base)`` for its class.
+"""Give an object the class ``LoRA<Base>(mixin, Base)``, made at run time, and its old class back.
 
 The object stays the same one, with its attributes, tensors and hooks, and is an instance of its former class, too.
 """

@@ -1,4 +1,4 @@
-"""A weight and its low-rank update, which models multiply by without adding them up: :class:`FactoredWeight`."""
+""":class:`FactoredWeight`, a tensor that multiplies as ``W + scaling * B A`` without building the sum."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Recognise a function by its code: instruction by instruction that of a function written down beside its meaning."""
+"""Compare two functions by bytecode, to recognise a forward that is a copy of a known one."""
 
 import builtins
 import dis

@@ -1,4 +1,4 @@
-"""What any linear layer whose weight is split over ranks offers to the rest of the package."""
+""":class:`SplitLinear`, the base class of linear layers of which each rank holds one part."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

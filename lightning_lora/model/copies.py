@@ -1,4 +1,4 @@
-"""Raise an error where a copy or a file would hold one rank's parts of a model; ``state_dict()`` holds whole tensors.
+"""Raise an error where a copy or a file would hold one rank's parts as if they were the model.
 
 Modules, parameters and optimizers are guarded once, when the model is placed. ``copy`` and ``pickle`` look up their
 methods on the instance, so that no class has to change.

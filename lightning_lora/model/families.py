@@ -1,4 +1,4 @@
-"""Families of pretrained models: what the package asks a model that only its family can answer.
+"""Answer for each family (transformers, Megatron-core) what the package must know of a pretrained model.
 
 A family is known by the full name of its base class, so that its package need not be installed. :func:`register_family`
 is how another one is added.

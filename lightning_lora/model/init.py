@@ -16,7 +16,6 @@ from lightning_lora.config import INITS, LoRAConfig
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.bias import Biased
-from lightning_lora.layers.linear import LoRAConv1D
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.model.layer_plan import LayerPlan
 
@@ -147,8 +146,7 @@ def _embedding(_: LoRALayer, pair: Pair, __: str, generator: Generator) -> Value
 
 def _base_matrix(layer: LoRALayer) -> Tensor:
     """Return the base weight as float32, ``[out, in]``."""
-    stored = layer.base_weight.detach().float()
-    return stored.t() if isinstance(layer, LoRAConv1D) else stored
+    return layer.as_matrix(layer.base_weight.detach().float())
 
 
 def _principal(left: Tensor, values: Tensor, right: Tensor, pair: Pair) -> Values:

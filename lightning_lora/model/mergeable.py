@@ -38,7 +38,10 @@ def _check_writable(
 ) -> None:
     """Raise ``ValueError`` for a base tensor that a merge cannot write, or that belongs to another layer too."""
     if weight is None:
-        raise ValueError(f"cannot merge {name!r}: its weight is computed (weight_norm, parametrize), not stored")
+        raise ValueError(
+            f"cannot merge {name!r}: {layer.base_name!r} is not a stored parameter of it: it is computed "
+            "(weight_norm, parametrize), or the layer's mixin lacks base_name"
+        )
     if weight.device.type == "meta":
         raise ValueError(f"cannot merge {name!r}: its weight is on the meta device; load the base first")
     if not weight.is_floating_point():

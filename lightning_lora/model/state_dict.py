@@ -1,4 +1,4 @@
-"""Let a base checkpoint load without adapters, and an adapter checkpoint without the base."""
+"""Let ``load_state_dict`` of an adapted model take a base file, or an adapter file, alone."""
 
 from typing import Any
 

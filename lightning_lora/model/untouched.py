@@ -1,4 +1,4 @@
-"""Refuse a model that cannot be adapted as a whole, whatever the settings."""
+"""Refuse a model that is already adapted, split over ranks, or has parameters without a size."""
 
 import sys
 
