@@ -1,11 +1,11 @@
 """LoRA for PyTorch Lightning and Fabric, from a laptop to Megatron tensor parallelism.
 
 Importing this package registers the strategies ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and
-wraps one function of Lightning: ``LightningModule.load_from_checkpoint`` adapts the new module if the file holds
-adapters. The first model that is adapted wraps Fabric's ``setup``, ``save`` and ``load``, the Trainer's restoring of a
-model, ``save_pretrained`` and activation checkpoints; the first :class:`LoRACallback` wraps how LightningCLI builds an
-optimizer. Without adapters all of these behave as ever, and
-:func:`lightning_lora.model.wrapping.unwrap_all` puts them back.
+wraps what reads a file: ``LightningModule.load_from_checkpoint`` adapts the new module if the file holds adapters, and
+Fabric's ``load`` and ``load_raw`` and the Trainer's restoring refuse such a file for a model without adapters, where
+Lightning may drop them. The first model that is adapted wraps Fabric's ``setup`` and ``save``, ``save_pretrained`` and
+activation checkpoints; the first :class:`LoRACallback` wraps how LightningCLI builds an optimizer. Without adapters all
+of these behave as ever, and :func:`lightning_lora.model.wrapping.unwrap_all` puts them back.
 """
 
 from lightning_lora import fabric
@@ -25,12 +25,12 @@ from lightning_lora.peft.convert import convert
 from lightning_lora.peft.load import load_peft
 from lightning_lora.peft.readers import check_portable
 from lightning_lora.peft.save import save_peft
-from lightning_lora.strategies.fabric import methods  # noqa: F401  # wraps at the first injection
+from lightning_lora.strategies.fabric.methods import wrap_loading
 from lightning_lora.strategies.shared.registry import register
-from lightning_lora.strategies.trainer import missing_callback  # noqa: F401  # wraps at the first injection
 from lightning_lora.strategies.trainer.fsdp import FSDPLoRAStrategy
 from lightning_lora.strategies.trainer.load_from_checkpoint import wrap_load_from_checkpoint
 from lightning_lora.strategies.trainer.megatron import MegatronLoRAStrategy
+from lightning_lora.strategies.trainer.missing_callback import wrap_restore_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -76,3 +76,5 @@ register(
     fabric.MegatronLoRAStrategy,
 )
 wrap_load_from_checkpoint()
+wrap_restore_model()
+wrap_loading()

@@ -1,12 +1,17 @@
 """The package as a whole: its public names, its version, the cost of importing it."""
 
+import copy
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch import nn
+
 import lightning_lora
+from lightning_lora import LoRAConfig, adapter_checkpoint, inject
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,11 +108,53 @@ print(json.dumps([names, imported, used, changed()]))
 """
 
 
-def test_import_registers_two_names_and_wraps_one_function_and_first_use_can_be_undone() -> None:
+READ = """
+import sys, torch, lightning as L, lightning_lora
+
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.strict_loading, self.model = False, torch.nn.Sequential(torch.nn.Linear(2, 2))
+    def predict_step(self, x, index):
+        return self.model(x)
+
+options = {"accelerator": "cpu", "devices": 1}
+module, fabric = Module(), L.Fabric(**options)
+quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+reads = {
+    "trainer": lambda: L.Trainer(**options, **quiet).predict(module, [torch.ones(1, 2)], ckpt_path=sys.argv[1]),
+    "fabric": lambda: fabric.load(sys.argv[2], {"model": fabric.setup(module.model)}, strict=False),
+    "fabric raw": lambda: fabric.load_raw(sys.argv[3], module.model, strict=False),
+}
+for name, read in reads.items():
+    try:
+        read()
+    except Exception as error:
+        print(f"{name}: {error}")
+"""
+
+
+def test_a_process_that_adapts_no_model_reads_no_file_with_adapters(tmp_path: Path) -> None:
+    model = inject(nn.Sequential(nn.Linear(2, 2)), LoRAConfig(r=1, target_modules=["0"]))
+    file, files = adapter_checkpoint(model), [str(tmp_path / f"{name}.ckpt") for name in ("trainer", "fabric", "raw")]
+    for path, key in zip(files, ("state_dict", "model", "model"), strict=True):
+        section = copy.deepcopy(file["lightning_lora"])
+        section["adapters"][0]["state_key"] = key
+        about = {"pytorch-lightning_version": "2.6.6", "global_step": 0, "epoch": 0}
+        torch.save({key: file["state_dict"], "lightning_lora": section, **(about if key == "state_dict" else {})}, path)
+    result = subprocess.run([sys.executable, "-c", READ, *files], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "trainer.ckpt holds adapters, and the Trainer has no LoRACallback to put them into Module" in result.stdout
+    assert "fabric.ckpt holds adapters, and no model in the state has any" in result.stdout
+    assert "raw.ckpt holds adapters, and no model in the state has any" in result.stdout
+
+
+def test_import_registers_two_names_and_wraps_what_reads_files_and_first_use_can_be_undone() -> None:
     result = subprocess.run([sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, check=True, cwd=ROOT)
     names, imported, used, left = json.loads(result.stdout.splitlines()[-1])
     assert names == [["fsdp_lora", "megatron_lora"]] * 2
-    assert imported == ["lightning.pytorch.core.saving._load_state"]
-    wrapped = ("Fabric.setup", "Fabric.save", "_CheckpointConnector.restore_model", "PreTrainedModel.save_pretrained")
+    reading = ("Fabric.load", "Fabric.load_raw", "_CheckpointConnector.restore_model", "core.saving._load_state")
+    assert all(place.endswith(reading) for place in imported)
+    assert all(any(place.endswith(name) for place in imported) for name in reading)
+    wrapped = ("Fabric.setup", "Fabric.save", "PreTrainedModel.save_pretrained")
     assert all(any(place.endswith(name) for place in used) for name in wrapped)
     assert left == []

@@ -5,7 +5,8 @@ tensor. All A's are then one product, the gradients of x are summed in one buffe
 """
 
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,9 +82,26 @@ class _LatestInGraph:
 
 
 class _Latest(threading.local):
-    """The latest :class:`_Outputs` of this thread; what is left of them is freed when the next ones are computed."""
+    """The latest :class:`_Outputs` of this thread; what is left of them is freed when the next ones are computed.
 
-    outputs: _Outputs | None = None
+    Their group owns them, so that they are freed with its model, too.
+    """
+
+    group: "Callable[[], Siblings | None]" = staticmethod(lambda: None)  # weakref.ref[Siblings]
+
+    @property
+    def outputs(self) -> _Outputs | None:
+        group = self.group()
+        return None if group is None else group.held.get(threading.get_ident())
+
+    @outputs.setter
+    def outputs(self, outputs: _Outputs | None) -> None:
+        group, thread = self.group(), threading.get_ident()
+        if group is not None:
+            group.held.pop(thread, None)
+        if outputs is not None:
+            outputs.siblings.held[thread] = outputs
+            self.group = weakref.ref(outputs.siblings)
 
 
 _latest = _Latest()
@@ -100,9 +118,13 @@ class Siblings:
 
     def __init__(self, layers: list[LoRALinear]) -> None:
         self.layers = layers
+        self.held: dict[int, _Outputs] = {}  # by thread
         self.num_unread = 0
         self.leaving: list[LoRALinear] = []
         self.leaving_since = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held": {}}
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """Return what ``layer`` gives for ``x``; ``None`` if the layer has to compute it alone."""

@@ -53,7 +53,8 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
         _check_same_config(existing.config, config or LoRAConfig())
         return model
     decided = plan(model, config)
-    apply(decided)
+    assert decided.model is not None
+    _apply(decided, decided.model)
     if decided.capped_ranks:
         rank_zero_info(f"LoRA: {decided.capped_ranks}")
     return model
@@ -61,7 +62,9 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 
 def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
     """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size."""
-    apply(plan(model, config, check_ranks=check_ranks))
+    decided = plan(model, config, check_ranks=check_ranks)
+    assert decided.model is not None
+    _apply(decided, decided.model)
     return model
 
 
@@ -71,11 +74,17 @@ def apply(decided: Plan) -> nn.Module:
     If memory runs out or the user interrupts, the model is given back as it was.
 
     Raises:
-        ValueError: the model was adapted since it was planned.
+        ValueError: the model was adapted, or its modules were changed, since it was planned.
     """
     model = decided.model
     if model is None or injection_of(model) is not None:
         raise ValueError(f"{decided.model_name} was adapted since it was planned: call remove on it, and plan anew")
+    if plan(model, decided.config, check_ranks=False) != decided:
+        raise ValueError(f"modules of {decided.model_name} were changed since it was planned: plan anew")
+    return _apply(decided, model)
+
+
+def _apply(decided: Plan, model: nn.Module) -> nn.Module:
     with unchanged_on_error(model):
         _carry_out(decided, model)
     return model

@@ -327,6 +327,22 @@ class Unused(nn.Module):
         return y + z
 
 
+def test_outputs_that_a_failed_step_left_are_freed_with_their_model() -> None:
+    model = adapted(nn.Sequential(Unused()), target_modules=["q", "k"])
+    model[0].stop = True
+    model(torch.randn(3, 8))
+    weight = weakref.ref(model[0].q.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_copies_hold_no_outputs() -> None:
+    model, x = adapted(nn.Sequential(Unused()), target_modules=["q", "k"]), torch.randn(3, 8)
+    model[0].q(x)
+    assert not copy.deepcopy(model)[0].q.lora_siblings.held
+
+
 def test_outputs_that_nobody_asks_for_are_computed_a_few_times_at_most(counts) -> None:
     model = adapted(nn.Sequential(Unused()), target_modules=["q", "k"])
     model[0].stop = True

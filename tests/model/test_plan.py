@@ -115,6 +115,20 @@ def test_a_plan_is_applied_once() -> None:
     assert any(isinstance(module, LoRALayer) for module in model.modules())
 
 
+@pytest.mark.parametrize("other", [None, nn.Linear(4, 4), nn.Identity()], ids=["gone", "smaller", "of another kind"])
+def test_a_plan_of_a_model_that_was_changed_since_is_refused_and_changes_nothing(other: nn.Module | None) -> None:
+    model = models.llama()
+    decided, attention = plan(model, LoRAConfig(r=8)), model.model.layers[1].self_attn
+    if other is None:
+        del model.model.layers[1]
+    else:
+        attention.q_proj = other
+    before = whole_state(model)
+    with pytest.raises(ValueError, match="modules of LlamaForCausalLM were changed since it was planned: plan anew"):
+        apply(decided)
+    assert whole_state(model) == before
+
+
 def test_an_adapted_model_is_copied_and_pickled_with_its_plan() -> None:
     model = inject(models.llama(), LoRAConfig(r=2))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -1,6 +1,8 @@
-"""Wrap Fabric's ``setup``, ``save`` and ``load`` at the first injection, so that its strategies know adapters.
+"""Wrap Fabric's ``setup``, ``save`` and ``load``, so that its strategies know adapters.
 
 A Fabric strategy is made before the model, and no callback of Fabric runs before its model is set up, saved or loaded.
+Loading is wrapped at import, the rest at the first injection: a script that loads a file with adapters may have
+forgotten to adapt its model.
 """
 
 import functools
@@ -18,8 +20,15 @@ from lightning_lora.strategies.fabric.adapter_only import adapted_modules, adopt
 
 @at_injection
 def wrap_fabric() -> None:
-    """Make Fabric adopt its strategy where a model with adapters is set up, saved or loaded."""
-    for name in ("setup", "setup_module", "save", "load", "load_raw"):
+    """Make Fabric adopt its strategy where a model with adapters is set up or saved."""
+    for name in ("setup", "setup_module", "save"):
+        wrap(Fabric, name, _adopting)
+
+
+@at_injection
+def wrap_loading() -> None:
+    """Make Fabric adopt its strategy where a model with adapters is loaded, and refuse their file for other models."""
+    for name in ("load", "load_raw"):
         wrap(Fabric, name, _adopting)
 
 

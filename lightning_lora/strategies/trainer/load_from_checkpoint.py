@@ -1,8 +1,8 @@
 """Let ``MyModule.load_from_checkpoint(path)`` adapt the new module if the file holds adapters.
 
-This is the one function of another package that importing ``lightning_lora`` wraps: a script may load a file before it
-calls anything else, and Lightning's own function would fail on the missing base weights or drop the adapters. For files
-without adapters Lightning's code runs alone.
+Importing ``lightning_lora`` wraps the function behind it, as it does the others that read files: a script may load a
+file before it calls anything else, and Lightning's own function would fail on the missing base weights or drop the
+adapters. For files without adapters Lightning's code runs alone.
 """
 
 import functools

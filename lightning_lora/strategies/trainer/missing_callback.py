@@ -1,7 +1,8 @@
 """Refuse a checkpoint with adapters in a Trainer that has no ``LoRACallback``, and say which callback to add.
 
 Without it Lightning lists every base weight as missing, or drops the adapters where ``strict_loading`` is off. The
-check is wrapped around the Trainer's own method at the first injection: no callback is there that could check.
+check is wrapped around the Trainer's own method at import: no callback is there that could check, and without one no
+model is adapted before the file is read.
 """
 
 import functools
