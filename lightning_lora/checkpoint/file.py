@@ -268,8 +268,9 @@ def fitting_tensors(
 ) -> dict[str, Tensor]:
     """Return the checkpoint's tensors under their names in ``module``, after checking that they fit.
 
-    Compared are, in this order: layers, ranks and scales; names; shapes; the base. Adapters must be finite. Where the
-    adapted model sits (``model.`` in a LightningModule, the top in Fabric) may differ between file and module.
+    Compared are, in this order: layers, ranks and scales; token rows; what trains whole; names and shapes; the base.
+    Adapters must be finite. Where the adapted model sits (``model.`` in a LightningModule, the top in Fabric) may
+    differ between file and module.
 
     Args:
         state_key: take the tensors under this key of the checkpoint; ``None`` takes the only ones that there are.
