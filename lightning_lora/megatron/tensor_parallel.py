@@ -1,10 +1,9 @@
 """Split a model over tensor-parallel ranks by its plan, in place: names and the model's code stay as they are."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.layers import LoRALayer
@@ -12,18 +11,17 @@ from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.token_rows import TokenRows
-from lightning_lora.megatron.attention_heads import check_heads
 from lightning_lora.megatron.parallel_layers import (
     ColumnParallelLinear,
     LoRAParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from lightning_lora.megatron.tp_plan import chosen_layers, stays_whole
+from lightning_lora.megatron.parts import keep_part
+from lightning_lora.megatron.tp_plan import check_heads, chosen_layers, stays_whole
 from lightning_lora.model.families import is_pretrained
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import require_injection
-from lightning_lora.ops.sharded import split_over
 
 
 def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[str, int]:
@@ -45,10 +43,11 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
     for name, (kind, _) in chosen.items():
         _check_layer(name, modules[name], kind, ranks)
     counts: dict[str, int] = {}
-    tied = _output_table(root, chosen, ranks)
+    tied = _output_table(root, chosen)
     for name, (kind, is_whole) in chosen.items():
         if kind == "summed":
-            _mark_summed(modules[name])
+            for parameter in modules[name].parameters():  # it works on this rank's heads: their gradients are addends
+                parameter.lora_tp_sum = True
         elif tied is None or modules[name] is not tied[0]:
             _split_linear(modules[name], kind, is_whole, mesh)
         counts[kind] = counts.get(kind, 0) + 1
@@ -56,7 +55,7 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
         _split_tied(*tied, mesh)
         counts["vocabulary"] = 1
     elif (table := _input_table(root, ranks)) is not None:
-        _keep_part(table, "weight", mesh, 0)
+        keep_part(table, "weight", mesh, 0)
         _look_up_parts(table, mesh)
         counts["vocabulary"] = 1
     return counts
@@ -96,11 +95,11 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
     base = ColumnParallelLinear if kind == "column" else RowParallelLinear
     layer.__dict__.update(tp_group=mesh.get_group(), tp_whole_input=is_whole, tp_whole_output=is_whole)
     dim = 0 if kind == "column" else 1
-    _keep_part(layer, "weight", mesh, dim)
+    keep_part(layer, "weight", mesh, dim)
     if kind == "column" and layer.bias is not None:
-        _keep_part(layer, "bias", mesh, 0)
+        keep_part(layer, "bias", mesh, 0)
     if isinstance(layer, LoRALayer):
-        _keep_part(layer, "lora_B" if kind == "column" else "lora_A", mesh, dim)
+        keep_part(layer, "lora_B" if kind == "column" else "lora_A", mesh, dim)
         whole = layer.lora_A if kind == "column" else layer.lora_B
         whole.lora_tp_sum = True  # type: ignore[attr-defined]  # each rank has an addend of its gradient
         swap_class(layer, LoRAParallelLinear, base)
@@ -108,39 +107,13 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
         layer.__class__ = base
 
 
-def _keep_part(layer: nn.Module, name: str, mesh: DeviceMesh, dim: int) -> None:
-    """Replace a parameter by this rank's part of it."""
-    whole = layer._parameters[name]
-    assert whole is not None
-    layer._parameters[name] = _part(whole, mesh, dim)
-
-
-def _part(whole: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
-    values: Tensor = whole.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()]
-    part = nn.Parameter(values.clone(memory_format=torch.contiguous_format), whole.requires_grad)
-    split_over(part, mesh, dim)
-    return part
-
-
-def _mark_summed(module: nn.Module) -> None:
-    """Note that a module works on this rank's heads: its parameters' gradients are addends."""
-    for parameter in module.parameters():
-        parameter.lora_tp_sum = True  # type: ignore[attr-defined]
-
-
-def _output_table(
-    root: nn.Module, chosen: Mapping[str, tuple[str, bool]], ranks: int
-) -> tuple[nn.Module, nn.Embedding] | None:
+def _output_table(root: nn.Module, chosen: Collection[str]) -> tuple[nn.Module, nn.Embedding] | None:
     """Return the output head of the plan and the embedding whose weight it shares, if it shares one."""
     head = root.get_output_embeddings() if is_pretrained(root) else None  # type: ignore[operator]
-    modules = {clean_name(name): module for name, module in root.named_modules()}
-    if head is None or not any(modules[name] is head for name in chosen):
+    if head is None or not any(module is head and clean_name(name) in chosen for name, module in root.named_modules()):
         return None
-    twins = [
-        m
-        for m in modules.values()
-        if isinstance(m, nn.Embedding) and m._parameters["weight"] is head._parameters["weight"]
-    ]
+    weight = head._parameters["weight"]
+    twins = [m for m in root.modules() if isinstance(m, nn.Embedding) and m._parameters["weight"] is weight]
     if not twins:
         return None
     if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows)) or isinstance(head, LoRALayer):
@@ -168,8 +141,8 @@ def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
 
 
 def _split_tied(head: Any, table: Any, mesh: DeviceMesh) -> None:
-    part = _part(head._parameters["weight"], mesh, 0)
-    head._parameters["weight"] = table._parameters["weight"] = part
+    keep_part(head, "weight", mesh, 0)
+    table._parameters["weight"] = head._parameters["weight"]
     head.__dict__.update(tp_group=mesh.get_group(), tp_whole_input=False, tp_whole_output=True)
     head.__class__ = ColumnParallelLinear
     _look_up_parts(table, mesh)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.base_weights import open_slices
-from lightning_lora.megatron.core import parallel_state
-from lightning_lora.megatron.slices import Source, plan
-from lightning_lora.megatron.table import HF_TABLE, Row, pattern, row_of, split_index
+from lightning_lora.megatron.groups import tensor_parallel
+from lightning_lora.megatron.table import HF_TABLE, READINGS, Row, Source, pattern, row_of, split_index
 from lightning_lora.model.gathered import class_name
 
 
@@ -46,33 +45,7 @@ def load_hf_weights(model: nn.Module, path: str | Path, table: Sequence[Row] = H
         _check_shapes(reads, size, str(path))
         with torch.no_grad():
             for read in reads:
-                read.parameter.copy_(read.value(rank, size))
-
-
-def tensor_parallel() -> tuple[int, int]:
-    """Return this rank's place among those that share the model, and their number.
-
-    Raises:
-        ValueError: Megatron-core has no process groups yet, or splits models in other ways, too.
-    """
-    state = parallel_state()
-    if not state.model_parallel_is_initialized():
-        raise ValueError(
-            "Megatron-core's process groups are not set up, and a GPTModel is built for them: build and fill it in "
-            "configure_model(), where strategy='megatron_lora' has done so (no other strategy does), or call "
-            "parallel_state.initialize_model_parallel() first. To use a trained adapter without them, "
-            "convert(checkpoint, directory) writes it for Hugging Face's model"
-        )
-    size = state.get_tensor_model_parallel_world_size()
-    served = {
-        "pipeline_model_parallel_size": (state.get_pipeline_model_parallel_world_size(), 1),
-        "expert_model_parallel_size": (state.get_expert_model_parallel_world_size(), 1),
-        "expert_tensor_parallel_size": (state.get_expert_tensor_parallel_world_size(), size),
-    }
-    for name, (found, expected) in served.items():
-        if found != expected:
-            raise ValueError(f"{name}={found} is not served with tensor_model_parallel_size={size}: use {expected}")
-    return state.get_tensor_model_parallel_rank(), size
+                read.parameter.copy_(read.value(rank))
 
 
 @dataclass(frozen=True)
@@ -83,7 +56,7 @@ class _Read:
     parameter: Tensor
     sources: list[Source]
     shapes: list[list[int]]  # expected of the sources
-    value: Callable[[int, int], Tensor]  # of a rank and the number of ranks
+    value: Callable[[int], Tensor]  # of a rank
 
 
 def _reads(
@@ -104,7 +77,7 @@ def _reads(
             continue
         sources = [Source(named[k][0], index, named[k][1]) for k, index in map(split_index, keys)]
         owner = model.get_submodule(name.rpartition(".")[0])
-        reads.append(_Read(name, parameter, sources, *plan(row, parameter, sources, owner, size)))
+        reads.append(_Read(name, parameter, sources, *READINGS[row.layout](row, parameter, sources, owner, size)))
     if lacking:
         raise ValueError(f"{path} lacks {some(lacking)}, which {class_name(model)} is made of")
     if empty := [read.name for read in reads if read.parameter.device.type == "meta"]:

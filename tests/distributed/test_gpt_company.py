@@ -10,8 +10,8 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_lora import LoRACallback, LoRAConfig, MegatronLoRAStrategy, disabled, inject, load_peft, save_peft
+from lightning_lora.megatron.groups import mesh_of
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
-from lightning_lora.megatron.split import mesh_of
 from lightning_lora.ops.sharded import split_over, whole
 from tests import models
 from tests.distributed.gpt import (

@@ -9,12 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_lora.compat.torch import forward_hooks
 from lightning_lora.layers import LoRALayer
 from lightning_lora.megatron.core import is_column, is_gpt, is_parallel_linear, is_vocabulary
-from lightning_lora.megatron.stack import stack_in
+from lightning_lora.megatron.groups import mesh_of
+from lightning_lora.megatron.names import stack_in
 from lightning_lora.model.copies import guard_parts
 from lightning_lora.model.names import clean_name
 from lightning_lora.ops.sharded import is_sharded, split_over
-
-_MESHES: dict[Any, DeviceMesh] = {}
 
 
 def keep_parts(root: nn.Module) -> None:
@@ -60,13 +59,10 @@ def let_gradients_through_recomputed(model: Any) -> None:
     A recomputed block whose input does not require grad gives an output that does not, and its adapters no gradients.
     """
     embedding = getattr(model, "embedding", None)
-    if embedding is None or model.config.recompute_granularity is None or _require_grad in _hooks(embedding):
+    if embedding is None or model.config.recompute_granularity is None:
         return
-    embedding.register_forward_hook(_require_grad)
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    return list(forward_hooks(module).values())
+    if _require_grad not in forward_hooks(embedding).values():
+        embedding.register_forward_hook(_require_grad)
 
 
 def _require_grad(_: nn.Module, __: Any, output: torch.Tensor) -> None:
@@ -74,48 +70,37 @@ def _require_grad(_: nn.Module, __: Any, output: torch.Tensor) -> None:
         output.requires_grad_(True)
 
 
-def mesh_of(group: Any, device_type: str) -> DeviceMesh:
-    """Return the one-dimensional mesh of a process group, the same object on every call."""
-    if group not in _MESHES:
-        _MESHES[group] = DeviceMesh.from_group(group, device_type)
-    return _MESHES[group]
-
-
 def _keep_linear(layer: Any, *, stripes: int) -> None:
     column = is_column(layer)
-    _tag(layer, "weight", 0 if column else 1, stripes)
+    dim = 0 if column else 1
+    _tag(layer, "weight", dim, stripes)
     if column:
         _tag(layer, "bias", 0, stripes)
-    if not isinstance(layer, LoRALayer):
-        return
-    for name in layer.adapter_names:
-        is_B = name.startswith("lora_B")
-        if is_B is column:
-            _keep_part(layer, name, 0 if column else 1, stripes if name == "lora_B" else 1)
-        else:
+    for name in layer.adapter_names if isinstance(layer, LoRALayer) else ():
+        if name.startswith("lora_B") is not column:
             getattr(layer, name).lora_tp_sum = True
+        elif not is_sharded(getattr(layer, name)):
+            keep_part(layer, name, _mesh(layer), dim, stripes if name == "lora_B" else 1)
 
 
-def _keep_part(layer: Any, name: str, dim: int, stripes: int) -> None:
-    """Replace a whole adapter tensor by this rank's part of it."""
-    whole: nn.Parameter = layer._parameters[name]
-    if is_sharded(whole):
-        return
-    size, rank = _size(layer), torch.distributed.get_rank(layer.tp_group)
-    pieces = [stripe.chunk(size, dim)[rank] for stripe in whole.detach().chunk(stripes, dim)]
-    values = torch.cat(pieces, dim).clone(memory_format=torch.contiguous_format)
-    layer._parameters[name] = nn.Parameter(values, whole.requires_grad)
-    _tag(layer, name, dim, stripes)
+def keep_part(layer: nn.Module, name: str, mesh: DeviceMesh, dim: int, stripes: int = 1) -> None:
+    """Replace a whole parameter by this rank's part of it, in a tagged tensor of its own."""
+    whole = layer._parameters[name]
+    assert whole is not None
+    pieces = [stripe.chunk(mesh.size(), dim)[mesh.get_local_rank()] for stripe in whole.detach().chunk(stripes, dim)]
+    part = nn.Parameter(torch.cat(pieces, dim), whole.requires_grad)
+    split_over(part, mesh, dim, stripes)
+    layer._parameters[name] = part
 
 
 def _tag(layer: Any, name: str, dim: int, stripes: int = 1) -> None:
     parameter = layer._parameters.get(name)
     if parameter is not None and not is_sharded(parameter):
-        split_over(parameter, mesh_of(layer.tp_group, _device_type(layer.tp_group)), dim, stripes)
+        split_over(parameter, _mesh(layer), dim, stripes)
 
 
-def _device_type(group: Any) -> str:
-    return "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
+def _mesh(layer: Any) -> DeviceMesh:
+    return mesh_of(layer.tp_group, "cuda" if torch.distributed.get_backend(layer.tp_group) == "nccl" else "cpu")
 
 
 def _size(layer: Any) -> int:
