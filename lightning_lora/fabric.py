@@ -8,8 +8,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint.optimizer_state import names_of
-from lightning_lora.distributed.gradients import GradientReducer, drop_unused
-from lightning_lora.distributed.sharding import shard, sharded_trainables
+from lightning_lora.distributed.gradients import GradientReducer
+from lightning_lora.distributed.sharded_gradients import drop_unused, sharded_trainables
+from lightning_lora.distributed.sharding import shard
 from lightning_lora.megatron.core import parallel_state
 from lightning_lora.model.gathered import reshard
 from lightning_lora.strategies.fabric.sharded import FabricShardedStrategy

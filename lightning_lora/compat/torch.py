@@ -67,22 +67,21 @@ def foreach_norm(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) ->
 
 def foreach_div_(tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
     """Divide each tensor by its number, in few kernels. Relies on _foreach_div_; without it one kernel for each."""
-    divide = getattr(torch, "_foreach_div_", None)
-    if divide is not None:
-        divide(list(tensors), list(numbers))
-        return
-    for tensor, number in zip(tensors, numbers, strict=True):
-        tensor.div_(number)
+    _foreach("div_", tensors, numbers)
 
 
 def foreach_copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy each value into its target, in few kernels. Relies on _foreach_copy_; without it one kernel for each."""
-    copy = getattr(torch, "_foreach_copy_", None)
-    if copy is not None:
-        copy(list(targets), list(values))
+    _foreach("copy_", targets, values)
+
+
+def _foreach(name: str, tensors: Sequence[Tensor], others: Sequence[Any]) -> None:
+    run = getattr(torch, f"_foreach_{name}", None)
+    if run is not None:
+        run(list(tensors), list(others))
         return
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
+    for tensor, other in zip(tensors, others, strict=True):
+        getattr(tensor, name)(other)
 
 
 def forward_hooks(module: nn.Module) -> dict[int, Any]:

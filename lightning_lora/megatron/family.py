@@ -1,4 +1,4 @@
-"""Register Megatron-core: its models as a family, its layers as a kind. PEFT knows its adapters by Hugging Face's names.
+"""Register Megatron-core: its models as a family, and its layers as a kind; PEFT sees Hugging Face's names for both.
 
 Nothing outside this folder imports it but the strategy; all questions go through what is registered here.
 """

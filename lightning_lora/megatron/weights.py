@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.base_weights import open_slices
+from lightning_lora.distributed.base_files import open_slices
 from lightning_lora.megatron.groups import tensor_parallel
 from lightning_lora.megatron.table import HF_TABLE, READINGS, Row, Source, pattern, row_of, split_index
 from lightning_lora.model.gathered import class_name

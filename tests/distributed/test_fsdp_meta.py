@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from lightning_lora import FSDPLoRAStrategy, LoRAConfig, inject
-from lightning_lora.distributed.base_weights import materialize, open_slices
+from lightning_lora.distributed.base_files import open_slices
+from lightning_lora.distributed.base_weights import materialize
 from lightning_lora.model.gathered import gathered
 from lightning_lora.ops.sharded import is_sharded
 from tests import models, zoo

@@ -14,7 +14,8 @@ from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.checkpoint.optimizer_state import follow_parameters
 from lightning_lora.compat.lightning import set_backward_sync
 from lightning_lora.distributed.elementwise import check_steps_on_parts
-from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
+from lightning_lora.distributed.gradient_norm import clip_by_norm, clip_by_value
+from lightning_lora.distributed.gradients import GradientReducer, watch_steps
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.distributed.replication import broadcast_together, changing_buffers
 from lightning_lora.model.copies import guard_state

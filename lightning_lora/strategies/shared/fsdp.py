@@ -14,12 +14,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
 from lightning_lora.distributed.gradients import GradientReducer
-from lightning_lora.distributed.sharding import (
-    MIN_SHARD_NUMEL,
-    ShardingOptions,
-    set_gradient_sync,
-    sharded_trainables,
-)
+from lightning_lora.distributed.sharded_gradients import set_gradient_sync, sharded_trainables
+from lightning_lora.distributed.sharding import MIN_SHARD_NUMEL, ShardingOptions
 from lightning_lora.model.layerdrop import drops_layers
 from lightning_lora.model.state import injected_roots
 from lightning_lora.ops.sharded import is_sharded

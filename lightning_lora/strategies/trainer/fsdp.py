@@ -12,12 +12,9 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint.optimizer_state import names_of
 from lightning_lora.compat.lightning import set_device_mesh
-from lightning_lora.distributed.gradients import GradientReducer, drop_unused
-from lightning_lora.distributed.sharding import (
-    shard,
-    sharded_trainables,
-    shards_summary,
-)
+from lightning_lora.distributed.gradients import GradientReducer
+from lightning_lora.distributed.sharded_gradients import drop_unused, sharded_trainables
+from lightning_lora.distributed.sharding import shard, shards_summary
 from lightning_lora.model.gathered import reshard
 from lightning_lora.strategies.shared.fsdp import UNFROZEN, FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
 from lightning_lora.strategies.trainer.evaluation import UnequalEvaluation

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.distributed.elementwise import check_steps_on_parts
-from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
+from lightning_lora.distributed.gradient_norm import clip_by_norm, clip_by_value
+from lightning_lora.distributed.gradients import GradientReducer, watch_steps
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.distributed.replication import broadcast_together, changing_buffers
-from lightning_lora.distributed.sharding import sharded_trainables
+from lightning_lora.distributed.sharded_gradients import sharded_trainables
 from lightning_lora.model.copies import guard_state
 from lightning_lora.strategies.shared.launched import Launched, check_adapted
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
