@@ -47,6 +47,13 @@ def parallel_state() -> Any:
     return parallel_state
 
 
+def collectives() -> Any:
+    """Return ``megatron.core.tensor_parallel``: what communicates in forward and backward, and its random states."""
+    from megatron.core import tensor_parallel
+
+    return tensor_parallel
+
+
 def check_contract() -> None:
     """Raise ``ImportError`` where Megatron-core's linear layers have no local product of their own to adapt."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear

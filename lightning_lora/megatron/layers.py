@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapt import become_lora_layer, register_factors
 from lightning_lora.layers.base import LoRALayer, Pair, Part
+from lightning_lora.megatron.core import collectives
 from lightning_lora.megatron.names import Stack, is_output_head, parts_in, stack_in
 from lightning_lora.megatron.parts import keep_parts
 from lightning_lora.ops.linear import lora_linear
@@ -128,9 +129,7 @@ class LoRAMegatronLinear(LoRALayer):
         if not (self.drops and base.config.sequence_parallel and self.base_weight.device.type == "cpu"):
             return super().dropout_seed()
         # a whole block runs on a stream that differs between ranks then; on CPU this is the stream of the seeds, too
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        with get_cuda_rng_tracker().fork("data-parallel-rng"):
+        with collectives().get_cuda_rng_tracker().fork("data-parallel-rng"):
             return super().dropout_seed()
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -147,9 +146,7 @@ class LoRAMegatronLinear(LoRALayer):
             y = self._beside_gathered(base._forward_impl(input, weight, *args, **options), input, A, B)
             return y if bias is None else y + bias.to(y.dtype)
         if options.get("allreduce_dgrad"):
-            from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
-
-            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+            input = collectives().copy_to_tensor_model_parallel_region(input, group=self.tp_group)
         return lora_linear(
             input,
             weight,
@@ -170,8 +167,6 @@ class LoRAMegatronLinear(LoRALayer):
             y: ``[sequence, batch, out_features / ranks]``
             x: ``[sequence / ranks, batch, in_features]``
         """
-        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
         rank = torch.distributed.get_rank(self.tp_group)
         h = lora_linear(  # times the unit matrix: what is kept for backward is x, and no mask
             x,
@@ -184,7 +179,7 @@ class LoRAMegatronLinear(LoRALayer):
             seed=self.dropout_seed(),
             first_row=rank * x.shape[0] * x.shape[1],
         )
-        h = gather_from_sequence_parallel_region(h, tensor_parallel_output_grad=True, group=self.tp_group)
+        h = collectives().gather_from_sequence_parallel_region(h, tensor_parallel_output_grad=True, group=self.tp_group)
         rows = torch.addmm(y.flatten(0, -2), h.flatten(0, -2).to(y.dtype), B.t().to(y.dtype))
         return rows.view(y.shape)
 

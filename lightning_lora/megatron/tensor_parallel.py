@@ -10,6 +10,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.megatron.parallel_layers import (
     ColumnParallelLinear,
@@ -42,21 +43,23 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
     check_heads(root, ranks)
     for name, (kind, _) in chosen.items():
         _check_layer(name, modules[name], kind, ranks)
+    head, table = _tied_table(root, chosen)
+    chosen |= {name: ("column", True) for name in chosen if modules[name] is head}
     counts: dict[str, int] = {}
-    tied = _output_table(root, chosen)
     for name, (kind, is_whole) in chosen.items():
         if kind == "summed":
             for parameter in modules[name].parameters():  # it works on this rank's heads: their gradients are addends
                 parameter.lora_tp_sum = True
-        elif tied is None or modules[name] is not tied[0]:
+        else:
             _split_linear(modules[name], kind, is_whole, mesh)
         counts[kind] = counts.get(kind, 0) + 1
-    if tied is not None:
-        _split_tied(*tied, mesh)
-        counts["vocabulary"] = 1
+    if head is not None and table is not None:
+        table._parameters["weight"] = head._parameters["weight"]
     elif (table := _input_table(root, ranks)) is not None:
         keep_part(table, "weight", mesh, 0)
-        _look_up_parts(table, mesh)
+    if table is not None:
+        table.__dict__.update(tp_group=mesh.get_group())
+        swap_class(table, VocabParallelEmbedding)
         counts["vocabulary"] = 1
     return counts
 
@@ -64,7 +67,7 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
 def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
     if kind == "summed":
         return
-    if not isinstance(layer, nn.Linear) or isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
+    if not isinstance(layer, nn.Linear) or isinstance(layer, SplitLinear):
         raise ValueError(f"the plan names {name!r}, a {type(layer).__name__}; split are linear layers")
     if isinstance(layer, LoRALayer) and type(layer).__bases__[0] is not LoRALinear:
         raise ValueError(
@@ -107,15 +110,15 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
         layer.__class__ = base
 
 
-def _output_table(root: nn.Module, chosen: Collection[str]) -> tuple[nn.Module, nn.Embedding] | None:
+def _tied_table(root: nn.Module, chosen: Collection[str]) -> tuple[nn.Module, nn.Embedding] | tuple[None, None]:
     """Return the output head of the plan and the embedding whose weight it shares, if it shares one."""
     head = root.get_output_embeddings() if is_pretrained(root) else None  # type: ignore[operator]
     if head is None or not any(module is head and clean_name(name) in chosen for name, module in root.named_modules()):
-        return None
+        return None, None
     weight = head._parameters["weight"]
     twins = [m for m in root.modules() if isinstance(m, nn.Embedding) and m._parameters["weight"] is weight]
     if not twins:
-        return None
+        return None, None
     if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows)) or isinstance(head, LoRALayer):
         raise ValueError(
             "the tied embedding or output head is adapted, and would have to be split over ranks with its twin: leave "
@@ -138,19 +141,6 @@ def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
     holders = [m for m in root.modules() if any(p is weight for p in m._parameters.values())]
     is_free = weight is not None and not weight.requires_grad and len(holders) == 1
     return table if is_free and table.num_embeddings % ranks == 0 else None
-
-
-def _split_tied(head: Any, table: Any, mesh: DeviceMesh) -> None:
-    keep_part(head, "weight", mesh, 0)
-    table._parameters["weight"] = head._parameters["weight"]
-    head.__dict__.update(tp_group=mesh.get_group(), tp_whole_input=False, tp_whole_output=True)
-    head.__class__ = ColumnParallelLinear
-    _look_up_parts(table, mesh)
-
-
-def _look_up_parts(table: nn.Embedding, mesh: DeviceMesh) -> None:
-    table.__dict__.update(tp_group=mesh.get_group())
-    swap_class(table, VocabParallelEmbedding)
 
 
 def check_replicated(root: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lora import MegatronLoRAStrategy, named_adapter_parameters
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
-from lightning_lora.megatron.family import adapted_view
+from lightning_lora.megatron.family import Megatron
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.ops.sharded import split_over, whole
 from lightning_lora.peft.layout import laid_out
@@ -122,7 +122,7 @@ def gradient(parameter: Any) -> Any:
 
 def in_hugging_face(model: Any, tensors: dict[str, Any]) -> dict[str, Tensor]:
     """Return tensors of the adapters under Hugging Face's names."""
-    _, sources = adapted_view(model)
+    _, sources = Megatron().adapted_view(model)
     return {name: laid_out(layout, [tensors[source]]) for name, (layout, source) in sources.items()}
 
 
