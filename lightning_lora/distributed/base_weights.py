@@ -18,7 +18,7 @@ from lightning_lora.model.heads import resize_advice
 from lightning_lora.model.names import clean_name, is_inside, joined, listed
 from lightning_lora.model.root import name_or_path
 from lightning_lora.model.state import named_lora_layers, require_injection
-from lightning_lora.ops.sharded import boxes, is_sharded, local_part, logical, split_over, write
+from lightning_lora.ops.sharded import boxes, local_part, logical, split_over, write
 
 
 def materialize(root: nn.Module, source: str | None, device: torch.device) -> None:
@@ -154,15 +154,11 @@ def _copy_slice(root: nn.Module, target: Tensor, source: Any, name: str) -> None
     """Read this rank's part of one tensor from disk into its place."""
     shape = tuple(source.get_shape())
     _check_shape(root, target, shape, name)
-    with torch.no_grad():
-        if not is_sharded(target):
-            target.copy_(source[:] if shape else source[...])
-            return
-        part = local_part(target.detach())
-        for box in boxes(target):
-            if 0 not in box.shape:
-                values = source[tuple(map(_range, box.offset, box.shape))]
-                part[tuple(map(_range, box.local_offset, box.shape))].copy_(values)
+    part = local_part(target.detach())
+    for box in boxes(target):
+        if 0 not in box.shape:
+            values = source[tuple(map(_range, box.offset, box.shape)) or ...]  # a scalar has no range
+            part[tuple(map(_range, box.local_offset, box.shape))].copy_(values)
 
 
 def _range(start: int, size: int) -> slice:

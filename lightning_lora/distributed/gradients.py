@@ -60,7 +60,6 @@ class GradientReducer:
         self._parameters: list[nn.Parameter] = []
         self._known: set[int] = set()
         self.is_blocked = False
-        self._pending = False
         self._hooks: list[Any] = []
         self.add(parameters)
         self._pending = False

@@ -8,8 +8,8 @@ from torch.distributed import ProcessGroup
 
 from lightning_lora.checkpoint.fingerprint import exact_hash, local_hashes
 from lightning_lora.model.gathered import class_name
-from lightning_lora.model.names import clean_name, is_inside
-from lightning_lora.model.state import injected_roots, injection_of
+from lightning_lora.model.names import clean_name, is_inside_any, joined
+from lightning_lora.model.state import injected_roots, require_injection
 from lightning_lora.ops.sharded import collective_device, is_sharded, local_part
 
 _BROADCAST_NUMEL = 2**26
@@ -91,16 +91,11 @@ def broadcast_replicated(module: nn.Module, device: torch.device) -> None:
 def changing_buffers(module: nn.Module) -> list[Tensor]:
     """Return the buffers that a step may change: outside the adapted models, and where those train whole."""
     roots = injected_roots(module)
-    whole = [
-        f"{path}.{name}" if path else name
-        for path, root in roots.items()
-        for name in injection_of(root).trained_whole  # type: ignore[union-attr]  # it is adapted
-    ]
+    whole = [joined(path, name) for path, root in roots.items() for name in require_injection(root).trained_whole]
     return [
         buffer
         for name, buffer in module.named_buffers()
-        if any(is_inside(clean_name(name), path) for path in whole)
-        or not any(is_inside(clean_name(name), path) for path in roots)
+        if is_inside_any(clean_name(name), whole) or not is_inside_any(clean_name(name), roots)
     ]
 
 

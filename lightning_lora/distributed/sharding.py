@@ -1,5 +1,6 @@
 """Shard the frozen base of an adapted model with FSDP2, one unit per block; what trains stays whole."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,10 +125,7 @@ def shards_summary(module: nn.Module) -> str:
     """Return what is in shards, in one line: the units and this rank's share of the base."""
     lines = []
     for root in injected_roots(module).values():
-        units: dict[str, int] = {}
-        for part in root.modules():
-            if sharded_parameters(part):
-                units[class_name(part)] = units.get(class_name(part), 0) + 1
+        units = Counter(class_name(part) for part in root.modules() if sharded_parameters(part))
         base = [parameter for parameter in root.parameters() if not parameter.requires_grad]
         held, total = sum(local_part(p).numel() for p in base), sum(p.numel() for p in base)
         names = ", ".join(f"{name} x{number}" if number > 1 else name for name, number in units.items()) or "nothing"

@@ -63,25 +63,25 @@ def _reads(
     model: nn.Module, named: Mapping[str, tuple[str, Any]], table: Sequence[Row], size: int, path: str
 ) -> list[_Read]:
     wanted = {name: p for name, p in model.named_parameters() if not name.rpartition(".")[2].startswith("lora_")}
-    rows = {name: row_of(name, table, named) for name in wanted}
-    if without := [name for name, found in rows.items() if found is None]:
+    rows = {name: found for name in wanted if (found := row_of(name, table, named)) is not None}
+    if without := [name for name in wanted if name not in rows]:
         raise ValueError(
-            f"table has no row for {some(without)} of {class_name(model)}: give "
+            f"table has no row for {_some(without)} of {class_name(model)}: give "
             "table=[*HF_TABLE, Row(megatron=..., hf=...)]"
         )
     reads, lacking = [], []
-    for name, parameter in wanted.items():
-        row, keys = rows[name]  # type: ignore[misc]  # each has one
+    for name, (row, keys) in rows.items():
         if missing := [key for key in keys if split_index(key)[0] not in named]:
             lacking += missing
             continue
         sources = [Source(named[k][0], index, named[k][1]) for k, index in map(split_index, keys)]
         owner = model.get_submodule(name.rpartition(".")[0])
-        reads.append(_Read(name, parameter, sources, *READINGS[row.layout](row, parameter, sources, owner, size)))
+        reading = READINGS[row.layout](row, wanted[name], sources, owner, size)
+        reads.append(_Read(name, wanted[name], sources, *reading))
     if lacking:
-        raise ValueError(f"{path} lacks {some(lacking)}, which {class_name(model)} is made of")
+        raise ValueError(f"{path} lacks {_some(lacking)}, which {class_name(model)} is made of")
     if empty := [read.name for read in reads if read.parameter.device.type == "meta"]:
-        raise ValueError(f"{some(empty)} of {class_name(model)} are on the meta device: nothing can be copied there")
+        raise ValueError(f"{_some(empty)} of {class_name(model)} are on the meta device: nothing can be copied there")
     return reads
 
 
@@ -112,7 +112,7 @@ def _check_all_used(model: nn.Module, named: Mapping[str, tuple[str, Any]], read
     ]
     if left:
         raise ValueError(
-            f"{path} holds {some(left)}, for which {class_name(model)} has no place: it is another model's, or give "
+            f"{path} holds {_some(left)}, for which {class_name(model)} has no place: it is another model's, or give "
             "table=[*HF_TABLE, Row(megatron=..., hf=...)]"
         )
 
@@ -136,7 +136,7 @@ def _check_shapes(reads: Iterable[_Read], size: int, path: str) -> None:
         raise ValueError(f"{path} does not fit (tensor_model_parallel_size={size}): {'; '.join(wrong[:3])}{more}")
 
 
-def some(names: Sequence[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     """Return the first few of many names, with their number."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{len(names)} tensors: " * (len(names) > 1) + ", ".join(map(repr, names[:3])) + more

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -17,6 +18,7 @@ from lightning_lora.peft.layout import laid_out
 from tests import models
 from tests.distributed.training import Recorded, fit, rank_loader, rank_of
 
+sequence_parallelism = pytest.mark.parametrize("sequence_parallel", [False, True])
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
 GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
 LOGIT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

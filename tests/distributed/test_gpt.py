@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora import LoRAConfig, inject, named_adapter_parameters
 from tests.distributed.counting import counted_collectives
-from tests.distributed.gpt import GRADIENT_TOLERANCE, STEP_TOLERANCE, Alone, Module, adapters, run
+from tests.distributed.gpt import GRADIENT_TOLERANCE, STEP_TOLERANCE, Alone, Module, adapters, run, sequence_parallelism
 from tests.distributed.ranks import on_ranks
 from tests.distributed.split import whole_factors
 from tests.distributed.training import EXACT, alone, from_all_ranks, rank_of, state
@@ -21,7 +21,6 @@ LAYOUTS = [
     (4, 4, True, False),
     (4, 2, False, False),
 ]
-sequence_parallelism = pytest.mark.parametrize("sequence_parallel", [False, True])
 
 
 class Counted(Module):

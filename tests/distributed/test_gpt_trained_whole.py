@@ -11,11 +11,9 @@ from torch import Tensor
 from lightning_lora import remove
 from lightning_lora.model.state import named_trained_whole
 from lightning_lora.ops.sharded import whole
-from tests.distributed.gpt import STEP_TOLERANCE, Alone, Module, biased, hugging_face, run
+from tests.distributed.gpt import STEP_TOLERANCE, Alone, Module, biased, hugging_face, run, sequence_parallelism
 from tests.distributed.ranks import on_ranks
 from tests.distributed.training import alone, from_all_ranks, rank_of
-
-sequence_parallelism = pytest.mark.parametrize("sequence_parallel", [False, True])
 
 
 @pytest.fixture(scope="module")

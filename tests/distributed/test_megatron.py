@@ -15,7 +15,7 @@ from lightning_lora.ops.sharded import is_sharded
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ranks import on_ranks
-from tests.distributed.split import AfterTheSearch, Module, four_heads, run, whole_factors
+from tests.distributed.split import GRADIENT_TOLERANCE, AfterTheSearch, Module, four_heads, layouts, run, whole_factors
 from tests.distributed.training import (
     EXACT,
     PROMPTS,
@@ -28,10 +28,7 @@ from tests.distributed.training import (
     state,
 )
 
-GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
 HIDDEN = 4 * 8 * 32  # batch, tokens, hidden size: what a row-parallel layer sums
-LAYOUTS = [(2, 2), (4, 2), (4, 4)]  # ranks, and how many of them share a model
-layouts = pytest.mark.parametrize(("num_ranks", "size"), LAYOUTS)
 
 
 @pytest.fixture(scope="module")

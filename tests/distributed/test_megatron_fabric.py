@@ -11,13 +11,9 @@ from torch import Tensor
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ranks import on_ranks
-from tests.distributed.split import four_heads, whole_factors
+from tests.distributed.split import GRADIENT_TOLERANCE, four_heads, layouts, whole_factors
 from tests.distributed.split_fabric import adapters, batches, gradients, loss_of, make, start, step
 from tests.distributed.training import EXACT, PROMPTS, STEP_TOLERANCE, from_all_ranks, rank_of
-
-GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
-LAYOUTS = [(2, 2), (4, 2), (4, 4)]  # ranks, and how many of them share a model
-layouts = pytest.mark.parametrize(("num_ranks", "size"), LAYOUTS)
 
 
 def three_steps(fabric: Fabric, model: Any, optimizer: Any, data: list[Tensor]) -> list[Tensor]:

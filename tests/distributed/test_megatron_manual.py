@@ -5,10 +5,8 @@ import torch
 from torch import Tensor
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.split import Module, four_heads, run, whole_factors
+from tests.distributed.split import GRADIENT_TOLERANCE, Module, four_heads, run, whole_factors
 from tests.distributed.training import STEP_TOLERANCE, Finetuned, alone, state
-
-GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
 
 
 class TwoBackwards(Finetuned):
