@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from lightning_lora.megatron.config import layer_settings, model_options, read_config, refuse_undivided, refuse_unserved
-from lightning_lora.megatron.core import parallel_state
+from lightning_lora.megatron.core import parallel_state, rank_and_size
 from lightning_lora.megatron.cpu import name_te_general_gemm
-from lightning_lora.megatron.groups import tensor_parallel
 from lightning_lora.megatron.table import HF_TABLE, Row
 from lightning_lora.megatron.weights import load_hf_weights
 
@@ -47,7 +46,7 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
             self.model = gpt_model("Qwen3-8B", sequence_parallel=True)
             load_hf_weights(self.model, "Qwen3-8B")
     """
-    _, size = tensor_parallel()
+    _, size = rank_and_size()
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 

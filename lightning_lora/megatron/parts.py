@@ -8,8 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.compat.torch import forward_hooks
 from lightning_lora.layers import LoRALayer
-from lightning_lora.megatron.core import is_column, is_gpt, is_parallel_linear, is_vocabulary
-from lightning_lora.megatron.groups import mesh_of
+from lightning_lora.megatron.core import is_column, is_gpt, is_parallel_linear, is_vocabulary, mesh_of
 from lightning_lora.megatron.names import stack_in
 from lightning_lora.model.copies import guard_parts
 from lightning_lora.model.names import clean_name

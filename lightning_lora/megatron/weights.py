@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.distributed.base_files import open_slices
-from lightning_lora.megatron.groups import tensor_parallel
+from lightning_lora.megatron.core import rank_and_size
 from lightning_lora.megatron.table import HF_TABLE, READINGS, Row, Source, pattern, row_of, split_index
 from lightning_lora.model.gathered import class_name
 
@@ -37,7 +37,7 @@ def load_hf_weights(model: nn.Module, path: str | Path, table: Sequence[Row] = H
         model = gpt_model("Qwen3-8B")
         load_hf_weights(model, "Qwen3-8B")
     """
-    rank, size = tensor_parallel()
+    rank, size = rank_and_size()
     with open_slices(str(path)) as slices:
         named = _named_as_in_the_table(slices, table)
         reads = _reads(model, named, table, size, str(path))

@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_lora import LoRACallback, LoRAConfig, MegatronLoRAStrategy, disabled, inject
-from lightning_lora.megatron.groups import mesh_of
+from lightning_lora.megatron.core import mesh_of
 from lightning_lora.megatron.models import gpt_model, load_hf_weights
 from lightning_lora.ops.sharded import split_over, whole
 from tests import models

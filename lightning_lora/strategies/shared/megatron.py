@@ -20,8 +20,14 @@ from lightning_lora.distributed.base_weights import materialize
 from lightning_lora.distributed.gradients import GradientReducer
 from lightning_lora.distributed.replication import broadcast_replicated, differ, make_equal, move_to, refuse_other_sizes
 from lightning_lora.megatron import cpu as megatron_cpu
-from lightning_lora.megatron.core import check_contract, is_gpt, megatron_core, parallel_state
-from lightning_lora.megatron.groups import count_batches_once, mesh_of
+from lightning_lora.megatron.core import (
+    check_contract,
+    count_batches_once,
+    is_gpt,
+    megatron_core,
+    mesh_of,
+    parallel_state,
+)
 from lightning_lora.megatron.parts import check_built, keep_parts, let_gradients_through_recomputed
 from lightning_lora.megatron.tensor_parallel import check_replicated, split
 from lightning_lora.megatron.tp_plan import heads_of, plan_of
