@@ -50,7 +50,7 @@ def find_units(
     Raises:
         ValueError: an entry of ``names`` names nothing, or a mere container.
     """
-    blocks = list(find_blocks(root, names).values())
+    blocks = find_blocks(root, names)
     inside = {p for block in blocks for p in block.parameters()}
     kept_whole = set() if shard_trained else _trained(root)
     outside = _units_outside(root, inside, min_numel, kept_whole)
@@ -65,8 +65,8 @@ def find_units(
     return units
 
 
-def find_blocks(root: nn.Module, shard_modules: Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """Return the outermost repeated blocks of ``root`` by name.
+def find_blocks(root: nn.Module, shard_modules: Sequence[str] | None) -> list[nn.Module]:
+    """Return the outermost repeated blocks of ``root``.
 
     They are the modules that ``shard_modules`` names by class or by the end of their name, or else what transformers
     lists as ``_no_split_modules``, or else the members of every ``nn.ModuleList`` or ``nn.Sequential`` that holds two
@@ -115,13 +115,13 @@ def _repeated(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
                     yield path, child
 
 
-def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _outermost(modules: dict[str, nn.Module]) -> list[nn.Module]:
     kept: dict[str, nn.Module] = {}
     for name, module in modules.items():
         parents = name.split(".")
         if not any(".".join(parents[:depth]) in kept for depth in range(1, len(parents))):
             kept[name] = module
-    return kept
+    return list(kept.values())
 
 
 def _trained(root: nn.Module) -> set[nn.Parameter]:
