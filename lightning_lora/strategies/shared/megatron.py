@@ -91,7 +91,7 @@ class MegatronRanks(Sharded):
         if self.root_device.type not in ("cpu", "cuda"):
             raise ValueError(f"'megatron_lora' runs on CUDA devices and on CPU, not on {self.root_device.type!r}")
         if self.root_device.type == "cpu":
-            megatron_cpu.install()
+            megatron_cpu.install_for(self)
 
     def form_groups(self: Any, model: nn.Module | None) -> None:
         """Lay the ranks out in Megatron-core's groups; ``"auto"`` looks at the model for their size."""
@@ -109,6 +109,8 @@ class MegatronRanks(Sharded):
     @override
     def place(self, model: nn.Module) -> None:
         """Split the model over the ranks in place, each part on its device. Called on all ranks."""
+        if self.root_device.type == "cpu":
+            megatron_cpu.install_for(*model.modules())
         keep_parts(model)  # also of what lies outside the adapted models: a teacher, a head of the user's
         for part in model.modules():
             if is_gpt(part):
@@ -158,6 +160,11 @@ class MegatronRanks(Sharded):
                 f"recompute_granularity='full' recomputes outside of autocast, in the base's {own} and not in {mixed}: "
                 "build the model in that dtype (params_dtype=...), or use precision='bf16-true'"
             )
+
+    def teardown(self) -> None:
+        """Leave the patches for CPU to the models that were placed."""
+        super().teardown()  # type: ignore[misc]  # Lightning's
+        megatron_cpu.release(self)
 
     @override
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
