@@ -22,11 +22,10 @@ from lightning_lora.model.root import find_root
 from lightning_lora.model.state import is_merged, named_lora_layers, require_injection
 from lightning_lora.model.statistics import freeze_statistics
 from lightning_lora.model.summary import summary
-from lightning_lora.strategies.shared.refusals import check_readable
+from lightning_lora.strategies.shared.refusals import check_averaging, check_launcher, check_readable, check_trainer
 from lightning_lora.strategies.trainer import lightning_cli
-from lightning_lora.strategies.trainer.adapter_only import AdapterOnly, adopt
-from lightning_lora.strategies.trainer.combinations import check_averaging, check_launcher, check_trainer
-from lightning_lora.strategies.trainer.progress import begin_after_last_batch
+from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
+from lightning_lora.strategies.trainer.adopted import adopt
 from lightning_lora.strategies.trainer.starting_point import adapt_module, check_built_in_time, configure_then_adapt
 
 
@@ -184,7 +183,6 @@ class LoRACallback(Callback):
             # ranks that share a model share its dropout
             layer.lora_salt = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
         _adopted(trainer).position.begin(trainer)
-        begin_after_last_batch(trainer)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -1,8 +1,11 @@
-"""Let ``MyModule.load_from_checkpoint(path)`` adapt the new module if the file holds adapters.
+"""Read checkpoints with adapters where no ``LoRACallback`` takes them in.
 
-Importing ``lightning_lora`` wraps the function behind it, as it does the others that read files: a script may load a
-file before it calls anything else, and Lightning's own function would fail on the missing base weights or drop the
-adapters. For files without adapters Lightning's code runs alone.
+Importing ``lightning_lora`` wraps the functions that read files: a script may load one before it calls anything else,
+and then no model is adapted and no callback is there that could check. ``MyModule.load_from_checkpoint(path)`` adapts
+the new module if the file holds adapters, where Lightning's own function would fail on the missing base weights or drop
+the adapters. A Trainer without the callback refuses the file and says which one to add, where Lightning would list
+every base weight as missing, or drop the adapters where ``strict_loading`` is off. For files without adapters
+Lightning's code runs alone.
 """
 
 import functools
@@ -14,11 +17,18 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_lora.checkpoint.file import SECTION, check_tensors, complete_state, fitting_tensors, section_of
-from lightning_lora.compat.lightning import INSTANTIATOR, allowed_instantiators, place_of_load_state
-from lightning_lora.config import LoRAConfig
+from lightning_lora.compat.lightning import (
+    INSTANTIATOR,
+    allowed_instantiators,
+    loaded_checkpoint,
+    place_of_load_state,
+    place_of_restore_model,
+)
+from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.model.inject import inject, inject_anew
+from lightning_lora.model.root import find_root
 from lightning_lora.model.state import injected_roots, injection_of
-from lightning_lora.model.wrapping import wrap
+from lightning_lora.model.wrapping import at_injection, wrap
 
 _INSTANTIATOR = f"{__name__}.instantiate"
 _file_instantiator: ContextVar[str | None] = ContextVar("_file_instantiator", default=None)
@@ -106,3 +116,49 @@ def _root_named(module: pl.LightningModule, name: str) -> nn.Module:
             f"the checkpoint holds adapters for the model at {name!r}, and {type(module).__name__} has no module of "
             "that name once it is built: build the pretrained model in __init__, under the name it had in training"
         ) from None
+
+
+@at_injection
+def wrap_restore_model() -> None:
+    """Make the Trainer check that its module takes the adapters of a checkpoint."""
+    wrap(*place_of_restore_model(), _restoring)
+
+
+def _restoring(restore_model: Any) -> Any:
+    """Return the Trainer's ``restore_model`` that refuses a file with adapters for a module without any."""
+
+    @functools.wraps(restore_model)
+    def restoring(self: Any) -> None:
+        try:
+            restore_model(self)
+        except RuntimeError:
+            _check_not_bare(self)
+            raise
+        _check_not_bare(self)  # strict_loading=False drops the adapters
+
+    return restoring
+
+
+def _check_not_bare(connector: Any) -> None:
+    """Raise ``ValueError`` where a Trainer's checkpoint holds adapters, and its module none that take them."""
+    trainer, section = connector.trainer, loaded_checkpoint(connector).get(SECTION)
+    if section is None or injected_roots(trainer.lightning_module):
+        return
+    callbacks = ", ".join(_callback_of(adapter, trainer.lightning_module) for adapter in section["adapters"])
+    raise ValueError(
+        f"{trainer.ckpt_path} holds adapters, and the Trainer has no LoRACallback to put them into "
+        f"{type(trainer.lightning_module).__name__}: write Trainer(callbacks=[{callbacks}, ...])"
+    ) from None
+
+
+def _callback_of(adapter: Any, module: nn.Module) -> str:
+    """Return the ``LoRACallback(...)`` that an adapter of a file needs, with the settings that are not defaults."""
+    defaults = LoRAConfig().to_dict()
+    settings = {name: value for name, value in adapter["config"].items() if value != defaults.get(name)}
+    try:
+        found, _ = find_root(module)
+    except ValueError:
+        found = None
+    if found != adapter["root"]:
+        settings["module"] = adapter["root"]
+    return f"LoRACallback({', '.join(f'{name}={brief(value)}' for name, value in settings.items())})"
