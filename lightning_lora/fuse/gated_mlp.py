@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_lora.compat.torch import has_global_hooks, has_hooks
 from lightning_lora.fuse.forms import GATED_FORMS, GatedForm, activation_name, form_of
-from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, leave, term
+from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, leave
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.split import SplitLinear
@@ -87,8 +87,8 @@ class LoRAGatedMLP(SwappedModule):
             factors(up),
             factors(down),
             activation=self.lora_activation,
-            entering=term(gate),
-            leaving=term(down),
+            entering=gate.scaled_dropout(),
+            leaving=down.scaled_dropout(),
         )
         return leave(down, y)
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.compat.torch import version_of
+from lightning_lora.compat.torch import is_transformed, version_of
 from lightning_lora.fuse.forms import form_of
 from lightning_lora.fuse.norm_forms import NORM_FORMS, NormForm
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
-from lightning_lora.ops.linear import autocast_dtype, is_transformed
+from lightning_lora.ops.linear import autocast_dtype
 from lightning_lora.ops.rms_norm import rms_norm
 from lightning_lora.ops.sharded import is_dtensor
 
