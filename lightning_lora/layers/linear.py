@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.linear_forms import is_plain_linear
 from lightning_lora.layers.read_weight import ReadWeight
+from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.ops.linear import LinearTensors, ScaledDropout, lora_linears
 from lightning_lora.ops.quantized import check_plain
 

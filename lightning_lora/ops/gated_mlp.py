@@ -22,7 +22,6 @@ from lightning_lora.ops.linear import (
     autocast_dtype,
     backward_of_linears,
     cast_as_autocast,
-    differentiable_gradients,
     forward_of_linears,
     plain_linears,
     reshape_like,
@@ -132,3 +131,15 @@ class _GatedMLP(torch.autograd.Function):
             rows, [grad_e, grad_g], tensors[:8], h_in, entering, needs[:8], need_x=need_x
         )
         return None if grad_x is None else grad_x.view(x.shape), None, None, None, *of_both, *of_down
+
+
+def differentiable_gradients(ctx: Any, y: Tensor, inputs: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of an autograd function's inputs with a graph of their own, for a second derivative.
+
+    Args:
+        y: the function's output, recomputed from ``inputs`` by operations that are differentiable twice.
+        inputs: those of the function; ``None`` for those that never need a gradient.
+    """
+    wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)

@@ -194,18 +194,6 @@ class _LoRALinears(torch.autograd.Function):
         return None if grad_x is None else grad_x.view(ctx.x_shape), None, *found
 
 
-def differentiable_gradients(ctx: Any, y: Tensor, inputs: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of an autograd function's inputs with a graph of their own, for a second derivative.
-
-    Args:
-        y: the function's output, recomputed from ``inputs`` by operations that are differentiable twice.
-        inputs: those of the function; ``None`` for those that never need a gradient.
-    """
-    wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
-
-
 def reshape_like(x: Tensor, y: Tensor) -> Tensor:
     """Return ``y`` ``[T, out]`` in the leading shape of ``x``."""
     # not a view to autograd: the caller may change the output in place, as nn.ReLU(inplace=True) does

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, inject, named_adapter_parameters, remove
 from lightning_lora.fuse import release
 from lightning_lora.fuse.forms import form_of
-from lightning_lora.fuse.norm_forms import NORM_FORMS
-from lightning_lora.fuse.norms import LoRARMSNorm, release_norm
+from lightning_lora.fuse.norms import NORM_FORMS, LoRARMSNorm, release_norm
 from lightning_lora.ops.rms_norm import rms_norm
 from tests import models
 
