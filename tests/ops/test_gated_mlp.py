@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lora.ops import gated_mlp as fused
-from lightning_lora.ops.dropout import dropped
+from lightning_lora.ops.dropout import keep_mask
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
 from lightning_lora.ops.linear import LinearTensors, ScaledDropout, lora_linear, lora_linears
 
@@ -58,7 +58,7 @@ def leaves(layers) -> list[Tensor]:
 def mask(term: ScaledDropout, rows: int, columns: int) -> Tensor | float:
     if term.seed is None or not term.dropout:
         return 1.0
-    kept = ~dropped(term.seed, rows, columns, term.dropout, torch.device("cpu"))
+    kept = keep_mask(term.seed, torch.empty(rows, columns), term.dropout) == 1
     return kept.double() / (1 - term.dropout)
 
 
