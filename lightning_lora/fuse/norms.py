@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.compat.torch import is_transformed, version_of
-from lightning_lora.fuse.forms import form_of
+from lightning_lora.fuse.forms import always, form_of
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
+from lightning_lora.layers.class_swap import SwappedModule, swap_class
 from lightning_lora.ops.linear import autocast_dtype
 from lightning_lora.ops.rms_norm import rms_norm
 from lightning_lora.ops.sharded import is_dtensor
@@ -21,11 +21,7 @@ class NormForm(NamedTuple):
 
     eps: str
     is_offset: bool = False
-    condition: Callable[[Any], bool] | None = None
-
-    def holds(self, module: Any) -> bool:
-        """Return True if the attributes of a module are such that it computes the formula."""
-        return self.condition is None or self.condition(module)
+    condition: Callable[[Any], bool] = always
 
 
 class LoRARMSNorm(SwappedModule):
@@ -53,7 +49,7 @@ class LoRARMSNorm(SwappedModule):
         weight = self.weight
         if weight.requires_grad or is_dtensor(weight) or weight.is_meta or autocast_dtype(x) is not None:
             return False
-        if not self.lora_form.holds(self) or self.lora_base_class.forward is not type(self).lora_base_forward:
+        if not self.lora_form.condition(self) or self.lora_base_class.forward is not type(self).lora_base_forward:
             return False
         return weight.dtype == x.dtype and not self._has_zeros(weight)
 
@@ -96,11 +92,6 @@ def _has_only_a_weight(module: nn.Module) -> bool:
     if isinstance(module, SwappedModule) or module._modules or module._buffers:
         return False
     return [name for name, parameter in module._parameters.items() if parameter is not None] == ["weight"]
-
-
-def release_norm(norm: LoRARMSNorm) -> None:
-    """Give the module its base class back."""
-    restore_class(norm, "lora_form", "lora_has_zeros", "lora_seen")
 
 
 # the code of known norms: a class with the same code computes the same formula
