@@ -137,10 +137,11 @@ def cast_as_autocast(
     """
     if x.dtype == torch.float64:
         return x, layers
-    bases = [[None if one is None else one.to(dtype) for one in layer[:2]] for layer in layers]
-    return x.to(dtype), [
-        layer._replace(weight=weight, bias=bias) for layer, (weight, bias) in zip(layers, bases, strict=True)
-    ]
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    return x.to(dtype), [layer._replace(weight=cast(layer.weight), bias=cast(layer.bias)) for layer in layers]
 
 
 def plain_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> list[Tensor]:
