@@ -169,12 +169,12 @@ def test_methods_that_classes_of_the_library_replace_are_still_there() -> None:
 
 def test_transforms_and_forward_mode_are_noticed() -> None:
     seen = []
-    torch.func.vmap(lambda x: seen.append(of_torch.has_transforms()) or x)(torch.ones(2))
+    torch.func.vmap(lambda x: seen.append((of_torch.has_transforms(), of_torch.is_transformed())) or x)(torch.ones(2))
     with torch.autograd.forward_ad.dual_level():
-        seen.append(of_torch.is_forward_mode())
-    assert seen == [True, True]
+        seen.append((of_torch.has_transforms(), of_torch.is_transformed()))
+    assert seen == [(True, True), (False, True)]
     assert not of_torch.has_transforms()
-    assert not of_torch.is_forward_mode()
+    assert not of_torch.is_transformed()
 
 
 def test_plain_tensors_lifts_subclasses() -> None:

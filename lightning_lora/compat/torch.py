@@ -20,12 +20,24 @@ def has_transforms() -> bool:
         raise missing("torch", torch._C, "_are_functorch_transforms_active") from error
 
 
-def is_forward_mode() -> bool:
-    """Whether forward-mode AD runs. Relies on forward_ad's level; without it raises."""
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode AD transforms what runs, or ``torch.jit.trace`` records it.
+
+    Layers are then computed by torch's own operations: those can be transformed, an autograd function cannot. Relies on
+    torch._C and forward_ad's level; without them raises.
+    """
+    if torch.compiler.is_compiling():
+        return bool(_has_transforms_in_graph())
     try:
-        return forward_ad._current_level >= 0
+        active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     except AttributeError as error:
-        raise missing("torch", forward_ad, "_current_level") from error
+        raise missing("torch", error.obj, str(error.name)) from error
+    return active or torch.jit.is_tracing()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_transforms_in_graph() -> bool:
+    return has_transforms()
 
 
 def plain_tensors() -> AbstractContextManager[Any]:

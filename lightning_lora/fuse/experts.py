@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.compat.torch import has_global_hooks
+from lightning_lora.compat.torch import has_global_hooks, is_transformed
 from lightning_lora.compat.transformers import experts_gate, experts_implementation, is_expert_parallel
 from lightning_lora.fuse.expert_forms import LOOPS, OWN_ACTIVATIONS, OWN_GATES, default_gate
 from lightning_lora.fuse.forms import activation_name
@@ -17,8 +17,8 @@ from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.same_code import same_code
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import Gate, KnownGate, OwnGate
-from lightning_lora.ops.experts.weights import ExpertWeights
-from lightning_lora.ops.linear import autocast_dtype, is_transformed
+from lightning_lora.ops.experts.records import ExpertWeights
+from lightning_lora.ops.linear import autocast_dtype
 from lightning_lora.ops.sharded import is_dtensor
 
 OWN = "own"  # a gate that is the module's own function

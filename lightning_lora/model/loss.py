@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_lora.compat.torch import is_transformed
 from lightning_lora.layers.split import parts_of_output
 from lightning_lora.model.loss_head import frozen_kind, output_head_of
 from lightning_lora.ops.cross_entropy.chunked import losses_of_linear
 from lightning_lora.ops.cross_entropy.parallel import losses_of_parts
-from lightning_lora.ops.linear import is_transformed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, mixin_for, read_mixin, with_options
 from lightning_lora.layers.read_weight import check_rescaled, reader_of
-from lightning_lora.layers.variants import RESIDUAL
+from lightning_lora.layers.registry import RESIDUAL
 
 
 def choose_mixin(modules: Mapping[str, nn.Module], name: str, config: LoRAConfig) -> type[LoRALayer]:

@@ -1,4 +1,4 @@
-"""Which rows go to which expert: :class:`Groups`."""
+"""What products of all experts take and return: which rows go to which expert, weights, gradients."""
 
 from typing import NamedTuple
 
@@ -50,3 +50,29 @@ class Groups(NamedTuple):
         """Return each row's expert, ``[S]``."""
         rows = torch.arange(len(self.order), device=self.ends.device, dtype=self.ends.dtype)
         return torch.searchsorted(self.ends, rows, right=True)
+
+
+class ExpertWeights(NamedTuple):
+    """The tensors of one linear layer per expert; there may be no adapter, and no bias.
+
+    Attributes:
+        weight: ``[experts, out, in]``, of any strides.
+        bias: ``[experts, out]``.
+        lora_A: ``[experts, r, in]``.
+        lora_B: ``[experts, out, r]``.
+        scaling: factor of the adapter's term.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+
+
+class Gradients(NamedTuple):
+    """Gradients of rows ``[S, in]``, and of A and B in their own shapes; ``None`` for those that are not needed."""
+
+    rows: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
