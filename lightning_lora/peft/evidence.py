@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lightning_lora.model.finite import first_nonfinite
 from lightning_lora.peft.config import CHANGES_BASE, alpha_of, rank_of, scaling_of
 from lightning_lora.peft.directory import Files, sorted_tensors
-from lightning_lora.peft.keys import PREFIX, Key
+from lightning_lora.peft.layout import PREFIX, Key
 
 # the field of the config that asks for each kind of tensors that are no factors
 _FIELDS = {

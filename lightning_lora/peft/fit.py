@@ -10,7 +10,7 @@ from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.model.heads import resize_advice
 from lightning_lora.peft.directory import Adapter
-from lightning_lora.peft.layout import times_added, unstacked
+from lightning_lora.peft.layout import is_projection, times_added, unstacked
 
 
 def named_by_layer(adapter: Adapter, modules: Mapping[str, nn.Module], model: nn.Module) -> dict[str, Tensor]:
@@ -42,11 +42,6 @@ def named_by_layer(adapter: Adapter, modules: Mapping[str, nn.Module], model: nn
         pairs[name] = pair
     adapter.factors = pairs
     return tensors | {f"{name}.lora_rows": rows for name, rows in adapter.rows.items()}
-
-
-def is_projection(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer is the output projection of an ``nn.MultiheadAttention``, which is adapted with the attention."""
-    return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _owner(

@@ -13,7 +13,7 @@ from lightning_lora.model.matching import is_all_linear, layer_index, pattern_va
 from lightning_lora.model.targets import select_layers, select_parameters
 from lightning_lora.peft.config import divisor, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter
-from lightning_lora.peft.fit import is_projection
+from lightning_lora.peft.layout import is_projection
 from lightning_lora.peft.trained import token_rows, trained_modules
 
 
