@@ -18,7 +18,6 @@ from lightning_lora.model.state import require_injection
 from lightning_lora.peft.config import CONFIG_NAME, checked
 from lightning_lora.peft.diffusers import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.peft.directory import Adapter, read_files, sorted_tensors
-from lightning_lora.peft.experts import fuse_experts
 from lightning_lora.peft.fit import named_by_layer
 from lightning_lora.peft.settings import settings_of
 from lightning_lora.peft.trained import check_ties, check_trained, set_copies_apart, untrained_values
@@ -71,7 +70,6 @@ def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -
     modules = {clean_name(name): module for name, module in model.named_modules()}
     set_copies_apart(adapter, modules)
     check_ties(model, adapter, modules)
-    fuse_experts(adapter, modules)
     tensors = named_by_layer(adapter, modules, model)
     tails = check_trained(model, adapter)
     inject_anew(model, settings_of(model, adapter, tensors, modules), check_ranks=False)

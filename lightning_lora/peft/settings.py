@@ -1,7 +1,7 @@
 """The :class:`LoRAConfig` that a PEFT directory means on a model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.matching import is_all_linear, layer_index, pattern_value
+from lightning_lora.model.matching import hits, is_all_linear, layer_index, pattern_value
 from lightning_lora.model.targets import select_layers, select_parameters
 from lightning_lora.peft.config import divisor, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter
@@ -72,8 +72,8 @@ def _ranks_and_alphas(adapter: Adapter, own: list[str], tensors: Mapping[str, Te
             f"{adapter.source} has r={r} in its config, and tensors of rank {ranks[other]} for {other!r}. Is a file "
             "damaged?"
         )
-    rank_pattern: dict[str, int] = _live_patterns(given.get("rank_pattern"), ranks)
-    alpha_pattern: dict[str, float] = _live_patterns(given.get("alpha_pattern"), ranks)
+    rank_pattern: dict[str, int] = _live_patterns(given.get("rank_pattern"), [*ranks])
+    alpha_pattern: dict[str, float] = _live_patterns(given.get("alpha_pattern"), [*ranks])
     if given.get("ensure_weight_tying"):
         # a tied twin has the other's tensors, and is scaled by its own rank and alpha of the config all the same
         twins = [name for name in own if rank_of(given, name) != ranks[name]]
@@ -82,12 +82,8 @@ def _ranks_and_alphas(adapter: Adapter, own: list[str], tensors: Mapping[str, Te
         alpha_pattern = {**alphas, **alpha_pattern}
     if any(pattern_value(rank_pattern, name, r) != ranks[name] for name in own):
         rank_pattern = {f"^{re.escape(name)}": ranks[name] for name in own if ranks[name] != r}
-    return {
-        "r": r,
-        "alpha": float(given["lora_alpha"]),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-    }
+    alpha = float(given["lora_alpha"])
+    return {"r": r, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 
 
 def _selection(
@@ -99,10 +95,7 @@ def _selection(
         return _by_name(layers)  # PEFT adapts tied twins of the targets too
     targets, patterns = _live(given["target_modules"], modules), given.get("layers_pattern") or None
     # weights of layers among the parameters: layers of fused experts' names, see describe
-    weights = [
-        entry.removesuffix(".weight") for entry in given.get("target_parameters") or () if entry.endswith(".weight")
-    ]
-    named_there = any(name == entry or name.endswith(f".{entry}") for entry in weights for name in adapter.factors)
+    named_there = any(hits(given.get("target_parameters") or [], f"{name}.weight") for name in adapter.factors)
     if (targets and is_all_linear(targets)) or (named_there and not parameters):
         targets = layers  # what the word means differs with the library and its version: the tensors say
     indices = given.get("layers_to_transform")
@@ -122,17 +115,13 @@ def _by_name(layers: list[str]) -> dict[str, Any]:
     return {"target_modules": layers, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
 
 
-def _live_patterns(patterns: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+def _live_patterns(patterns: Any, names: Sequence[str]) -> dict[str, Any]:
     """Return the patterns that match an adapted layer; PEFT ignores the others."""
-    return {
-        key: value
-        for key, value in (patterns or {}).items()
-        if any(re.match(rf"(.*\.)?({key})$", name) for name in names)
-    }
+    return {key: value for key, value in (patterns or {}).items() if pattern_value({key: True}, names, False)}
 
 
 def _live(targets: Any, modules: Mapping[str, nn.Module]) -> Any:
     """Return the entries of a list that name something; PEFT's lists may name more than the model has."""
     if targets is None or isinstance(targets, str):
         return targets
-    return sorted(t for t in targets if any(name == t or name.endswith(f".{t}") for name in modules))
+    return sorted(target for target in targets if any(hits([target], name) for name in modules))

@@ -15,10 +15,9 @@ from lightning_lora.peft.directory import Adapter
 
 def set_copies_apart(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Move embeddings and heads that did not train, which PEFT may copy into the file, from ``trained`` to ``base``."""
-    whole = _whole(adapter)
     for name in list(adapter.trained):
         owner, _, local = name.rpartition(".")
-        if local == "weight" and not any(_is_within(owner, entry) for entry in whole) and owner in modules:
+        if local == "weight" and not _is_whole(owner, adapter) and owner in modules:
             adapter.base[name] = adapter.trained.pop(name)
 
 
@@ -27,12 +26,11 @@ def check_ties(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Modu
 
     Twins of equal values trained together, and both count as trained.
     """
-    whole = _whole(adapter)
     twins: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         twins.setdefault(id(parameter), []).append(clean_name(name))
     for group in twins.values():
-        copied = [n for n in group if n in adapter.trained and any(_is_within(_owner_of(n), e) for e in whole)]
+        copied = [n for n in group if n in adapter.trained and _is_whole(_owner_of(n), adapter)]
         for name in group if copied else []:
             if modules[_owner_of(name)] is modules[_owner_of(copied[0])]:
                 continue
@@ -56,7 +54,7 @@ def untrained_values(model: nn.Module, adapter: Adapter) -> list[str]:
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     injection = injection_of(model)
     whole = [] if injection is None else injection.trained_whole
-    own = {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    own = _named_tensors(model)
     return [
         name
         for name, value in adapter.trained.items()
@@ -107,7 +105,7 @@ def check_trained(model: nn.Module, adapter: Adapter) -> list[tuple[Tensor, int,
     Returns:
         ``(table, first row, rows)`` for every embedding whose copy differs in its last rows: rows that were added.
     """
-    own = {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    own = _named_tensors(model)
     for name, value in (adapter.trained | adapter.base).items():
         if name not in own:
             raise ValueError(
@@ -139,7 +137,7 @@ def check_trained(model: nn.Module, adapter: Adapter) -> list[tuple[Tensor, int,
 
 def trained_modules(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the modules that PEFT's ``modules_to_save`` means here; the directory must have all of their tensors."""
-    entries = _whole(adapter)
+    entries = adapter.config.get("modules_to_save") or []
     found = [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
     trained: list[str] = []
     for name in found:
@@ -152,26 +150,26 @@ def trained_modules(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[
             continue
         if missing:
             raise ValueError(
-                f"{adapter.source} says modules_to_save={brief(list(entries))}, but has no {missing[0]!r}. Is a file "
-                "damaged?"
+                f"{adapter.source} says modules_to_save={brief(entries)}, but has no {missing[0]!r}. Is a file damaged?"
             )
         trained.append(name)
     return [name for name in trained if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
-
-
-def _whole(adapter: Adapter) -> tuple[str, ...]:
-    return tuple(adapter.config.get("modules_to_save") or [])
 
 
 def _is_value(value: Tensor, own: Tensor) -> bool:
     return not own.is_meta and torch.equal(value.to(own.dtype), own.detach().cpu())
 
 
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+
+
 def _owner_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _is_within(owner: str, entry: str) -> bool:
-    """Whether a module lies in one whose name ends with ``entry``."""
+def _is_whole(owner: str, adapter: Adapter) -> bool:
+    """Whether a module lies in one whose name ends with an entry of ``modules_to_save``."""
     parts = owner.split(".")
-    return any(".".join(parts[:end]).endswith(entry) for end in range(1, len(parts) + 1))
+    names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(name.endswith(tuple(adapter.config.get("modules_to_save") or ())) for name in names)
