@@ -96,9 +96,8 @@ def _parameter_pair(pair: dict[str, Tensor], module: nn.Module, part: str, adapt
             f"{adapts} A {tuple(A.shape)} and B {tuple(B.shape)}, the model has {experts} x {in_features} -> "
             f"{out_features}: another base model?"
         )
-    if module.get_parameter(part).ndim == 2:
-        return pair
-    return dict(zip("AB", unstacked(A, B, A.shape[0] // experts), strict=True))
+    is_matrix = module.get_parameter(part).ndim == 2
+    return pair if is_matrix else dict(zip("AB", unstacked(A, B, A.shape[0] // experts), strict=True))
 
 
 def _check_layer(

@@ -19,6 +19,7 @@ from lightning_lora import (
     adapter_checkpoint,
     convert,
     inject,
+    load_adapter_state_dict,
     load_peft,
     merge,
     named_adapter_parameters,
@@ -421,6 +422,26 @@ def test_peft_reads_a_classifier_whose_head_did_not_train_whole(targets: list[st
     again = peft.PeftModel.from_pretrained(models.bert_classifier(), tmp_path).eval()  # a warning is an error here
     ids = models.token_ids()
     torch.testing.assert_close(again(ids).logits, model(ids).logits, **CLOSE)
+
+
+def test_an_older_file_that_is_refused_for_its_attentions_scale_is_read_by_way_of_convert(tmp_path: Path) -> None:
+    model = inject(models.encoder(), LoRAConfig(r=4, alpha=8, target_modules=["self_attn"]))
+    give_values(model)
+    content = adapter_checkpoint(model)
+    adapter = content["lightning_lora"]["adapters"][0]
+    state = content[adapter["state_key"]]
+    for name in [name for name in adapter["layers"] if name.endswith(".out_proj")]:
+        r, scaling = adapter["layers"][name]
+        adapter["layers"][name] = (r, 2 * scaling)  # the same function, as such files hold it
+        state[f"{name}.lora_B"] = state[f"{name}.lora_B"] / 2
+    entries = adapter["peft"]["entries"]
+    adapter["peft"]["entries"] = [(key, layout.removeprefix("half_"), names) for key, layout, names in entries]
+    torch.save(content, tmp_path / "older.ckpt")
+    with pytest.raises(ValueError, match=r"scales '.*out_proj' by 4, the model by 2: .* convert\(\) an older file"):
+        load_adapter_state_dict(model, content)
+    convert(tmp_path / "older.ckpt", tmp_path / "directory")
+    again = load_peft(models.encoder(), tmp_path / "directory")
+    assert torch.equal(again(models.token_ids()), model(models.token_ids()))
 
 
 def test_the_biases_that_peft_writes_twice_beside_a_trained_head_are_read_once(tmp_path: Path) -> None:
