@@ -107,17 +107,24 @@ class Evidence(NamedTuple):
         """Yield the layers whose scale is not ``served``, the reader's (``None``: it does not read the layer).
 
         Args:
-            ignored: the fields that the reader does not know.
+            ignored: the fields that the reader does not know. Those that change nothing go unnamed.
         """
         scales = [(layer, scale) for layer in self.layers if (scale := served(layer)) is not None]
         wrong = [(layer, scale) for layer, scale in scales if not math.isclose(layer.scaling, scale, rel_tol=1e-6)]
-        for first, scale in wrong[:1]:
-            fields = " and ".join(name for name in ignored if self.config.get(name)) or f"lora_alpha={self.alpha:g}"
-            layers = _several([layer.name for layer, _ in wrong], "layer")
-            yield (
-                f"{fields}: PEFT scales {layers} by {first.scaling:.4g} (lora_alpha={first.alpha:g}, r={first.rank}, "
-                f"use_rslora={bool(self.config.get('use_rslora'))}), {reader} silently by {scale:.4g}."
-            )
+        if not wrong:
+            return
+        layers, first, scale = [layer for layer, _ in wrong], *wrong[0]
+        is_rslora = bool(self.config.get("use_rslora"))
+        matters = {
+            "use_rslora": is_rslora and any(layer.rank != 1 for layer in layers),
+            "rank_pattern": any(layer.rank != self.r for layer in layers),
+            "alpha_pattern": any(layer.alpha != self.alpha for layer in layers),
+        }
+        fields = " and ".join(field for field in ignored if matters[field]) or f"lora_alpha={self.alpha:g}"
+        yield (
+            f"{fields}: PEFT scales {_several([layer.name for layer in layers], 'layer')} by {first.scaling:.4g} "
+            f"(lora_alpha={first.alpha:g}, r={first.rank}, use_rslora={is_rslora}), {reader} silently by {scale:.4g}."
+        )
 
 
 def gather(files: Files, source: Any, max_rank: int | None) -> Evidence:
