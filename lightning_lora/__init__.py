@@ -24,10 +24,9 @@ from lightning_lora.model.merge import disabled, merge, merged, unmerge
 from lightning_lora.model.plan import plan
 from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.peft.combine import combine
-from lightning_lora.peft.convert import convert
 from lightning_lora.peft.load import load_peft
 from lightning_lora.peft.readers import check_portable
-from lightning_lora.peft.save import save_peft
+from lightning_lora.peft.save import convert, save_peft
 from lightning_lora.strategies.fabric.methods import wrap_loading
 from lightning_lora.strategies.trainer.fsdp import FSDPLoRAStrategy
 from lightning_lora.strategies.trainer.megatron import MegatronLoRAStrategy

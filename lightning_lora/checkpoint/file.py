@@ -403,7 +403,7 @@ def check_structure(adapter: Mapping[str, Any], root: nn.Module, source: Any) ->
         if abs(scaling - own_scaling) > 1e-9 * abs(scaling):
             raise ValueError(
                 f"{source} scales {name!r} by {scaling:g}, the model by {own_scaling:g}: adapt it with the file's "
-                "alpha and use_rslora"
+                "alpha and use_rslora, or convert() an older file with an nn.MultiheadAttention and load_peft() that"
             )
     rows = adapter.get("token_rows", {})
     if rows != named_token_rows(root):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_lora.peft.keys import parse_key
+from lightning_lora.peft.layout import parse_key
 
 KEYS = {
     "q.lora_A.weight": ("A", "q"),
