@@ -11,7 +11,7 @@ from lightning_lora.checkpoint.optimizer_state import names_of
 from lightning_lora.distributed.gradients import GradientReducer, drop_unused
 from lightning_lora.distributed.sharding import shard, sharded_trainables
 from lightning_lora.megatron.core import parallel_state
-from lightning_lora.model.gathered import reshard
+from lightning_lora.model.spread import reshard
 from lightning_lora.strategies.fabric.sharded import FabricShardedStrategy
 from lightning_lora.strategies.shared.fsdp import FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
 from lightning_lora.strategies.shared.megatron import MegatronRanks, check_first_batch

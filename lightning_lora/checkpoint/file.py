@@ -19,12 +19,13 @@ from lightning_lora.checkpoint.storage import RemotePath, location
 from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.families import is_pretrained
-from lightning_lora.model.finite import OnNonfinite, check_finite
-from lightning_lora.model.gathered import reshard
-from lightning_lora.model.heads import resize_advice
+from lightning_lora.model.families import is_pretrained, resize_advice
 from lightning_lora.model.names import clean_name, is_inside, joined, listed
+from lightning_lora.model.side_effects import FrozenStatistics
+from lightning_lora.model.spread import reshard
 from lightning_lora.model.state import (
+    OnNonfinite,
+    check_finite,
     check_not_disabled,
     injected_roots,
     is_merged,
@@ -35,7 +36,6 @@ from lightning_lora.model.state import (
     require_injection,
     require_root,
 )
-from lightning_lora.model.statistics import FrozenStatistics
 from lightning_lora.ops.sharded import is_sharded, local_part, logical, whole, write
 
 SECTION = "lightning_lora"

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.model.gathered import reshard
+from lightning_lora.model.families import name_or_path
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import name_or_path
+from lightning_lora.model.side_effects import FrozenStatistics
+from lightning_lora.model.spread import reshard
 from lightning_lora.model.state import injection_of, named_lora_layers, named_trained_whole, require_injection
-from lightning_lora.model.statistics import FrozenStatistics
 from lightning_lora.ops.quantized import stored_as, wraps_tensors
 from lightning_lora.ops.sharded import boxes, collective_device, is_sharded, local_part, logical, shard_group
 

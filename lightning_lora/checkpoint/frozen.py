@@ -16,10 +16,10 @@ from lightning_lora.checkpoint.file import trained_tensors
 from lightning_lora.checkpoint.fingerprint import exact_hashes, first_other_name, sampled
 from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.model.families import family_of
-from lightning_lora.model.gathered import reshard
 from lightning_lora.model.names import clean_name, joined
+from lightning_lora.model.side_effects import FrozenStatistics
+from lightning_lora.model.spread import reshard
 from lightning_lora.model.state import injected_roots, named_lora_layers
-from lightning_lora.model.statistics import FrozenStatistics
 
 
 @dataclass

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.model.copies import as_whole
 from lightning_lora.model.names import clean_name, listed
+from lightning_lora.model.spread import as_whole
 from lightning_lora.model.state import injected_roots, named_adapter_parameters, named_trained_whole
 from lightning_lora.ops.sharded import is_sharded, logical, on_rank_zero, spread_like
 

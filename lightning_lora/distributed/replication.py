@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lightning_lora.checkpoint.fingerprint import exact_hash, local_hashes
-from lightning_lora.model.gathered import class_name
 from lightning_lora.model.names import clean_name, is_inside
+from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.ops.sharded import collective_device, is_sharded, local_part
 

@@ -20,10 +20,9 @@ from lightning_lora.distributed.blocks import find_blocks, wrap_blocks
 from lightning_lora.distributed.gradients import count_unused_as_zero
 from lightning_lora.distributed.replication import broadcast_replicated, make_equal, move_to, refuse_other_sizes
 from lightning_lora.layers.read_weight import is_read_by
-from lightning_lora.model.copies import guard_parts
 from lightning_lora.model.families import is_pretrained
-from lightning_lora.model.gathered import class_name, reshard, sharded_parameters
 from lightning_lora.model.names import clean_name, is_inside
+from lightning_lora.model.spread import class_name, guard_parts, reshard, sharded_parameters
 from lightning_lora.model.state import injected_roots, named_adapter_parameters, named_trained_whole, require_injection
 from lightning_lora.ops.sharded import is_sharded, local_part, spread_like
 

@@ -9,8 +9,8 @@ from lightning_lora.layers import adapt
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.megatron.layers import LoRAMegatronLinear
 from lightning_lora.megatron.names import megatron_parts
+from lightning_lora.model.families import name_or_path
 from lightning_lora.model.layer_plan import Plan
-from lightning_lora.model.root import name_or_path
 from lightning_lora.model.state import Injection, named_lora_layers, named_trained_whole, require_injection
 
 

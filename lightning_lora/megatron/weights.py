@@ -14,7 +14,7 @@ from lightning_lora.distributed.base_weights import open_slices
 from lightning_lora.megatron.core import parallel_state
 from lightning_lora.megatron.slices import Source, plan
 from lightning_lora.megatron.table import HF_TABLE, Row, pattern, row_of, split_index
-from lightning_lora.model.gathered import class_name
+from lightning_lora.model.spread import class_name
 
 
 def load_hf_weights(model: nn.Module, path: str | Path, table: Sequence[Row] = HF_TABLE) -> None:

@@ -14,13 +14,19 @@ from lightning_lora.layers import LoRALayer, unadapt
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.token_rows import train_rows
 from lightning_lora.layers.trained import keep_wide, restore_dtypes
-from lightning_lora.model import recomputation, save_pretrained  # noqa: F401  # wrap functions when a model is adapted
-from lightning_lora.model.fused_paths import keep_off_fused_paths
-from lightning_lora.model.gathered import reshard, stop_gathering
 from lightning_lora.model.init import initialize
 from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.plan import plan
+from lightning_lora.model.side_effects import (
+    complete_state_dicts,
+    freeze_statistics,
+    keep_off_fused_paths,
+    take_state_dicts_as_they_are,
+    unchanged_on_error,
+    unfreeze_statistics,
+)
+from lightning_lora.model.spread import reshard, stop_gathering
 from lightning_lora.model.state import (
     Injection,
     check_not_disabled,
@@ -30,10 +36,7 @@ from lightning_lora.model.state import (
     require_injection,
     require_roots,
 )
-from lightning_lora.model.state_dict import complete_state_dicts, take_state_dicts_as_they_are
-from lightning_lora.model.statistics import freeze_statistics, unfreeze_statistics
 from lightning_lora.model.targets import has_redundant_forward
-from lightning_lora.model.undo import unchanged_on_error
 from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.sharded import write
 

@@ -1,24 +1,24 @@
 """Decide what an injection will do to a model, and check all of it, before anything is changed."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import LoRAParameters
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.token_rows import check_rows
-from lightning_lora.model.heads import new_heads
 from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
 from lightning_lora.model.matching import check_patterns, is_all_linear, pattern_value
-from lightning_lora.model.mixins import choose_mixin
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import uncompiled
-from lightning_lora.model.targets import Chosen, check_apart, select_layers, select_parameters
-from lightning_lora.model.trained_base import base_that_trains, select_token_rows, select_trained_whole
-from lightning_lora.model.untouched import check_untouched
+from lightning_lora.model.state import injection_of, uncompiled
+from lightning_lora.model.targets import Chosen, check_apart, choose_mixin, select_layers, select_parameters
+from lightning_lora.model.trained_base import base_that_trains, new_heads, select_token_rows, select_trained_whole
 
 
 def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: bool = True) -> Plan:
@@ -157,3 +157,29 @@ def _check_rank(pair: LayerPlan) -> None:
             f"it its own rank with rank_pattern={{{pair.name!r}: {size}}}, train it whole with modules_to_save, or "
             "leave it out with exclude_modules"
         )
+
+
+def check_untouched(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model that is adapted already, split over ranks, or has parameters without a size."""
+    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
+    theirs = () if peft_layers is None else (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)
+    for name, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if nn.parameter.is_lazy(parameter):
+                lazy = f"{name}.{local}"
+                raise ValueError(f"{lazy!r} has no size yet (a lazy module): run one batch through the model first")
+        if isinstance(module, SplitLinear):
+            raise ValueError(
+                f"{name!r} was split over ranks by a former run under 'megatron_lora', and an adapter would be put in "
+                "whole: build the model anew"
+            )
+        if isinstance(module, LoRALayer) or injection_of(module) is not None:
+            raise ValueError(
+                f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on "
+                "it first"
+            )
+        if isinstance(module, theirs):
+            raise ValueError(
+                f"{type(model).__name__} is already wrapped by PEFT (at {name or 'the top'!r}): pass the base model, "
+                "peft_model.unload(); adapters that PEFT saved are read by load_peft(model, directory)"
+            )

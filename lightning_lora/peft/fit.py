@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.layers import LoRALayer, mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
-from lightning_lora.model.heads import resize_advice
+from lightning_lora.model.families import resize_advice
 from lightning_lora.peft.directory import Adapter
 from lightning_lora.peft.layout import times_added, unstacked
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import brief
-from lightning_lora.model.heads import resize_advice
+from lightning_lora.model.families import resize_advice
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injection_of
 from lightning_lora.peft.directory import Adapter

@@ -22,7 +22,7 @@ from transformers import (
 
 from lightning_lora import FSDPLoRAStrategy, LoRAConfig, inject
 from lightning_lora.distributed.base_weights import materialize, open_slices
-from lightning_lora.model.gathered import gathered
+from lightning_lora.model.spread import gathered
 from lightning_lora.ops.sharded import is_sharded
 from tests import models, zoo
 from tests.distributed.hand_written import GPT

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, inject
-from lightning_lora.model.layerdrop import drops_layers, skipped_at_random
+from lightning_lora.model.summary import drops_layers, skipped_at_random
 from tests import runs, zoo
 
 TOWERS = {

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, convert, inject, save_peft
-from lightning_lora.model.left_out import outside_names
+from lightning_lora.model.summary import outside_names
 from tests import models
 from tests.runs import LanguageModule, loader, trainer
 

@@ -41,8 +41,7 @@ from lightning_lora.checkpoint.optimizer_state import (
 )
 from lightning_lora.distributed.ddp import Reduction, reduce_in_fixed_order
 from lightning_lora.distributed.overflow import check_scalable
-from lightning_lora.model.finite import check_finite
-from lightning_lora.model.state import injected_roots
+from lightning_lora.model.state import check_finite, injected_roots
 from lightning_lora.ops.sharded import on_rank_zero
 from lightning_lora.strategies.shared.adoption import adopt_class
 from lightning_lora.strategies.shared.refusals import check_served, check_whole

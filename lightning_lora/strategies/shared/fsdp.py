@@ -20,8 +20,8 @@ from lightning_lora.distributed.sharding import (
     set_gradient_sync,
     sharded_trainables,
 )
-from lightning_lora.model.layerdrop import drops_layers
 from lightning_lora.model.state import injected_roots
+from lightning_lora.model.summary import drops_layers
 from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.strategies.shared.launched import Launched, check_keywords
 

@@ -55,9 +55,8 @@ from lightning_lora.distributed.ddp import (
     share_buffers_once,
 )
 from lightning_lora.distributed.overflow import check_scalable
-from lightning_lora.model.finite import OnNonfinite, check_finite
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import injected_roots, named_adapter_parameters
+from lightning_lora.model.state import OnNonfinite, check_finite, injected_roots, named_adapter_parameters
 from lightning_lora.ops.sharded import on_rank_zero
 from lightning_lora.strategies.shared.adoption import adopt_class
 from lightning_lora.strategies.shared.refusals import (

@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from torch import nn
 
 from lightning_lora.compat.lightning import is_forking
-from lightning_lora.model.root import find_root
+from lightning_lora.model.families import find_root
 from lightning_lora.model.state import injection_of
 
 _REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")

@@ -18,7 +18,7 @@ from lightning_lora.distributed.sharding import (
     sharded_trainables,
     shards_summary,
 )
-from lightning_lora.model.gathered import reshard
+from lightning_lora.model.spread import reshard
 from lightning_lora.strategies.shared.fsdp import UNFROZEN, FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
 from lightning_lora.strategies.trainer.evaluation import UnequalEvaluation
 from lightning_lora.strategies.trainer.sharded import ShardedStrategy

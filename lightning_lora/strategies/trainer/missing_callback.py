@@ -13,7 +13,7 @@ from torch import nn
 from lightning_lora.checkpoint.file import SECTION
 from lightning_lora.compat.lightning import loaded_checkpoint, place_of_restore_model
 from lightning_lora.config import LoRAConfig, brief
-from lightning_lora.model.root import find_root
+from lightning_lora.model.families import find_root
 from lightning_lora.model.state import injected_roots
 from lightning_lora.model.wrapping import at_injection, wrap
 

@@ -17,7 +17,7 @@ from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, 
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.distributed.replication import broadcast_together, changing_buffers
 from lightning_lora.distributed.sharding import sharded_trainables
-from lightning_lora.model.copies import guard_state
+from lightning_lora.model.spread import guard_state
 from lightning_lora.strategies.shared.launched import Launched, check_adapted
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
 from lightning_lora.strategies.trainer.lockstep import Lockstep

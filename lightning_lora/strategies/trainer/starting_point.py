@@ -20,12 +20,10 @@ from lightning_lora.checkpoint.file import (
 )
 from lightning_lora.checkpoint.storage import location
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.families import family_of
-from lightning_lora.model.finite import OnNonfinite
+from lightning_lora.model.families import family_of, find_root
 from lightning_lora.model.inject import inject, inject_anew, remove
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import find_root
-from lightning_lora.model.state import has_trained, injection_of, named_lora_layers, require_injection
+from lightning_lora.model.state import OnNonfinite, has_trained, injection_of, named_lora_layers, require_injection
 from lightning_lora.peft.load import load_peft
 
 
