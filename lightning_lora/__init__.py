@@ -10,7 +10,8 @@ of these behave as ever, and :func:`lightning_lora.model.wrapping.unwrap_all` pu
 
 from lightning_lora import fabric
 from lightning_lora.callback import LoRACallback
-from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict, load_adapter_state_dict
+from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict
+from lightning_lora.checkpoint.fitting import load_adapter_state_dict
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse.gated_mlp import register_gated_mlp
 from lightning_lora.megatron.models import gpt_model, load_hf_weights

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_lora.checkpoint.fingerprint import exact_hash, local_hashes
+from lightning_lora.checkpoint.hashes import exact_hash, sample_hash
 from lightning_lora.model.names import clean_name, is_inside
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import injected_roots, injection_of
@@ -48,7 +48,9 @@ def make_equal(root: nn.Module, device: torch.device, group: ProcessGroup | None
         for name, parameter in root.named_parameters()
         if parameter.device.type != "meta" and parameter.is_floating_point()
     }
-    others = differ(torch.stack(local_hashes(tensors.values())).to(device), group) if tensors else []
+    others = (
+        differ(torch.stack([sample_hash(one, one) for one in tensors.values()]).to(device), group) if tensors else []
+    )
     for tensor, is_other in zip(tensors.values(), others, strict=True):
         if is_other:
             _broadcast(tensor, device, group)

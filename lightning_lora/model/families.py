@@ -5,14 +5,16 @@ is how another one is added.
 """
 
 import contextlib
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
 from lightning_lora.compat.torch import compiled_module
+from lightning_lora.compat.transformers import checkpoint_function
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.names import clean_name
+from lightning_lora.model.names import clean_name, named_modules, outermost
 
 
 class Family:
@@ -117,14 +119,12 @@ def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modul
             raise ValueError(
                 f"module={path!r} names nothing in {type(module).__name__}; its children are: {children}"
             ) from None
-    found: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
-        if family_of(child) is not None and not any(name.startswith(f"{outer}.") or not outer for outer in found):
-            found[name] = child
+    pretrained = {name: child for name, child in module.named_modules() if family_of(child) is not None}
+    found = outermost(pretrained)
     if len(found) > 1:
-        names = ", ".join(f"{name} ({type(child).__name__})" for name, child in found.items())
+        names = ", ".join(f"{name} ({type(pretrained[name]).__name__})" for name in found)
         raise ValueError(f'{type(module).__name__} holds several pretrained models: {names}. Choose with module="name"')
-    return next(iter((clean_name(n), child) for n, child in found.items())) if found else ("", module)
+    return (clean_name(found[0]), pretrained[found[0]]) if found else ("", module)
 
 
 def name_or_path(root: nn.Module) -> str | None:
@@ -138,7 +138,7 @@ def resize_advice(module: nn.Module, name: str, theirs: Sequence[int], ours: Seq
 
     Empty unless ``name`` is of the input embedding or the output head of a transformers model, adapters included.
     """
-    table: Any = {clean_name(n): part for n, part in module.named_modules()}.get(name.rpartition(".")[0])
+    table: Any = named_modules(module).get(name.rpartition(".")[0])
     tokens = getattr(table, "num_embeddings", None) or getattr(table, "out_features", None)
     other = [sizes for sizes in zip(theirs, ours, strict=False) if sizes[0] != sizes[1]]
     if len(theirs) != len(ours) or len(other) != 1 or other[0][1] != tokens:
@@ -154,3 +154,14 @@ def _is_token_table(model: Any, module: nn.Module) -> bool:
             if get() is module:
                 return True
     return False
+
+
+def let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
+    """Make the output of frozen embeddings require grad where transformers checkpoints its blocks reentrantly.
+
+    A reentrant checkpoint whose input needs no gradient gives its parameters none.
+    """
+    functions = [checkpoint_function(module) for module in root.modules()]
+    reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
+    if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
+        enable()

@@ -13,11 +13,9 @@ from torch import nn
 from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.layers import is_linear
 from lightning_lora.model.families import is_pretrained, output_head
-from lightning_lora.model.names import clean_name, is_inside_any, nearest_names
+from lightning_lora.model.names import is_inside_any, joined, named_modules, nearest_names, outermost
 
 V = TypeVar("V")
-
-
 ALL_LINEAR = "all-linear"
 
 
@@ -137,17 +135,15 @@ def all_linear(model: nn.Module) -> dict[str, nn.Module]:
 
     In a model of several modalities it means the language model; see :func:`left_out_towers`.
     """
-    modules = _named_modules(model)
-    head = output_head(model)
+    head, towers = output_head(model), list(left_out_towers(model))
     inert = ("out_proj",) if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES else ()
-    towers = left_out_towers(model)
     return {
         name: module
-        for name, module in modules.items()
+        for name, module in named_modules(model).items()
         if is_linear(module)
         and module is not head
         and name.rpartition(".")[2] not in inert
-        and not is_inside_any(name, list(towers))
+        and not is_inside_any(name, towers)
     }
 
 
@@ -159,25 +155,18 @@ def left_out_towers(model: nn.Module) -> dict[str, int]:
     with; CLIP's, beside which there is no output head, is one of two equals. In models that generate and do not name
     their language model (BLIP, GIT, Idefics, Phi-4 multimodal, Moshi's speech codec) they are known by their own names.
     """
-    config = getattr(model, "config", None)
-    modules = _named_modules(model)
+    config, modules = getattr(model, "config", None), named_modules(model)
     names = ("language_model", "thinker", *(["text_model"] if output_head(model) is not None else []))
     language = [name for name in modules if name.rpartition(".")[2] in names]
     if not is_pretrained(model) or "text_config" not in getattr(config, "sub_configs", {}) or not language:
         can_generate = is_pretrained(model) and model.can_generate()  # type: ignore[operator]  # a PreTrainedModel
         towers = [name for name in modules if name.rpartition(".")[2] in _TOWER_NAMES] if can_generate else []
-        outer = [name for name in towers if not is_inside_any(name.rpartition(".")[0], towers)]
-        return {name: sum(is_linear(m) for m in modules[name].modules()) for name in outer}
-    outermost = min(language, key=len)
-    parent = outermost.rpartition(".")[0]
-    siblings = [
-        name
-        for name in modules
-        if name.rpartition(".")[0] == parent and name != outermost and modules[name] is not output_head(model)
-    ]
-    counts = {n: sum(is_linear(m) for m in modules[n].modules()) for n in siblings}
+        return {name: _num_linear(modules[name]) for name in outermost(towers)}
+    parent, _, last = min(language, key=len).rpartition(".")
+    siblings = {joined(parent, n): m for n, m in modules[parent].named_children() if n != last}
+    counts = {name: _num_linear(module) for name, module in siblings.items() if module is not output_head(model)}
     return {name: count for name, count in counts.items() if count}
 
 
-def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {clean_name(name): module for name, module in model.named_modules() if clean_name(name)}
+def _num_linear(module: nn.Module) -> int:
+    return sum(is_linear(part) for part in module.modules())

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +16,9 @@ from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.token_rows import check_rows
 from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
 from lightning_lora.model.matching import check_patterns, is_all_linear, pattern_value
-from lightning_lora.model.names import clean_name
+from lightning_lora.model.names import named_modules
 from lightning_lora.model.state import injection_of, uncompiled
-from lightning_lora.model.targets import Chosen, check_apart, choose_mixin, select_layers, select_parameters
+from lightning_lora.model.targets import Chosen, choose_mixin, select_layers, select_parameters
 from lightning_lora.model.trained_base import base_that_trains, new_heads, select_token_rows, select_trained_whole
 
 
@@ -60,24 +61,39 @@ def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: boo
     layers = select_layers(model, config, trained_whole)
     parameters = select_parameters(model, config)
     tables = select_token_rows(model, config)
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    check_apart(modules, layers, parameters, tables)
-    for table, _, token_ids in tables.values():
-        check_rows(table, token_ids)
+    modules = named_modules(model)
+    _check_apart(modules, layers, parameters, tables)
+    names = {module: name for name, module in modules.items()}
+    rows = []
+    for name, (table, tied, ids) in tables.items():
+        check_rows(table, ids)
+        width = table.get_parameter("weight").shape[1]
+        rows.append(RowsPlan(name, tuple(names[one] for one in tied), tuple(ids), len(ids) * width))
     pairs, capped = _pairs(modules, layers, parameters, config, check_ranks=check_ranks)
-    names = {id(module): name for name, module in modules.items()}
-    rows = tuple(
-        RowsPlan(
-            name, tuple(names[id(one)] for one in tied), tuple(ids), len(ids) * table.get_parameter("weight").shape[1]
-        )
-        for name, (table, tied, ids) in tables.items()
-    )
     adapted = [modules[name] for name in {layer for layer, _ in (layers | parameters).values()}]
     adapted += [module for table, tied, _ in tables.values() for module in (table, *tied)]
     trained = base_that_trains(model, trained_whole, adapted, config.bias)
     num_base = sum(parameter.numel() for parameter in model.parameters())
-    name = type(model).__name__
-    return Plan(config, pairs, rows, tuple(trained_whole), trained, capped, name, num_base, model)
+    return Plan(
+        config, pairs, tuple(rows), tuple(trained_whole), trained, capped, type(model).__name__, num_base, model
+    )
+
+
+def _check_apart(
+    modules: Mapping[str, nn.Module], layers: Chosen, parameters: Chosen, tables: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise ``ValueError`` for a module that two options name."""
+    adapted = {id(modules[layer]): name for name, (layer, _) in layers.items()}
+    for module, _ in parameters.values():
+        if module in layers:
+            raise ValueError(f"{module!r} is in target_modules and has a parameter in target_parameters: name it once")
+    for name, (embedding, heads, _) in tables.items():
+        for module in (embedding, *heads):
+            if id(module) in adapted:
+                raise ValueError(
+                    f"{adapted[id(module)]!r} is adapted, and trainable_token_indices trains rows of the same weight "
+                    f"(of {name!r}): leave it out with exclude_modules, or adapt it without trainable_token_indices"
+                )
 
 
 def _pairs(
@@ -94,8 +110,7 @@ def _pairs(
         pair = replace(pair, r=capped.get(name, pair.r))
         if check_ranks:
             _check_rank(pair)
-        num_parameters = _num_parameters(pair, modules[pair.layer], chosen[name][1], config)
-        plans.append(replace(pair, num_parameters=num_parameters))
+        plans.append(replace(pair, num_parameters=_num_parameters(pair, modules[pair.layer], chosen[name][1], config)))
     return tuple(plans), capped
 
 

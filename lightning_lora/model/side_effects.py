@@ -1,4 +1,4 @@
-"""What an injection changes beside the adapted layers: batch normalisation, fused paths, ``load_state_dict``."""
+"""What an injection changes beside the adapted layers: heads, batch normalisation, fused paths, ``load_state_dict``."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.compat.torch import batch_norm_class, remove_load_hook
+from lightning_lora.compat.torch import batch_norm_class
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.dora import DoRA
-from lightning_lora.model.names import clean_name, joined
+from lightning_lora.model.names import clean_name, is_inside_any, joined
 from lightning_lora.model.state import (
     Injection,
     injection_of,
     is_merged,
     named_trained_whole,
+    require_injection,
 )
 from lightning_lora.ops.weights import row_norms
 
@@ -55,6 +56,19 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def trained_with_originals(root: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the base parameters that train by design, each with its first value."""
+    originals = require_injection(root).originals
+    trained = named_trained_whole(root)
+    for name in trained:
+        if name not in originals:
+            raise ValueError(
+                f"the first value of {name!r} is unknown: it was on the meta device when the model was adapted, and no "
+                "base checkpoint was loaded since by load_state_dict"
+            )
+    return [(parameter, originals[name]) for name, parameter in trained.items()]
+
+
 class FrozenStatistics(SwappedModule):
     """Mixin for a batch normalisation that stays in eval mode: it uses its running statistics and never updates them.
 
@@ -73,9 +87,7 @@ class FrozenStatistics(SwappedModule):
 def freeze_statistics(model: nn.Module, trained_whole: Sequence[str]) -> None:
     """Freeze the statistics of every batch normalisation in ``model`` but those inside modules that train whole."""
     for name, module in model.named_modules():
-        clean = clean_name(name)
-        inside = any(clean == whole or clean.startswith(f"{whole}.") for whole in trained_whole)
-        if inside or isinstance(module, FrozenStatistics):
+        if isinstance(module, FrozenStatistics) or is_inside_any(clean_name(name), trained_whole):
             continue
         if isinstance(module, batch_norm_class()) and module.running_mean is not None:
             swap_class(module, FrozenStatistics)
@@ -91,35 +103,27 @@ def unfreeze_statistics(model: nn.Module) -> None:
             module.train(was_training)
 
 
+_FUSED_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
 def keep_off_fused_paths(model: nn.Module, injection: Injection) -> None:
     """Keep ``nn.TransformerEncoderLayer`` from its fused path in eval, which reads weights past the adapters."""
 
-    def change(module: nn.Module, name: str, value: Any) -> None:
-        injection.undo.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LoRALayer) for m in module.modules()):
-            change(module, "activation_relu_or_gelu", 0)
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LoRALayer) for m in module.modules()):
-            change(module, "use_nested_tensor", False)
+        for cls, (name, value) in _FUSED_PATHS.items():
+            if isinstance(module, cls) and any(isinstance(part, LoRALayer) for part in module.modules()):
+                injection.undo.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
 
 
-def complete_state_dicts(root: nn.Module) -> None:
-    """Let ``root.load_state_dict`` take the half of a state that a base or an adapter checkpoint holds."""
-    root.register_load_state_dict_pre_hook(_complete_state_dict)
+def complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let ``load_state_dict`` of ``root`` take a base checkpoint without adapters, or an adapter checkpoint alone.
 
-
-def take_state_dicts_as_they_are(root: nn.Module) -> None:
-    """Undo :func:`complete_state_dicts`."""
-    remove_load_hook(root, _complete_state_dict)
-
-
-def _complete_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a base checkpoint load without adapters, and an adapter checkpoint without the base.
-
-    The missing half is filled in with the tensors that are there, only when all of it is missing: one absent adapter
-    among others stays an error.
+    A hook of ``root``, which torch calls first. The missing half is filled in with the tensors that are there, only
+    when all of it is missing: one absent adapter among others stays an error.
     """
     injection = injection_of(root)
     if injection is None:

@@ -90,8 +90,6 @@ def refuse(*_: Any) -> Any:
 
 
 _COPIES = {"__deepcopy__": refuse, "__reduce_ex__": refuse}
-
-
 _FILES = {"__reduce_ex__": refuse, "untyped_storage": refuse, "storage": refuse}  # torch.save, safetensors
 
 

@@ -122,10 +122,9 @@ def named_pairs(root: nn.Module) -> dict[str, Pair]:
 
 def named_token_rows(root: nn.Module) -> dict[str, list[int]]:
     """Return the indices of the rows that train, by the name of the table; tied twins are left out."""
-    layers = named_lora_layers(root)
     return {
         name: layer.lora_token_ids
-        for name, layer in layers.items()
+        for name, layer in named_lora_layers(root).items()
         if isinstance(layer, TokenRows) and not layer.lora_is_twin
     }
 
@@ -191,14 +190,8 @@ def check_finite(tensors: Mapping[str, Any], where: Any, on_nonfinite: OnNonfini
 
 def first_nonfinite(tensors: Mapping[str, Any]) -> str | None:
     """Return the name of the first tensor that holds NaN or infinity; tensors on the meta device hold nothing."""
-    return next(
-        (
-            name
-            for name, value in tensors.items()
-            if isinstance(value, Tensor)
-            and (value.is_floating_point() or value.is_complex())
-            and not value.is_meta
-            and not bool(torch.isfinite(value).all())
-        ),
-        None,
-    )
+    for name, value in tensors.items():
+        holds_floats = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        if holds_floats and not value.is_meta and not bool(torch.isfinite(value).all()):
+            return name
+    return None

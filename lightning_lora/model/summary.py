@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.matching import is_all_linear, left_out_towers
-from lightning_lora.model.names import clean_name, is_inside, listed
+from lightning_lora.model.names import clean_name, is_inside, listed, named_modules
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import (
     injected_roots,
@@ -28,15 +28,12 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
     plan, count = require_injection(root).plan, counts(pl_module, root)
     kinds = Counter(name.rpartition(".")[2] for name in named_lora_layers(root))
     adapted = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
-    named = {
-        "whole": listed(list(named_trained_whole(root))),
-        "outside": listed(trained_outside(pl_module, path, root)),
-    }
+    outside = listed(trained_outside(pl_module, path, root))
     lines = [
         f"LoRA on {class_name(root)}{f' at {path!r}' if path else ''}: {kinds.total()} layers adapted ({adapted})",
         _line("adapters", "adapter_parameters", count),
-        _line("trained whole", "whole_parameters", count, named["whole"]),
-        *([_line("outside", "outside_parameters", count, named["outside"])] if count["outside_parameters"] else []),
+        _line("trained whole", "whole_parameters", count, listed(list(named_trained_whole(root)))),
+        *([_line("outside", "outside_parameters", count, outside)] if count["outside_parameters"] else []),
         _line("frozen", "frozen_parameters", count),
     ]
     towers = left_out_towers(root) if is_all_linear(plan.config.target_modules) else {}
@@ -142,7 +139,7 @@ def drops_layers(root: nn.Module) -> dict[str, float]:
 
 def skipped_at_random(root: nn.Module) -> set[str]:
     """Return the names of the adapted layers that a forward may skip."""
-    modules = {clean_name(name): module for name, module in root.named_modules()}
+    modules = named_modules(root)
     lists = [
         f"{name}.{local}." if name else f"{local}."
         for name in drops_layers(root)

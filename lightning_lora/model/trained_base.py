@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.compat.transformers import was_made
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.families import family_of, is_pretrained
-from lightning_lora.model.names import clean_name, is_inside, nearest_names
+from lightning_lora.model.names import clean_name, named_modules, nearest_names, outermost
 from lightning_lora.ops.quantized import check_plain
 
 
@@ -21,7 +21,7 @@ def select_token_rows(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[n
     wanted = config.trainable_token_indices
     if wanted is None:
         return {}
-    modules = _named_modules(model)
+    modules = named_modules(model)
     if not isinstance(wanted, Mapping):
         wanted = {_input_embedding(model, modules): wanted}
     selected: dict[str, tuple[nn.Module, list[nn.Module], list[int]]] = {}
@@ -55,10 +55,7 @@ def _is_table(module: nn.Module) -> bool:
 def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     get_input_embeddings = getattr(model, "get_input_embeddings", None)
     embedding = get_input_embeddings() if callable(get_input_embeddings) else None
-    for name, module in modules.items():
-        if module is embedding:
-            return name
-    return "embed_tokens"
+    return next((name for name, module in modules.items() if module is embedding), "embed_tokens")
 
 
 def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -66,7 +63,7 @@ def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
 
     These are the module of that very name, or else all whose names end in the entry.
     """
-    modules = _named_modules(model)
+    modules = named_modules(model)
     found: set[str] = set()
     for entry in names:
         hits = {entry} if entry in modules else {name for name in modules if name.endswith(entry)}
@@ -78,7 +75,7 @@ def select_trained_whole(model: nn.Module, names: Iterable[str]) -> list[str]:
     for name in ordered:
         for local, parameter in modules[name].named_parameters():
             check_plain(f"modules_to_save: {name}.{local}", parameter)
-    return [name for name in ordered if not any(name.startswith(f"{other}.") for other in ordered)]
+    return outermost(ordered)
 
 
 def base_that_trains(
@@ -90,7 +87,7 @@ def base_that_trains(
         trained_whole: names of modules, and of parameters that modules hold themselves, that train whole.
         adapted: layers whose biases train with ``bias="lora_only"``.
     """
-    modules = _named_modules(model)
+    modules = named_modules(model)
     wanted = {id(p) for name in trained_whole if name in modules for p in modules[name].parameters()}
     if bias == "lora_only":
         wanted |= {id(own) for layer in adapted if (own := layer._parameters.get("bias")) is not None}
@@ -103,10 +100,6 @@ def base_that_trains(
     return found
 
 
-def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {clean_name(name): module for name, module in model.named_modules() if clean_name(name)}
-
-
 # transformers names the classes that put a new, untrained head on a pretrained body after their task; the heads of
 # other tasks come with the checkpoint, as a language model's does
 _NEW_HEAD = re.compile(
@@ -115,8 +108,6 @@ _NEW_HEAD = re.compile(
     r"|ImageMatting|Regression|VisualReasoning|RegionToPhraseAlignment|ImageAndTextRetrieval|VideoGrounding)"
     r"|(DetrForSegmentation|PatchTSTForPrediction|PatchTSMixerForPrediction)"
 )
-
-
 # the layers of detectors that have a row for every label, wherever they lie
 _LABEL_LAYERS = ("class_embed", "enc_out_class_embed", "enc_score_head", "denoising_class_embed")
 
@@ -177,10 +168,12 @@ def perhaps_new_heads(root: nn.Module) -> list[str]:
     if is_pretrained(root):
         if not was_made(root):  # it marks what it gave values; on the meta device nothing
             return []
-        return _outermost(
-            clean_name(name)
-            for name, module in root.named_modules()
-            if _has_matrix(module) and not any(was_made(part) for part in module.modules())
+        return outermost(
+            [
+                name
+                for name, module in named_modules(root).items()
+                if _has_matrix(module) and not any(was_made(part) for part in module.modules())
+            ]
         )
     prefix, children = "", [*root.named_children()]
     while len(children) == 1 and [*children[0][1].children()]:
@@ -194,11 +187,3 @@ def perhaps_new_heads(root: nn.Module) -> list[str]:
 
 def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.ndim > 1 for parameter in module.parameters())
-
-
-def _outermost(names: Iterable[str]) -> list[str]:
-    kept: list[str] = []
-    for name in names:  # parents come first
-        if not any(is_inside(name, other) for other in kept):
-            kept.append(name)
-    return kept

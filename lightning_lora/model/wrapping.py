@@ -15,14 +15,10 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 
 from lightning_lora.compat.torch import checkpoint_frame
-from lightning_lora.compat.transformers import checkpoint_function
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.spread import WHAT_TO_WRITE, class_name
 from lightning_lora.ops.sharded import is_part
-
-_MISSING = object()
-
 
 _WRAPPED: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (owner, name) -> (its former value, ours)
 
@@ -37,7 +33,7 @@ def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
         owner: a class or a module.
     """
     if (owner, name) not in _WRAPPED:
-        former, ours = vars(owner).get(name, _MISSING), wrapper(getattr(owner, name))
+        former, ours = vars(owner).get(name), wrapper(getattr(owner, name))
         setattr(owner, name, ours)
         _WRAPPED[owner, name] = (former, ours)
 
@@ -45,7 +41,7 @@ def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
 def unwrap_all() -> None:
     """Put every function back that :func:`wrap` replaced, except where somebody else has replaced ours since."""
     for (owner, name), (former, ours) in _WRAPPED.items():
-        if vars(owner).get(name) is ours and former is _MISSING:
+        if vars(owner).get(name) is ours and former is None:  # it was inherited
             delattr(owner, name)
         elif vars(owner).get(name) is ours:
             setattr(owner, name, former)
@@ -68,16 +64,14 @@ def run_at_injection() -> None:
 
 
 class Switch(Protocol):
-    """A change of a model that can be made and undone any number of times."""
+    """A change of a model that is made by ``enter`` and undone by ``leave``, any number of times.
 
-    def enter(self) -> None:
-        """Make the change."""
+    ``check_in_backward`` raises ``RuntimeError`` if that cannot be while backward runs.
+    """
 
-    def leave(self) -> None:
-        """Undo it."""
-
-    def check_in_backward(self) -> None:
-        """Raise ``RuntimeError`` if it cannot be made or undone while backward runs."""
+    def enter(self) -> None: ...
+    def leave(self) -> None: ...
+    def check_in_backward(self) -> None: ...
 
 
 switched: dict[int, Switch] = {}  # the changes that are made at present, by the identity of the model
@@ -134,17 +128,6 @@ def _run_as_then(then: dict[int, Switch], function: Callable[..., Any], *args: A
         return function(*args, **kwargs)
 
 
-def let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
-    """Make the output of frozen embeddings require grad where transformers checkpoints its blocks reentrantly.
-
-    A reentrant checkpoint whose input needs no gradient gives its parameters none.
-    """
-    functions = [checkpoint_function(module) for module in root.modules()]
-    reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
-    if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
-        enable()
-
-
 # the classes that models inherit the method from, by the modules that define them
 _WRITERS = {
     "transformers.modeling_utils": "PreTrainedModel",
@@ -171,13 +154,13 @@ def _looking_for_adapters(method: Any) -> Any:
 
     @functools.wraps(method)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self, nn.Module):
-            call = signature.bind(self, *args, **kwargs)
-            state = _without_adapters(self, call.arguments.get("state_dict"))
-            if state is not None and "state_dict" in signature.parameters:
-                call.arguments["state_dict"] = state
-                return method(*call.args, **call.kwargs)
-        return method(self, *args, **kwargs)
+        if not isinstance(self, nn.Module):
+            return method(self, *args, **kwargs)
+        call = signature.bind(self, *args, **kwargs)
+        state = _without_adapters(self, call.arguments.get("state_dict"))
+        if state is not None and "state_dict" in signature.parameters:
+            call.arguments["state_dict"] = state
+        return method(*call.args, **call.kwargs)
 
     return save_pretrained
 

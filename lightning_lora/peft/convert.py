@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_lora.checkpoint.file import read_checkpoint, section_of
+from lightning_lora.checkpoint.reading import read_checkpoint, section_of
 from lightning_lora.model.state import OnNonfinite
 from lightning_lora.model.summary import outside_names, say_left_out
 from lightning_lora.peft.save import write_described

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.checkpoint.file import copy_tensors
 from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference, first_other_value, renamed
+from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
 from lightning_lora.model.families import Family, family_of
 from lightning_lora.model.inject import inject_anew, remove

@@ -27,7 +27,7 @@ from lightning_lora import (
     merge,
     save_peft,
 )
-from lightning_lora.checkpoint import fingerprint
+from lightning_lora.checkpoint import hashes
 from lightning_lora.layers import LoRALayer
 from tests import models
 from tests.runs import LanguageModule, LazyModule, fitted, loader, same_adapters, trainer
@@ -54,7 +54,7 @@ def test_file_holds_what_trains_and_how_it_was_made(tmp_path: Path) -> None:
 def test_a_save_reads_the_base_for_one_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, module = fitted(tmp_path)
     hashed = []
-    monkeypatch.setattr(fingerprint, "_hash", lambda tensor, *_, **__: hashed.append(id(tensor)) or torch.tensor(0))
+    monkeypatch.setattr(hashes, "sample_hash", lambda tensor, *_, **__: hashed.append(id(tensor)) or torch.tensor(0))
     run.save_checkpoint(tmp_path / "more.ckpt")
     base = [p for p in module.parameters() if not p.requires_grad]
     assert len(hashed) == len(base) + 1  # the last row of the embedding is hashed too

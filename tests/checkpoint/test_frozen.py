@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_lora.checkpoint.fingerprint import exact_hashes
+from lightning_lora.checkpoint.hashes import exact_hashes
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.int64]
 

@@ -12,18 +12,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint import random_state
-from lightning_lora.checkpoint.file import (
-    SECTION,
-    adapters_in,
-    copy_tensors,
-    describe,
-    fitting_tensors,
-    load_adapter_state_dict,
-    read_checkpoint,
-    renaming,
-    section_of,
-    trained_tensors,
-)
+from lightning_lora.checkpoint.file import SECTION, adapters_in, describe, trained_tensors
+from lightning_lora.checkpoint.fitting import copy_tensors, fitting_tensors, load_adapter_state_dict
 from lightning_lora.checkpoint.frozen import (
     count_as_moved,
     describe_left_out,
@@ -39,6 +29,7 @@ from lightning_lora.checkpoint.optimizer_state import (
     parameter_names,
     spread_state,
 )
+from lightning_lora.checkpoint.reading import read_checkpoint, renaming, section_of
 from lightning_lora.distributed.ddp import Reduction, reduce_in_fixed_order
 from lightning_lora.distributed.overflow import check_scalable
 from lightning_lora.model.state import check_finite, injected_roots

@@ -18,20 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint.file import (
-    SECTION,
-    adapters_in,
-    check_tensors,
-    complete_state,
-    copy_tensors,
-    describe,
-    fitting_tensors,
-    other_state,
-    read_checkpoint,
-    renaming,
-    section_of,
-    trained_tensors,
-)
+from lightning_lora.checkpoint.file import SECTION, adapters_in, describe, other_state, trained_tensors
+from lightning_lora.checkpoint.fitting import check_tensors, complete_state, copy_tensors, fitting_tensors
 from lightning_lora.checkpoint.frozen import (
     count_as_moved,
     describe_left_out,
@@ -48,6 +36,7 @@ from lightning_lora.checkpoint.optimizer_state import (
     prepare_optimizers,
     spread_state,
 )
+from lightning_lora.checkpoint.reading import read_checkpoint, renaming, section_of
 from lightning_lora.distributed.ddp import (
     Reduction,
     reduce_in_fixed_order,

@@ -13,7 +13,9 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_lora.checkpoint.file import SECTION, check_tensors, complete_state, fitting_tensors, section_of
+from lightning_lora.checkpoint.file import SECTION
+from lightning_lora.checkpoint.fitting import check_tensors, complete_state, fitting_tensors
+from lightning_lora.checkpoint.reading import section_of
 from lightning_lora.compat.lightning import INSTANTIATOR, allowed_instantiators, place_of_load_state
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject, inject_anew
