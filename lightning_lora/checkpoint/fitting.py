@@ -5,25 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.checkpoint.file import (
-    SECTION,
-    adapters_in,
-    named_tensors,
-    other_state,
-    structure,
-    trained_tensors,
-)
+from lightning_lora.checkpoint.file import SECTION, adapters_in, named_tensors, other_state, structure, trained_tensors
 from lightning_lora.checkpoint.fingerprint import first_difference
 from lightning_lora.checkpoint.reading import adapters_by_path, renaming, section_of
 from lightning_lora.model.families import resize_advice
 from lightning_lora.model.names import clean_name, is_inside, listed
-from lightning_lora.model.state import (
-    OnNonfinite,
-    check_finite,
-    injected_roots,
-    is_merged,
-    require_root,
-)
+from lightning_lora.model.state import OnNonfinite, check_finite, injected_roots, is_merged, require_root
 from lightning_lora.ops.sharded import logical, write
 
 

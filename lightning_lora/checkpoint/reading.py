@@ -8,16 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.checkpoint.file import (
-    FORMAT_VERSION,
-    SECTION,
-)
+from lightning_lora.checkpoint.file import FORMAT_VERSION, SECTION
 from lightning_lora.checkpoint.storage import RemotePath, location
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.names import is_inside, joined
-from lightning_lora.model.state import (
-    injected_roots,
-)
+from lightning_lora.model.state import injected_roots
 
 
 def read_checkpoint(path: Any, load: Callable[[Any], Any] | None = None) -> dict[str, Any]:

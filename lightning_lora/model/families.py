@@ -105,7 +105,7 @@ register_family(Transformers())
 def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
     """Return ``(path, root)``: the module named ``path``, else the one pretrained model inside, else ``module``.
 
-    Pretrained models are those of :mod:`lightning_lora.model.families`, transformers' and Megatron-core's.
+    Pretrained models are those of the registered families: transformers' and Megatron-core's.
 
     Raises:
         ValueError: nothing has that name, or there are several pretrained models to choose from.

@@ -13,13 +13,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.dora import DoRA
 from lightning_lora.model.names import clean_name, is_inside_any, joined
-from lightning_lora.model.state import (
-    Injection,
-    injection_of,
-    is_merged,
-    named_trained_whole,
-    require_injection,
-)
+from lightning_lora.model.state import Injection, injection_of, is_merged, named_trained_whole, require_injection
 from lightning_lora.ops.weights import row_norms
 
 # the attributes in which nn.Module keeps children, tensors and hooks

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.matching import is_all_linear, left_out_towers
-from lightning_lora.model.names import clean_name, is_inside, listed, named_modules
+from lightning_lora.model.names import clean_name, is_inside, joined, listed, named_modules
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import (
     injected_roots,
@@ -141,7 +141,7 @@ def skipped_at_random(root: nn.Module) -> set[str]:
     """Return the names of the adapted layers that a forward may skip."""
     modules = named_modules(root)
     lists = [
-        f"{name}.{local}." if name else f"{local}."
+        joined(name, local) + "."
         for name in drops_layers(root)
         for local, child in modules[name].named_children()
         if isinstance(child, nn.ModuleList)
