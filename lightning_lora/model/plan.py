@@ -55,7 +55,7 @@ def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: boo
         hint = ": write LoRAConfig.from_peft(config)" if hasattr(config, "peft_type") else ""
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{hint}")
     model = uncompiled(model)
-    check_untouched(model)
+    _check_untouched(model)
     to_save = config.modules_to_save
     trained_whole = new_heads(model) if to_save is None else select_trained_whole(model, to_save)
     layers = select_layers(model, config, trained_whole)
@@ -174,7 +174,7 @@ def _check_rank(pair: LayerPlan) -> None:
         )
 
 
-def check_untouched(model: nn.Module) -> None:
+def _check_untouched(model: nn.Module) -> None:
     """Raise ``ValueError`` for a model that is adapted already, split over ranks, or has parameters without a size."""
     peft_layers = sys.modules.get("peft.tuners.tuners_utils")
     theirs = () if peft_layers is None else (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)
