@@ -13,10 +13,12 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_lora import fabric
 from lightning_lora.callback import LoRACallback
-from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict, load_adapter_state_dict
+from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict
+from lightning_lora.checkpoint.fitting import load_adapter_state_dict
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse.gated_mlp import register_gated_mlp
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.model.inject import apply, inject, remove
 from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.loss import linear_cross_entropy

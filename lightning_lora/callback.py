@@ -15,13 +15,11 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.gathered import class_name
-from lightning_lora.model.idle import idle_layers
-from lightning_lora.model.recomputation import let_gradients_through_checkpointed_blocks
-from lightning_lora.model.root import find_root
+from lightning_lora.model.families import find_root, let_gradients_through_checkpointed_blocks
+from lightning_lora.model.side_effects import freeze_statistics
+from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import is_merged, named_lora_layers, require_injection
-from lightning_lora.model.statistics import freeze_statistics
-from lightning_lora.model.summary import summary
+from lightning_lora.model.summary import idle_layers, summary
 from lightning_lora.strategies.shared.refusals import check_averaging, check_launcher, check_readable, check_trainer
 from lightning_lora.strategies.trainer import lightning_cli
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly

@@ -12,11 +12,9 @@ from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.compat.transformers import draw_weights
 from lightning_lora.distributed.base_files import names_in_model, open_slices
 from lightning_lora.layers.trained import as_stored
-from lightning_lora.model.families import is_pretrained
-from lightning_lora.model.gathered import class_name, sharded_parameters
-from lightning_lora.model.heads import resize_advice
+from lightning_lora.model.families import is_pretrained, name_or_path, resize_advice
 from lightning_lora.model.names import clean_name, is_inside, joined, listed
-from lightning_lora.model.root import name_or_path
+from lightning_lora.model.spread import class_name, sharded_parameters
 from lightning_lora.model.state import named_lora_layers, require_injection
 from lightning_lora.ops.sharded import boxes, local_part, logical, split_over, write
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_lora.checkpoint.fingerprint import exact_hash, local_hashes
-from lightning_lora.model.gathered import class_name
+from lightning_lora.checkpoint.hashes import exact_hash, sample_hash
 from lightning_lora.model.names import clean_name, is_inside_any, joined
+from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import injected_roots, require_injection
 from lightning_lora.ops.sharded import collective_device, is_sharded, local_part
 
@@ -44,7 +44,7 @@ def make_equal(root: nn.Module, device: torch.device, group: ProcessGroup | None
     Of tensors that are spread over ranks, the ranks of the group must hold the same part.
     """
     tensors = [p for p in root.parameters() if p.device.type != "meta" and p.is_floating_point()]
-    others = differ(torch.stack(local_hashes(tensors)).to(device), group) if tensors else []
+    others = differ(torch.stack([sample_hash(one, one) for one in tensors]).to(device), group) if tensors else []
     broadcast_together([tensor for tensor, is_other in zip(tensors, others, strict=True) if is_other], device, group)
 
 

@@ -19,9 +19,8 @@ from lightning_lora.distributed.blocks import wrap_blocks
 from lightning_lora.distributed.replication import broadcast_replicated, make_equal, move_to, refuse_other_sizes
 from lightning_lora.distributed.sharded_gradients import count_unused_as_zero
 from lightning_lora.distributed.units import Units, find_units
-from lightning_lora.model.copies import guard_parts
-from lightning_lora.model.gathered import class_name, reshard, sharded_parameters
 from lightning_lora.model.names import clean_name, is_inside
+from lightning_lora.model.spread import class_name, guard_parts, reshard, sharded_parameters
 from lightning_lora.model.state import injected_roots, named_trained_whole, require_injection
 from lightning_lora.ops.sharded import is_sharded, local_part, spread_like
 

@@ -18,10 +18,9 @@ from lightning_lora.megatron.core import LAYERS, is_parallel_linear
 from lightning_lora.megatron.layers import LoRAMegatronLinear
 from lightning_lora.megatron.names import hugging_face_name, megatron_parts
 from lightning_lora.megatron.weights import load_hf_weights
-from lightning_lora.model.families import Family, register_family
+from lightning_lora.model.families import Family, name_or_path, register_family
 from lightning_lora.model.layer_plan import Plan
 from lightning_lora.model.names import clean_name, is_inside
-from lightning_lora.model.root import name_or_path
 from lightning_lora.model.state import Injection, named_lora_layers, named_trained_whole, require_injection
 
 

@@ -10,8 +10,8 @@ from lightning_lora.compat.torch import forward_hooks
 from lightning_lora.layers import LoRALayer
 from lightning_lora.megatron.core import is_column, is_gpt, is_parallel_linear, is_vocabulary, mesh_of
 from lightning_lora.megatron.names import stack_in
-from lightning_lora.model.copies import guard_parts
 from lightning_lora.model.names import clean_name
+from lightning_lora.model.spread import guard_parts
 from lightning_lora.ops.sharded import is_sharded, split_over
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.distributed.base_files import open_slices
 from lightning_lora.megatron.core import rank_and_size
 from lightning_lora.megatron.table import HF_TABLE, READINGS, Row, Source, pattern, row_of, split_index
-from lightning_lora.model.gathered import class_name
+from lightning_lora.model.spread import class_name
 
 
 def load_hf_weights(model: nn.Module, path: str | Path, table: Sequence[Row] = HF_TABLE) -> None:

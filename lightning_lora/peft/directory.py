@@ -16,8 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_lora.checkpoint.storage import Location, RemotePath, location, write_atomically
-from lightning_lora.model.finite import OnNonfinite, check_finite
+from lightning_lora.checkpoint.atomic_io import write_atomically
+from lightning_lora.checkpoint.storage import Location, RemotePath, location
+from lightning_lora.model.state import OnNonfinite, check_finite
 from lightning_lora.peft.config import CONFIG_NAME, read_json
 from lightning_lora.peft.layout import Key, parse_key
 

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lightning_lora.model.finite import first_nonfinite
+from lightning_lora.model.state import first_nonfinite
 from lightning_lora.peft.config import CHANGES_BASE, alpha_of, rank_of, scaling_of
 from lightning_lora.peft.directory import Files, sorted_tensors
 from lightning_lora.peft.layout import PREFIX

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.checkpoint.file import copy_tensors
 from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference, first_other_value, renamed
+from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
-from lightning_lora.model.families import Family, family_of
-from lightning_lora.model.finite import OnNonfinite, check_finite
-from lightning_lora.model.heads import resize_advice
+from lightning_lora.model.families import Family, family_of, resize_advice
 from lightning_lora.model.inject import inject_anew, remove
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import require_injection
+from lightning_lora.model.state import OnNonfinite, check_finite, require_injection
 from lightning_lora.peft.config import CONFIG_NAME, checked
 from lightning_lora.peft.diffusers import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.peft.directory import Adapter, read_files, sorted_tensors

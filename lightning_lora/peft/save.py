@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint.all_ranks import fail_together, meet
-from lightning_lora.checkpoint.file import read_checkpoint, section_of
 from lightning_lora.checkpoint.fingerprint import known_fingerprint
+from lightning_lora.checkpoint.reading import read_checkpoint, section_of
 from lightning_lora.checkpoint.storage import local_directory, location
-from lightning_lora.model.finite import OnNonfinite
-from lightning_lora.model.left_out import outside_names, say_left_out, trained_outside
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import check_not_disabled, injected_roots, require_root
+from lightning_lora.model.state import OnNonfinite, check_not_disabled, injected_roots, require_root
+from lightning_lora.model.summary import outside_names, say_left_out, trained_outside
 from lightning_lora.ops.sharded import is_sharded, whole
 from lightning_lora.peft.describe import describe_for_peft
 from lightning_lora.peft.directory import Files, write_directory

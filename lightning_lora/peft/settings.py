@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, brief
-from lightning_lora.model.heads import resize_advice
+from lightning_lora.model.families import resize_advice
 from lightning_lora.model.matching import hits, is_all_linear, layer_index, pattern_value
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.targets import select_layers, select_parameters

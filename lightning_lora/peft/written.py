@@ -12,8 +12,8 @@ from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.model.families import name_or_path
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import name_or_path
 from lightning_lora.model.state import named_lora_layers, named_pairs, named_token_rows, require_injection
 from lightning_lora.peft.config import anchored, divisor
 from lightning_lora.peft.layout import is_projection

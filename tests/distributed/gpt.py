@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_lora import MegatronLoRAStrategy, named_adapter_parameters
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
 from lightning_lora.megatron.family import Megatron
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.ops.sharded import split_over, whole
 from lightning_lora.peft.layout import laid_out
 from tests import models

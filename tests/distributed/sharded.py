@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.fabric import FSDPLoRAStrategy
-from lightning_lora.model.gathered import gathered
+from lightning_lora.model.spread import gathered
 from lightning_lora.ops.sharded import is_sharded
 from tests.distributed.training import rank_of
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject
 from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.weights import load_hf_weights
 from tests import models
 from tests.distributed.split import four_heads
 

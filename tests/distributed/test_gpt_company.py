@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_lora import LoRACallback, LoRAConfig, MegatronLoRAStrategy, disabled, inject
 from lightning_lora.megatron.core import mesh_of
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.ops.sharded import split_over, whole
 from tests import models
 from tests.distributed.gpt import (

@@ -10,16 +10,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint import random_state
-from lightning_lora.checkpoint.file import (
-    SECTION,
-    adapters_in,
-    copy_tensors,
-    fitting_tensors,
-    load_adapter_state_dict,
-    renaming,
-    section_of,
-    trained_tensors,
-)
+from lightning_lora.checkpoint.file import SECTION, adapters_in, trained_tensors
+from lightning_lora.checkpoint.fitting import copy_tensors, fitting_tensors, load_adapter_state_dict
 from lightning_lora.checkpoint.frozen import (
     count_as_moved,
     look_for_moved,
@@ -31,6 +23,7 @@ from lightning_lora.checkpoint.optimizer_state import (
     parameter_names,
     spread_state,
 )
+from lightning_lora.checkpoint.reading import renaming, section_of
 from lightning_lora.distributed.overflow import check_scalable
 from lightning_lora.model.state import injected_roots
 from lightning_lora.strategies.shared.adapter_only import AdapterCheckpoints, adopt_class

@@ -11,12 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.checkpoint.atomic_io import make_atomic
-from lightning_lora.checkpoint.file import SECTION, describe, read_checkpoint, renaming
+from lightning_lora.checkpoint.file import SECTION, describe
 from lightning_lora.checkpoint.frozen import describe_left_out, moved_tensors, other_left_out, refusal_of_left_out
 from lightning_lora.checkpoint.optimizer_state import gathered_state
+from lightning_lora.checkpoint.reading import read_checkpoint, renaming
 from lightning_lora.distributed.ddp import Reduction, prepare_ddp, reduce_in_fixed_order
 from lightning_lora.layers.class_swap import swap_class
-from lightning_lora.model.finite import OnNonfinite, check_finite
+from lightning_lora.model.state import OnNonfinite, check_finite
 from lightning_lora.ops.sharded import on_rank_zero
 from lightning_lora.strategies.shared.refusals import check_served
 

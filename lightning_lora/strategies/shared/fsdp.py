@@ -18,9 +18,9 @@ from lightning_lora.checkpoint.optimizer_state import names_of
 from lightning_lora.distributed.gradients import GradientReducer
 from lightning_lora.distributed.sharded_gradients import drop_unused, set_gradient_sync, sharded_trainables
 from lightning_lora.distributed.sharding import MIN_SHARD_NUMEL, ShardingOptions, shard
-from lightning_lora.model.gathered import reshard
-from lightning_lora.model.layerdrop import drops_layers
+from lightning_lora.model.spread import reshard
 from lightning_lora.model.state import injected_roots
+from lightning_lora.model.summary import drops_layers
 from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.strategies.shared.launched import check_keywords
 from lightning_lora.strategies.shared.sharded import Sharded

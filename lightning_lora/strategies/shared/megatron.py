@@ -33,7 +33,7 @@ from lightning_lora.megatron.parts import check_built, keep_parts, let_gradients
 from lightning_lora.megatron.tensor_parallel import check_replicated, split
 from lightning_lora.megatron.tp_plan import heads_of, plan_of
 from lightning_lora.megatron.weights import load_hf_weights
-from lightning_lora.model.copies import guard_parts
+from lightning_lora.model.spread import guard_parts
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.ops.sharded import is_sharded, shard_group
 from lightning_lora.strategies.shared.fsdp import gathering_dtype

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from torch import Tensor, nn
 
 from lightning_lora.compat.lightning import is_forking
+from lightning_lora.model.families import find_root
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import find_root
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.ops.sharded import is_sharded
 

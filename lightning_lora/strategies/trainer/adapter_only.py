@@ -13,18 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint.file import (
-    SECTION,
-    adapters_in,
-    check_tensors,
-    complete_state,
-    copy_tensors,
-    fitting_tensors,
-    other_state,
-    renaming,
-    section_of,
-    trained_tensors,
-)
+from lightning_lora.checkpoint.file import SECTION, adapters_in, other_state, trained_tensors
+from lightning_lora.checkpoint.fitting import check_tensors, complete_state, copy_tensors, fitting_tensors
 from lightning_lora.checkpoint.frozen import count_as_moved, look_for_moved, moved_tensors
 from lightning_lora.checkpoint.optimizer_state import (
     match_by_name,
@@ -33,10 +23,10 @@ from lightning_lora.checkpoint.optimizer_state import (
     prepare_optimizers,
     spread_state,
 )
+from lightning_lora.checkpoint.reading import renaming, section_of
 from lightning_lora.distributed.overflow import check_scalable
-from lightning_lora.model.finite import OnNonfinite
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import injected_roots, named_adapter_parameters
+from lightning_lora.model.state import OnNonfinite, injected_roots, named_adapter_parameters
 from lightning_lora.strategies.shared.adapter_only import AdapterCheckpoints
 from lightning_lora.strategies.shared.refusals import (
     check_readable,

@@ -18,7 +18,7 @@ from lightning_lora.distributed.gradients import watch_steps
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.distributed.replication import broadcast_together, changing_buffers
 from lightning_lora.distributed.sharded_gradients import sharded_trainables
-from lightning_lora.model.copies import guard_state
+from lightning_lora.model.spread import guard_state
 from lightning_lora.strategies.shared.sharded import Sharded
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
 from lightning_lora.strategies.trainer.lockstep import Lockstep

@@ -16,7 +16,9 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_lora.checkpoint.file import SECTION, check_tensors, complete_state, fitting_tensors, section_of
+from lightning_lora.checkpoint.file import SECTION
+from lightning_lora.checkpoint.fitting import check_tensors, complete_state, fitting_tensors
+from lightning_lora.checkpoint.reading import section_of
 from lightning_lora.compat.lightning import (
     INSTANTIATOR,
     allowed_instantiators,
@@ -25,8 +27,8 @@ from lightning_lora.compat.lightning import (
     place_of_restore_model,
 )
 from lightning_lora.config import LoRAConfig, brief
+from lightning_lora.model.families import find_root
 from lightning_lora.model.inject import inject, inject_anew
-from lightning_lora.model.root import find_root
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.model.wrapping import at_injection, wrap
 
