@@ -77,7 +77,9 @@ def read_parts(empty: PackedWeight, state: MutableMapping[str, Any], name: str) 
     return _checked(empty, _four_bit_parts(empty, weight, state, name), name)
 
 
-def _four_bit_parts(empty: PackedWeight, weight: Tensor, state: MutableMapping[str, Any], name: str) -> dict[str, Tensor]:
+def _four_bit_parts(
+    empty: PackedWeight, weight: Tensor, state: MutableMapping[str, Any], name: str
+) -> dict[str, Tensor]:
     entries = {key.removeprefix(f"{name}."): state.pop(key) for key in [*state] if key.startswith(f"{name}.")}
     described = [key for key in entries if key.startswith(STATE)]
     if weight.dtype != torch.uint8 or not described:
@@ -89,7 +91,10 @@ def _four_bit_parts(empty: PackedWeight, weight: Tensor, state: MutableMapping[s
     if other or ("nested_absmax" in entries) != isinstance(empty, NF4Double):
         double = " with double quantisation" if "nested_absmax" in entries else ""
         raise ValueError(_refusal(name, f"its state says {other or facts}{double}", f"{wanted} as {empty.kind!r}"))
-    blocks = num_blocks(empty.shape.numel())
+    numel = empty.shape.numel()
+    if weight.numel() != -(-numel // 2):
+        raise ValueError(_refusal(name, f"it has {weight.numel()} bytes of codes", f"{-(-numel // 2)}"))
+    blocks = num_blocks(numel)
     codes = torch.nn.functional.pad(weight.reshape(-1), (0, blocks * BYTES - weight.numel()), value=ZERO_CODES)
     parts = {"codes": codes.view(-1, BYTES), "scales": entries.get("absmax")}
     if isinstance(empty, NF4Double):

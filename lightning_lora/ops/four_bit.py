@@ -114,7 +114,7 @@ def dynamic_levels(device: torch.device) -> Tensor:
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         middles = (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
         levels += [*middles, *(-middle for middle in middles)]
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)

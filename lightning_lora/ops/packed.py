@@ -132,7 +132,12 @@ class NF4Double(NF4):
     @classmethod
     def sizes(cls, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         blocks = num_blocks(shape.numel())
-        return {"codes": (blocks, BYTES), "scales": (blocks, 1), "nested": (-(-blocks // SCALES_BLOCK), 4), "offset": (4,)}
+        return {
+            "codes": (blocks, BYTES),
+            "scales": (blocks, 1),
+            "nested": (-(-blocks // SCALES_BLOCK), 4),
+            "offset": (4,),
+        }
 
     def block_scales(self) -> Tensor:
         nested, offset = floats(self.tensors["nested"]), floats(self.tensors["offset"][None])

@@ -84,7 +84,9 @@ def test_a_slice_of_blocks_is_that_slice_of_the_whole():
     assert torch.equal(part, codes[64:192])
     assert torch.equal(part_scales, scales[64:192])
     small, nested, offset = quantize_scales(scales)
-    assert torch.equal(dense_scales(small[64:192], nested, offset, first=64), dense_scales(small, nested, offset)[64:192])
+    assert torch.equal(
+        dense_scales(small[64:192], nested, offset, first=64), dense_scales(small, nested, offset)[64:192]
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
