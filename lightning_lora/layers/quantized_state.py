@@ -123,6 +123,6 @@ def _finite(stored: PackedWeight, name: str) -> PackedWeight:
 def _refusal(name: str, given: str, expected: str) -> str:
     kinds = ", ".join(map(repr, FORMS))
     return (
-        f"{name!r} cannot be loaded into a quantised layer: {given}, expected {expected}. Load it into a model that was "
-        f"quantised in the same way (quantize= one of {kinds}), or load the floating-point weight"
+        f"{name!r} cannot be loaded into a quantised layer: {given}, expected {expected}. Load it into a model "
+        f"that was quantised in the same way (quantize= one of {kinds}), or load the floating-point weight"
     )

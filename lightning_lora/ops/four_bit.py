@@ -14,7 +14,7 @@ BLOCK = 64  # values that share a scale
 SCALES_BLOCK = 256  # scales that share a scale of their own
 BYTES = BLOCK // 2  # packed bytes of a block
 
-# the quantiles of a normal distribution, with an exact zero (appendix E), and the values of a 4-bit floating-point number
+# quantiles of a normal distribution with an exact zero (appendix E); the values of a 4-bit floating-point number
 CODES = {
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -69,8 +69,8 @@ def dense_4bit(packed: Tensor, scales: Tensor, kind: str, dtype: torch.dtype) ->
 def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise scales to 8 bits (double quantisation), each to the nearest level.
 
-    So do bitsandbytes' CUDA kernel and the one that it has for any device. Its CPU kernel looks a level up in a table of
-    65,536 entries and takes the next one for about two scales in a thousand.
+    So do bitsandbytes' CUDA kernel and the one that it has for any device. Its CPU kernel looks a level up in a table
+    of 65,536 entries and takes the next one for about two scales in a thousand.
 
     Args:
         scales: ``[blocks]``, float32.

@@ -1,8 +1,9 @@
 """A weight of which the values are packed in 4 or 8 bits, made dense each time that it is used.
 
-All parts of a packed weight are bytes, so that no cast of a module (``half()``, a mixed-precision policy) rounds a scale.
-The first dimension of the codes and of the scales counts the same blocks: a slice of both is a packed weight, too, and
-shards of FSDP2 end on block borders.
+All parts of a packed weight are bytes, so that no cast of a module (``half()``, a mixed-precision policy) rounds a
+scale.
+The first dimension of the codes and of the scales counts the same blocks. So a slice of both is a packed weight, too,
+and shards of FSDP2 end on block borders.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.four_bit import (
-    BLOCK,
     BYTES,
     SCALES_BLOCK,
     dense_4bit,
@@ -187,9 +187,6 @@ def floats(parts: Tensor) -> Tensor:
     return parts.contiguous().view(torch.float32).view(-1)
 
 
-assert BLOCK == 2 * BYTES
-
-
 class _StoredLinear(torch.autograd.Function):
     """``x W^T + b`` for a frozen W that is made dense again for the gradient of x."""
 
@@ -213,5 +210,5 @@ def stored_linear(x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tenso
         stored: of shape ``[out_features, in_features]``.
         bias: ``[out_features]`` or ``None``.
     """
-    y: Tensor = _StoredLinear.apply(x, stored, bias)
+    y: Tensor = _StoredLinear.apply(x, stored, bias)  # type: ignore[no-untyped-call]
     return y
