@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from reprlib import Repr
 from typing import Any, Literal
 
+Quantization = Literal["nf4", "nf4-dq", "int8"]  # the words of quantize=
 PEFT_FIELD_NAMES = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
