@@ -551,6 +551,24 @@ def test_a_command_line_names_its_callbacks(monkeypatch: pytest.MonkeyPatch, tmp
     assert asked in of_lightning.cli_callbacks(cli)
 
 
+@pytest.mark.parametrize("names_a_class", [True, False])
+def test_a_command_line_says_the_settings_of_its_optimizer(
+    monkeypatch: pytest.MonkeyPatch, names_a_class: bool
+) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    class Command(LightningCLI):
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            if not names_a_class:
+                parser.add_optimizer_args(torch.optim.AdamW)
+
+    monkeypatch.setattr(sys, "argv", ["cli"])
+    options = [*(["--optimizer=AdamW"] if names_a_class else []), "--optimizer.lr=0.25", "--trainer.accelerator=cpu"]
+    cli = Command(BoringModel, run=False, args=options, seed_everything_default=1)
+    settings = of_lightning.cli_optimizer_settings(cli, None)
+    assert (settings["lr"], settings["weight_decay"]) == (0.25, 0.01)
+
+
 # transformers and Megatron-core
 
 
