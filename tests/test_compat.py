@@ -564,7 +564,8 @@ def test_a_command_line_says_the_settings_of_its_optimizer(
 
     monkeypatch.setattr(sys, "argv", ["cli"])
     options = [*(["--optimizer=AdamW"] if names_a_class else []), "--optimizer.lr=0.25", "--trainer.accelerator=cpu"]
-    cli = Command(BoringModel, run=False, args=options, seed_everything_default=1)
+    with pytest.warns(match="will be overridden by"):
+        cli = Command(BoringModel, run=False, args=options, seed_everything_default=1)
     settings = of_lightning.cli_optimizer_settings(cli, None)
     assert (settings["lr"], settings["weight_decay"]) == (0.25, 0.01)
 
