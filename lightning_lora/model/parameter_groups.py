@@ -59,11 +59,11 @@ def parameter_groups(
             f"{type(model).__name__} holds no adapters to group: add LoRACallback to the Trainer, which adapts the "
             "model before configure_optimizers runs, or call inject(model, LoRAConfig(...)) first"
         )
-    settings: dict[str, tuple[float, float]] = {  # lr and weight decay
-        "A": (lr, weight_decay),
-        "embedding": (embedding_lr, weight_decay),
-        "B": (lr * lora_plus_ratio, weight_decay),
-        "B_no_decay": (lr * lora_plus_ratio, 0.0),
+    settings = {  # rate, the same divided by lr, and weight decay
+        "A": (lr, 1.0, weight_decay),
+        "embedding": (embedding_lr, embedding_lr / lr, weight_decay),
+        "B": (lr * lora_plus_ratio, lora_plus_ratio, weight_decay),
+        "B_no_decay": (lr * lora_plus_ratio, lora_plus_ratio, 0.0),
     }
     members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
     for group, parameter in _grouped(model):
@@ -74,8 +74,8 @@ def parameter_groups(
             "BaseFinetuning, may have frozen them after they were put in; list LoRACallback after it"
         )
     return [
-        {"name": name, "params": members[name], "lr": rate, "lr_ratio": rate / lr, "weight_decay": decay}
-        for name, (rate, decay) in settings.items()
+        {"name": name, "params": members[name], "lr": rate, "lr_ratio": ratio, "weight_decay": decay}
+        for name, (rate, ratio, decay) in settings.items()
     ]
 
 

@@ -19,16 +19,17 @@ def check_rates(trainer: Any, root: nn.Module, lora_plus_ratio: float | None) ->
         ValueError: a ratio was asked for, and no optimizer has LoRA+'s groups, or the schedule levels them.
     """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    if lora_plus_ratio is not None and not any("lr_ratio" in group for group in groups):
+    if lora_plus_ratio is not None and not any(group.get("lr_ratio") == lora_plus_ratio for group in groups):
         raise ValueError(
             f"lora_plus_ratio={lora_plus_ratio:g} of LoRACallback is for the optimizer that LightningCLI builds "
             "(--optimizer=AdamW), and this module's configure_optimizers builds its own: leave it out there, and write "
             f"torch.optim.AdamW(parameter_groups(self, lr, lora_plus_ratio={lora_plus_ratio:g}))"
         )
-    check_ratio_is_kept(trainer.optimizers)
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    check_ratio_is_kept(trainer.optimizers, schedulers)
     if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):
         return  # it replaces the rate
-    line = rate_line(root, trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs])
+    line = rate_line(root, trainer.optimizers, schedulers)
     if line is not None:
         rank_zero_info(line)
 
