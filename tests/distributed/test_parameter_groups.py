@@ -45,11 +45,11 @@ class Grouped(Recorded):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def train(name: str, directory: Path | None = None, **settings: Any) -> Grouped:
+def train(name: str, **settings: Any) -> Grouped:
     module = Grouped()
     rank, num_ranks = (0, 1) if name == "megatron_lora" else rank_of()  # its ranks share a model, and see all rows
     data = {"train_dataloaders": rank_loader(rank, num_ranks)}
-    fit(directory, module, STRATEGIES[name](), lora=LORA, loaders=data, max_steps=3, max_epochs=None, **settings)
+    fit(None, module, STRATEGIES[name](), lora=LORA, loaders=data, **settings)
     return module
 
 
@@ -59,17 +59,36 @@ def members(module: Grouped) -> list[tuple[str, list[str], float]]:
     return [(group["name"], [names[id(one)] for one in group["params"]], group["lr"]) for group in groups]
 
 
+THREE_STEPS = {"max_steps": 3, "max_epochs": None}
+
+
 @pytest.fixture(scope="module")
-def single(directory: Path) -> dict[str, Any]:
-    """Return what three steps on one process come to, and leave their file."""
-    module = alone(Grouped(), directory / "single", lora=LORA, max_steps=3, max_epochs=None)
+def single() -> dict[str, Any]:
+    """Return what three steps on one process come to."""
+    module = alone(Grouped(), lora=LORA, **THREE_STEPS)
     return {"adapters": state(module), "members": members(module)}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 @on_ranks(2)
 def test_three_steps_equal_one_process(name: str, single: dict[str, Any]) -> None:
-    module = train(name)
+    module = train(name, **THREE_STEPS)
     assert members(module) == single["members"]
     torch.testing.assert_close(state(module), single["adapters"], **STEP_TOLERANCE)
     torch.testing.assert_close(*from_all_ranks(state(module)), **EXACT)
+
+
+@pytest.fixture(scope="module")
+def straight(directory: Path) -> dict[str, Any]:
+    """Return what two epochs on one process come to, and leave a file of each."""
+    module = alone(Grouped(), directory, lora=LORA, max_epochs=2)
+    return {"adapters": state(module), "members": members(module)}
+
+
+@pytest.mark.parametrize("name", ["adapters in shards", "megatron_lora"])
+@on_ranks(2)
+def test_a_file_of_one_process_resumes_in_its_groups(name: str, directory: Path, straight: dict[str, Any]) -> None:
+    module = train(name, ckpt_path=directory / "epoch=0.ckpt", max_epochs=2)
+    assert len(module.losses) == 4
+    assert members(module) == straight["members"]
+    torch.testing.assert_close(state(module), straight["adapters"], **STEP_TOLERANCE)
