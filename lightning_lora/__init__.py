@@ -23,6 +23,7 @@ from lightning_lora.model.inject import apply, inject, remove
 from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.loss import linear_cross_entropy
 from lightning_lora.model.merge import disabled, merge, merged, unmerge
+from lightning_lora.model.parameter_groups import parameter_groups
 from lightning_lora.model.plan import plan
 from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.peft.combine import combine
@@ -58,6 +59,7 @@ __all__ = [
     "merge",
     "merged",
     "named_adapter_parameters",
+    "parameter_groups",
     "plan",
     "register_gated_mlp",
     "remove",

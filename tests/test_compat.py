@@ -42,6 +42,7 @@ PUBLIC = {
     "_buffers",
     "_apply",
     "_load_from_state_dict",
+    "_save_to_state_dict",
     "_make",
     "_replace",
     "_exit",
@@ -549,6 +550,25 @@ def test_a_command_line_names_its_callbacks(monkeypatch: pytest.MonkeyPatch, tmp
     names = [type(callback).__name__ for callback in of_lightning.cli_callbacks(cli)]
     assert "LearningRateMonitor" in names
     assert asked in of_lightning.cli_callbacks(cli)
+
+
+@pytest.mark.parametrize("names_a_class", [True, False])
+def test_a_command_line_says_the_settings_of_its_optimizer(
+    monkeypatch: pytest.MonkeyPatch, names_a_class: bool
+) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    class Command(LightningCLI):
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            if not names_a_class:
+                parser.add_optimizer_args(torch.optim.AdamW)
+
+    monkeypatch.setattr(sys, "argv", ["cli"])
+    options = [*(["--optimizer=AdamW"] if names_a_class else []), "--optimizer.lr=0.25", "--trainer.accelerator=cpu"]
+    with pytest.warns(match="will be overridden by"):
+        cli = Command(BoringModel, run=False, args=options, seed_everything_default=1)
+    settings = of_lightning.cli_optimizer_settings(cli, None)
+    assert (settings["lr"], settings["weight_decay"]) == (0.25, 0.01)
 
 
 # transformers and Megatron-core
