@@ -14,6 +14,7 @@ from lightning_lora.checkpoint.all_ranks import meet
 from lightning_lora.checkpoint.fingerprint import fingerprint, without
 from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.model.families import is_pretrained
 from lightning_lora.model.names import clean_name, is_inside_any, joined
 from lightning_lora.model.side_effects import FrozenStatistics
@@ -112,8 +113,8 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
 
 
 def named_persistent_buffers(owner: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the module's own buffers that its ``state_dict`` holds."""
-    hidden = non_persistent_buffers(owner)
+    """Return the module's own buffers that its ``state_dict`` holds under their names."""
+    hidden = non_persistent_buffers(owner) | set(owner.part_names() if isinstance(owner, QuantizedModule) else ())
     return [(name, buffer) for name, buffer in owner._buffers.items() if buffer is not None and name not in hidden]
 
 

@@ -15,6 +15,7 @@ from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_
 from lightning_lora.layers.quantized_state import read_parts, state_of
 from lightning_lora.ops.linear import autocast_dtype
 from lightning_lora.ops.packed import FORMS, PackedWeight, stored_linear
+from lightning_lora.ops.sharded import is_sharded
 
 ROW_PARTS = ("codes", "scales")  # parts whose first dimension counts blocks: FSDP2 shards them
 
@@ -39,6 +40,10 @@ class QuantizedModule(SwappedModule):
         parts = {part: getattr(self, f"{name}_{part}") for part in type(empty).sizes(empty.shape)}
         return type(empty)(parts, empty.shape, empty.dtype)
 
+    def part_names(self) -> list[str]:
+        """Return the names of the parameters and buffers that packed parameters are made of."""
+        return [f"{name}_{part}" for name, one in self.quantized.items() for part in type(one).sizes(one.shape)]
+
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("quantized", ()):
             stored = self.stored(name)
@@ -58,6 +63,8 @@ class QuantizedModule(SwappedModule):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.quantized:
             stored = self.stored(name)
+            if any(map(is_sharded, stored.tensors.values())):
+                continue  # the parts under their own names: bitsandbytes' keys are of whole weights
             for part in stored.tensors:
                 destination.pop(f"{prefix}{name}_{part}", None)
             destination |= state_of(stored, prefix + name)
