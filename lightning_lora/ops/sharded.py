@@ -60,6 +60,21 @@ def whole(tensor: Any) -> Tensor:
     return full
 
 
+def gathered_like(part: Tensor, like: Any) -> Tensor:
+    """Return the whole ``[n]`` of this rank's ``part``, which is split as the first dimension of ``like`` is.
+
+    All-gathered over the mesh of ``like``: call on all ranks.
+    """
+    if not is_sharded(like):
+        return part
+    described = logical(like)
+    part = part.to(collective_device(like))
+    placed = DTensor.from_local(
+        part, described.device_mesh, described.placements, run_check=False, shape=described.shape[:1], stride=(1,)
+    )
+    return placed.full_tensor().to(local_part(like).device)
+
+
 def local_part(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor, sharing its storage and without a guard."""
     part: Tensor = tensor.to_local() if is_dtensor(tensor) else bare(tensor)

@@ -11,6 +11,7 @@ from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.quantize import quantize
 from lightning_lora.ops.sharded import whole
+from tests import models
 from tests.distributed.training import Recorded, fit, rank_loader, state
 
 KINDS = ("nf4", "nf4-dq", "int8")
@@ -20,13 +21,16 @@ THREE_STEPS: dict[str, Any] = {"limit_train_batches": 3}
 class Quantized(Recorded):
     """Trains over a quantised base, and keeps the packed bytes that its last forward saw."""
 
-    def __init__(self, kind: Any, build: Any = None) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.model = self.model if build is None else build()
+        self.model = self.build()
         quantize(self.model, kind)
         self.seen: dict[str, Tensor] = {}
         for name, layer in quantized_layers(self.model).items():
             layer.register_forward_pre_hook(lambda layer, _, name=name: self.look(name, layer))
+
+    def build(self) -> nn.Module:
+        return models.llama()
 
     def look(self, name: str, layer: Any) -> None:
         self.seen |= {f"{name}.{part}": tensor.clone() for part, tensor in layer.stored("weight").tensors.items()}
