@@ -11,6 +11,7 @@ from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.layers.stored import stored_form
 from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linears
 from lightning_lora.ops.quantized import check_plain
+from lightning_lora.ops.stored import stored_linear
 
 
 class LoRALinear(LoRALayer):
@@ -40,6 +41,9 @@ class LoRALinear(LoRALayer):
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_active:
+            stored = None if self.lora_stored is None else self.lora_stored.product(self, input)
+            if stored is not None:  # bitsandbytes' own forward rounds its scales in eval mode, in place
+                return stored_linear(input, stored, self.bias)
             return self.base_forward(input, *args, **kwargs)  # type: ignore[no-any-return]
         is_plain = self.lora_base_class.forward is nn.Linear.forward
         if is_plain or self.lora_stored is not None:
