@@ -160,11 +160,14 @@ def structure(root: nn.Module) -> dict[str, Any]:
 def other_state(module: nn.Module) -> dict[str, Any]:
     """Return what a state dict holds besides tensors of modules: extra state, persistent states of metrics.
 
-    The pretrained models' own, such as a quantised base's, is left out.
+    The pretrained models' own, and packed weights, are left out.
     """
-    tensors, pretrained = named_tensors(module), _pretrained_paths(module)
+    tensors, base = named_tensors(module), _pretrained_paths(module)
+    for path, owner in module.named_modules():
+        if isinstance(owner, QuantizedModule):
+            base += [joined(clean_name(path), name) for name in owner.state_names()]
     state = {clean_name(name): value for name, value in module.state_dict().items()}
-    return {n: value for n, value in state.items() if n not in tensors and not is_inside_any(n, pretrained)}
+    return {n: value for n, value in state.items() if n not in tensors and not is_inside_any(n, base)}
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

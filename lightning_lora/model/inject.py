@@ -1,15 +1,16 @@
 """Freeze a model, put adapters into it, take them out again."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_lora.compat.torch import remove_load_hook
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.fuse import fuse, release
 from lightning_lora.layers import LoRALayer, unadapt
 from lightning_lora.layers.read_weight import reader_of
@@ -19,6 +20,7 @@ from lightning_lora.model.init import initialize
 from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.names import clean_name, named_modules
 from lightning_lora.model.plan import plan
+from lightning_lora.model.quantize import apply_quantization, check_form, quantization_of
 from lightning_lora.model.side_effects import (
     complete_state_dict,
     freeze_statistics,
@@ -42,45 +44,64 @@ from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.sharded import write
 
 
-def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
+def inject(
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    quantize: Quantization | None = None,
+    quantize_exclude: str | Sequence[str] | None = None,
+) -> nn.Module:
     """Freeze ``model`` and adapt its layers in place, as ``config`` says. Returns the same object.
 
     A model that was adapted with an equal config is left as it is: nothing is frozen or drawn anew. Everything is
     decided and checked by :func:`~lightning_lora.plan` before anything is changed.
 
+    Args:
+        quantize: quantise the base first, as :func:`~lightning_lora.quantize` does: ``"nf4"``, ``"nf4-dq"`` or
+            ``"int8"``. What trains whole stays as it is. A base that has this form already is left alone.
+        quantize_exclude: modules of the base that are not quantised, by the rules of ``target_modules``.
+
     Raises:
-        ValueError: the config hits nothing or the wrong kind of module, a rank exceeds a layer, or the model is already
-            adapted otherwise (here or by PEFT). The message names the module and the remedy.
+        ValueError: the config hits nothing or the wrong kind of module, a rank exceeds a layer, the model is already
+            adapted otherwise (here or by PEFT), or its base is quantised otherwise. The message names the module and
+            the remedy.
     """
     existing = injection_of(model)
     if existing is not None and isinstance(config, LoRAConfig | None):
         _check_same_config(existing.config, config or LoRAConfig())
+        if quantize is not None:
+            check_form(quantization_of(model), quantize, quantize_exclude)
         return model
-    decided = plan(model, config)
+    decided = plan(model, config, quantize=quantize, quantize_exclude=quantize_exclude)
     _carry_out(decided)
     if decided.capped_ranks:
         rank_zero_info(f"LoRA: {decided.capped_ranks}")
     return model
 
 
-def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
-    """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size."""
-    _carry_out(plan(model, config, check_ranks=check_ranks))
+def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool, **quantization: Any) -> nn.Module:
+    """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size.
+
+    Args:
+        quantization: ``quantize`` and ``quantize_exclude``.
+    """
+    _carry_out(plan(model, config, check_ranks=check_ranks, **quantization))
     return model
 
 
 def apply(decided: Plan) -> nn.Module:
     """Freeze and adapt the model of a plan in place. Returns the model.
 
-    If memory runs out or the user interrupts, the model is given back as it was.
+    If memory runs out or the user interrupts, the model is given back as it was; a base that is quantised stays so.
 
     Raises:
         ValueError: the model was adapted, or its modules were changed, since it was planned.
     """
-    model = decided.model
+    model, base = decided.model, decided.quantization
     if model is None or injection_of(model) is not None:
         raise ValueError(f"{decided.model_name} was adapted since it was planned: call remove on it, and plan anew")
-    if plan(model, decided.config, check_ranks=False) != decided:
+    quantization = {} if base is None else {"quantize": base.kind, "quantize_exclude": base.exclude}
+    if plan(model, decided.config, check_ranks=False, **quantization) != decided:
         raise ValueError(f"modules of {decided.model_name} were changed since it was planned: plan anew")
     _carry_out(decided)
     return model
@@ -89,6 +110,9 @@ def apply(decided: Plan) -> nn.Module:
 def _carry_out(decided: Plan) -> None:
     config, model = decided.config, decided.model
     assert model is not None
+    if decided.quantization is not None and quantization_of(model) is None:
+        apply_quantization(model, decided.quantization)
+        decided = plan(model, config, check_ranks=False)  # of the layers that the base has since
     injection = Injection(dataclasses.replace(decided, model=None))
     dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
     modules = named_modules(model)
@@ -138,7 +162,8 @@ def _train_rows(decided: Plan, modules: Mapping[str, nn.Module], dtype: torch.dt
 def remove(model: nn.Module) -> nn.Module:
     """Take the adapters out and give the model back as it was before :func:`inject`. Returns the same object.
 
-    Heads and biases that trained get their first values back too, and every ``requires_grad`` its former one.
+    Heads and biases that trained get their first values back too, and every ``requires_grad`` its former one. A base
+    that was quantised stays quantised.
 
     Raises:
         ValueError: the model holds no adapters, or they are merged.

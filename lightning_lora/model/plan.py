@@ -8,25 +8,35 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import LoRAParameters
+from lightning_lora.layers.quantized import num_parameters
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.token_rows import check_rows
 from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
 from lightning_lora.model.matching import check_patterns, is_all_linear, pattern_value
 from lightning_lora.model.names import named_modules
+from lightning_lora.model.quantize import QuantizationPlan, check_form, plan_quantization, quantization_of
 from lightning_lora.model.state import injection_of, uncompiled
 from lightning_lora.model.targets import Chosen, choose_mixin, select_layers, select_parameters
 from lightning_lora.model.trained_base import base_that_trains, new_heads, select_token_rows, select_trained_whole
 
 
-def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: bool = True) -> Plan:
+def plan(
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    quantize: Quantization | None = None,
+    quantize_exclude: str | Sequence[str] | None = None,
+    check_ranks: bool = True,
+) -> Plan:
     """Decide and check all that :func:`~lightning_lora.inject` would do to ``model``, and change nothing.
 
     Args:
         config: ``None`` is ``LoRAConfig()``.
+        quantize, quantize_exclude: as in :func:`~lightning_lora.inject`; the plan says the bytes of the base.
         check_ranks: refuse a rank above a layer's size; files of PEFT may hold such ranks.
 
     Returns:
@@ -73,10 +83,23 @@ def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: boo
     adapted = [modules[name] for name in {layer for layer, _ in (layers | parameters).values()}]
     adapted += [module for table, tied, _ in tables.values() for module in (table, *tied)]
     trained = base_that_trains(model, trained_whole, adapted, config.bias)
-    num_base = sum(parameter.numel() for parameter in model.parameters())
-    return Plan(
-        config, pairs, tuple(rows), tuple(trained_whole), trained, capped, type(model).__name__, num_base, model
-    )
+    keep = dict.fromkeys(trained_whole, "trains whole")
+    keep |= dict.fromkeys((layer for layer, _ in parameters.values()), "adapted by target_parameters")
+    keep |= {names[one]: "rows of it train" for table, tied, _ in tables.values() for one in (table, *tied)}
+    quantization = None if quantize is None else _plan_base(model, quantize, quantize_exclude, keep)
+    about = (quantization, type(model).__name__, num_parameters(model), model)
+    return Plan(config, pairs, tuple(rows), tuple(trained_whole), trained, capped, *about)
+
+
+def _plan_base(
+    model: nn.Module, kind: Quantization, exclude: str | Sequence[str] | None, keep: Mapping[str, str]
+) -> QuantizationPlan:
+    """Return how the base will be quantised, or how it was by an earlier run with the same settings."""
+    former = quantization_of(model)
+    if former is None:
+        return plan_quantization(model, kind, exclude=exclude, keep=keep)
+    check_form(former, kind, exclude)
+    return former
 
 
 def _check_apart(

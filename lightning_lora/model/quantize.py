@@ -1,20 +1,21 @@
 """Quantise a frozen base in place: its linear layers hold 4 or 8 bits a weight, before adapters are put in."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from lightning_lora.compat.torch import compiled_module
 from lightning_lora.config import Quantization
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, quantize_parameters
+from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, check_state, quantize_parameters
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.model.families import output_head
 from lightning_lora.model.matching import check_hits, hits
-from lightning_lora.model.names import clean_name, is_inside_any, listed
+from lightning_lora.model.names import clean_name, is_inside, listed
 from lightning_lora.model.trained_base import new_heads
 from lightning_lora.ops.packed import FORMS
 from lightning_lora.ops.quantized import stored_as
@@ -28,6 +29,7 @@ class QuantizationPlan:
 
     Attributes:
         kind: ``"nf4"``, ``"nf4-dq"`` or ``"int8"``.
+        exclude: what was asked to be left out.
         layers: names of the layers, in the order of the model.
         left_out: linear layers that stay as they are, each with the reason.
         bytes_before: of the layers' weights.
@@ -35,8 +37,9 @@ class QuantizationPlan:
     """
 
     kind: Quantization
+    exclude: str | tuple[str, ...] | None
     layers: tuple[str, ...]
-    left_out: Mapping[str, str]
+    left_out: Mapping[str, str] = field(hash=False)
     bytes_before: int
     bytes_after: int
 
@@ -72,22 +75,70 @@ def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[st
             weight holds NaN or infinity. Nothing is changed then.
     """
     decided = plan_quantization(model, kind, exclude=exclude)
+    apply_quantization(model, decided)
+    return decided
+
+
+def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
+    """Quantise the layers of a plan in place, one after another; a model that the plan was applied to stays as it is.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity. Nothing is changed then.
+    """
+    if quantization_of(model) is not None:
+        return
     modules = _modules(model)
     bad = [name for name in decided.layers if not _is_finite(modules[name])]
     if bad:
         raise ValueError(f"{listed(bad)} hold NaN or infinity, which cannot be quantised: load a base without them")
     for name in decided.layers:
-        quantize_parameters(modules[name], {"weight": kind}, QuantizedLinear)
-    return decided
+        quantize_parameters(modules[name], {"weight": decided.kind}, QuantizedLinear)
+    model.register_load_state_dict_pre_hook(check_state)
+    (compiled_module(model) or model).lora_quantization = decided  # type: ignore[assignment]  # a plain attribute
+
+
+def quantization_of(model: nn.Module) -> QuantizationPlan | None:
+    """Return what :func:`quantize` did to this very model, or ``None``."""
+    return (compiled_module(model) or model).__dict__.get("lora_quantization")
+
+
+def check_form(former: QuantizationPlan | None, kind: Quantization, exclude: str | Sequence[str] | None) -> None:
+    """Raise ``ValueError`` where a base has another form than ``quantize=kind`` asks for, and no longer can have it."""
+    check_kind(kind)
+    if former is None:
+        raise ValueError(
+            f"quantize={kind!r} is for a model without adapters, and this one has them over a base that is not "
+            "quantised: call remove(model) first, or leave quantize out"
+        )
+    if (former.kind, former.exclude) != (kind, _plain(exclude)):
+        raise ValueError(
+            f"the base is quantised with quantize={former.kind!r}, quantize_exclude={former.exclude!r}, and "
+            f"quantize={kind!r}, quantize_exclude={_plain(exclude)!r} are asked for: build the base anew from its "
+            "floating-point weights"
+        )
+
+
+def check_kind(kind: Any) -> None:
+    """Raise ``ValueError`` for a word that is no form."""
+    if kind not in get_args(Quantization):
+        raise ValueError(f"quantize must be one of {', '.join(map(repr, get_args(Quantization)))}, got {kind!r}")
 
 
 def plan_quantization(
-    model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None
+    model: nn.Module,
+    kind: Quantization,
+    *,
+    exclude: str | Sequence[str] | None = None,
+    keep: Mapping[str, str] | None = None,
 ) -> QuantizationPlan:
-    """Decide and check what :func:`quantize` would pack, and change nothing. The model may be on the meta device."""
-    if kind not in FORMS:
-        raise ValueError(f"quantize must be one of {', '.join(map(repr, get_args(Quantization)))}, got {kind!r}")
+    """Decide and check what :func:`quantize` would pack, and change nothing. The model may be on the meta device.
+
+    Args:
+        keep: modules that stay as they are, each with the reason.
+    """
+    check_kind(kind)
     modules = _modules(model)
+    _check_not_foreign(modules)
     for name, module in modules.items():
         if isinstance(module, QuantizedModule):
             raise ValueError(f"{name!r} is quantised: quantise a base once, from its floating-point weights")
@@ -95,7 +146,7 @@ def plan_quantization(
             raise ValueError(f"{name!r} is adapted: quantise the base before adapters are put in")
     check_hits("quantize_exclude", exclude, modules, type(model).__name__)
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    left_out = {name: why for name in linear if (why := _reason(model, modules, name, exclude)) is not None}
+    left_out = _left_out(model, modules, linear, exclude, keep or {})
     layers = tuple(name for name in linear if name not in left_out)
     if not layers:
         raise ValueError(
@@ -105,6 +156,7 @@ def plan_quantization(
     sizes = [FORMS[kind].sizes(weight.shape) for weight in weights]
     return QuantizationPlan(
         kind,
+        _plain(exclude),
         layers,
         left_out,
         bytes_before=sum(weight.numel() * weight.element_size() for weight in weights),
@@ -112,28 +164,68 @@ def plan_quantization(
     )
 
 
-def _reason(model: nn.Module, modules: Mapping[str, nn.Module], name: str, exclude: Any) -> str | None:
-    """Return why a linear layer is left as it is, or ``None``."""
+def _check_not_foreign(modules: Mapping[str, nn.Module]) -> None:
+    """Raise ``ValueError`` for a base that another package has quantised, or will on its way to a device."""
+    for name, module in modules.items():
+        settings: Any = getattr(getattr(module, "config", None), "quantization_config", None)
+        if settings is not None:
+            method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+            where, what = name or type(module).__name__, f"transformers' quantization_config ({method})"
+            break
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        package = type(module).__module__.partition(".")[0]
+        if package == "bitsandbytes" or (weight is not None and stored_as(weight) is not None):
+            stored = "" if weight is None else f", stored as {stored_as(weight) or weight.dtype}"
+            where, what = name, f"{type(module).__name__} of {package}{stored}"
+            break
+    else:
+        return
+    raise ValueError(
+        f"{where!r} is quantised already, by {what}: leave quantize= out to adapt it as it is, or load the base in "
+        "bfloat16"
+    )
+
+
+def _left_out(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    linear: Iterable[str],
+    exclude: str | Sequence[str] | None,
+    keep: Mapping[str, str],
+) -> dict[str, str]:
+    """Return the linear layers that are left as they are, each with the reason."""
+    kept = dict.fromkeys(new_heads(model), "new task head") | dict(keep)
+    heads = {id(head) for module in (model, *modules.values()) if (head := output_head(module)) is not None}
+    left_out = {}
+    for name in linear:
+        parent = name.rpartition(".")[0]
+        within = next((why for path, why in kept.items() if is_inside(name, path)), None)
+        if hits(exclude, name) or any(hits(exclude, path) for path in _paths(parent)):
+            left_out[name] = "excluded"
+        elif id(modules[name]) in heads:
+            left_out[name] = "output head"
+        elif (why := within or _reason(modules, name)) is not None:
+            left_out[name] = why
+    return left_out
+
+
+def _reason(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Return why a linear layer cannot be packed for what it is and where, or ``None``."""
     layer, (parent, _, local) = modules[name], name.rpartition(".")
     weight = layer._parameters.get("weight")
-    if hits(exclude, name) or any(hits(exclude, path) for path in _paths(parent)):
-        return "excluded"
-    if layer is output_head(model) or any(layer is output_head(m) for m in modules.values()):
-        return "output head"
-    if is_inside_any(name, new_heads(model)):
-        return "new task head"
     if local in ROUTERS and f"{parent}.experts".lstrip(".") in modules:
         return "router"
     if not is_plain_linear(type(layer)) or weight is None:
         return "has a forward of its own"
-    kind = stored_as(weight)
-    if kind is not None:
-        return f"stored as {kind}"
     if sum(weight is other for module in modules.values() for other in module._parameters.values()) > 1:
         return "shares its weight"
     if isinstance(modules.get(parent), nn.MultiheadAttention) or reader_of(modules, name) is not None:
         return "another module reads its weight"
     return None
+
+
+def _plain(exclude: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return exclude if exclude is None or isinstance(exclude, str) else tuple(exclude)
 
 
 def _paths(name: str) -> list[str]:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference, first_other_value, renamed
+from lightning_lora.checkpoint.comparison import compare_base, first_other_value
+from lightning_lora.checkpoint.fingerprint import fingerprint, renamed
 from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
 from lightning_lora.model.families import Family, family_of, resize_advice
@@ -79,7 +81,10 @@ def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -
             "does not train. Is a file damaged, or from another PEFT?"
         )
     if recorded is not None:
-        _refuse_base(model, adapter.source, recorded, first_difference(model, recorded))
+        found = compare_base(model, recorded)
+        _refuse_base(model, adapter.source, recorded, found.values)
+        if found.form is not None:
+            rank_zero_info(f"{adapter.source}: {found.form}")
     copy_tensors(tensors | adapter.trained, model)
     for target, first, rows in tails:
         target[first:].copy_(rows)
