@@ -1,6 +1,6 @@
 """Stream a base that was built on the meta device from safetensors: each rank reads only its slices."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,7 @@ from lightning_lora.model.state import named_lora_layers, require_injection
 from lightning_lora.ops.sharded import boxes, local_part, logical, split_over, write
 
 
-def materialize(
-    root: nn.Module,
-    source: str | None,
-    device: torch.device,
-    see: Callable[[str, Tensor, int, int], None] | None = None,
-) -> None:
+def materialize(root: nn.Module, source: str | None, device: torch.device) -> None:
     """Give the tensors of ``root`` that are on the meta device memory on ``device``, and their values from disk.
 
     A rank reads of every tensor only the slice that it holds, so that none ever has the whole base in memory. Where
@@ -38,8 +33,6 @@ def materialize(
         source: a safetensors file, or a directory with one or with ``model.safetensors.index.json``; ``None`` takes
             the directory that a transformers model says it came from. Given, it is also read into a base that is not
             on meta.
-        see: is called with the name of every packed weight and the values that it is quantised from, as
-            :data:`~lightning_lora.distributed.packed_target.See`.
 
     Raises:
         ValueError: there are tensors on meta and nothing to fill them from, or the files lack some of them.
@@ -59,7 +52,7 @@ def materialize(
     _allocate(root, device)
     _compute_buffers(root, empty)
     with open_slices(source) as slices:
-        filled, keys = _fill(root, slices, see), set(slices)
+        filled, keys = _fill(root, slices), set(slices)
     _finish(root, (empty or {*_base_tensors(root), *packed_targets(root)}) - filled, source, keys)
     injection.base_weights = source
 
@@ -143,9 +136,9 @@ def _draw(root: nn.Module, name: str, module: nn.Module) -> bool:
     return False
 
 
-def _fill(root: nn.Module, slices: Mapping[str, Any], see: Any) -> set[str]:
+def _fill(root: nn.Module, slices: Mapping[str, Any]) -> set[str]:
     """Copy what the slices hold into ``root``; return what was filled, tied tensors under all of their names."""
-    targets, packed = _base_tensors(root), PackedBase(packed_targets(root), slices, see)
+    targets, packed = _base_tensors(root), PackedBase(packed_targets(root), slices)
     plain, fused = names_in_model(root, packed.weights, {**targets, **packed.targets})
     filled = {name for name in plain.values() if name in targets or name in packed.targets}
     for key, name in plain.items():
@@ -165,7 +158,7 @@ def _fill(root: nn.Module, slices: Mapping[str, Any], see: Any) -> set[str]:
                 _check_shape(root, targets[name], value.shape, name)
                 write(targets[name], value.to(targets[name].dtype))
             filled |= {name} & (targets.keys() | packed.targets.keys())
-    packed.check_finite()
+    packed.finish()
     if unused := [key for key, name in plain.items() if name not in filled]:
         rank_zero_info(f"base_weights: {class_name(root)} has no place for {listed(unused, 3)}")
     done = {id(targets[name]) for name in filled if name in targets}

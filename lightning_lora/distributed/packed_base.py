@@ -1,11 +1,12 @@
 """Fill the packed weights of a model from a checkpoint, which holds floating-point values or packed bytes of each."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lora.checkpoint.hashes import summed
 from lightning_lora.distributed.packed_target import PackedTarget, fill_from_packed, fill_from_values
 from lightning_lora.layers.quantized_state import scales_name
 from lightning_lora.model.names import listed
@@ -20,20 +21,15 @@ class PackedBase:
         weights: keys of the files that are weights, and not what belongs to a packed one.
     """
 
-    def __init__(
-        self,
-        targets: Mapping[str, PackedTarget],
-        slices: Mapping[str, Any],
-        see: Callable[[str, Tensor, int, int], None] | None,
-    ) -> None:
+    def __init__(self, targets: Mapping[str, PackedTarget], slices: Mapping[str, Any]) -> None:
         self.targets = targets
-        self._slices, self._see = slices, see
+        self._slices = slices
         owners = {key: owner for key in slices if (owner := _owner_of(key, slices)) is not None}
         self.weights = [key for key in slices if key not in owners]
         self._companions: dict[str, list[str]] = {}
         for key, owner in owners.items():
             self._companions.setdefault(owner, []).append(key)
-        self._finite: dict[str, bool] = {}
+        self._seen: dict[str, tuple[bool, Tensor]] = {}  # of values: are they finite, their hash
 
     def fill(self, key: str, name: str) -> None:
         """Fill the weight called ``name`` with what the files hold under ``key``."""
@@ -43,16 +39,15 @@ class PackedBase:
             return
         entries = {_renamed(companion, key, name): self._slices[companion] for companion in companions}
         fill_from_packed(self.targets[name], {name: source, **entries}, name)
+        self.targets[name].module.origins.pop(self.targets[name].name, None)
 
     def quantize(self, source: Any, given: Collection[int], name: str) -> None:
         """Fill the weight called ``name`` with floating-point values: a tensor, or a slice of a file."""
-        target, see = self.targets[name], self._see
+        target = self.targets[name]
         shape, expected = tuple(given), tuple(target.empty.shape)
         if shape != expected:
             raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}")
-        self._finite[name] = fill_from_values(
-            target, source, None if see is None else lambda values, first, stride: see(name, values, first, stride)
-        )
+        self._seen[name] = fill_from_values(target, source)
 
     def check_floats(self, key: str, name: str) -> None:
         """Raise ``ValueError`` for packed values on disk of a weight that the model does not hold in that form."""
@@ -62,20 +57,28 @@ class PackedBase:
                 "it otherwise: quantise the model in the form of the file, or give the 16-bit base"
             )
 
-    def check_finite(self) -> None:
-        """Raise ``ValueError`` on all ranks if one of them read NaN or infinity. Called on all ranks."""
-        if not self._finite:
+    def finish(self) -> None:
+        """Note the hashes of the values that were quantised, by which a base is known. Called on all ranks.
+
+        Raises:
+            ValueError: one of the ranks has read NaN or infinity.
+        """
+        if not self._seen:
             return
-        bad = torch.tensor([not finite for finite in self._finite.values()], dtype=torch.uint8)
+        bad = torch.tensor([not finite for finite, _ in self._seen.values()], dtype=torch.uint8)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             bad = bad.to(collective_device(bad))
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        names = [name for name, is_bad in zip(self._finite, bad.tolist(), strict=True) if is_bad]
+        names = [name for name, is_bad in zip(self._seen, bad.tolist(), strict=True) if is_bad]
         if names:
             raise ValueError(
                 f"base_weights has NaN or infinity in {listed(names, 3)}, which cannot be quantised: give a base "
                 "without them"
             )
+        targets = [self.targets[name] for name in self._seen]
+        hashes = summed([origin for _, origin in self._seen.values()], [target.parts["codes"] for target in targets])
+        for target, value in zip(targets, hashes.tolist(), strict=True):
+            target.module.origins[target.name] = (value, str(target.empty.dtype).removeprefix("torch."))
 
 
 def _owner_of(key: str, keys: Collection[str]) -> str | None:

@@ -3,7 +3,7 @@
 Values are read, quantised and dropped a few blocks at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,10 @@ from lightning_lora.layers.split import SplitLinear
 from lightning_lora.model.names import clean_name, joined
 from lightning_lora.ops.four_bit import BYTES
 from lightning_lora.ops.packed import Int8, PackedWeight, as_bytes
+from lightning_lora.ops.sample_hash import runs_hash
 from lightning_lora.ops.sharded import boxes, gathered_like, local_part, write
 
 _CHUNK = 2**16  # values that are read at once
-
-# called with the floating-point values of a weight that this rank reads, ``[runs, length]``: where the first of them
-# lies in the flattened weight, and how far the next run is
-See = Callable[[Tensor, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -77,26 +74,26 @@ def packed_targets(root: nn.Module) -> dict[str, PackedTarget]:
 
 
 @torch.no_grad()
-def fill_from_values(target: PackedTarget, source: Any, see: See | None = None) -> bool:
+def fill_from_values(target: PackedTarget, source: Any) -> tuple[bool, Tensor]:
     """Quantise the floating-point values of ``source``, of the whole weight's shape, and store this rank's part.
 
     Called on all ranks that share the weight. With double quantisation they gather its scales: 1/16 byte a value.
 
     Args:
         source: what returns a slice of rows and columns when it is indexed, such as a tensor or a slice of a file.
-        see: is shown every value that this rank reads.
 
     Returns:
-        Whether all values that this rank has seen are finite.
+        Whether all values that this rank has read are finite; and its addend to the :func:`sample_hash` of the weight.
     """
-    form, shape, parts = target.form, target.empty.shape, target.parts
+    form, shape, dtype, parts, cut = target.form, target.empty.shape, target.empty.dtype, target.parts, target.cut
     codes, scales, start = local_part(parts["codes"]), [], 0
+    origin = torch.zeros((), dtype=torch.int64)
     for values, first, stride in _chunks(target, source):
-        if see is not None:
-            see(values, first, stride)
-        some_codes, some_scales = form.pack_blocks(values.to(target.empty.dtype).reshape(-1), form.block_size(shape))
-        if form is Int8 and target.cut is not None:
-            some_codes = some_codes[:, slice(*target.cut)]
+        values = values.to(dtype)
+        some_codes, some_scales = form.pack_blocks(values.reshape(-1), form.block_size(shape))
+        if form is Int8 and cut is not None:  # it has read whole rows
+            values, first, some_codes = values[:, slice(*cut)], first + cut[0], some_codes[:, slice(*cut)]
+        origin += runs_hash(values, first, stride, shape.numel())
         codes[start : start + len(some_codes)].copy_(some_codes)
         scales.append(some_scales)
         start += len(some_codes)
@@ -104,7 +101,7 @@ def fill_from_values(target: PackedTarget, source: Any, see: See | None = None) 
     whole = gathered_like(own, parts["scales"]) if form.whole_parts else own
     for part, tensor in form.pack_scales(whole).items():
         write(parts[part], tensor)
-    return bool(torch.isfinite(whole).all())
+    return bool(torch.isfinite(whole).all()), origin
 
 
 def _chunks(target: PackedTarget, source: Any) -> Iterator[tuple[Tensor, int, int]]:

@@ -176,7 +176,9 @@ def dequantize_parameters(module: QuantizedModule) -> None:
         module.register_parameter(name, parameter)
 
 
-def check_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any) -> None:
+def check_state(
+    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any
+) -> None:
     """Check the packed weights of a state dict before ``load_state_dict`` copies anything: a hook of the model.
 
     Raises:

@@ -27,18 +27,42 @@ def sample_hash(tensor: Tensor, like: Tensor, *, last_row: bool = False) -> Tens
     """
     like = logical(like)
     size = like.numel() // like.shape[0] if last_row else like.numel()
-    count = min(size, _NUM_SAMPLES)
-    step = size // count
-    # one position in each stride, not at the same place in all of them
-    positions = torch.arange(count) * step + torch.arange(count) * 0x9E3779B1 % step
+    positions = _sampled_positions(size)
     here = positions + (like.numel() - size)
     values = local_part(tensor.detach())
     if is_sharded(like):
         mine, here = _inside(here, like)
         positions = positions[mine]
+    return _hash(torch.take(values, here.to(values.device)), positions)
+
+
+def runs_hash(runs: Tensor, first: int, stride: int, numel: int) -> Tensor:
+    """Return a scalar int64 on CPU: the addend of some runs of values to the hash of a tensor that has ``numel``.
+
+    Args:
+        runs: ``[number of runs, length]``.
+        first: where the first run begins in the flattened tensor.
+        stride: how far it is from a run to the next one; at least their length.
+    """
+    positions = _sampled_positions(numel)
+    run, place = (positions - first) // stride, (positions - first) % stride
+    mine = (run >= 0) & (run < runs.shape[0]) & (place < runs.shape[1])
+    return _hash(runs[run[mine].to(runs.device), place[mine].to(runs.device)], positions[mine])
+
+
+def _sampled_positions(size: int) -> Tensor:
+    """Return up to 64 positions in a tensor of ``size`` values."""
+    count = min(size, _NUM_SAMPLES)
+    step = size // count
+    # one position in each stride, not at the same place in all of them
+    return torch.arange(count) * step + torch.arange(count) * 0x9E3779B1 % step
+
+
+def _hash(values: Tensor, positions: Tensor) -> Tensor:
+    """Return the sum of the hashes of values and their positions."""
     if len(positions) == 0:
         return torch.zeros((), dtype=torch.int64)
-    bits = torch.take(values, here.to(values.device)).to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
+    bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
     keys = (positions.to(values.device) + 1) * MULTIPLIER
     mixed = (keys ^ (bits * 0x2545F4914F6CDD1D)) & _MASK
     mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9

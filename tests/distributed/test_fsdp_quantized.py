@@ -181,7 +181,7 @@ def in_shards(directory: Path, ckpt_path: Path | None, epochs: int) -> dict[str,
     return run(directory, Quantized("nf4-dq"), FSDPLoRAStrategy(**SHARDED), ckpt_path, epochs)
 
 
-def test_one_adapter_file_goes_from_nf4_in_shards_to_bf16_on_one_process(tmp_path: Path) -> None:
+def test_one_adapter_file_goes_from_nf4_in_shards_to_bf16_on_one_process_and_back(tmp_path: Path) -> None:
     first, *others = in_shards(tmp_path / "first", None, 1)
     for other in others:
         torch.testing.assert_close(other["after"], first["after"], **EXACT)
@@ -190,6 +190,8 @@ def test_one_adapter_file_goes_from_nf4_in_shards_to_bf16_on_one_process(tmp_pat
     path = tmp_path / "first" / "epoch=0.ckpt"
     second = run(tmp_path / "second", module, "auto", path, 2)
     torch.testing.assert_close(second["before"], first["after"], **EXACT)
+    for third in in_shards(tmp_path / "third", tmp_path / "second" / "epoch=1.ckpt", 3):
+        torch.testing.assert_close(third["before"], second["after"], **EXACT)
     # and NF4 on one process writes the file that four ranks write
     run(tmp_path / "alone", Quantized("nf4-dq"), "auto", None, 1)
     files = [torch.load(tmp_path / name / "epoch=0.ckpt", weights_only=True) for name in ("first", "alone")]

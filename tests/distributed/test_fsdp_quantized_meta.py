@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import FSDPLoRAStrategy, LoRAConfig, inject
+from lightning_lora.checkpoint.fingerprint import fingerprint
 from lightning_lora.distributed import sharding
 from lightning_lora.distributed.base_weights import materialize
 from lightning_lora.model.quantize import quantize
@@ -218,25 +219,17 @@ def test_three_steps_over_a_streamed_base_are_those_of_one_process(saved: Path, 
 
 
 @on_ranks(2)
-def test_every_value_is_shown_once_with_its_place(saved: Path) -> None:
-    model = empty(saved, "nf4-dq")
-    start(**EVERYTHING, base_weights=str(saved / "base")).setup(model)
-    found = {
-        name: torch.zeros(layer.quantized["weight"].shape.numel()) for name, layer in quantized_layers(model).items()
-    }
-
-    def see(name: str, values: Tensor, first: int, stride: int) -> None:
-        for run, row in enumerate(values):
-            place = slice(first + run * stride, first + run * stride + len(row))
-            found[name.removesuffix(".weight")][place] += row.float()
-
-    materialize(model, str(saved / "nf4-dq"), torch.device("cpu"), see)  # shows nothing: it is packed
-    assert not any(values.any() for values in found.values())
-    materialize(model, str(saved / "base"), torch.device("cpu"), see)
-    expected = odd_llama()
-    for name, values in found.items():
-        torch.distributed.all_reduce(values)
-        assert torch.equal(values, expected.get_submodule(name).weight.float().flatten())
+def test_a_streamed_base_is_known_by_the_values_on_disk(saved: Path) -> None:
+    for kind in KINDS:
+        expected = fingerprint(inject(odd_llama(), LoRAConfig(r=2)))
+        whole_base = fingerprint(inject(quantized(kind), LoRAConfig(r=2)))
+        model = empty(saved, kind)
+        start(**EVERYTHING, base_weights=str(saved / "base")).setup(model)
+        found = fingerprint(model)
+        assert dict(zip(found["names"], found["hashes"].tolist(), strict=True)) == dict(
+            zip(expected["names"], expected["hashes"].tolist(), strict=True)
+        )
+        assert found["packed"] == whole_base["packed"]
 
 
 LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 2048}
