@@ -14,10 +14,10 @@ from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.layers.quantized_state import ZERO_CODES, read_parts, scales_name
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.model.names import clean_name, joined
-from lightning_lora.ops.four_bit import BYTES
+from lightning_lora.ops.four_bit import BLOCK, BYTES
 from lightning_lora.ops.packed import Int8, PackedWeight, as_bytes
 from lightning_lora.ops.sample_hash import runs_hash
-from lightning_lora.ops.sharded import boxes, gathered_like, local_part, write
+from lightning_lora.ops.sharded import boxes, gathered_like, local_part
 
 _CHUNK = 2**16  # values that are read at once
 
@@ -50,11 +50,7 @@ class PackedTarget:
     @property
     def empty(self) -> PackedWeight:
         """The form, shape and dtype of the whole weight."""
-        held = self.module.quantized[self.name]
-        shape = list(held.shape)
-        if isinstance(self.module, SplitLinear):
-            shape[self.module.tp_dim] *= torch.distributed.get_world_size(self.module.tp_group)
-        return self.form({}, torch.Size(shape), held.dtype)
+        return self.module.whole_form(self.name)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -100,8 +96,21 @@ def fill_from_values(target: PackedTarget, source: Any) -> tuple[bool, Tensor]:
     own = torch.cat(scales) if scales else torch.empty(0)
     whole = gathered_like(own, parts["scales"]) if form.whole_parts else own
     for part, tensor in form.pack_scales(whole).items():
-        write(parts[part], tensor)
+        local_part(parts[part]).copy_(tensor if whole is own else _own(target, part, tensor))
     return bool(torch.isfinite(whole).all()), origin
+
+
+def _own(target: PackedTarget, part: str, whole: Tensor) -> Tensor:
+    """Return of a part of the whole weight what this rank holds."""
+    if part in target.form.whole_parts:
+        return whole
+    if target.cut is None:
+        first, stop = target.blocks
+        return whole[first:stop]
+    if target.form is Int8:
+        return whole[:, slice(*target.cut)] if part == "codes" else whole
+    begin, end = (column // BLOCK for column in target.cut)
+    return whole.view(target.empty.shape[0], -1, whole.shape[1])[:, begin:end].reshape(-1, whole.shape[1])
 
 
 def _chunks(target: PackedTarget, source: Any) -> Iterator[tuple[Tensor, int, int]]:
@@ -157,16 +166,14 @@ def fill_from_packed(target: PackedTarget, entries: Mapping[str, Any], name: str
     }
     described, parts = read_parts(target.empty, state, name), target.parts
     for part in target.form.whole_parts:
-        write(parts[part], described[part])
+        parts[part].copy_(described[part])
     begin, end = target.blocks if target.cut is None else (0, described["codes"].shape[0])
     codes, scales = _blocks_on_disk(target, entries[name], begin, end), entries[scales_key][begin:end]
     scales = scales[:, None] if scales.dtype == torch.uint8 else as_bytes(scales.float())
-    if target.cut is None:
-        local_part(parts["codes"]).copy_(codes)
-        local_part(parts["scales"]).copy_(scales)
-    else:
-        write(parts["codes"], codes)
-        write(parts["scales"], scales)
+    if target.cut is not None:
+        codes, scales = _own(target, "codes", codes), _own(target, "scales", scales)
+    local_part(parts["codes"]).copy_(codes)
+    local_part(parts["scales"]).copy_(scales)
 
 
 def _blocks_on_disk(target: PackedTarget, source: Any, begin: int, end: int) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, check_state, quantize_parameters
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.same_code import is_plain_linear
-from lightning_lora.model.families import output_head
+from lightning_lora.model.families import families_in, output_head
 from lightning_lora.model.matching import check_hits, hits
 from lightning_lora.model.names import clean_name, is_inside, listed
 from lightning_lora.model.trained_base import new_heads
@@ -139,6 +139,8 @@ def plan_quantization(
     check_kind(kind)
     modules = _modules(model)
     _check_not_foreign(modules)
+    for family in families_in(model):
+        family.check_quantization(model)
     for name, module in modules.items():
         if isinstance(module, QuantizedModule):
             raise ValueError(f"{name!r} is quantised: quantise a base once, from its floating-point weights")

@@ -35,11 +35,14 @@ class PackedWeight:
             and what belongs to the whole weight.
         shape: of the weight.
         dtype: that the weight had.
+        place: of a part of a weight, where its blocks lie in the whole: the first of them, how many lie together, and
+            how far it is from the first of those to the first of the next.
     """
 
     tensors: Mapping[str, Tensor]
     shape: torch.Size
     dtype: torch.dtype
+    place: tuple[int, int, int] | None = None
 
     kind: ClassVar[str]  # the word of ``quantize=``
     whole_parts: ClassVar[tuple[str, ...]] = ()  # names of the parts that belong to the whole weight
@@ -150,7 +153,7 @@ class NF4Double(NF4):
 
     def block_scales(self) -> Tensor:
         nested, offset = floats(self.tensors["nested"]), floats(self.tensors["offset"][None])
-        return dense_scales(self.tensors["scales"].view(-1), nested, offset)
+        return dense_scales(self.tensors["scales"].view(-1), nested, offset, self.place)
 
     def is_finite(self) -> bool:
         return bool(torch.isfinite(floats(self.tensors["offset"][None])).all())

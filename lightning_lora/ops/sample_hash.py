@@ -3,9 +3,12 @@
 A hash is a sum over the sampled elements, so that each rank can hash its own part of a sharded tensor.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lightning_lora.compat.distributed import is_striped
 from lightning_lora.ops.sharded import boxes, is_sharded, local_part, logical
 
 MULTIPLIER = 0x1E3779B97F4A7C15
@@ -74,6 +77,9 @@ def _inside(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     mine = torch.zeros_like(positions, dtype=torch.bool)
     place = torch.zeros_like(positions)
     local_shape = local_part(like).shape
+    placement = like.placements[0]  # type: ignore[attr-defined]  # a DTensor
+    if is_striped(placement):
+        return _inside_stripes(positions, like, placement)
     for box in boxes(like):
         own = [i - start for i, start in zip(torch.unravel_index(positions, like.shape), box.offset, strict=True)]
         here = torch.stack([(i >= 0) & (i < size) for i, size in zip(own, box.shape, strict=True)]).all(0)
@@ -82,3 +88,17 @@ def _inside(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
             flat = flat * size + i + start
         mine, place = mine | here, torch.where(here, flat, place)
     return mine, place[mine]
+
+
+def _inside_stripes(positions: Tensor, like: Any, placement: Any) -> tuple[Tensor, Tensor]:
+    """Return the same of a tensor of which this rank has a share of every stripe: of some, or of very many."""
+    coordinates = list(torch.unravel_index(positions, like.shape))
+    stripe = like.shape[placement.dim] // placement.split_factor
+    share = stripe // like.device_mesh.size()
+    along = coordinates[placement.dim]
+    mine = along % stripe // share == like.device_mesh.get_local_rank()
+    coordinates[placement.dim] = along // stripe * share + along % share
+    flat = torch.zeros_like(positions)
+    for coordinate, size in zip(coordinates, local_part(like).shape, strict=True):
+        flat = flat * size + coordinate
+    return mine, flat[mine]
