@@ -23,7 +23,7 @@ from lightning_lora.layers.dora import (
 )
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
-from lightning_lora.layers.read_weight import ReadWeight
+from lightning_lora.layers.read_weight import ReadWeight, check_not_stored
 from lightning_lora.layers.residual import ResidualConv1D, ResidualLinear, ResidualReadLinear
 from lightning_lora.layers.stored import stored_form
 
@@ -97,12 +97,7 @@ def read_mixin(mixin: type[LoRALayer], layer: nn.Module, reader: nn.Module) -> t
     weight = layer._parameters.get("weight")
     if weight is not None and not weight.is_floating_point():
         return mixin  # whoever reads it gets no matrix: the layer has to be called
-    if stored_form(layer) is not None:
-        raise ValueError(
-            f"{type(reader).__name__} reads its weight instead of calling it, which would leave the adapter out, and "
-            "this weight is stored in another form, which cannot include it: leave it out with exclude_modules, or "
-            "load it unquantised"
-        )
+    check_not_stored(layer)
     return mixin if weight is None else READ[mixin]
 
 
