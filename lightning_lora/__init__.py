@@ -25,6 +25,7 @@ from lightning_lora.model.loss import linear_cross_entropy
 from lightning_lora.model.merge import disabled, merge, merged, unmerge
 from lightning_lora.model.parameter_groups import parameter_groups
 from lightning_lora.model.plan import plan
+from lightning_lora.model.quantize import QuantizationPlan, quantize
 from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.peft.combine import combine
 from lightning_lora.peft.load import load_peft
@@ -43,6 +44,7 @@ __all__ = [
     "LoRAConfig",
     "MegatronLoRAStrategy",
     "Plan",
+    "QuantizationPlan",
     "adapter_checkpoint",
     "adapter_state_dict",
     "apply",
@@ -61,6 +63,7 @@ __all__ = [
     "named_adapter_parameters",
     "parameter_groups",
     "plan",
+    "quantize",
     "register_gated_mlp",
     "remove",
     "save_peft",

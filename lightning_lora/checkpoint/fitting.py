@@ -94,7 +94,7 @@ def fitting_tensors(
 
 
 def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> None:
-    """Raise ``ValueError`` where ``root`` is not the base whose fingerprint the file has; say if its form is another."""
+    """Raise ``ValueError`` where ``root`` is not the base that the file knows; say where it has another form."""
     found = compare_base(root, recorded)
     if found.values is not None:
         origin = f" ({recorded['source']})" if recorded["source"] else ""

@@ -71,7 +71,7 @@ def _codes(parameter: Tensor) -> Tensor:
 
 def _form(parameter: Any) -> str:
     """Return the name of another package's form: of bitsandbytes' weights that of their codes."""
-    kind: str = getattr(getattr(parameter, "quant_state", None), "quant_type", None)
+    kind: str | None = getattr(getattr(parameter, "quant_state", None), "quant_type", None)
     if kind is not None:
         return kind
     return type(parameter).__name__ if wraps_tensors(parameter) else dtype_name(parameter)

@@ -167,7 +167,9 @@ def dequantize_parameters(module: QuantizedModule) -> None:
         module.register_parameter(name, parameter)
 
 
-def check_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any) -> None:
+def check_state(
+    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any
+) -> None:
     """Check the packed weights of a state dict before ``load_state_dict`` copies anything: a hook of the model.
 
     Raises:
@@ -193,4 +195,4 @@ def num_parameters(model: nn.Module) -> int:
     holders = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     parts = {id(getattr(module, name)) for module in holders for name in module.part_names()}
     packed = sum(stored.shape.numel() for module in holders for stored in module.quantized.values())
-    return packed + sum(logical(p).numel() for p in model.parameters() if id(p) not in parts)
+    return packed + sum(int(logical(p).numel()) for p in model.parameters() if id(p) not in parts)

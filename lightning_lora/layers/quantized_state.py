@@ -28,7 +28,10 @@ def state_of(stored: PackedWeight, name: str) -> dict[str, Tensor]:
         codes = parts["codes"].view(torch.int8).view(stored.shape)
         return {name: codes, scales_name(name): floats(parts["scales"])}
     numel, device = stored.shape.numel(), stored.device
-    entries = {name: parts["codes"].reshape(-1, 1)[: -(-numel // 2)], f"{name}.quant_map": code_values("nf4", device).clone()}
+    entries = {
+        name: parts["codes"].reshape(-1, 1)[: -(-numel // 2)],
+        f"{name}.quant_map": code_values("nf4", device).clone(),
+    }
     facts: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": BLOCK,

@@ -100,7 +100,7 @@ def apply(decided: Plan) -> nn.Module:
     model, base = decided.model, decided.quantization
     if model is None or injection_of(model) is not None:
         raise ValueError(f"{decided.model_name} was adapted since it was planned: call remove on it, and plan anew")
-    quantization = {} if base is None else {"quantize": base.kind, "quantize_exclude": base.exclude}
+    quantization: dict[str, Any] = {} if base is None else {"quantize": base.kind, "quantize_exclude": base.exclude}
     if plan(model, decided.config, check_ranks=False, **quantization) != decided:
         raise ValueError(f"modules of {decided.model_name} were changed since it was planned: plan anew")
     _carry_out(decided)

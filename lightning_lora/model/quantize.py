@@ -17,6 +17,7 @@ from lightning_lora.model.families import output_head
 from lightning_lora.model.matching import check_hits, hits
 from lightning_lora.model.names import clean_name, is_inside, listed
 from lightning_lora.model.trained_base import new_heads
+from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.packed import FORMS
 from lightning_lora.ops.quantized import stored_as
 
@@ -45,7 +46,7 @@ class QuantizationPlan:
 
     def __str__(self) -> str:
         stay = "".join(
-            f"; not {listed([name for name, why in self.left_out.items() if why == reason])} ({reason})"
+            f"; as before: {listed([name for name, why in self.left_out.items() if why == reason])} ({reason})"
             for reason in dict.fromkeys(self.left_out.values())
         )
         return (
@@ -93,6 +94,7 @@ def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
         raise ValueError(f"{listed(bad)} hold NaN or infinity, which cannot be quantised: load a base without them")
     for name in decided.layers:
         quantize_parameters(modules[name], {"weight": decided.kind}, QuantizedLinear)
+    run_at_injection()
     model.register_load_state_dict_pre_hook(check_state)
     (compiled_module(model) or model).lora_quantization = decided  # type: ignore[assignment]  # a plain attribute
 
@@ -167,9 +169,10 @@ def plan_quantization(
 def _check_not_foreign(modules: Mapping[str, nn.Module]) -> None:
     """Raise ``ValueError`` for a base that another package has quantised, or will on its way to a device."""
     for name, module in modules.items():
-        settings: Any = getattr(getattr(module, "config", None), "quantization_config", None)
-        if settings is not None:
-            method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        method = getattr(
+            module, "quantization_method", None
+        )  # of transformers' models that it quantised as it built them
+        if method is not None:
             where, what = name or type(module).__name__, f"transformers' quantization_config ({method})"
             break
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None

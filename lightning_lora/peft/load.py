@@ -1,7 +1,7 @@
 """``load_peft``: load a PEFT directory into a model, after checking the base tensors that it holds."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lightning_lora.checkpoint.comparison import compare_base, first_other_value
 from lightning_lora.checkpoint.fingerprint import fingerprint, renamed
 from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
+from lightning_lora.config import Quantization
 from lightning_lora.model.families import Family, family_of, resize_advice
 from lightning_lora.model.inject import inject_anew, remove
 from lightning_lora.model.names import clean_name
@@ -30,6 +31,8 @@ def load_peft(
     check_base: bool = True,
     component: str | None = None,
     on_nonfinite: OnNonfinite = "error",
+    quantize: Quantization | None = None,
+    quantize_exclude: str | Sequence[str] | None = None,
 ) -> nn.Module:
     """Adapt ``model`` as a PEFT directory describes, in place, and load its tensors. Returns the same object.
 
@@ -42,6 +45,7 @@ def load_peft(
             such as ``"unet"`` or ``"text_encoder"``; not needed where it holds one.
         check_base: compare the model with the fingerprint of the base that :func:`save_peft` left in the file.
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
+        quantize, quantize_exclude: quantise the base first, as in :func:`~lightning_lora.inject`.
 
     Raises:
         FileNotFoundError: the directory, its config or its tensors are missing.
@@ -59,20 +63,22 @@ def load_peft(
     family = family_of(model)
     skeleton = None if family is None else family.skeleton(model)
     if family is not None and skeleton is not None:
+        if quantize is not None:
+            raise ValueError(f"quantize={quantize!r} is not supported for {type(model).__name__}: leave it out")
         _load_by_skeleton(model, family, skeleton, adapter, recorded)
     else:
-        _load(model, adapter, recorded)
+        _load(model, adapter, recorded, quantize=quantize, quantize_exclude=quantize_exclude)
     return model
 
 
-def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -> None:
+def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None, **quantization: Any) -> None:
     """Check that the adapter fits, adapt the model as it says, and copy its tensors."""
     modules = {clean_name(name): module for name, module in model.named_modules()}
     _set_copies_apart(adapter, modules)
     _check_ties(model, adapter, modules)
     tensors = named_by_layer(adapter, modules, model)
     tails = _check_trained(model, adapter)
-    inject_anew(model, settings_of(model, adapter, tensors, modules), check_ranks=False)
+    inject_anew(model, settings_of(model, adapter, tensors, modules), check_ranks=False, **quantization)
     untold = _untrained_values(model, adapter)
     if untold:
         remove(model)

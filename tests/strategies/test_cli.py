@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRACallback, LoRAConfig, named_adapter_parameters
+from lightning_lora.model.quantize import quantization_of
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer
 
@@ -67,6 +68,17 @@ def test_yaml_configures_the_callback_and_is_written_back(tmp_path: Path, monkey
     written = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]["trainer"]["callbacks"][0]
     again = yaml.safe_load(CONFIG)["trainer"]["callbacks"][0]
     assert written["class_path"] == again["class_path"]
+    assert again["init_args"].items() <= written["init_args"].items()
+
+
+def test_yaml_quantises_the_base_and_is_written_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = CONFIG + "        quantize: nf4-dq\n        quantize_exclude: [o_proj]\n"
+    (tmp_path / "input.yaml").write_text(text + f"  default_root_dir: {tmp_path}\n")
+    cli = command(tmp_path, monkeypatch, ["fit", "--config", "input.yaml"])
+    base = quantization_of(cli.model.model)
+    assert (base.kind, base.exclude, len(base.layers)) == ("nf4-dq", ("o_proj",), 12)
+    written = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]["trainer"]["callbacks"][0]
+    again = yaml.safe_load(text)["trainer"]["callbacks"][0]
     assert again["init_args"].items() <= written["init_args"].items()
 
 
