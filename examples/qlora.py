@@ -1,7 +1,7 @@
 """QLoRA: train over a base in 4 bits, without bitsandbytes and on any device, and go on over the base as it was.
 
-What makes it QLoRA is one argument, ``LoRACallback(quantize="nf4-dq")``; the LightningModule and the LightningDataModule
-are the quickstart's. The file holds the adapter alone, so that the second half of the run may use the base in 32 bits.
+What makes it QLoRA is one argument, ``LoRACallback(quantize="nf4-dq")``; the LightningModule and the data are the
+quickstart's. The file holds the adapter alone, so that the second half of the run may use the base in 32 bits.
 """
 
 import argparse
@@ -60,7 +60,9 @@ def new_trainer(options: argparse.Namespace, max_steps: int, quantize: str | Non
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quantize", choices=["nf4", "nf4-dq", "int8"], default="nf4-dq", help="form of the base (nf4-dq)")
+    parser.add_argument(
+        "--quantize", choices=["nf4", "nf4-dq", "int8"], default="nf4-dq", help="form of the base (nf4-dq)"
+    )
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps over each form of the base (16)")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("outputs") / "qlora")
     parser.add_argument("--tiny", action="store_true", help="random Llama of 2 layers: offline, in seconds")

@@ -52,11 +52,15 @@ class Report:
 
     def sizes(self, num_base: int, model: nn.Module, checkpoint: Path, weights: Path) -> None:
         adapters = [parameter for _, parameter in named_adapter_parameters(model)]
-        trainable, trained_bytes = (sum(values) for values in zip(*((p.numel(), p.nbytes) for p in adapters), strict=True))
+        trainable, trained_bytes = (
+            sum(values) for values in zip(*((p.numel(), p.nbytes) for p in adapters), strict=True)
+        )
         total, base_bytes = num_base + trainable, sum(p.nbytes for p in model.parameters()) - trained_bytes
         table = Table("", "parameters", "in memory", "file", "size")
         table.add_row("base, frozen", f"{num_base:,}", size(base_bytes), weights.name, megabytes(weights))
-        table.add_row("adapters, trained", f"{trainable:,}", size(trained_bytes), checkpoint.name, megabytes(checkpoint))
+        table.add_row(
+            "adapters, trained", f"{trainable:,}", size(trained_bytes), checkpoint.name, megabytes(checkpoint)
+        )
         self.console.print(table)
         self.console.print(
             f"{trainable / total:.1%} of all parameters train; the checkpoint holds their Adam moments too."

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, adapter_checkpoint, inject, load_adapter_state_dict, load_peft, quantize, save_peft
+from lightning_lora import (
+    LoRAConfig,
+    adapter_checkpoint,
+    inject,
+    load_adapter_state_dict,
+    load_peft,
+    quantize,
+    save_peft,
+)
 from lightning_lora.checkpoint.fingerprint import fingerprint
 from tests import models
 
@@ -51,12 +59,11 @@ def _logged(caplog: pytest.LogCaptureFixture):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_hashes_are_those_of_the_weights_that_were_quantised(kind: str, dtype: torch.dtype) -> None:
-    model, packed = base(), base(dtype=dtype)
-    quantize(packed, kind)
-    for one in (model, packed):
-        one.requires_grad_(False)
-    expected, found = (dict(zip(f["names"], f["hashes"].tolist(), strict=True)) for f in map(fingerprint, (model, packed)))
+    model, packed = adapted(base()), adapted(base(dtype=dtype), kind)
+    prints = [fingerprint(one) for one in (model, packed)]
+    expected, found = (dict(zip(one["names"], one["hashes"].tolist(), strict=True)) for one in prints)
     assert found == expected
+    assert len(found) == len(models.llama().state_dict())
 
 
 @pytest.mark.parametrize(
@@ -141,11 +148,11 @@ class TestWhereTheWeightsWereNeverSeen:
 
         def theirs(seed: int) -> nn.Module:
             torch.manual_seed(seed)
-            layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compress_statistics=double)
+            layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=double)
             return inject(nn.Sequential(layer.to("cpu")), CONFIG)
 
         torch.manual_seed(0)
-        ours = nn.Sequential(nn.Linear(64, 64))
+        ours = nn.Sequential(nn.Linear(64, 64, bias=False))
         saved = adapter_checkpoint(inject(ours, CONFIG, quantize="nf4"))
         load_adapter_state_dict(theirs(0), saved)
         with pytest.raises(ValueError, match="'0.weight' holds other values"):

@@ -14,7 +14,6 @@ from tests.distributed.training import (
     PROMPTS,
     STEP_TOLERANCE,
     Recorded,
-    alone,
     fit,
     rank_of,
     state,
@@ -47,8 +46,8 @@ def trained(directory: Path | None, strategy: str = "ddp", *, wrong: bool = Fals
 
 
 @pytest.fixture(scope="module")
-@on_ranks()
-def two(directory: Path, num_ranks: int = 2) -> dict[str, Any]:
+@on_ranks(2)
+def two(directory: Path) -> dict[str, Any]:
     return trained(directory / "two")
 
 
@@ -79,13 +78,13 @@ def test_the_file_is_that_of_one_process(two: list[Any], one: dict[str, Any], di
     assert bases[0] == bases[1]
 
 
-@on_ranks()
-def test_a_rank_with_other_weights_gets_those_of_rank_0(one: dict[str, Any], num_ranks: int = 2) -> None:
+@on_ranks(2)
+def test_a_rank_with_other_weights_gets_those_of_rank_0(one: dict[str, Any]) -> None:
     torch.testing.assert_close(trained(None, wrong=True)["packed"], one["packed"], **EXACT)
 
 
-@on_ranks()
-def test_a_resume_is_bit_exact(directory: Path, two: list[Any], num_ranks: int = 2) -> None:
+@on_ranks(2)
+def test_a_resume_is_bit_exact(directory: Path, two: list[Any]) -> None:
     straight = trained(None, max_epochs=2)
     resumed = trained(None, max_epochs=2, ckpt_path=directory / "two" / "epoch=0.ckpt")
     assert resumed["losses"] == straight["losses"][4:]

@@ -10,8 +10,8 @@ from torch import nn
 from lightning_lora import LoRAConfig, Plan, apply, disabled, inject, plan, quantize, remove
 from lightning_lora.layers.quantized import QuantizedLinear, num_parameters
 from tests import models
-from tests.models import fill_adapters
 from tests.model.small import run
+from tests.models import fill_adapters
 
 KINDS = ["nf4", "nf4-dq", "int8"]
 CONFIG = LoRAConfig(r=4)
@@ -129,15 +129,12 @@ def test_a_plan_is_refused_for_a_model_that_was_quantised_since():
 def test_a_base_in_4_bits_takes_less_than_028_of_bfloat16(shape):
     from transformers import LlamaConfig
 
-    sizes = {
-        "SmolLM2-135M": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                             num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
-        "Llama-3.1-8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                             num_key_value_heads=8, vocab_size=128256),
-    }  # fmt: skip
-    model = on_meta(LlamaConfig(**sizes[shape])).to(torch.bfloat16)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    small, large = (576, 1536, 30, 9, 3), (4096, 14336, 32, 32, 8)
+    sizes = dict(zip(names, small if shape == "SmolLM2-135M" else large, strict=True))
+    model = on_meta(LlamaConfig(**sizes)).to(torch.bfloat16)
     decided = plan(model, CONFIG, quantize="nf4-dq").quantization
-    assert len(decided.layers) == 7 * sizes[shape]["num_hidden_layers"]
+    assert len(decided.layers) == 7 * sizes["num_hidden_layers"]
     assert decided.bytes_before == 2 * sum(model.get_submodule(n).weight.numel() for n in decided.layers)
     quantize(model, "nf4-dq")
     held = sum(getattr(model.get_submodule(n), part).nbytes for n in decided.layers
@@ -223,7 +220,9 @@ class TestBadInput:
     def test_a_layer_of_bitsandbytes(self):
         bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         model = nn.Sequential(nn.Linear(64, 64), bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu"))
-        with pytest.raises(ValueError, match="'1' is quantised already, by Linear4bit of bitsandbytes, stored as torch.uint8"):
+        with pytest.raises(
+            ValueError, match="'1' is quantised already, by Linear4bit of bitsandbytes, stored as torch.uint8"
+        ):
             inject(model, CONFIG, quantize="nf4")
         assert type(model[0]) is nn.Linear
 

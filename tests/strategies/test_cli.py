@@ -178,7 +178,7 @@ def test_an_optimizer_and_scheduler_of_the_command_line_train_the_adapters(
     def run(*more: str) -> LightningCLI:
         arguments = [f"--model={__name__}.{name}", *ARGUMENTS, f"--trainer.default_root_dir={tmp_path}", *more]
         arguments += ["--model.layers=2"] if name == "Chosen" else []
-        optimizer = ["--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=StepLR"]
+        optimizer = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", "--lr_scheduler=StepLR"]
         schedule = ["--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
         return LightningCLI(
             Base, Data, subclass_mode_model=True, seed_everything_default=0, args=["fit", *arguments, *optimizer, *schedule],
@@ -214,7 +214,7 @@ def test_an_optimizer_with_state_from_the_start_and_a_plateau_are_built_for_the_
         val_dataloader = train_dataloader
 
     monkeypatch.setattr(sys, "argv", ["cli"])
-    more = ["--optimizer=Adagrad", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
+    more = ["--optimizer=torch.optim.Adagrad", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
     cli = LightningCLI(
         Validated, seed_everything_default=0, args=["fit", *ARGUMENTS, f"--trainer.default_root_dir={tmp_path}", *more]
     )
@@ -224,7 +224,7 @@ def test_an_optimizer_with_state_from_the_start_and_a_plateau_are_built_for_the_
 
 def test_without_adapters_the_command_line_is_lightnings_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["cli"])
-    arguments = ["fit", *ARGUMENTS[:-2], f"--trainer.default_root_dir={tmp_path}", "--optimizer=SGD"]
+    arguments = ["fit", *ARGUMENTS[:-2], f"--trainer.default_root_dir={tmp_path}", "--optimizer=torch.optim.SGD"]
     cli = LightningCLI(Plain, Data, seed_everything_default=0, args=arguments)
     (optimizer,) = cli.trainer.optimizers
     assert cli.model.configure_optimizers() is optimizer

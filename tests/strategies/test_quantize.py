@@ -49,14 +49,13 @@ def test_a_run_quantises_the_base_trains_and_says_so(tmp_path, kind, build, capl
 
 
 def test_the_losses_are_those_of_a_run_over_the_dense_values(tmp_path) -> None:
-    module, dense = LanguageModule(), LanguageModule()
-    quantize(dense.model, "nf4")
-    values = {n: getattr(dense.model.get_submodule(n.rpartition(".")[0]), "weight") for n in LanguageModule().model.state_dict()}
-    dense = LanguageModule()
-    dense.model.load_state_dict(values)
+    module, dense, packed = LanguageModule(), LanguageModule(), LanguageModule().model
+    quantize(packed, "nf4")
+    names = dense.model.state_dict()
+    dense.model.load_state_dict({name: packed.get_submodule(name.removesuffix(".weight")).weight for name in names})
     run(tmp_path, module)
     run(tmp_path, dense, quantize=None)
-    torch.testing.assert_close(module.losses, dense.losses)
+    torch.testing.assert_close(module.losses, dense.losses, rtol=1e-5, atol=0.0)  # other order of sums
 
 
 def test_the_same_callback_serves_every_stage_and_trainer(tmp_path) -> None:
@@ -130,7 +129,9 @@ def test_a_resume_over_another_form_says_what_changed_in_one_line(tmp_path, capl
 def test_init_from_quantises_the_base_first(tmp_path, source, caplog) -> None:
     _, before = fitted(tmp_path, save_peft=True)
     module = LanguageModule()
-    trainer(tmp_path, LoRACallback(init_from=str(tmp_path / source), quantize="nf4")).test(module, loader(), verbose=False)
+    trainer(tmp_path, LoRACallback(init_from=str(tmp_path / source), quantize="nf4")).test(
+        module, loader(), verbose=False
+    )
     assert form(module) == "nf4"
     assert same_adapters(module, before)
     assert any("trained over float32, loaded over nf4" in line for line in lines(caplog))
