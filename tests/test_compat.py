@@ -606,6 +606,7 @@ def test_experts_of_transformers_say_how_they_compute() -> None:
     assert transformers.experts_implementation(SimpleNamespace(_experts_implementation="grouped_mm")) == "grouped_mm"
     experts = Qwen3MoeExperts(config)
     assert transformers.experts_gate(experts)(torch.ones(1, 4)).shape == (1, 2)
+    assert transformers.experts_have_gate(experts)
 
 
 def test_megatron_core_has_what_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
