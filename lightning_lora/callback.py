@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.model.base_form import check_kind
 from lightning_lora.model.families import find_root, let_gradients_through_checkpointed_blocks
 from lightning_lora.model.parameter_groups import check_number
-from lightning_lora.model.quantize import check_kind
 from lightning_lora.model.side_effects import freeze_statistics
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import is_merged, named_lora_layers, require_injection

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.quantized import num_parameters
+from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.matching import is_all_linear, left_out_towers
 from lightning_lora.model.names import clean_name, is_inside, joined, listed, named_modules
-from lightning_lora.model.quantize import quantization_of
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import (
     injected_roots,

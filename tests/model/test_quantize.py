@@ -272,6 +272,29 @@ class TestStates:
         other.load_state_dict(base)
         torch.testing.assert_close(run(model), run(inject(other, LoRAConfig(r=4, use_dora=dora), quantize=kind)))
 
+    def test_the_adapter_alone(self):
+        model, other = (inject(models.llama(), CONFIG, quantize="nf4-dq") for _ in range(2))
+        fill_adapters(other)
+        model.load_state_dict({name: value for name, value in other.state_dict().items() if ".lora_" in name})
+        assert torch.equal(run(model), run(other))
+
+    @pytest.mark.parametrize("assign", [False, True])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_model_on_meta_is_filled_from_either(self, assign, packed):
+        source = models.llama()
+        model = on_meta(source.config)
+        inject(model, CONFIG, quantize="nf4-dq")
+        if not assign:
+            model.to_empty(device="cpu")
+        reference = models.llama()
+        quantize(reference, "nf4-dq")
+        model.load_state_dict((reference if packed else source).state_dict(), assign=assign)
+        for name, buffer in reference.named_buffers():  # rotary frequencies, which no state dict holds
+            if "rotary" in name:
+                owner, _, local = name.rpartition(".")
+                setattr(model.get_submodule(owner), local, buffer)
+        assert torch.equal(run(model), run(reference))
+
     @pytest.mark.parametrize("adapted", [False, True])
     @pytest.mark.parametrize(
         ("damage", "match"),

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lightning_lora import LoRAConfig, inject, quantize
+from lightning_lora import LoRAConfig, disabled, inject, quantize
 from tests import models
 from tests.model.small import run
 
@@ -82,3 +82,12 @@ def test_an_adapted_model_is_refused_as_over_a_float_base(tmp_path: Path) -> Non
     model = inject(models.llama(), LoRAConfig(r=2), quantize="nf4")
     with pytest.raises(ValueError, match="save_peft"):
         model.save_pretrained(tmp_path)
+
+
+def test_inside_disabled_the_quantised_base_is_written(tmp_path: Path) -> None:
+    model = inject(llama(), LoRAConfig(r=2), quantize="nf4-dq", quantize_exclude=["o_proj"])
+    models.fill_adapters(model)
+    with disabled(model):
+        model.save_pretrained(tmp_path)
+        expected = run(model)
+    torch.testing.assert_close(run(theirs(tmp_path)), expected)

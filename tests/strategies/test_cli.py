@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRACallback, LoRAConfig, named_adapter_parameters
-from lightning_lora.model.quantize import quantization_of
+from lightning_lora.model.base_form import quantization_of
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer
 
