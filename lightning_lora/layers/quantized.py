@@ -16,7 +16,7 @@ from lightning_lora.layers.quantized_state import check_entries, read_parts, sca
 from lightning_lora.ops.linear import autocast_dtype
 from lightning_lora.ops.packed import FORMS, PackedWeight, stored_linear
 from lightning_lora.ops.sample_hash import dtype_name, sample_hash
-from lightning_lora.ops.sharded import logical
+from lightning_lora.ops.sharded import is_sharded, logical
 
 ROW_PARTS = ("codes", "scales")  # parts whose first dimension counts blocks: FSDP2 shards them
 
@@ -87,7 +87,7 @@ class QuantizedModule(SwappedModule):
             value = state_dict.get(prefix + name)
             parts = read_parts(empty, state_dict, prefix + name)
             state_dict |= {f"{prefix}{name}_{part}": tensor for part, tensor in parts.items()}
-            if parts and not _same_values(getattr(self, f"{name}_codes"), parts["codes"]):
+            if not all(_same_values(getattr(self, f"{name}_{part}"), tensor) for part, tensor in parts.items()):
                 self.origins.pop(name, None)
             if parts and value.is_floating_point():
                 self.origins |= _origin_of(name, value)
@@ -132,7 +132,8 @@ def _origin_of(name: str, weight: Tensor) -> dict[str, tuple[int, str]]:
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    return not one.is_meta and not other.is_meta and torch.equal(one, other.to(one.device))
+    is_whole = not (one.is_meta or other.is_meta or is_sharded(one) or is_sharded(other))
+    return is_whole and torch.equal(one, other.to(one.device))
 
 
 def hold(

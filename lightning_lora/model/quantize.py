@@ -61,6 +61,7 @@ def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
     """
     if quantization_of(model) is not None:
         return
+    model = compiled_module(model) or model
     modules = _modules(model)
     bad = [name for name in decided.layers if not _is_finite(modules[name])]
     if bad:
@@ -69,7 +70,7 @@ def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
         quantize_parameters(modules[name], {"weight": decided.kind}, QuantizedLinear)
     run_at_injection()
     model.register_load_state_dict_pre_hook(check_state)
-    (compiled_module(model) or model).lora_quantization = decided  # type: ignore[assignment]  # a plain attribute
+    model.lora_quantization = decided  # type: ignore[assignment]  # a plain attribute
 
 
 def check_packed_last(model: nn.Module) -> None:

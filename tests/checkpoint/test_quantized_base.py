@@ -139,6 +139,17 @@ class TestWhereTheWeightsWereNeverSeen:
         model.load_state_dict(model.state_dict())
         load_adapter_state_dict(adapted(base()), adapter_checkpoint(model))
 
+    def test_a_load_of_the_same_codes_with_other_scales_forgets_it(self) -> None:
+        model, twice = base(), base()
+        for parameter in twice.parameters():
+            parameter.data.mul_(2)
+        for one in (model, twice):
+            quantize(one, "nf4")
+        model.load_state_dict(twice.state_dict())
+        base_of = adapter_checkpoint(adapted(model))["lightning_lora"]["adapters"][0]["base"]
+        assert not any("_proj" in name for name in base_of["names"])
+        assert sum("_proj" in name for name in base_of["packed"]) == 14
+
     def test_double_quantisation_has_the_codes_of_plain(self) -> None:
         load_adapter_state_dict(adapted(codes_only("nf4-dq")), adapter_checkpoint(adapted(codes_only("nf4"))))
 
