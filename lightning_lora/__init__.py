@@ -19,10 +19,12 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse.gated_mlp import register_gated_mlp
 from lightning_lora.megatron.models import gpt_model
 from lightning_lora.megatron.weights import load_hf_weights
+from lightning_lora.model.disabled import disabled
 from lightning_lora.model.inject import apply, inject, remove
 from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.loss import linear_cross_entropy
-from lightning_lora.model.merge import disabled, merge, merged, unmerge
+from lightning_lora.model.merge import merge, merge_receipt, merged, unmerge
+from lightning_lora.model.merge_receipt import LayerReceipt, MergeReceipt
 from lightning_lora.model.parameter_groups import parameter_groups
 from lightning_lora.model.plan import plan
 from lightning_lora.model.state import named_adapter_parameters
@@ -39,9 +41,11 @@ __version__ = "0.1.0"
 __all__ = [
     "FSDPLoRAStrategy",
     "LayerPlan",
+    "LayerReceipt",
     "LoRACallback",
     "LoRAConfig",
     "MegatronLoRAStrategy",
+    "MergeReceipt",
     "Plan",
     "adapter_checkpoint",
     "adapter_state_dict",
@@ -57,6 +61,7 @@ __all__ = [
     "load_hf_weights",
     "load_peft",
     "merge",
+    "merge_receipt",
     "merged",
     "named_adapter_parameters",
     "parameter_groups",
