@@ -50,6 +50,11 @@ class Former:
         _sort(module, self.order)
 
 
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' linear layers."""
+    return _bitsandbytes_base(type(module)) is not None
+
+
 def stored_names(module: nn.Module) -> list[str]:
     """Return the names of the weights that a module itself stores in another form."""
     packed = list(module.quantized) if isinstance(module, QuantizedModule) else []
