@@ -50,8 +50,8 @@ def check_steps_on_parts(optimizer: Optimizer) -> None:
     if packer(optimizer) is not None:
         raise ValueError(
             f"{type(optimizer).__name__} keeps its state in blocks of 8 or 4 bits, and some of what it trains is "
-            "spread over ranks, where such a state cannot be gathered into a file: keep what trains whole on every rank "
-            "(shard_adapters=False, fewer modules_to_save), or take AdamW"
+            "spread over ranks, where such a state cannot be gathered into a file: keep what trains whole on every "
+            "rank (shard_adapters=False, fewer modules_to_save), or take AdamW"
         )
     with isolate_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
