@@ -14,7 +14,7 @@ from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.model.families import output_head
 from lightning_lora.model.matching import check_hits, hits
-from lightning_lora.model.names import clean_name, is_inside_any, listed
+from lightning_lora.model.names import clean_name, is_inside_any, joined, listed
 from lightning_lora.model.trained_base import new_heads
 from lightning_lora.ops.packed import FORMS
 from lightning_lora.ops.quantized import stored_as
@@ -29,7 +29,7 @@ class QuantizationPlan:
     Attributes:
         kind: ``"nf4"``, ``"nf4-dq"`` or ``"int8"``.
         layers: names of the layers, in the order of the model.
-        left_out: linear layers that stay as they are, each with the reason.
+        left_out: linear layers, and stacks of experts' matrices, that stay as they are, each with the reason.
         bytes_before: of the layers' weights.
         bytes_after: of their packed parts.
     """
@@ -54,7 +54,7 @@ class QuantizationPlan:
 def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> QuantizationPlan:
     """Quantise the linear layers of ``model`` in place: each holds packed bytes that are made dense when it is used.
 
-    Left as they are: the output head, new task heads, routers of experts, weights that two modules share, layers whose
+    Left as they are: fused experts, which are 3-D parameters of a module, the output head, new task heads, routers of experts, weights that two modules share, layers whose
     weight another module reads, and what ``exclude`` names. Codes and bytes are those of bitsandbytes, which need not
     be installed; :meth:`torch.nn.Module.state_dict` has its keys, and ``load_state_dict`` takes them and floating-point
     weights.
@@ -97,6 +97,7 @@ def plan_quantization(
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     left_out = {name: why for name in linear if (why := _reason(model, modules, name, exclude)) is not None}
     layers = tuple(name for name in linear if name not in left_out)
+    left_out |= _stacks(modules)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantise" + (f": {left_out}" if left_out else "")
@@ -134,6 +135,16 @@ def _reason(model: nn.Module, modules: Mapping[str, nn.Module], name: str, exclu
     if isinstance(modules.get(parent), nn.MultiheadAttention) or reader_of(modules, name) is not None:
         return "another module reads its weight"
     return None
+
+
+def _stacks(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the parameters that stack the matrices of several experts, each with the reason why it is left."""
+    return {
+        joined(name, local): "stack of experts' matrices"
+        for name, module in modules.items()
+        for local, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and not type(module).__module__.startswith("torch.nn.")
+    }
 
 
 def _paths(name: str) -> list[str]:
