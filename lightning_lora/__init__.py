@@ -18,6 +18,7 @@ from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dic
 from lightning_lora.checkpoint.fitting import load_adapter_state_dict
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse.gated_mlp import register_gated_mlp
+from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.megatron.models import gpt_model
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.model.disabled import disabled
@@ -69,6 +70,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "register_gated_mlp",
+    "register_stored_weight",
     "remove",
     "save_peft",
     "unmerge",

@@ -1,10 +1,9 @@
-"""Read weights that are stored in another form than plain numbers, put plain parameters in their place, and back.
+"""Put plain parameters in the place of weights that are stored in another form, and put those back.
 
-These are the packed weights of :class:`QuantizedModule`, bitsandbytes' linear layers, and tensors that wrap others and
-can ``dequantize`` (torchao's).
+The forms are those of :mod:`lightning_lora.layers.stored` where the layer is a linear one without them: the packed
+weights of :class:`QuantizedModule`, bitsandbytes' layers, torchao's weights.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.compat.bitsandbytes import unpack_from_cpu_format
 from lightning_lora.layers.class_swap import class_of, recipe
 from lightning_lora.layers.quantized import ROW_PARTS, QuantizedLinear, QuantizedModule
+from lightning_lora.layers.stored import stored_form
 from lightning_lora.ops.packed import PackedWeight
-from lightning_lora.ops.quantized import wraps_tensors
 from lightning_lora.ops.sharded import is_dtensor, logical
+from lightning_lora.ops.stored import StoredWeight
 
 _BITSANDBYTES = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
+_OF_FORMS = ("quantized", "origins", "lora_stored")  # what a module keeps about the forms of its weights
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Former:
     stored: Any  # a PackedWeight on CPU, or the parameter
     parents: Any  # of the module's class
     order: tuple[str, ...]  # of its parameters
+    attributes: dict[str, Any]  # that the module kept about its forms
 
     def put_back(self) -> None:
         """Give the module the stored weight and its class back, on the device of what stood in their place."""
@@ -43,6 +44,7 @@ class Former:
         else:
             del module._parameters[name]
         module.__class__ = class_of(self.parents)
+        module.__dict__.update(self.attributes)
         if isinstance(self.stored, PackedWeight):
             _hold_parts(module, name, self.stored.to(device))
         else:
@@ -58,59 +60,41 @@ def is_bitsandbytes(module: nn.Module) -> bool:
 def stored_names(module: nn.Module) -> list[str]:
     """Return the names of the weights that a module itself stores in another form."""
     packed = list(module.quantized) if isinstance(module, QuantizedModule) else []
-    own = [name for name, parameter in module._parameters.items() if parameter is not None]
-    return packed + [name for name in own if stored_kind(module, name) is not None]
+    return packed or [name for name in ("weight",) if _handle(module, name) is not None]
 
 
 def stored_kind(module: nn.Module, name: str) -> str | None:
-    """Return the form that a weight is stored in and can be read from; ``None`` for a plain parameter, or none."""
-    if isinstance(module, QuantizedModule) and name in module.quantized:
-        return module.quantized[name].kind
-    weight: Any = module._parameters.get(name)
-    if weight is None or is_dtensor(weight):
-        return None
-    if name == "weight" and _bitsandbytes_base(type(module)) is not None and not weight.is_floating_point():
-        return str(getattr(getattr(weight, "quant_state", None), "quant_type", "int8"))
-    is_wrapper = wraps_tensors(weight) and callable(getattr(weight, "dequantize", None))
-    return type(weight).__name__ if is_wrapper else None
+    """Return the form that a weight is stored in, in a word; ``None`` for a plain parameter, or none."""
+    handle: Any = _handle(module, name)
+    return None if handle is None else str(getattr(handle, "kind", type(module._parameters.get(name)).__name__))
 
 
 def weight_dtype(module: nn.Module, name: str) -> torch.dtype:
     """Return the dtype of a weight, or the one that it had before it was stored in another form."""
-    if isinstance(module, QuantizedModule) and name in module.quantized:
-        return module.quantized[name].dtype
-    weight: Any = module._parameters[name]
-    if weight.is_floating_point():
-        dtype: torch.dtype = weight.dtype
-        return dtype
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        return state.dtype  # type: ignore[no-any-return]
-    bias = module._parameters.get("bias")
-    return torch.float16 if bias is None else bias.dtype  # LLM.int8's own
+    handle = _handle(module, name)
+    if handle is None:
+        return module._parameters[name].dtype  # type: ignore[union-attr]  # it is there
+    if is_bitsandbytes(module) and stored_kind(module, name) == "int8":
+        bias = module._parameters.get("bias")
+        return torch.float16 if bias is None else bias.dtype  # LLM.int8's own
+    return handle.dtype
 
 
 def weight_shape(module: nn.Module, name: str) -> torch.Size:
     """Return the shape of a weight, also of one that is stored in another form."""
-    if isinstance(module, QuantizedModule) and name in module.quantized:
-        return module.quantized[name].shape
-    weight: Any = module._parameters[name]
-    state = getattr(weight, "quant_state", None)
-    return logical(weight).shape if state is None else torch.Size(state.shape)
+    handle = _handle(module, name)
+    shape: torch.Size = logical(module._parameters[name]).shape if handle is None else handle.shape
+    return shape
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
     """Return the values of a weight, plain or stored in another form, in float32 or wider."""
-    if isinstance(module, QuantizedModule) and name in module.quantized:
-        return module.stored(name).dense(_wide(module.quantized[name].dtype))
-    weight: Any = module._parameters[name]
-    if stored_kind(module, name) is None:
-        plain: Tensor = weight.detach()
-    elif wraps_tensors(weight) and callable(getattr(weight, "dequantize", None)):
-        plain = weight.detach().dequantize()
-    else:
-        plain = _bitsandbytes_dense(module, weight)
-    return plain.to(_wide(plain.dtype))
+    handle = _handle(module, name)
+    if handle is not None:
+        return handle.dense(torch.promote_types(handle.dtype, torch.float32))
+    weight = module._parameters[name]
+    assert weight is not None
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def put_plain(module: nn.Module, name: str, values: Tensor) -> Former:
@@ -141,27 +125,43 @@ def plain_base(cls: type) -> type:
 @contextmanager
 def reading(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Let a module's code read other values of its own parameters inside the block."""
-    former = dict(module._parameters)
+    former, attributes = dict(module._parameters), {name: module.__dict__.pop(name) for name in _kept(module)}
     module._parameters.update({n: nn.Parameter(value, requires_grad=False) for n, value in values.items()})
     try:
         yield
     finally:
         module._parameters.clear()
         module._parameters.update(former)
+        module.__dict__.update(attributes)
+
+
+def _kept(module: nn.Module) -> list[str]:
+    return [name for name in _OF_FORMS if name in module.__dict__]
+
+
+def _handle(module: nn.Module, name: str) -> StoredWeight | None:
+    """Return what makes a weight dense; ``None`` for a plain parameter, or none."""
+    if isinstance(module, QuantizedModule):
+        return module.stored(name) if name in module.quantized else None
+    weight = module._parameters.get(name)
+    if name != "weight" or weight is None or is_dtensor(weight):
+        return None
+    form = stored_form(module)
+    return None if form is None else form.read(module)
 
 
 def _take(module: nn.Module, name: str) -> Former:
     """Take a stored weight out of a module, which gets the class that it has with plain weights only."""
-    parents, order = recipe(type(module)), tuple(module._parameters)
+    former = Former(module, name, None, recipe(type(module)), tuple(module._parameters), {})
     if isinstance(module, QuantizedModule) and name in module.quantized:
-        former = Former(module, name, module.stored(name).to(torch.device("cpu")), parents, order)
+        former.stored = module.stored(name).to(torch.device("cpu"))
         _drop_parts(module, name)
         if module.quantized:
             return former
-        del module.__dict__["quantized"]
     else:
-        former = Former(module, name, module._parameters.pop(name), parents, order)
-    module.__class__ = class_of(_plain(parents))
+        former.stored = module._parameters.pop(name)
+    former.attributes = {one: module.__dict__.pop(one) for one in _kept(module)}
+    module.__class__ = class_of(_plain(former.parents))
     return former
 
 
@@ -202,20 +202,3 @@ def _with_mixin(parents: Any) -> Any:
 def _bitsandbytes_base(cls: type) -> type | None:
     names = {f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__}
     return None if names.isdisjoint(_BITSANDBYTES) else nn.Linear
-
-
-def _bitsandbytes_dense(module: Any, weight: Any) -> Tensor:
-    functional: Any = sys.modules["bitsandbytes.functional"]  # it is there where a model holds its layers
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        if getattr(state, "packing_format_for_cpu", False):
-            state = unpack_from_cpu_format(weight, state)
-        dense: Tensor = functional.dequantize_4bit(weight.data, state)
-        return dense
-    scales = weight.SCB if weight.SCB is not None else module.state.SCB
-    rows: Tensor = functional.int8_vectorwise_dequant(weight.data, scales)
-    return rows
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -13,8 +13,9 @@ from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.quantized_state import read_parts, state_of
-from lightning_lora.ops.linear import autocast_dtype
-from lightning_lora.ops.packed import FORMS, PackedWeight, stored_linear
+from lightning_lora.layers.stored import register_stored_weight
+from lightning_lora.ops.packed import FORMS, PackedWeight
+from lightning_lora.ops.stored import stored_linear
 
 ROW_PARTS = ("codes", "scales")  # parts whose first dimension counts blocks: FSDP2 shards them
 
@@ -83,11 +84,15 @@ class QuantizedLinear(QuantizedModule):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = autocast_dtype(input)
-        x = input if dtype is None or input.dtype == torch.float64 else input.to(dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return stored_linear(x, self.stored("weight"), bias)
+        return stored_linear(input, self.stored("weight"), self.bias)
+
+
+def _read(layer: Any) -> PackedWeight:
+    stored: PackedWeight = layer.stored("weight")
+    return stored
+
+
+register_stored_weight(QuantizedLinear, _read)
 
 
 def quantize_parameters(module: nn.Module, names: Mapping[str, str], mixin: type[QuantizedModule]) -> None:

@@ -54,10 +54,10 @@ class QuantizationPlan:
 def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> QuantizationPlan:
     """Quantise the linear layers of ``model`` in place: each holds packed bytes that are made dense when it is used.
 
-    Left as they are: fused experts, which are 3-D parameters of a module, the output head, new task heads, routers of experts, weights that two modules share, layers whose
-    weight another module reads, and what ``exclude`` names. Codes and bytes are those of bitsandbytes, which need not
-    be installed; :meth:`torch.nn.Module.state_dict` has its keys, and ``load_state_dict`` takes them and floating-point
-    weights.
+    Left as they are: fused experts, which are 3-D parameters of a module, the output head, new task heads, routers of
+    experts, weights that two modules share, layers whose weight another module reads, and what ``exclude`` names. Codes
+    and bytes are those of bitsandbytes, which need not be installed; :meth:`torch.nn.Module.state_dict` has its keys,
+    and ``load_state_dict`` takes them and floating-point weights.
 
     Args:
         kind: ``"nf4"``, 4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, arXiv 2305.14314), 4.5 bits a weight;

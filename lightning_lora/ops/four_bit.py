@@ -106,12 +106,17 @@ def dense_scales(codes: Tensor, nested: Tensor, offset: Tensor, first: int = 0) 
     return dynamic_levels(codes.device)[codes.to(torch.int32)] * nested[positions] + offset
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def dynamic_levels(device: torch.device) -> Tensor:
     """Return the 256 levels of the signed dynamic type (Dettmers 2015, arXiv 1511.04561), sorted, ``[256]``, float32.
 
     Seven decades; the i-th has ``2^i`` levels of each sign, the middles of equal parts of 0.1 to 1.
     """
+    return _dynamic_levels(device)
+
+
+@functools.cache
+def _dynamic_levels(device: torch.device) -> Tensor:
     levels = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
@@ -126,9 +131,14 @@ def code_values(kind: str, device: torch.device) -> Tensor:
     return torch.tensor(CODES[kind], dtype=torch.float32, device=device)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """Return the two values of each byte, ``[256]``: two float32 numbers seen as one float64."""
+    return _pairs_of(kind, device)
+
+
+@functools.cache
+def _pairs_of(kind: str, device: torch.device) -> Tensor:
     values = code_values(kind, device)
     return torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1).view(torch.float64).view(-1)
 

@@ -8,7 +8,7 @@ and shards of FSDP2 end on block borders.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,21 +22,7 @@ from lightning_lora.ops.four_bit import (
     quantize_4bit,
     quantize_scales,
 )
-
-
-class StoredWeight(Protocol):
-    """What is multiplied as a matrix and stored in another form."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return the values in ``dtype``, in memory of their own."""
-        ...
+from lightning_lora.ops.stored import copy_after
 
 
 @dataclass(frozen=True)
@@ -79,6 +65,10 @@ class PackedWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the values in ``dtype``, computed in float32 and rounded once."""
         raise NotImplementedError
+
+    def after(self, grad: Tensor) -> Self:
+        """Return a copy that torch.compile cannot make before ``grad``."""
+        return replace(self, tensors={name: copy_after(part, grad) for name, part in self.tensors.items()})
 
     def is_finite(self) -> bool:
         """Return False if the weight held NaN or infinity, which a scale keeps."""
@@ -185,30 +175,3 @@ def as_bytes(values: Tensor) -> Tensor:
 def floats(parts: Tensor) -> Tensor:
     """Return the numbers ``[n]``, float32, of which :func:`as_bytes` returned the bytes."""
     return parts.contiguous().view(torch.float32).view(-1)
-
-
-class _StoredLinear(torch.autograd.Function):
-    """``x W^T + b`` for a frozen W that is made dense again for the gradient of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
-        ctx.stored, ctx.has_bias = stored, bias is not None
-        return torch.nn.functional.linear(x, stored.dense(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad @ ctx.stored.dense(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias
-
-
-def stored_linear(x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
-    """Return ``x W^T + b`` in the dtype of ``x``; saved for backward is nothing but the stored form of W.
-
-    Args:
-        x: ``[..., in_features]``.
-        stored: of shape ``[out_features, in_features]``.
-        bias: ``[out_features]`` or ``None``.
-    """
-    y: Tensor = _StoredLinear.apply(x, stored, bias)  # type: ignore[no-untyped-call]
-    return y
