@@ -103,7 +103,8 @@ def dense_scales(codes: Tensor, nested: Tensor, offset: Tensor, first: int = 0) 
         first: where ``codes`` begin in the whole tensor.
     """
     positions = torch.arange(first, first + len(codes), device=codes.device) // SCALES_BLOCK
-    return dynamic_levels(codes.device)[codes.to(torch.int32)] * nested[positions] + offset
+    levels: Tensor = dynamic_levels(codes.device)
+    return levels[codes.to(torch.int32)] * nested[positions] + offset
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
