@@ -31,6 +31,7 @@ class Injection:
         source: the file that the adapters started from, if any.
         base_weights: where the base was read from after it was built without values, if it was.
         fingerprint: of the base, from when it was spread over ranks, if it is.
+        merged: what :func:`~lightning_lora.unmerge` gives back, while the adapters are merged.
     """
 
     plan: Plan
@@ -40,6 +41,7 @@ class Injection:
     source: str | None = None
     base_weights: str | None = None
     fingerprint: dict[str, Any] | None = None
+    merged: Any = None  # merged_model.MergedModel
 
     @property
     def config(self) -> LoRAConfig:

@@ -16,6 +16,7 @@ from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.families import family_of
 from lightning_lora.model.names import clean_name, is_inside
 from lightning_lora.model.state import named_lora_layers, named_pairs, named_trained_whole, require_injection
+from lightning_lora.peft.card import forms_of
 from lightning_lora.peft.layout import PREFIX, is_projection
 from lightning_lora.peft.written import modules_trained_whole, peft_config
 
@@ -55,7 +56,10 @@ def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any
     return {
         "config": peft_config(root, modules),
         "entries": _entries(root, modules, beside),
-        "metadata": {"base": {**base, "hashes": base["hashes"].tolist()}},
+        "metadata": {
+            "base": {**base, "hashes": base["hashes"].tolist()},
+            **({"trained_over": forms} if (forms := forms_of(root)) else {}),
+        },
     }
 
 

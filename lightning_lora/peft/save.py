@@ -15,6 +15,7 @@ from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import OnNonfinite, check_not_disabled, injected_roots, require_root
 from lightning_lora.model.summary import outside_names, say_left_out, trained_outside
 from lightning_lora.ops.sharded import is_sharded, whole
+from lightning_lora.peft.card import write_card
 from lightning_lora.peft.describe import describe_for_peft
 from lightning_lora.peft.directory import Files, write_directory
 from lightning_lora.peft.layout import laid_out, parse_key
@@ -45,7 +46,8 @@ def save_peft(
     Args:
         directory: a local one or a URL that fsspec knows, such as ``"s3://bucket/adapter"``.
         portable: for readers that know one rank and one scale, such as vLLM, SGLang and llama.cpp: pad every layer with
-            zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``.
+            zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``. A ``README.md``, if there is
+            none, says which base it is for, and in which form that was quantised when the adapter was trained.
         tokenizer: saved beside the adapter with its ``save_pretrained``; ``None`` takes ``model.tokenizer`` if there is
             one.
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
@@ -174,6 +176,8 @@ def write_described(
     if portable:
         config, tensors = make_portable(config, tensors, _parameters_by_layer(description["entries"]))
     write_directory(directory, Files(config, tensors, description["metadata"]), on_nonfinite=on_nonfinite)
+    if portable:
+        write_card(directory, config, description["metadata"])
 
 
 def _parameters_by_layer(entries: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str, str]:

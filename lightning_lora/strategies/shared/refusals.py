@@ -16,8 +16,7 @@ from lightning_lora.model.families import find_root
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.ops.sharded import is_sharded
-
-_REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
+from lightning_lora.strategies.shared.bitsandbytes_precision import check_precision
 
 
 def check_served(strategy: object, served: tuple[type[Any], ...]) -> None:
@@ -102,7 +101,8 @@ def check_trainer(trainer: "pl.Trainer") -> None:
             "package lightning: write `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`"
         )
     precision = type(trainer.precision_plugin).__name__
-    if precision in _REPLACING_PRECISIONS:
+    check_precision(trainer.strategy, trainer.precision_plugin)
+    if precision == "TransformerEnginePrecision":
         raise ValueError(
             f"{precision} replaces the linear layers that adapters sit in and is not supported. Use "
             'precision="bf16-true" for a frozen base in half the memory, or "bf16-mixed"'
