@@ -5,6 +5,7 @@ A packed parameter is no parameter of its module any more: the module holds its 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -43,7 +44,11 @@ class QuantizedModule(SwappedModule):
         """Return the packed parameter called ``name``, made of the parts that the module holds."""
         empty = self.quantized[name]
         parts = {part: getattr(self, f"{name}_{part}") for part in type(empty).sizes(empty.shape)}
-        return type(empty)(parts, empty.shape, empty.dtype)
+        return replace(empty, tensors=parts)
+
+    def whole_form(self, name: str) -> PackedWeight:
+        """Return the form, shape and dtype of the whole parameter ``name``, of which the module may hold a part."""
+        return self.quantized[name]
 
     def part_names(self) -> list[str]:
         """Return the names of the parameters and buffers that packed parameters are made of."""
@@ -57,7 +62,7 @@ class QuantizedModule(SwappedModule):
         """Return the dense value that the parameter ``name`` will have once ``state_dict`` is loaded."""
         stored = self.stored(name)
         parts = read_parts(stored, dict(state_dict), prefix + name) or stored.tensors
-        return type(stored)(parts, stored.shape, stored.dtype).dense(stored.dtype)
+        return replace(stored, tensors=parts).dense(stored.dtype)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("quantized", ()):
@@ -70,7 +75,7 @@ class QuantizedModule(SwappedModule):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, empty in self.quantized.items():  # half() and others change the dtype of dense values alone
             dtype = fn(torch.empty(0, dtype=empty.dtype)).dtype
-            self.quantized[name] = type(empty)({}, empty.shape, dtype)
+            self.quantized[name] = replace(empty, dtype=dtype)
         return self
 
     @override
@@ -78,15 +83,17 @@ class QuantizedModule(SwappedModule):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.quantized:
             stored = self.stored(name)
+            if any(map(is_sharded, stored.tensors.values())):
+                continue  # the parts under their own names: bitsandbytes' keys are of whole weights
             for part in stored.tensors:
                 destination.pop(f"{prefix}{name}_{part}", None)
             destination |= state_of(stored, prefix + name)
 
     @override
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name, empty in self.quantized.items():
+        for name in self.quantized:
             value = state_dict.get(prefix + name)
-            parts = read_parts(empty, state_dict, prefix + name)
+            parts = read_parts(self.whole_form(name), state_dict, prefix + name)
             state_dict |= {f"{prefix}{name}_{part}": tensor for part, tensor in parts.items()}
             if not all(_same_values(getattr(self, f"{name}_{part}"), tensor) for part, tensor in parts.items()):
                 self.origins.pop(name, None)
@@ -137,8 +144,9 @@ def _origin_of(name: str, weight: Tensor) -> dict[str, tuple[int, str]]:
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    is_whole = not (one.is_meta or other.is_meta or is_sharded(one) or is_sharded(other))
-    return is_whole and torch.equal(one, other.to(one.device))
+    if one.is_meta or other.is_meta or is_sharded(one) or is_sharded(other):  # the ranks must not judge differently
+        return False
+    return torch.equal(one, other.to(one.device))
 
 
 def hold(
@@ -154,7 +162,7 @@ def hold(
     module.origins = dict(origins or {})
     for name, stored in packed.items():
         del module._parameters[name]
-        module.quantized[name] = type(stored)({}, stored.shape, stored.dtype)
+        module.quantized[name] = replace(stored, tensors={})
         for part, tensor in stored.tensors.items():
             if part in ROW_PARTS:
                 module.register_parameter(f"{name}_{part}", nn.Parameter(tensor, requires_grad=False))
@@ -183,11 +191,11 @@ def check_state(
     """
     missing = []
     for path, module in model.named_modules():
-        for name, empty in module.quantized.items() if isinstance(module, QuantizedModule) else ():
+        for name in module.quantized if isinstance(module, QuantizedModule) else ():
             key = f"{prefix}{path}.{name}" if path else prefix + name
             if key in state_dict:
-                check_entries(empty, state_dict, key)
-            else:
+                check_entries(module.whole_form(name), state_dict, key)
+            elif f"{key}_codes" not in state_dict:  # of shards
                 missing.append(key)
     if missing and strict:
         raise ValueError(

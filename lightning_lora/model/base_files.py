@@ -77,7 +77,7 @@ class Fused:
 
 
 def names_in_model(
-    root: nn.Module, keys: Collection[str], targets: Mapping[str, Tensor]
+    root: nn.Module, keys: Collection[str], targets: Mapping[str, Any]
 ) -> tuple[dict[str, str], list[Fused]]:
     """Return for the keys of a file the names in the model: of what is copied as it is, and of what is converted.
 

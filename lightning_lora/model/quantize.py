@@ -18,7 +18,7 @@ from lightning_lora.model.base_form import (
     plain_exclusion,
     quantization_of,
 )
-from lightning_lora.model.families import output_head
+from lightning_lora.model.families import families_in, output_head
 from lightning_lora.model.matching import check_hits, hits
 from lightning_lora.model.names import clean_name, is_inside, joined, listed
 from lightning_lora.model.trained_base import new_heads
@@ -95,6 +95,8 @@ def plan_quantization(
     check_kind(kind)
     modules = _modules(model)
     check_not_foreign(modules)
+    for family in families_in(model):
+        family.check_quantization(model)
     for name, module in modules.items():
         if isinstance(module, QuantizedModule):
             raise ValueError(f"{name!r} is quantised: quantise a base once, from its floating-point weights")

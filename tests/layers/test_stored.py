@@ -23,6 +23,7 @@ from lightning_lora import (
     plan,
     remove,
     save_peft,
+    unmerge,
 )
 from lightning_lora.layers import register_stored_weight
 from lightning_lora.model.state import named_lora_layers
