@@ -8,29 +8,32 @@ activation checkpoints; the first :class:`LoRACallback` wraps how LightningCLI b
 of these behave as ever, and :func:`lightning_lora.model.wrapping.unwrap_all` puts them back.
 """
 
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.pytorch.strategies import StrategyRegistry
+
 from lightning_lora import fabric
 from lightning_lora.callback import LoRACallback
-from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict, load_adapter_state_dict
+from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict
+from lightning_lora.checkpoint.fitting import load_adapter_state_dict
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse.gated_mlp import register_gated_mlp
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.model.inject import apply, inject, remove
 from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.loss import linear_cross_entropy
 from lightning_lora.model.merge import disabled, merge, merged, unmerge
+from lightning_lora.model.parameter_groups import parameter_groups
 from lightning_lora.model.plan import plan
 from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.peft.combine import combine
-from lightning_lora.peft.convert import convert
 from lightning_lora.peft.load import load_peft
 from lightning_lora.peft.readers import check_portable
-from lightning_lora.peft.save import save_peft
+from lightning_lora.peft.save import convert, save_peft
 from lightning_lora.strategies.fabric.methods import wrap_loading
-from lightning_lora.strategies.shared.registry import register
 from lightning_lora.strategies.trainer.fsdp import FSDPLoRAStrategy
-from lightning_lora.strategies.trainer.load_from_checkpoint import wrap_load_from_checkpoint
 from lightning_lora.strategies.trainer.megatron import MegatronLoRAStrategy
-from lightning_lora.strategies.trainer.missing_callback import wrap_restore_model
+from lightning_lora.strategies.trainer.without_callback import wrap_load_from_checkpoint, wrap_restore_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "merge",
     "merged",
     "named_adapter_parameters",
+    "parameter_groups",
     "plan",
     "register_gated_mlp",
     "remove",
@@ -63,18 +67,12 @@ __all__ = [
     "unmerge",
 ]
 
-register(
-    "fsdp_lora",
-    "the frozen base sharded with FSDP2, adapters whole, adapter-only checkpoints",
-    FSDPLoRAStrategy,
-    fabric.FSDPLoRAStrategy,
-)
-register(
-    "megatron_lora",
-    "the base split over tensor-parallel ranks by its plan, adapter-only checkpoints",
-    MegatronLoRAStrategy,
-    fabric.MegatronLoRAStrategy,
-)
+_FSDP = "the frozen base sharded with FSDP2, adapters whole, adapter-only checkpoints"
+_MEGATRON = "the base split over tensor-parallel ranks by its plan, adapter-only checkpoints"
+StrategyRegistry.register("fsdp_lora", FSDPLoRAStrategy, _FSDP, override=True)
+StrategyRegistry.register("megatron_lora", MegatronLoRAStrategy, _MEGATRON, override=True)
+STRATEGY_REGISTRY.register("fsdp_lora", fabric.FSDPLoRAStrategy, _FSDP, override=True)
+STRATEGY_REGISTRY.register("megatron_lora", fabric.MegatronLoRAStrategy, _MEGATRON, override=True)
 wrap_load_from_checkpoint()
 wrap_restore_model()
 wrap_loading()

@@ -15,18 +15,17 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.gathered import class_name
-from lightning_lora.model.idle import idle_layers
-from lightning_lora.model.recomputation import let_gradients_through_checkpointed_blocks
-from lightning_lora.model.root import find_root
+from lightning_lora.model.families import find_root, let_gradients_through_checkpointed_blocks
+from lightning_lora.model.parameter_groups import check_number
+from lightning_lora.model.side_effects import freeze_statistics
+from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import is_merged, named_lora_layers, require_injection
-from lightning_lora.model.statistics import freeze_statistics
-from lightning_lora.model.summary import summary
-from lightning_lora.strategies.shared.refusals import check_readable
+from lightning_lora.model.summary import idle_layers, summary
+from lightning_lora.strategies.shared.refusals import check_averaging, check_launcher, check_readable, check_trainer
 from lightning_lora.strategies.trainer import lightning_cli
-from lightning_lora.strategies.trainer.adapter_only import AdapterOnly, adopt
-from lightning_lora.strategies.trainer.combinations import check_averaging, check_launcher, check_trainer
-from lightning_lora.strategies.trainer.progress import begin_after_last_batch
+from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
+from lightning_lora.strategies.trainer.adopted import adopt
+from lightning_lora.strategies.trainer.learning_rate import check_rates
 from lightning_lora.strategies.trainer.starting_point import adapt_module, check_built_in_time, configure_then_adapt
 
 
@@ -52,6 +51,9 @@ class LoRACallback(Callback):
         on_nonfinite: what to do about adapters that hold NaN or infinity, where files are written and read. ``None``
             warns where a checkpoint is written, so that no save ends a run, and refuses to read one. "error" ends a run
             that diverged at its next save, and the former file stays.
+        lora_plus_ratio: how many times faster B learns than A in the optimizer that LightningCLI builds from its
+            arguments (``--optimizer=AdamW``). In ``configure_optimizers`` write
+            :func:`~lightning_lora.parameter_groups` instead.
 
     Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`. LightningCLI writes all of them into its YAML
     and gives all of them back, so that from there a field at its default counts as not given.
@@ -80,6 +82,7 @@ class LoRACallback(Callback):
         save_peft: bool = False,
         strict_idle: bool = False,
         on_nonfinite: Literal["error", "warn"] | None = None,
+        lora_plus_ratio: float | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and not isinstance(config, LoRAConfig):
@@ -99,6 +102,9 @@ class LoRACallback(Callback):
         if on_nonfinite not in (None, "error", "warn"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r} is not known; expected 'error', 'warn' or None")
         self.on_nonfinite = on_nonfinite
+        if lora_plus_ratio is not None:
+            check_number("lora_plus_ratio", lora_plus_ratio)
+        self.lora_plus_ratio = lora_plus_ratio
         self._checked: set[int] = set()
         lightning_cli.install(LoRACallback)
 
@@ -161,6 +167,7 @@ class LoRACallback(Callback):
         let_gradients_through_checkpointed_blocks(root)
         freeze_statistics(root, require_injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
+        check_rates(trainer, root, self.lora_plus_ratio)
         dropout = require_injection(root).config.dropout
         if dropout and not all(layer.training for layer in named_lora_layers(root).values()):
             rank_zero_info(
@@ -184,7 +191,6 @@ class LoRACallback(Callback):
             # ranks that share a model share its dropout
             layer.lora_salt = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
         _adopted(trainer).position.begin(trainer)
-        begin_after_last_batch(trainer)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

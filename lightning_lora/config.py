@@ -8,12 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from reprlib import Repr
 from typing import Any, Literal
 
-PEFT_FIELD_NAMES = {
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "init_lora_weights": "init",
-    "autocast_adapter_dtype": "adapter_dtype",
-}
+Quantization = Literal["nf4", "nf4-dq", "int8"]  # the words of quantize=
 # the values of init, where N stands for a number, and whether they start from the base: model/init.py registers them
 INITS: dict[str, bool] = {}
 # fields that hold lists, and the type of one entry, which four of them take in the place of a list
@@ -27,17 +22,18 @@ _LISTS: dict[str, tuple[type, bool]] = {
 }
 
 
-def _answering_peft_names(init: Callable[..., None]) -> Callable[..., None]:
-    """Make a constructor answer PEFT's field names with ours instead of "unexpected keyword"."""
+def _answering_other_names(init: Callable[..., None]) -> Callable[..., None]:
+    """Make a constructor answer other libraries' names of a setting with ours instead of "unexpected keyword"."""
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for theirs, ours in PEFT_FIELD_NAMES.items():
-            if theirs in kwargs:
-                value = kwargs[theirs]
-                if isinstance(value, bool):  # PEFT's switches are words here
-                    value = "auto" if ours == "adapter_dtype" and not value else getattr(LoRAConfig, ours)
-                raise TypeError(f"{theirs!r} is PEFT's name; here it is {ours!r}: write {ours}={value!r}")
+        unknown = kwargs.keys() - {field.name for field in fields(LoRAConfig)}
+        if unknown:
+            from lightning_lora.peft.words import answer  # the folder of PEFT's format imports this file
+
+            for name in kwargs:
+                if name in unknown and (message := answer(name, kwargs[name])) is not None:
+                    raise TypeError(message)
         init(self, *args, **kwargs)
 
     return checked
@@ -183,7 +179,7 @@ class LoRAConfig:
         return to_peft(self)
 
 
-LoRAConfig.__init__ = _answering_peft_names(LoRAConfig.__init__)  # type: ignore[method-assign]  # dataclass made it
+LoRAConfig.__init__ = _answering_other_names(LoRAConfig.__init__)  # type: ignore[method-assign]  # dataclass made it
 
 
 def _exclusions(config: LoRAConfig) -> Iterator[tuple[Any, str]]:

@@ -1,19 +1,13 @@
 """The strategies for Fabric: twins of those for the Trainer, with the same options and the same files."""
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint.optimizer_state import names_of
-from lightning_lora.distributed.gradients import GradientReducer, drop_unused
-from lightning_lora.distributed.sharding import shard, sharded_trainables
 from lightning_lora.megatron.core import parallel_state
-from lightning_lora.model.gathered import reshard
 from lightning_lora.strategies.fabric.sharded import FabricShardedStrategy
-from lightning_lora.strategies.shared.fsdp import FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
+from lightning_lora.strategies.shared.fsdp import FSDPRanks
 from lightning_lora.strategies.shared.megatron import MegatronRanks, check_first_batch
 
 
@@ -32,35 +26,6 @@ class FSDPLoRAStrategy(FSDPRanks, FabricShardedStrategy):
         model, optimizer = fabric.setup(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
     """
 
-    strategy_name = "fsdp_lora"
-
-    @override
-    def place(self, model: nn.Module) -> None:
-        shard(model, self.device_mesh, self.root_device, self.options, gathering_dtype(self.precision))
-
-    @override
-    def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
-        self.refuse_layerdrop(model)
-        self._trained_in_shards |= set(map(id, sharded_trainables(model)))
-        return [GradientReducer(model.parameters(), names=names_of(model))]
-
-    @override
-    def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
-        refuse_unfrozen(optimizer, self._trained_in_shards)
-        if self._trained_in_shards and not self.options.reshard_after_forward:
-            for module in self._reducers:
-                reshard(module)  # a forward since the backward left copies, which would outlive the step
-        super()._before_step(optimizer, reduces=reduces)
-
-    @override
-    def after_reduction(self, model: nn.Module) -> None:
-        if self._trained_in_shards:
-            drop_unused(model)
-
-    @override
-    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return no_sync(model, self._reducers[model][0])
-
 
 class MegatronLoRAStrategy(MegatronRanks, FabricShardedStrategy):
     """Split the base over tensor-parallel ranks by its plan, adapters with it; the twin for Fabric.
@@ -78,8 +43,6 @@ class MegatronLoRAStrategy(MegatronRanks, FabricShardedStrategy):
         model, optimizer = fabric.setup(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
         data = fabric.setup_dataloaders(data)
     """
-
-    strategy_name = "megatron_lora"
 
     @property
     @override

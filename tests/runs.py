@@ -102,3 +102,8 @@ def fitted(directory: Path, module: pl.LightningModule | None = None, **lora: An
 def same_adapters(one: nn.Module, other: nn.Module) -> bool:
     ours, theirs = adapter_state_dict(one), adapter_state_dict(other)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def epochs(directory: Path, **settings: Any) -> ModelCheckpoint:
+    """Return a callback that keeps the file of every epoch."""
+    return ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}", **settings)

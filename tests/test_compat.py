@@ -42,6 +42,7 @@ PUBLIC = {
     "_buffers",
     "_apply",
     "_load_from_state_dict",
+    "_save_to_state_dict",
     "_make",
     "_replace",
     "_exit",
@@ -169,12 +170,12 @@ def test_methods_that_classes_of_the_library_replace_are_still_there() -> None:
 
 def test_transforms_and_forward_mode_are_noticed() -> None:
     seen = []
-    torch.func.vmap(lambda x: seen.append(of_torch.has_transforms()) or x)(torch.ones(2))
+    torch.func.vmap(lambda x: seen.append((of_torch.has_transforms(), of_torch.is_transformed())) or x)(torch.ones(2))
     with torch.autograd.forward_ad.dual_level():
-        seen.append(of_torch.is_forward_mode())
-    assert seen == [True, True]
+        seen.append((of_torch.has_transforms(), of_torch.is_transformed()))
+    assert seen == [(True, True), (False, True)]
     assert not of_torch.has_transforms()
-    assert not of_torch.is_forward_mode()
+    assert not of_torch.is_transformed()
 
 
 def test_plain_tensors_lifts_subclasses() -> None:
@@ -551,6 +552,25 @@ def test_a_command_line_names_its_callbacks(monkeypatch: pytest.MonkeyPatch, tmp
     assert asked in of_lightning.cli_callbacks(cli)
 
 
+@pytest.mark.parametrize("names_a_class", [True, False])
+def test_a_command_line_says_the_settings_of_its_optimizer(
+    monkeypatch: pytest.MonkeyPatch, names_a_class: bool
+) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    class Command(LightningCLI):
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            if not names_a_class:
+                parser.add_optimizer_args(torch.optim.AdamW)
+
+    monkeypatch.setattr(sys, "argv", ["cli"])
+    options = [*(["--optimizer=AdamW"] if names_a_class else []), "--optimizer.lr=0.25", "--trainer.accelerator=cpu"]
+    with pytest.warns(match="will be overridden by"):
+        cli = Command(BoringModel, run=False, args=options, seed_everything_default=1)
+    settings = of_lightning.cli_optimizer_settings(cli, None)
+    assert (settings["lr"], settings["weight_decay"]) == (0.25, 0.01)
+
+
 # transformers and Megatron-core
 
 
@@ -582,6 +602,7 @@ def test_experts_of_transformers_say_how_they_compute() -> None:
     assert transformers.experts_implementation(SimpleNamespace(_experts_implementation="grouped_mm")) == "grouped_mm"
     experts = Qwen3MoeExperts(config)
     assert transformers.experts_gate(experts)(torch.ones(1, 4)).shape == (1, 2)
+    assert transformers.experts_have_gate(experts)
 
 
 def test_megatron_core_has_what_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

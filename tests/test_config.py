@@ -96,6 +96,46 @@ def test_the_answer_to_a_peft_name_suggests_a_value_that_works() -> None:
     eval(f"LoRAConfig({suggestion})", {"LoRAConfig": LoRAConfig})
 
 
+@pytest.mark.parametrize("maker", [LoRAConfig, LoRACallback])
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.AdaLoraConfig])
+def test_every_field_of_pefts_config_is_ours_or_is_answered_with_what_to_do(maker, kind) -> None:
+    ours = {field.name for field in dataclasses.fields(LoRAConfig)}
+    for field in dataclasses.fields(kind):
+        if field.name in ours:
+            continue
+        with pytest.raises(TypeError, match=rf"^'{field.name}' is PEFT's name[:;] .*(leave it out|write)"):
+            maker(**{field.name: True})
+
+
+@pytest.mark.parametrize("maker", [LoRAConfig, LoRACallback])
+@pytest.mark.parametrize(
+    ("theirs", "value", "answer"),
+    [
+        ("load_in_4bit", True, "bitsandbytes' name: write quantize='nf4' in LoRACallback"),
+        ("load_in_8bit", True, "bitsandbytes' name: write quantize='int8' in LoRACallback"),
+        ("bnb_4bit_quant_type", "nf4", "bitsandbytes' name: write quantize='nf4'"),
+        ("bnb_4bit_use_double_quant", True, "bitsandbytes' name: write quantize='nf4-dq'"),
+        ("llm_int8_skip_modules", ["score"], r"write quantize_exclude=\['score'\] in LoRACallback"),
+        ("loraplus_lr_ratio", 16, r"PEFT's name: write AdamW\(parameter_groups\(self, lr, lora_plus_ratio=16\)\)"),
+        ("lora_plus_lr_ratio", 4.0, r"LoRA\+ elsewhere: write AdamW\(parameter_groups\(self, lr, lora_plus_ratio=4.0"),
+        ("loraplus_lr_embedding", 1e-6, r"write parameter_groups\(self, lr, embedding_lr=1e-06\)"),
+        ("adapter_name", "mine", "PEFT's name: leave it out: a model has one adapter"),
+        ("target_r", 8, r"PEFT's name: write LoRACallback\(adalora=AdaLoRA\(target_r=8, ...\)\)"),
+        ("init_r", 12, r"PEFT's name: write LoRACallback\(adalora=AdaLoRA\(init_r=12, ...\)\)"),
+        ("task_type", "CAUSAL_LM", "PEFT's name: leave it out: a new task head trains by itself"),
+        ("eva_config", None, r"PEFT's name: leave it out: .*LoRACallback\(init_from=directory\)"),
+    ],
+)
+def test_a_name_that_users_try_is_answered_with_what_to_write(maker, theirs, value, answer) -> None:
+    with pytest.raises(TypeError, match=f"^'{theirs}' is .*{answer}"):
+        maker(**{theirs: value})
+
+
+def test_our_ratio_in_the_wrong_place_is_answered_with_the_right_one() -> None:
+    with pytest.raises(TypeError, match=r"^'lora_plus_ratio' is no field of LoRAConfig: write AdamW\(parameter_groups"):
+        LoRAConfig(lora_plus_ratio=16)
+
+
 def test_an_unknown_field_is_pythons_own_error() -> None:
     with pytest.raises(TypeError, match="rank"):
         LoRAConfig(rank=8)

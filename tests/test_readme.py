@@ -10,7 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NUM_BLOCKS = {"README.md": 1, "quickstart.md": 1, "how_it_works.md": 1, "performance.md": 1, "from_peft.md": 10}
+NUM_BLOCKS = {
+    "README.md": 1,
+    "quickstart.md": 1,
+    "learning_rate.md": 1,
+    "how_it_works.md": 1,
+    "performance.md": 1,
+    "from_peft.md": 10,
+}
 
 
 def blocks(page: Path) -> list[str]:

@@ -12,14 +12,14 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from lightning_lora.checkpoint.file import trained_tensors
-from lightning_lora.checkpoint.fingerprint import exact_hashes, first_other_name, sampled
-from lightning_lora.compat.torch import non_persistent_buffers
+from lightning_lora.checkpoint.file import named_persistent_buffers, trained_tensors
+from lightning_lora.checkpoint.fingerprint import first_other_name
+from lightning_lora.checkpoint.hashes import exact_hashes, sampled
 from lightning_lora.model.families import family_of
-from lightning_lora.model.gathered import reshard
 from lightning_lora.model.names import clean_name, joined
+from lightning_lora.model.side_effects import FrozenStatistics
+from lightning_lora.model.spread import reshard
 from lightning_lora.model.state import injected_roots, named_lora_layers
-from lightning_lora.model.statistics import FrozenStatistics
 
 
 @dataclass
@@ -100,8 +100,7 @@ def _left_out(module: nn.Module) -> dict[str, Tensor]:
         clean_name(joined(path, name)): buffer
         for path, owner in module.named_modules()
         if not isinstance(owner, FrozenStatistics)  # of the base, by which an adapter knows it
-        for name, buffer in owner._buffers.items()
-        if buffer is not None and name not in non_persistent_buffers(owner)
+        for name, buffer in named_persistent_buffers(owner)
     }
     tensors = {name: tensor for name, tensor in {**_frozen_parameters(module), **buffers}.items() if name not in held}
     return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel() > 0}

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.model.copies import as_whole
 from lightning_lora.model.names import clean_name, listed
+from lightning_lora.model.spread import as_whole
 from lightning_lora.model.state import injected_roots, named_adapter_parameters, named_trained_whole
 from lightning_lora.ops.sharded import is_sharded, logical, on_rank_zero, spread_like
 
@@ -21,10 +21,10 @@ def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> No
     Raises:
         ValueError: adapters are frozen or in no optimizer, so that they would train in silence to nothing.
     """
-    base = {id(p) for root in injected_roots(module).values() for p in root.parameters() if not p.requires_grad}
-    for root in injected_roots(module).values():
-        base -= {id(parameter) for _, parameter in named_adapter_parameters(root)}
-        base -= {id(parameter) for parameter in named_trained_whole(root).values()}
+    roots = injected_roots(module).values()
+    ours = [named for root in roots for named in (*named_adapter_parameters(root), *named_trained_whole(root).items())]
+    frozen = {id(p) for root in roots for p in root.parameters() if not p.requires_grad}
+    base = frozen - {id(parameter) for _, parameter in ours}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             kept = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in base]
@@ -35,28 +35,25 @@ def prepare_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> No
             group["params"][:] = [group["params"][i] for i in kept]
     if not optimizers:
         return
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    wanted: dict[str, nn.Parameter] = {}
-    for root in injected_roots(module).values():
-        adapters = dict(named_adapter_parameters(root))
+    for root in roots:
+        adapters = [parameter for _, parameter in named_adapter_parameters(root)]
         if not adapters:
             raise ValueError(
                 f"the adapted layers of {type(root).__name__} were built or changed after LoRACallback's setup, in the "
                 "module's own setup() perhaps: build the model in __init__ or configure_model"
             )
-        if not any(parameter.requires_grad for parameter in adapters.values()):
+        if not any(parameter.requires_grad for parameter in adapters):
             raise ValueError(
                 "all adapters are frozen. Another callback, such as BaseFinetuning, froze them after they were "
                 "put in: list LoRACallback after it"
             )
-        wanted |= adapters | named_trained_whole(root)
-    missing = [name for name, parameter in wanted.items() if parameter.requires_grad and id(parameter) not in held]
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, parameter in ours if parameter.requires_grad and id(parameter) not in held]
     if missing:
-        some = listed(missing, 3)
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} trainable tensors of the adapters are in no optimizer and would "
-            f"never change: {some}. Build the optimizer in configure_optimizers (not in __init__, when there were "
-            "no adapters yet), from [p for p in self.parameters() if p.requires_grad]"
+            f"{len(missing)} of {len(ours)} trainable tensors of the adapters are in no optimizer and would "
+            f"never change: {listed(missing, 3)}. Build the optimizer in configure_optimizers (not in __init__, when "
+            "there were no adapters yet), from [p for p in self.parameters() if p.requires_grad]"
         )
 
 

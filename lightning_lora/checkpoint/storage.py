@@ -1,18 +1,16 @@
-"""Read and write files, atomically, on local disks and behind URLs.
+"""Find, read and remove files on local disks and behind URLs.
 
 URLs (``s3://``, ``gs://``, ``hf://``, ``memory://``) are read and written through fsspec, as in Lightning.
 """
 
 import contextlib
-import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
-import torch
 from fsspec.core import url_to_fs
 
 
@@ -33,16 +31,13 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part of the URL."""
         return self.url.rstrip("/").rpartition("/")[2]
 
     @property
     def parent(self) -> "RemotePath":
-        """The directory that it lies in."""
         return RemotePath(self.url.rstrip("/").rpartition("/")[0])
 
     def is_file(self) -> bool:
-        """Whether there is a file."""
         fs, path = self._opened()
         return bool(fs.isfile(path))
 
@@ -52,19 +47,16 @@ class RemotePath:
         return bool(fs.isdir(path))
 
     def iterdir(self) -> Iterator["RemotePath"]:
-        """Yield what lies in a directory."""
         fs, path = self._opened()
         for child in fs.ls(path, detail=False):
             yield self / child.rstrip("/").rpartition("/")[2]
 
     def read_bytes(self) -> bytes:
-        """Return a file's content."""
         fs, path = self._opened()
         content: bytes = fs.cat_file(path)
         return content
 
     def read_text(self) -> str:
-        """Return a file's content, decoded."""
         return self.read_bytes().decode()
 
     def write_bytes(self, content: bytes | memoryview) -> None:
@@ -88,73 +80,6 @@ def location(path: str | os.PathLike[str]) -> Location:
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
     return RemotePath(text) if "://" in text else Path(text)
-
-
-class _Counted:
-    """A file that is written to, the number of bytes handed to it, and the error of the system that ended the writing.
-
-    torch raises an error of its own where a write of a file object fails.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.num_bytes = 0
-        self.error: OSError | None = None
-        self._file = file
-
-    def write(self, content: bytes | memoryview) -> int:
-        self.num_bytes += len(content)
-        try:
-            return self._file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def write_atomically(path: Location, content: bytes | memoryview | Callable[[Any], object]) -> None:
-    """Write ``content`` to ``path`` so that at any moment the former or the new file is there in full.
-
-    The bytes go to a hidden file in the same directory, are flushed to the disk, and replace the former file in one
-    step. Every rank has a hidden file of its own, so that all may write to one path. Behind a URL they are handed over
-    in one call, which object stores make visible in one step.
-
-    Args:
-        content: the bytes, or, for a local path, a function that writes them to the open file it is given.
-
-    Raises:
-        OSError: it could not be written (disk full, no permission). The former file is untouched.
-    """
-    if isinstance(path, RemotePath):
-        assert not callable(content)
-        path.write_bytes(content)
-        return
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
-    temporary = path.with_name(f".{hashlib.blake2b(path.name.encode(), digest_size=8).hexdigest()}.{rank}.part")
-    counted: _Counted | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            counted = _Counted(file)
-            if callable(content):
-                content(counted)
-            else:
-                counted.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        cause = (counted and counted.error) or error
-        if not isinstance(cause, OSError):
-            raise
-        written = f"{counted.num_bytes:,} bytes to {path}" if counted else f"to {path}"
-        raise OSError(
-            cause.errno, f"cannot write {written}: {cause.strerror}; a former file of that name is untouched"
-        ) from cause
 
 
 @contextlib.contextmanager

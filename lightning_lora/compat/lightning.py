@@ -202,3 +202,12 @@ def cli_callbacks(cli: Any) -> list[Any]:
     own = [get(cli.config_init, key) for key in parser(cli.subcommand).callback_keys]
     sources = (given, cli.trainer_defaults.get("callbacks"), own)
     return [callback for one in sources for callback in (one if isinstance(one, list) else [one])]
+
+
+def cli_optimizer_settings(cli: Any, subcommand: str | None) -> dict[str, Any]:
+    """Return the arguments that a command line gives its one optimizer. Relies on LightningCLI's; else raises."""
+    registered = _lightning(_lightning(cli, "_parser")(subcommand), "_optimizers")
+    given = [
+        _lightning(cli, "_get")(cli.config_init, key) for key, (_, link) in registered.items() if link == "AUTOMATIC"
+    ]
+    return dict(vars(given[0].get("init_args", given[0])))

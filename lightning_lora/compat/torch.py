@@ -20,12 +20,24 @@ def has_transforms() -> bool:
         raise missing("torch", torch._C, "_are_functorch_transforms_active") from error
 
 
-def is_forward_mode() -> bool:
-    """Whether forward-mode AD runs. Relies on forward_ad's level; without it raises."""
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode AD transforms what runs, or ``torch.jit.trace`` records it.
+
+    Layers are then computed by torch's own operations: those can be transformed, an autograd function cannot. Relies on
+    torch._C and forward_ad's level; without them raises.
+    """
+    if torch.compiler.is_compiling():
+        return bool(_has_transforms_in_graph())
     try:
-        return forward_ad._current_level >= 0
+        active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     except AttributeError as error:
-        raise missing("torch", forward_ad, "_current_level") from error
+        raise missing("torch", error.obj, str(error.name)) from error
+    return active or torch.jit.is_tracing()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_transforms_in_graph() -> bool:
+    return has_transforms()
 
 
 def plain_tensors() -> AbstractContextManager[Any]:
@@ -67,22 +79,21 @@ def foreach_norm(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) ->
 
 def foreach_div_(tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
     """Divide each tensor by its number, in few kernels. Relies on _foreach_div_; without it one kernel for each."""
-    divide = getattr(torch, "_foreach_div_", None)
-    if divide is not None:
-        divide(list(tensors), list(numbers))
-        return
-    for tensor, number in zip(tensors, numbers, strict=True):
-        tensor.div_(number)
+    _foreach("div_", tensors, numbers)
 
 
 def foreach_copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy each value into its target, in few kernels. Relies on _foreach_copy_; without it one kernel for each."""
-    copy = getattr(torch, "_foreach_copy_", None)
-    if copy is not None:
-        copy(list(targets), list(values))
+    _foreach("copy_", targets, values)
+
+
+def _foreach(name: str, tensors: Sequence[Tensor], others: Sequence[Any]) -> None:
+    run = getattr(torch, f"_foreach_{name}", None)
+    if run is not None:
+        run(list(tensors), list(others))
         return
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
+    for tensor, other in zip(tensors, others, strict=True):
+        getattr(tensor, name)(other)
 
 
 def forward_hooks(module: nn.Module) -> dict[int, Any]:

@@ -1,30 +1,22 @@
 """Stream a base that was built on the meta device from safetensors: each rank reads only its slices."""
 
-import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.compat.transformers import draw_weights
+from lightning_lora.distributed.base_files import names_in_model, open_slices
 from lightning_lora.layers.trained import as_stored
-from lightning_lora.model.families import is_pretrained
-from lightning_lora.model.gathered import class_name, sharded_parameters
-from lightning_lora.model.heads import resize_advice
-from lightning_lora.model.names import clean_name, joined, listed
-from lightning_lora.model.root import name_or_path
-from lightning_lora.model.state import injection_of, named_lora_layers
-from lightning_lora.ops.sharded import boxes, is_sharded, local_part, logical, split_over, write
-
-INDEX_NAME = "model.safetensors.index.json"
+from lightning_lora.model.families import is_pretrained, name_or_path, resize_advice
+from lightning_lora.model.names import clean_name, is_inside, joined, listed
+from lightning_lora.model.spread import class_name, sharded_parameters
+from lightning_lora.model.state import named_lora_layers, require_injection
+from lightning_lora.ops.sharded import boxes, local_part, logical, split_over, write
 
 
 def materialize(root: nn.Module, source: str | None, device: torch.device) -> None:
@@ -43,11 +35,9 @@ def materialize(root: nn.Module, source: str | None, device: torch.device) -> No
         ValueError: there are tensors on meta and nothing to fill them from, or the files lack some of them.
         FileNotFoundError: ``source`` is no such file or directory.
     """
-    adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
-    empty = {
-        name for name, tensor in _named_tensors(root) if tensor.device.type == "meta" and id(tensor) not in adapters
-    }
-    if not empty and (source is None or injection_of(root).base_weights == source):  # type: ignore[union-attr]
+    injection = require_injection(root)
+    empty = {name for name, tensor in _base_tensors(root).items() if tensor.device.type == "meta"}
+    if not empty and source in (None, injection.base_weights):
         return
     source = source or _own_source(root)
     if source is None:
@@ -58,48 +48,9 @@ def materialize(root: nn.Module, source: str | None, device: torch.device) -> No
     _allocate(root, device)
     _compute_buffers(root, empty)
     with open_slices(source) as slices:
-        filled = _fill(root, slices, adapters)
-        keys = set(slices)
-    _finish(root, (empty or {name for name, _ in _named_tensors(root)}) - filled, adapters, source, keys)
-    injection_of(root).base_weights = source  # type: ignore[union-attr]  # the root is adapted
-
-
-@contextmanager
-def open_slices(source: str) -> Iterator[dict[str, Any]]:
-    """Open safetensors files and yield ``{key: slice}``; nothing is read before a slice is indexed.
-
-    Raises:
-        FileNotFoundError: there is no such file or directory, or no safetensors in it.
-        ValueError: a file is no safetensors file, or two hold the same tensor.
-    """
-    with ExitStack() as stack:
-        slices: dict[str, Any] = {}
-        for path in _files(Path(source)):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            except Exception as error:  # safetensors has an exception of its own
-                raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-            if twice := sorted(found.keys() & slices.keys()):
-                raise ValueError(f"base_weights: several files in {source} hold {twice[0]!r}; give one of them")
-            slices |= found
-        yield slices
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    index = path / INDEX_NAME
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{index} names {missing[0]!r}, which is not there")
-        return [path / name for name in names]
-    files = [file for file in [path / "model.safetensors"] if file.is_file()] or sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"base_weights: no safetensors at {path}; give a .safetensors file or their directory")
-    return files
+        filled, keys = _fill(root, slices), set(slices)
+    _finish(root, (empty or set(_base_tensors(root))) - filled, source, keys)
+    injection.base_weights = source
 
 
 def _own_source(root: nn.Module) -> str | None:
@@ -107,10 +58,11 @@ def _own_source(root: nn.Module) -> str | None:
     return where if where is not None and Path(where).is_dir() else None
 
 
-def _named_tensors(root: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return parameters under all of their names, and buffers."""
+def _base_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """Return parameters under all of their names, and buffers; adapters have values already."""
+    adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
     named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
-    return [(clean_name(name), tensor) for name, tensor in named]
+    return {clean_name(name): tensor for name, tensor in named if id(tensor) not in adapters}
 
 
 def _allocate(root: nn.Module, device: torch.device) -> None:
@@ -139,8 +91,8 @@ def _compute_buffers(root: nn.Module, empty: set[str]) -> None:
     for name, module in root.named_modules():
         lost = [b for b in sorted(non_persistent_buffers(module)) if joined(clean_name(name), b) in empty]
         for buffer in lost:
-            _mark(module._buffers[buffer])
-        if lost and (not _draw(root, name, module) or any(_is_marked(module._buffers[buffer]) for buffer in lost)):
+            _mark(module.get_buffer(buffer))
+        if lost and (not _draw(root, name, module) or any(_is_marked(module.get_buffer(buffer)) for buffer in lost)):
             raise ValueError(
                 f"{joined(name, lost[0])!r} is a buffer that no checkpoint holds (persistent=False), it is on the meta "
                 f"device, and {class_name(module)} has no reset_parameters() that computes it: build the model's "
@@ -148,14 +100,14 @@ def _compute_buffers(root: nn.Module, empty: set[str]) -> None:
             )
 
 
-def _mark(buffer: Tensor | None) -> None:
-    """Fill a buffer with what no computation leaves behind."""
-    if buffer is not None and buffer.dtype != torch.bool:
+def _mark(buffer: Tensor) -> None:
+    """Fill a buffer with what no computation leaves behind; a bool has no such value."""
+    if buffer.dtype != torch.bool:
         buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min)
 
 
-def _is_marked(buffer: Tensor | None) -> bool:
-    if buffer is None or buffer.dtype == torch.bool:
+def _is_marked(buffer: Tensor) -> bool:
+    if buffer.dtype == torch.bool:
         return False
     wrong = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
     return bool(wrong.any())
@@ -165,7 +117,7 @@ def _draw(root: nn.Module, name: str, module: nn.Module) -> bool:
     """Let a module compute or draw its own tensors; return whether it can."""
     path = clean_name(name)
     owners: dict[str, Any] = {clean_name(n): m for n, m in root.named_modules() if is_pretrained(m)}
-    around = [n for n in owners if not n or path == n or path.startswith(f"{n}.")]
+    around = [owner for owner in owners if is_inside(path, owner)]
     with as_stored(module):
         if around:
             draw_weights(owners[max(around, key=len)], module)
@@ -176,28 +128,22 @@ def _draw(root: nn.Module, name: str, module: nn.Module) -> bool:
     return False
 
 
-def _fill(root: nn.Module, slices: Mapping[str, Any], adapters: set[int]) -> set[str]:
+def _fill(root: nn.Module, slices: Mapping[str, Any]) -> set[str]:
     """Copy what the slices hold into ``root``; return what was filled, tied tensors under all of their names."""
-    targets = {name: tensor for name, tensor in _named_tensors(root) if id(tensor) not in adapters}
-    names = _names_in_model(root, slices, targets)
-    filled: set[str] = set()
-    fused: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-    for key, (name, converter, pattern) in names.items():
-        if converter is not None:
-            fused.setdefault(name, (converter, []))[1].append((key, pattern))
-        elif name in targets:
+    targets = _base_tensors(root)
+    plain, fused = names_in_model(root, slices, targets)
+    filled = {name for name in plain.values() if name in targets}
+    for key, name in plain.items():
+        if name in filled:
             _copy_slice(root, targets[name], slices[key], name)
-            filled.add(name)
-    for name, (converter, parts) in fused.items():
-        for target, value in _converted(root, name, deepcopy(converter), parts, slices).items():
-            if target in targets:
-                _check_shape(root, targets[target], tuple(value.shape), target)
-                write(targets[target], value.to(targets[target].dtype))
-                filled.add(target)
-    unused = [key for key, (name, converter, _) in names.items() if converter is None and name not in targets]
-    if unused:
-        some = listed(unused, 3)
-        rank_zero_info(f"base_weights: {class_name(root)} has no place for {some}")
+    for one in fused:
+        for name, value in one.tensors(root, slices).items():
+            if name in targets:
+                _check_shape(root, targets[name], tuple(value.shape), name)
+                write(targets[name], value.to(targets[name].dtype))
+                filled.add(name)
+    if unused := [key for key, name in plain.items() if name not in targets]:
+        rank_zero_info(f"base_weights: {class_name(root)} has no place for {listed(unused, 3)}")
     done = {id(targets[name]) for name in filled}
     return filled | {name for name, tensor in targets.items() if id(tensor) in done}
 
@@ -206,15 +152,11 @@ def _copy_slice(root: nn.Module, target: Tensor, source: Any, name: str) -> None
     """Read this rank's part of one tensor from disk into its place."""
     shape = tuple(source.get_shape())
     _check_shape(root, target, shape, name)
-    with torch.no_grad():
-        if not is_sharded(target):
-            target.copy_(source[:] if shape else source[...])
-            return
-        part = local_part(target.detach())
-        for box in boxes(target):
-            if 0 not in box.shape:
-                values = source[tuple(map(_range, box.offset, box.shape))]
-                part[tuple(map(_range, box.local_offset, box.shape))].copy_(values)
+    part = local_part(target.detach())
+    for box in boxes(target):
+        if 0 not in box.shape:
+            values = source[tuple(map(_range, box.offset, box.shape)) or ...]  # a scalar has no range
+            part[tuple(map(_range, box.local_offset, box.shape))].copy_(values)
 
 
 def _range(start: int, size: int) -> slice:
@@ -228,67 +170,18 @@ def _check_shape(root: nn.Module, target: Tensor, shape: tuple[int, ...], name: 
         raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}{advice}")
 
 
-def _names_in_model(
-    root: nn.Module, keys: Iterable[str], targets: Mapping[str, Tensor]
-) -> dict[str, tuple[str, Any, str]]:
-    """Return for every key its name in the model and, if several keys make one tensor, what converts them.
-
-    The names are the file's, unless they fit worse than what transformers' conversion rules make of them. A key may
-    lack, or have in excess, the prefix of the body of a model with a head.
-    """
-    loading = sys.modules.get("transformers.core_model_loading")
-    plain: dict[str, tuple[str, Any, str]] = {key: (key, None, key) for key in keys}
-    if not is_pretrained(root) or all(key in targets for key in plain):
-        return plain
-    renamings, converters = _rules(root)
-    assert loading is not None
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix: Any = root.base_model_prefix
-    found: dict[str, tuple[str, Any, str]] = {}
-    for key in sorted(plain, key=loading.dot_natural_key):
-        name, pattern = loading.rename_source_key(key, renamings, converters, prefix, targets)
-        if name not in targets and key in targets:
-            name, pattern = key, None
-        found[key] = (name, None if pattern is None else by_pattern[pattern], pattern or key)
-    return found
-
-
-def _rules(root: nn.Module) -> tuple[list[Any], list[Any]]:
-    """Return transformers' renamings and converters for a model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    rules: Any = get_model_conversion_mapping(root)  # type: ignore[arg-type]  # a PreTrainedModel
-    return (
-        [rule for rule in rules if isinstance(rule, WeightRenaming)],
-        [rule for rule in rules if isinstance(rule, WeightConverter)],
-    )
-
-
-def _converted(
-    root: nn.Module, name: str, converter: Any, parts: list[tuple[str, str]], slices: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Return the tensors that a transformers converter makes of several of a file's, by name in the model."""
-    for key, pattern in parts:
-        converter.add_tensor(name, key, pattern, slices[key][:])
-    made: dict[str, Any] = converter.convert(name, model=root, config=root.config)
-    return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
-
-
-def _finish(root: nn.Module, absent: set[str], adapters: set[int], source: str, keys: set[str]) -> None:
+def _finish(root: nn.Module, absent: set[str], source: str, keys: set[str]) -> None:
     """Draw new heads that are in no base checkpoint; raise ``ValueError`` for anything else that is missing."""
-    tensors = {name: tensor for name, tensor in _named_tensors(root) if id(tensor) not in adapters}
-    ignored = {joined(clean_name(n), b) for n, m in root.named_modules() for b in non_persistent_buffers(m)}
-    wanted = {name for name in absent if name in tensors} - ignored
+    tensors = _base_tensors(root)
+    wanted = absent - {joined(clean_name(n), b) for n, m in root.named_modules() for b in non_persistent_buffers(m)}
     new = {name.rpartition(".")[0] for name in wanted if tensors[name].requires_grad}
     for path in sorted(new):
         module = root.get_submodule(path)
-        if not any(joined(path, n) not in wanted for n, _ in module.named_parameters()) and _draw(root, path, module):
+        if all(joined(path, name) in wanted for name, _ in module.named_parameters()) and _draw(root, path, module):
             wanted -= {name for name in wanted if name.startswith(f"{path}.")}
     if wanted:
-        some = listed(sorted(wanted), 3)
-        advice = _prefix_advice(wanted, keys)
-        raise ValueError(f"{source} lacks {len(wanted)} tensors of {class_name(root)}: {some}{advice}")
+        lacking = f"{len(wanted)} tensors of {class_name(root)}: {listed(sorted(wanted), 3)}"
+        raise ValueError(f"{source} lacks {lacking}{_prefix_advice(wanted, keys)}")
 
 
 def _prefix_advice(wanted: set[str], keys: set[str]) -> str:

@@ -51,7 +51,7 @@ class Reduction:
         hooks.append(model.register_forward_pre_hook(lambda *_: self.begin()))
         weakref.finalize(model, _remove, hooks)
         if sums:
-            model.register_comm_hook(self, _mean_in_order)
+            model.register_comm_hook(self, Reduction.mean)
 
     def begin(self) -> None:
         """Expect the next backward to reduce: a forward came before it, or DDP was prepared for it."""
@@ -120,10 +120,6 @@ class Reduction:
 def _remove(hooks: list[Any]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def _mean_in_order(reduction: Reduction, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    return reduction.mean(bucket)
 
 
 def reduce_in_fixed_order(model: nn.Module, strategy: Any) -> Reduction | None:

@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ _NUM_STEPS = 8
 _MAX_SIZE = 64  # of a dimension of the tensors to try on
 _TOLERANCE = 1e-3  # of the largest change: another order of sums is no other formula
 _LR = 1e-2
+_RIGHT, _UNTRIED, _WRONG = range(3)
 
 
 def check_steps_on_parts(optimizer: Optimizer) -> None:
@@ -44,31 +46,19 @@ def check_steps_on_parts(optimizer: Optimizer) -> None:
     spread = [p for group in optimizer.param_groups for p in group["params"] if is_sharded(p)]
     if not spread:
         return
-    failure: Exception | None = None
-    verdict = 0
     with isolate_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trials = _trials(optimizer)
-        try:
-            _step(_copied(optimizer, {key: trial.whole for key, trial in trials.items()}), trials, spread=False)
-        except Exception as error:  # nobody knows what an optimizer of the user's needs
-            failure, verdict = error, 1
-        else:
-            try:
-                _step(_copied(optimizer, {key: trial.spread for key, trial in trials.items()}), trials, spread=True)
-                verdict = 0 if all(trial.agrees() for trial in trials.values()) else 2
-            except Exception as error:
-                failure, verdict = error, 2
+        verdict, failure = _verdict(optimizer)
     worst = torch.tensor(verdict, device=collective_device(spread[0]))
     torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
     name = type(optimizer).__name__
     reason = "" if failure is None else f" ({type(failure).__name__}: {failure})"
-    if worst == 1:
+    if worst == _UNTRIED:
         rank_zero_warn(
             f"{name} could not be tried on small tensors{reason}. It holds tensors that are spread over ranks, and its "
             "steps on them are right only if the update of one entry reads no other"
         )
-    if worst == 2:
+    if worst == _WRONG:
         remedy = (
             "leave shard_adapters=False, which keeps adapters whole"
             if is_dtensor(spread[0])
@@ -80,6 +70,18 @@ def check_steps_on_parts(optimizer: Optimizer) -> None:
             "trust-ratio and quasi-Newton optimizers do. Take an optimizer that steps entry by entry, such as AdamW or "
             f"SGD, or {remedy}"
         ) from failure
+
+
+def _verdict(optimizer: Optimizer) -> tuple[int, Exception | None]:
+    """Return how this rank's parts were stepped on, and the error that the optimizer raised, if it did."""
+    trials = _trials(optimizer)
+    for spread in (False, True):
+        twins = {key: trial.spread if spread else trial.whole for key, trial in trials.items()}
+        try:
+            _step(_copied(optimizer, twins), trials, spread=spread)
+        except Exception as error:  # nobody knows what an optimizer of the user's needs
+            return _WRONG if spread else _UNTRIED, error
+    return _RIGHT if all(trial.agrees() for trial in trials.values()) else _WRONG, None
 
 
 @dataclass
@@ -186,10 +188,12 @@ def _copied(optimizer: Optimizer, twins: Mapping[int, nn.Parameter]) -> Optimize
         if isinstance(lr, (int, float, Tensor)) and float(lr) < _LR:  # 0 where a schedule warms up
             groups[-1]["lr"] = torch.full_like(lr, _LR) if isinstance(lr, Tensor) else _LR
     memo |= {id(optimizer.param_groups): groups, id(optimizer.state): state}
-    own = {key: value for key, value in vars(optimizer).items() if not _belongs_to_run(optimizer, key, value)}
+    own = {
+        key: OrderedDict() if is_optimizer_hook(key) else value
+        for key, value in vars(optimizer).items()
+        if not (callable(value) and hasattr(type(optimizer), key))  # a schedule wraps the class's own methods
+    }
     copied.__dict__.update(copy.deepcopy(own, memo))
-    hooks = [key for key in vars(optimizer) if is_optimizer_hook(key)]
-    copied.__dict__.update({key: OrderedDict() for key in hooks})
     return copied
 
 
@@ -199,23 +203,17 @@ def _state_like(value: Any, parameter: nn.Parameter, twin: nn.Parameter) -> Any:
     return copy.deepcopy(value)
 
 
-def _belongs_to_run(optimizer: Optimizer, key: str, value: Any) -> bool:
-    """Whether an attribute is a hook, or a method that a schedule put in the place of the class's own."""
-    return is_optimizer_hook(key) or (callable(value) and hasattr(type(optimizer), key))
-
-
 def _step(optimizer: Optimizer, trials: Mapping[int, _Trial], *, spread: bool) -> None:
     step: Any = optimizer.step
     takes_closure = "closure" in inspect.signature(step).parameters
-    different = list({id(trial): trial for trial in trials.values()}.values())
+    different = {id(trial): trial for trial in trials.values()}.values()
+
+    def backward(index: int) -> Tensor:
+        return torch.stack([trial.backward(index, spread=spread) for trial in different]).sum()
+
     for index in range(_NUM_STEPS):
-
-        def backward(index: int = index) -> Tensor:
-            losses = [trial.backward(index, spread=spread) for trial in different]
-            return torch.stack(losses).sum()
-
-        backward()
+        backward(index)
         if takes_closure:
-            step(closure=backward)
+            step(closure=partial(backward, index))
         else:
             step()

@@ -1,4 +1,4 @@
-"""Compute the norm of gradients of which some are sharded."""
+"""Norm and clipping of gradients of which some are sharded."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,33 +12,18 @@ from lightning_lora.ops.sharded import collective_device, is_sharded, local_part
 
 
 def total_norm(parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> Tensor:
-    """Return the norm over the gradients of all parameters, sharded and replicated, as :func:`norm_over_ranks` does.
+    """Return the norm over all gradients in float32, one number that is the same on every rank.
 
-    Parameters without a gradient are passed over. Call on all ranks, after a backward that the strategy ran.
+    With sharded ones one all-reduce of one number, over the ranks that they are spread over. Parameters without a
+    gradient are passed over. Call on all ranks, after a backward that the strategy ran.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
-    spread = set(map(id, sharded))
-    whole = [parameter.grad for parameter in parameters if id(parameter) not in spread]
-    return norm_over_ranks(whole, [local_part(p.grad) for p in sharded], sharded, norm_type)
-
-
-def norm_over_ranks(
-    whole: Sequence[Tensor | None], parts: Sequence[Tensor], sharded: Sequence[Any], norm_type: float = 2.0
-) -> Tensor:
-    """Return the norm over gradients in float32, one number that is the same on every rank.
-
-    With sharded ones one all-reduce of one number, over the ranks that they are spread over. Called on all ranks.
-
-    Args:
-        whole: what every rank holds.
-        parts: this rank's of what is spread, and no other's.
-        sharded: parameters that are spread as the parts are; none if there are no parts.
-    """
-    powers = [_power_sum(whole, norm_type)]
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    sharded = [parameter for parameter in held if is_sharded(parameter)]
+    powers = [_power_sum([parameter.grad for parameter in held if not is_sharded(parameter)], norm_type)]
     if sharded:
         group = shard_group(sharded)
-        power = _power_sum(parts, norm_type).to(collective_device(sharded[0], group))
+        power = _power_sum([local_part(parameter.grad) for parameter in sharded], norm_type)
+        power = power.to(collective_device(sharded[0], group))
         operation = torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
         torch.distributed.all_reduce(power, operation, group=group)
         powers.append(power)
@@ -48,9 +33,40 @@ def norm_over_ranks(
     return torch.stack(powers).sum() ** (1.0 / norm_type)
 
 
-def _power_sum(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor:
+def clip_by_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scale gradients so that their norm over all tensors, sharded and replicated, is at most ``max_norm``.
+
+    One all-reduce of one number over the ranks that shards are spread over. Called on all ranks.
+
+    Returns:
+        The norm before, the same on every rank.
+
+    Raises:
+        RuntimeError: it is not finite and ``error_if_nonfinite``.
+    """
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    total = total_norm(held, float(norm_type))
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(f"the norm of the gradients is {total.item()} and cannot be clipped to {max_norm}")
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for parameter in held:
+        part = local_part(parameter.grad)
+        part.mul_(factor.to(part))
+    return total
+
+
+def clip_by_value(parameters: Iterable[nn.Parameter], clip_value: float) -> None:
+    """Clamp every entry of every gradient to ``[-clip_value, clip_value]``."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local_part(parameter.grad).clamp_(-clip_value, clip_value)
+
+
+def _power_sum(tensors: Sequence[Any], norm_type: float) -> Tensor:
     """Return ``sum |g|^p`` in float32, or the maximum for an infinite ``p``."""
-    filled = [tensor for tensor in tensors if tensor is not None and tensor.numel() > 0]
+    filled = [tensor for tensor in tensors if tensor.numel() > 0]
     if not filled:
         return torch.zeros(())
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Reduce gradients of replicated tensors in one all-reduce per step, before anyone reads them; clip over shards."""
+"""Reduce gradients of replicated tensors in one all-reduce per step, before anyone reads them."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lightning_lora.compat.distributed import fsdp_groups, gathered_parameter
 from lightning_lora.compat.torch import foreach_copy_, foreach_div_
-from lightning_lora.distributed.gradient_norm import total_norm
 from lightning_lora.distributed.replication import drifted
 from lightning_lora.model.names import listed
 from lightning_lora.ops.guarded import PartOfGradient, UnreducedGradient, bare, guard
-from lightning_lora.ops.sharded import collective_device, is_sharded, local_part, shard_group
+from lightning_lora.ops.sharded import is_sharded, shard_group
 
 # a step that ranks take differently shows at the next reduction
 _CHECKED_REDUCTIONS = 5
@@ -38,6 +35,9 @@ class GradientReducer:
             addends of one gradient, by less.
         parts: take the parameters that each rank has a part of, and not those that are whole.
         names: of the parameters by identity, for errors.
+
+    Attributes:
+        is_blocked: whether gradients accumulate on each rank for now.
     """
 
     def __init__(
@@ -59,8 +59,7 @@ class GradientReducer:
         self._is_reduced = False
         self._parameters: list[nn.Parameter] = []
         self._known: set[int] = set()
-        self._blocked = False
-        self._pending = False
+        self.is_blocked = False
         self._hooks: list[Any] = []
         self.add(parameters)
         self._pending = False
@@ -81,7 +80,7 @@ class GradientReducer:
 
     def _note(self, parameter: Tensor) -> None:
         self._pending = True
-        guard([parameter], self._kind if self._blocked or self._size == 1 else UnreducedGradient)
+        guard([parameter], self._kind if self.is_blocked or self._size == 1 else UnreducedGradient)
 
     def release(self) -> None:
         """Watch the parameters no more."""
@@ -89,19 +88,14 @@ class GradientReducer:
             hook.remove()
         self._hooks.clear()
 
-    @property
-    def is_blocked(self) -> bool:
-        """Whether gradients accumulate on each rank for now."""
-        return self._blocked
-
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Let gradients accumulate on each rank; the first backward outside the block reduces them."""
-        former, self._blocked = self._blocked, True
+        former, self.is_blocked = self.is_blocked, True
         try:
             yield
         finally:
-            self._blocked = former
+            self.is_blocked = former
 
     @torch.no_grad()
     def before_backward(self) -> None:
@@ -116,7 +110,7 @@ class GradientReducer:
     def after_backward(self) -> None:
         """Reduce at once, or after the accumulation. Called on all ranks after every backward."""
         self._pending = True
-        if not self._blocked:
+        if not self.is_blocked:
             self.reduce()
 
     def before_step(self) -> None:
@@ -187,100 +181,6 @@ def _drift_error(drift: Mapping[str, float]) -> str:
         "fabric.clip_gradients(...), and do everything else alike on all ranks. Every checkpoint that was written "
         "passed this check"
     )
-
-
-def count_unused_as_zero(root: nn.Module) -> None:
-    """Let what trains in shards and is unused on some rank count as zero there.
-
-    FSDP2 reduce-scatters the gradients that a rank has, one behind the other: where ranks have others, it adds up those
-    of different parameters. :func:`drop_unused` takes back what no rank used. And what stays gathered between forwards
-    is frozen and unfrozen with what it was gathered from. Called once, when the root is sharded.
-    """
-    for part in root.modules():
-        if isinstance(part, FSDPModule):
-            for group in fsdp_groups(part):
-                if any(fsdp_parameter.sharded_param.requires_grad for fsdp_parameter in group.fsdp_params):
-                    group.__dict__["lora_filled"] = set()
-                    group.__dict__["pre_forward"] = functools.partial(_gather_as_flagged, group)
-                    group.__dict__["post_backward"] = functools.partial(_fill_and_reduce, group)
-
-
-def _gather_as_flagged(group: Any, *arguments: Any) -> Any:
-    result = type(group).pre_forward(group, *arguments)
-    for fsdp_parameter in group.fsdp_params:
-        gathered, trains = gathered_parameter(fsdp_parameter), fsdp_parameter.sharded_param.requires_grad
-        if gathered is not None and gathered.requires_grad != trains:
-            gathered.requires_grad_(trains)
-    return result
-
-
-def _fill_and_reduce(group: Any, *unused: Any) -> None:
-    for fsdp_parameter in group.fsdp_params if group.reduce_grads else ():
-        gathered = gathered_parameter(fsdp_parameter)
-        if gathered is None or not gathered.requires_grad:
-            continue
-        sharded = fsdp_parameter.sharded_param
-        if gathered.grad is None and fsdp_parameter.unsharded_accumulated_grad is None:
-            gathered.grad = torch.zeros_like(gathered)
-            if sharded.grad is None:
-                group.lora_filled.add(id(sharded))
-        else:
-            group.lora_filled.discard(id(sharded))
-    type(group).post_backward(group, *unused)
-
-
-def drop_unused(module: nn.Module) -> None:
-    """Make gradients in shards ``None`` again that no rank has. One small all-reduce; called on all ranks."""
-    groups = [
-        group
-        for part in module.modules()
-        if isinstance(part, FSDPModule)
-        for group in fsdp_groups(part)
-        if hasattr(group, "lora_filled")
-    ]
-    sharded = [(group, fsdp_parameter.sharded_param) for group in groups for fsdp_parameter in group.fsdp_params]
-    if not sharded:
-        return
-    flags = [id(parameter) in group.lora_filled for group, parameter in sharded]
-    unused = torch.tensor(flags, dtype=torch.uint8).to(collective_device(sharded[0][1]))
-    torch.distributed.all_reduce(unused, torch.distributed.ReduceOp.MIN)
-    if any(flags):  # a look at the device's answer waits for it
-        for (_, parameter), is_unused in zip(sharded, unused.tolist(), strict=True):
-            if is_unused:
-                parameter.grad = None
-    for group in groups:
-        group.lora_filled.clear()
-
-
-def clip_by_norm(
-    parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
-) -> Tensor:
-    """Scale gradients so that their norm over all tensors, sharded and replicated, is at most ``max_norm``.
-
-    One all-reduce of one number over the ranks that shards are spread over. Called on all ranks.
-
-    Returns:
-        The norm before, the same on every rank.
-
-    Raises:
-        RuntimeError: it is not finite and ``error_if_nonfinite``.
-    """
-    held = [parameter for parameter in parameters if parameter.grad is not None]
-    total = total_norm(held, float(norm_type))
-    if error_if_nonfinite and not torch.isfinite(total):
-        raise RuntimeError(f"the norm of the gradients is {total.item()} and cannot be clipped to {max_norm}")
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for parameter in held:
-        part = local_part(parameter.grad)
-        part.mul_(factor.to(part))
-    return total
-
-
-def clip_by_value(parameters: Iterable[nn.Parameter], clip_value: float) -> None:
-    """Clamp every entry of every gradient to ``[-clip_value, clip_value]``."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            local_part(parameter.grad).clamp_(-clip_value, clip_value)
 
 
 def watch_steps(optimizer: Optimizer, before_step: Callable[..., None]) -> None:

@@ -1,6 +1,7 @@
 """Share an overflow of scaled gradients among all ranks, so that all of them skip the step."""
 
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def share_overflows(scaler: Any, reduce_gradients: Callable[[], None]) -> None:
 
     def unscale_together(optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
         reduce_gradients()
-        found = unscale(scaler, _LocalGradients(optimizer), inv_scale, found_inf, allow_fp16)
+        found = unscale(scaler, _local_gradients(optimizer), inv_scale, found_inf, allow_fp16)
         anywhere = torch.stack([value.to(found_inf.device) for value in (found_inf, *found.values())]).max()
         torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
         for value in found.values():
@@ -64,18 +65,15 @@ def keep_overflows(scaler: Any) -> None:
         scaler.__dict__.pop(UNSCALE, None)
 
 
-class _LocalGradients:
-    """An optimizer's parameters for reading, FSDP2's as this rank's part: torch refuses them beside whole ones."""
+def _local_gradients(optimizer: Optimizer) -> Any:
+    """Return the parameters for reading, FSDP2's as this rank's part: torch refuses those beside whole ones."""
+    groups = [{"params": [_local(parameter) for parameter in group["params"]]} for group in optimizer.param_groups]
+    return SimpleNamespace(param_groups=groups)
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.param_groups = [{"params": list(_local(group["params"]))} for group in optimizer.param_groups]
 
-
-def _local(parameters: Iterable[Any]) -> Iterable[Any]:
-    for parameter in parameters:
-        if parameter.grad is None or local_part(parameter.grad) is parameter.grad:
-            yield parameter
-        else:
-            part = local_part(parameter.detach())
-            part.grad = local_part(parameter.grad)
-            yield part
+def _local(parameter: Any) -> Any:
+    if parameter.grad is None or local_part(parameter.grad) is parameter.grad:
+        return parameter
+    part = local_part(parameter.detach())
+    part.grad = local_part(parameter.grad)
+    return part

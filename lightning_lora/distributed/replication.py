@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_lora.checkpoint.fingerprint import exact_hash, local_hashes
-from lightning_lora.model.gathered import class_name
-from lightning_lora.model.names import clean_name, is_inside
-from lightning_lora.model.state import injected_roots, injection_of
+from lightning_lora.checkpoint.hashes import exact_hash, sample_hash
+from lightning_lora.model.names import clean_name, is_inside_any, joined
+from lightning_lora.model.spread import class_name
+from lightning_lora.model.state import injected_roots, require_injection
 from lightning_lora.ops.sharded import collective_device, is_sharded, local_part
 
 _BROADCAST_NUMEL = 2**26
@@ -43,15 +43,9 @@ def make_equal(root: nn.Module, device: torch.device, group: ProcessGroup | None
 
     Of tensors that are spread over ranks, the ranks of the group must hold the same part.
     """
-    tensors = {
-        clean_name(name): parameter
-        for name, parameter in root.named_parameters()
-        if parameter.device.type != "meta" and parameter.is_floating_point()
-    }
-    others = differ(torch.stack(local_hashes(tensors.values())).to(device), group) if tensors else []
-    for tensor, is_other in zip(tensors.values(), others, strict=True):
-        if is_other:
-            _broadcast(tensor, device, group)
+    tensors = [p for p in root.parameters() if p.device.type != "meta" and p.is_floating_point()]
+    others = differ(torch.stack([sample_hash(one, one) for one in tensors]).to(device), group) if tensors else []
+    broadcast_together([tensor for tensor, is_other in zip(tensors, others, strict=True) if is_other], device, group)
 
 
 def differ(numbers: Tensor, group: ProcessGroup | None = None) -> list[bool]:
@@ -77,7 +71,8 @@ def drifted(tensors: Sequence[nn.Parameter], group: ProcessGroup | None = None) 
     for tensor, is_other in zip(tensors, others, strict=True):
         if not is_other:
             continue
-        highest = local_part(tensor.detach()).to(device, _real_dtype(tensor), copy=True)
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        highest = local_part(tensor.detach()).to(device, dtype, copy=True)
         lowest = highest.clone()
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=group)
         torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=group)
@@ -87,49 +82,38 @@ def drifted(tensors: Sequence[nn.Parameter], group: ProcessGroup | None = None) 
     return drift
 
 
-def _real_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def broadcast_replicated(module: nn.Module, device: torch.device) -> None:
     """Give every rank rank 0's values of all parameters that are whole, and of all buffers. Called on all ranks."""
-    broadcast_together([*module.parameters(), *module.buffers()], device)
+    tensors = [*module.parameters(), *module.buffers()]
+    broadcast_together([tensor for tensor in tensors if not is_sharded(tensor)], device)
 
 
 def changing_buffers(module: nn.Module) -> list[Tensor]:
     """Return the buffers that a step may change: outside the adapted models, and where those train whole."""
     roots = injected_roots(module)
-    whole = [
-        f"{path}.{name}" if path else name
-        for path, root in roots.items()
-        for name in injection_of(root).trained_whole  # type: ignore[union-attr]  # it is adapted
-    ]
+    whole = [joined(path, name) for path, root in roots.items() for name in require_injection(root).trained_whole]
     return [
         buffer
         for name, buffer in module.named_buffers()
-        if any(is_inside(clean_name(name), path) for path in whole)
-        or not any(is_inside(clean_name(name), path) for path in roots)
+        if is_inside_any(clean_name(name), whole) or not is_inside_any(clean_name(name), roots)
     ]
 
 
 @torch.no_grad()
-def broadcast_together(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Give every rank rank 0's values, in one broadcast per dtype, or in more for large ones. Called on all ranks."""
+def broadcast_together(tensors: Sequence[Tensor], device: torch.device, group: ProcessGroup | None = None) -> None:
+    """Give every rank of ``group``, or of all, its first's values, in one broadcast per dtype, or more for large ones.
+
+    Called on all of them.
+    """
+    first = 0 if group is None else torch.distributed.get_global_rank(group, 0)
     batches: dict[tuple[torch.dtype, int], list[Tensor]] = {}
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
-        if tensor.device.type != "meta" and tensor.numel() > 0 and not is_sharded(tensor):
+        if tensor.device.type != "meta" and tensor.numel() > 0:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
             batches.setdefault((tensor.dtype, sizes[tensor.dtype] // _BROADCAST_NUMEL), []).append(tensor.detach())
     for alike in batches.values():
         flat = torch.cat([tensor.reshape(-1).to(device) for tensor in alike])
-        torch.distributed.broadcast(flat, 0)
+        torch.distributed.broadcast(flat, first, group=group)
         for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
             tensor.copy_(values.view_as(tensor))
-
-
-def _broadcast(tensor: Tensor, device: torch.device, group: ProcessGroup | None) -> None:
-    values = tensor.detach().to(device).contiguous()
-    first = 0 if group is None else torch.distributed.get_global_rank(group, 0)
-    torch.distributed.broadcast(values, first, group=group)
-    tensor.detach().copy_(values)

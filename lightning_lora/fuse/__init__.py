@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from lightning_lora.fuse.experts import fuse_experts
-from lightning_lora.fuse.gated_mlp import LoRAGatedMLP, fuse_gated_mlp, release_gated_mlp
-from lightning_lora.fuse.norms import LoRARMSNorm, fuse_norms, release_norm
+from lightning_lora.fuse.gated_mlp import LoRAGatedMLP, fuse_gated_mlp
+from lightning_lora.fuse.norms import LoRARMSNorm, fuse_norms
 from lightning_lora.fuse.siblings import group_siblings
+from lightning_lora.layers.class_swap import restore_class
 
 FUSIONS: dict[str, Callable[[nn.Module], None]] = {
     "experts": fuse_experts,
@@ -31,6 +32,6 @@ def fuse(root: nn.Module, fusions: Iterable[str] = tuple(FUSIONS)) -> None:
 def release(module: nn.Module) -> None:
     """Undo what :func:`fuse` did to the class of one module."""
     if isinstance(module, LoRAGatedMLP):
-        release_gated_mlp(module)
+        restore_class(module, "lora_form", "lora_activation")
     elif isinstance(module, LoRARMSNorm):
-        release_norm(module)
+        restore_class(module, "lora_form", "lora_has_zeros", "lora_seen")

@@ -39,6 +39,11 @@ _ACTIVATIONS: dict[Any, str] = {
 }
 
 
+def always(module: Any) -> bool:
+    """Return True: the condition of a form that computes its formula whatever the module's attributes are."""
+    return True
+
+
 class GatedForm(NamedTuple):
     """The names of a gated MLP's layers and of the activation, ``down(activation(gate(x)) * up(x))``.
 
@@ -51,11 +56,7 @@ class GatedForm(NamedTuple):
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
-    condition: Callable[[Any], bool] | None = None
-
-    def holds(self, module: Any) -> bool:
-        """Return True if the attributes of a module are such that it computes the formula."""
-        return self.condition is None or self.condition(module)
+    condition: Callable[[Any], bool] = always
 
 
 def _drops_nothing(module: Any) -> bool:

@@ -8,8 +8,8 @@ from typing_extensions import override
 
 from lightning_lora.compat.torch import has_global_hooks, has_hooks
 from lightning_lora.fuse.forms import GATED_FORMS, GatedForm, activation_name, form_of
-from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, leave, term
-from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
+from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, leave
+from lightning_lora.layers.class_swap import SwappedModule, swap_class
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
@@ -72,7 +72,7 @@ class LoRAGatedMLP(SwappedModule):
         )
 
     def _has_its_formula(self) -> bool:
-        if not self.lora_form.holds(self):
+        if not self.lora_form.condition(self):
             return False
         if torch.compiler.is_compiling():  # guards on classes and functions would compile equal blocks one by one
             return True
@@ -87,8 +87,8 @@ class LoRAGatedMLP(SwappedModule):
             factors(up),
             factors(down),
             activation=self.lora_activation,
-            entering=term(gate),
-            leaving=term(down),
+            entering=gate.scaled_dropout(),
+            leaving=down.scaled_dropout(),
         )
         return leave(down, y)
 
@@ -135,8 +135,3 @@ def fuse_gated_mlp(module: nn.Module) -> None:
     if activation is not None and all(isinstance(module._modules.get(name), LoRALinear) for name in form[:3]):
         swap_class(module, LoRAGatedMLP)
         module.__dict__.update(lora_form=form, lora_activation=activation)
-
-
-def release_gated_mlp(module: LoRAGatedMLP) -> None:
-    """Give the module its base class back."""
-    restore_class(module, "lora_form", "lora_activation")

@@ -1,19 +1,27 @@
 """Make RMS norms of a frozen base save their output for backward instead of their input."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.compat.torch import version_of
-from lightning_lora.fuse.forms import form_of
-from lightning_lora.fuse.norm_forms import NORM_FORMS, NormForm
+from lightning_lora.compat.torch import is_transformed, version_of
+from lightning_lora.fuse.forms import always, form_of
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
-from lightning_lora.ops.linear import autocast_dtype, is_transformed
+from lightning_lora.layers.class_swap import SwappedModule, swap_class
+from lightning_lora.ops.linear import autocast_dtype
 from lightning_lora.ops.rms_norm import rms_norm
 from lightning_lora.ops.sharded import is_dtensor
+
+
+class NormForm(NamedTuple):
+    """The attribute of a norm that is its eps, and whether it multiplies by ``1 + weight``."""
+
+    eps: str
+    is_offset: bool = False
+    condition: Callable[[Any], bool] = always
 
 
 class LoRARMSNorm(SwappedModule):
@@ -41,7 +49,7 @@ class LoRARMSNorm(SwappedModule):
         weight = self.weight
         if weight.requires_grad or is_dtensor(weight) or weight.is_meta or autocast_dtype(x) is not None:
             return False
-        if not self.lora_form.holds(self) or self.lora_base_class.forward is not type(self).lora_base_forward:
+        if not self.lora_form.condition(self) or self.lora_base_class.forward is not type(self).lora_base_forward:
             return False
         return weight.dtype == x.dtype and not self._has_zeros(weight)
 
@@ -86,6 +94,72 @@ def _has_only_a_weight(module: nn.Module) -> bool:
     return [name for name, parameter in module._parameters.items() if parameter is not None] == ["weight"]
 
 
-def release_norm(norm: LoRARMSNorm) -> None:
-    """Give the module its base class back."""
-    restore_class(norm, "lora_form", "lora_has_zeros", "lora_seen")
+# the code of known norms: a class with the same code computes the same formula
+class _LlamaNorm:
+    def forward(self: Any, x: Any) -> Any:
+        input_dtype = x.dtype
+        x = x.to(torch.float32)
+        variance = x.pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * x.to(input_dtype)
+
+
+class _GemmaNorm:
+    def _norm(self: Any, x: Any) -> Any:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self: Any, x: Any) -> Any:
+        output = self._norm(x.float())
+        output = output * (1.0 + self.weight.float())
+        return output.type_as(x)
+
+
+class _T5Norm:
+    def forward(self: Any, x: Any) -> Any:
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + self.variance_epsilon)
+        if self.weight.dtype in [torch.float16, torch.bfloat16]:
+            x = x.to(self.weight.dtype)
+        return self.weight * x
+
+
+class _Llama4Norm:
+    _norm = _GemmaNorm._norm
+
+    def forward(self: Any, x: Any) -> Any:
+        output = self._norm(x.float()).type_as(x)
+        return output * self.weight
+
+
+def _reduces_in_float32(module: Any) -> bool:
+    return bool(module.force_float32_reductions and module.bias is None)
+
+
+class _XLSTMNorm:
+    def _apply_weight_bias(self: Any, x: Any) -> Any:
+        if self.weight is not None:
+            x = x * self.weight
+        if self.bias is not None:
+            x = x + self.bias
+        return x
+
+    def _rms_normalize(self: Any, x: Any) -> Any:
+        in_dtype = x.dtype
+        if self.force_float32_reductions:
+            x = x.float()
+        x = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return x.to(in_dtype)
+
+    def forward(self: Any, x: Any) -> Any:
+        x = self._rms_normalize(x)
+        x = self._apply_weight_bias(x)
+        return x
+
+
+NORM_FORMS: dict[type, NormForm] = {
+    _LlamaNorm: NormForm("variance_epsilon"),
+    _GemmaNorm: NormForm("eps", is_offset=True),
+    _T5Norm: NormForm("variance_epsilon"),
+    _Llama4Norm: NormForm("eps"),
+    _XLSTMNorm: NormForm("eps", condition=_reduces_in_float32),
+}

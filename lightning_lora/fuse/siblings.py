@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.compat.torch import forward_pre_hooks, version_of
+from lightning_lora.compat.torch import forward_pre_hooks, is_transformed, version_of
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.split import SplitLinear
-from lightning_lora.ops.linear import LinearTensors, ScaledDropout, autocast_dtype, is_transformed, lora_linears
+from lightning_lora.ops.linear import LinearTensors, autocast_dtype, lora_linears
 from lightning_lora.ops.sharded import is_dtensor
 
 # Names of layers of one module that may read one input. A wrong group costs three products that nobody reads.
@@ -227,11 +227,11 @@ def _is_plain(layer: LoRALinear) -> bool:
 
 def compute_all(x: Tensor, layers: list[LoRALinear], leader: LoRALinear) -> Sequence[Tensor]:
     """Return what each layer's product gives for ``x``, before :func:`leave`."""
-    entered, own_term, all_factors = enter(leader, x), term(leader), [factors(one) for one in layers]
+    entered, settings, all_factors = enter(leader, x), leader.scaled_dropout(), [factors(one) for one in layers]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.requires_grad:
         # a backward pass frees no graph before x: callers may run one through each output by itself
-        return [lora_linears(entered, [one], own_term)[0] for one in all_factors]
-    return lora_linears(entered, all_factors, own_term)
+        return [lora_linears(entered, [one], settings)[0] for one in all_factors]
+    return lora_linears(entered, all_factors, settings)
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
@@ -275,8 +275,3 @@ def factors(layer: LoRALinear) -> LinearTensors:
     """Return the tensors of this rank's product."""
     bias = layer.local_bias() if isinstance(layer, SplitLinear) else layer.bias
     return LinearTensors(layer.weight, bias, layer.lora_A, layer.lora_B)
-
-
-def term(layer: LoRALinear) -> ScaledDropout:
-    """Return scaling and dropout of the layer's adapter for one call, with a new seed."""
-    return ScaledDropout(layer.lora_scaling, layer.lora_dropout, layer.dropout_seed(), layer.dropout_columns())

@@ -2,8 +2,7 @@
 
 from lightning_lora.layers.adapt import adapt, unadapt
 from lightning_lora.layers.base import LoRALayer, Pair
-from lightning_lora.layers.registry import is_linear, mixin_for, register
-from lightning_lora.layers.variants import read_mixin, with_options
+from lightning_lora.layers.registry import is_linear, mixin_for, read_mixin, register, with_options
 
 __all__ = [
     "LoRALayer",

@@ -241,10 +241,7 @@ class LoRALayer(SwappedModule):
             if like.device.type == "meta":
                 continue
             dtype = not_narrower(like.dtype, self.lora_dtype)
-            if (like.device, dtype) != (parameter.device, parameter.dtype):
-                parameter.data = parameter.data.to(device=like.device, dtype=dtype)
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.to(device=like.device, dtype=dtype)
+            convert_parameter(parameter, dtype, like.device)
         return self
 
     @override
@@ -258,3 +255,12 @@ def not_narrower(dtype: torch.dtype, floor: torch.dtype | None) -> torch.dtype:
     if floor is None or torch.finfo(dtype).bits > torch.finfo(floor).bits:
         return dtype
     return floor
+
+
+def convert_parameter(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Move a parameter and its gradient to a dtype and a device; it stays the same object."""
+    device = device or parameter.device
+    if (parameter.dtype, parameter.device) != (dtype, device):
+        parameter.data = parameter.data.to(device=device, dtype=dtype)
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.to(device=device, dtype=dtype)

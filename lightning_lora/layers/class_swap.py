@@ -55,7 +55,7 @@ def restore_class(module: SwappedModule, *attributes: str) -> None:
     """Give a module the class back that :func:`swap_class` took, and delete ``attributes`` of the mixin's."""
     for name in attributes:
         del module.__dict__[name]
-    module.__class__ = module.lora_base_class  # type: ignore[assignment]  # the reverse of the swap
+    module.__class__ = type(module).__bases__[1]  # the reverse of the swap
 
 
 def _recipe(cls: type) -> Any:

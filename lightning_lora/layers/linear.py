@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.linear_forms import is_plain_linear
 from lightning_lora.layers.read_weight import ReadWeight
-from lightning_lora.ops.linear import lora_linear
+from lightning_lora.layers.same_code import is_plain_linear
+from lightning_lora.ops.linear import LinearTensors, ScaledDropout, lora_linears
 from lightning_lora.ops.quantized import check_plain
 
 
@@ -39,7 +39,10 @@ class LoRALinear(LoRALayer):
             return self.base_forward(input, *args, **kwargs)  # type: ignore[no-any-return]
         if self.lora_base_class.forward is nn.Linear.forward:
             y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
-            return self._lora_linear(input, self.base_weight, self.bias) if y is None else y
+            if y is not None:
+                return y  # type: ignore[no-any-return]
+            stored = self._parameters.get("weight")  # what reading it gives may have the update in it
+            return self._lora_linear(input, self.weight if stored is None else stored, self.bias)
         y = self.base_forward(input, *args, **kwargs)
         return y + self._lora_linear(input, None, None).to(y.dtype)  # type: ignore[no-any-return]
 
@@ -53,17 +56,15 @@ class LoRALinear(LoRALayer):
         )
 
     def _lora_linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return lora_linear(
-            x,
-            weight,
-            bias,
-            self.lora_A,
-            self.lora_B,
-            scaling=self.lora_scaling,
-            dropout=self.lora_dropout,
-            seed=self.dropout_seed(),
-            columns=self.dropout_columns(),
-        )
+        layer = LinearTensors(weight, bias, self.lora_A, self.lora_B)
+        return lora_linears(x, [layer], self.scaled_dropout())[0]
+
+    def scaled_dropout(self) -> ScaledDropout:
+        """Return scaling and dropout of the adapter for one call, with a new seed."""
+        seed = self.dropout_seed() if self.lora_dropout else None
+        if seed is None:
+            return ScaledDropout(self.lora_scaling)
+        return ScaledDropout(self.lora_scaling, self.lora_dropout, seed, self.dropout_columns())
 
     def dropout_columns(self) -> tuple[int, int] | None:
         """Return the position of the input's first feature and the number of all, if it is a slice of them."""

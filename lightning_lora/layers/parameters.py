@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -46,7 +45,20 @@ class LoRAParameters(LoRALayer):
     def adapt_parts(
         cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
     ) -> "LoRAParameters":
-        return adapt_parameters(modules[name], pairs, dtype=options["dtype"])
+        module, dtype = modules[name], options["dtype"]
+        ordered = {part: pairs[part] for part in module._parameters if part in pairs}
+        sizes = {part: sizes_of_parameter(module, part) for part in ordered}
+        names = tuple(f"lora_{factor}_{part}" for part in ordered for factor in "AB")
+        adapted = become_lora_layer(
+            module, cls, scaling=1.0, dropout=0.0, dtype=dtype, adapter_names=names, lora_parts=ordered
+        )
+        for part, (r, _) in ordered.items():
+            like: Any = module._parameters[part]
+            experts, in_features, out_features = sizes[part]
+            stack = (experts,) if like.ndim == 3 else ()
+            shapes = {f"lora_A_{part}": (*stack, r, in_features), f"lora_B_{part}": (*stack, out_features, r)}
+            register_factors(adapted, like, **shapes)
+        return adapted
 
     @override
     def pairs(self) -> dict[str, Pair]:
@@ -61,11 +73,10 @@ class LoRAParameters(LoRALayer):
 
     @override
     def merged_tensors(self) -> dict[str, Tensor]:
-        return {name: self._merged_part(name) for name in self.lora_parts}
+        return {name: self._merged_part(name, pair) for name, pair in self.pairs().items()}
 
-    def _merged_part(self, name: str) -> Tensor:
-        weight, pair = self._parameters[name], self.pairs()[name]
-        assert weight is not None
+    def _merged_part(self, name: str, pair: Pair) -> Tensor:
+        weight: Any = self._parameters[name]
         if weight.ndim == 3 and self.lora_transposed:
             return merged_weight(weight.transpose(1, 2), pair.A, pair.B, pair.scaling).transpose(1, 2)
         return merged_weight(weight, pair.A, pair.B, pair.scaling)
@@ -85,22 +96,3 @@ def sizes_of_parameter(module: nn.Module, name: str) -> tuple[int, int, int]:
         raise ValueError(f"parameter {name!r} is {list(shape)}; adapted can be matrices and 3-D stacks of them")
     first, second = shape[1:]
     return (shape[0], first, second) if getattr(module, "is_transposed", False) else (shape[0], second, first)
-
-
-def adapt_parameters(
-    module: nn.Module, parts: Mapping[str, tuple[int, float]], *, dtype: torch.dtype | None
-) -> LoRAParameters:
-    """Turn ``module`` into :class:`LoRAParameters` in place: all-zero pairs of the ranks and scales in ``parts``."""
-    ordered = {name: parts[name] for name in module._parameters if name in parts}
-    sizes = {name: sizes_of_parameter(module, name) for name in ordered}
-    names = tuple(f"lora_{factor}_{name}" for name in ordered for factor in "AB")
-    adapted = become_lora_layer(
-        module, LoRAParameters, scaling=1.0, dropout=0.0, dtype=dtype, adapter_names=names, lora_parts=ordered
-    )
-    for name, (r, _) in ordered.items():
-        like: Any = module._parameters[name]
-        experts, in_features, out_features = sizes[name]
-        stack = (experts,) if like.ndim == 3 else ()
-        shapes = {f"lora_A_{name}": (*stack, r, in_features), f"lora_B_{name}": (*stack, out_features, r)}
-        register_factors(adapted, like, **shapes)
-    return adapted

@@ -1,13 +1,29 @@
-"""Pick the mixin that adapts a base layer, by the layer's type. :func:`register` adds a kind."""
+"""Pick the mixin that adapts a base layer: by the layer's type, by what reads its weight, and by the options.
 
-from torch import nn
+:func:`register` adds a kind.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.bias import BiasedConv, BiasedConv1D, BiasedLinear
 from lightning_lora.layers.convolution import LoRAConv
-from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.dora import (
+    DoRAConv,
+    DoRAConv1D,
+    DoRAEmbedding,
+    DoRALinear,
+    DoRAReadEmbedding,
+    DoRAReadLinear,
+)
+from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
+from lightning_lora.layers.read_weight import ReadWeight
+from lightning_lora.layers.residual import ResidualConv1D, ResidualLinear, ResidualReadLinear
 
 # keys are classes, or full names of classes whose package need not be installed
 _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
@@ -46,3 +62,69 @@ def is_linear(layer: nn.Module) -> bool:
     """Whether ``"all-linear"`` means this layer."""
     mixin = mixin_for(layer)
     return mixin is not None and mixin.is_linear
+
+
+Variants = dict[type[LoRALayer], type[LoRALayer]]
+
+READ: Variants = {LoRALinear: LoRAReadLinear, LoRAEmbedding: LoRAReadEmbedding}
+DORA: Variants = {
+    LoRALinear: DoRALinear,
+    LoRAConv1D: DoRAConv1D,
+    LoRAReadLinear: DoRAReadLinear,
+    LoRAEmbedding: DoRAEmbedding,
+    LoRAReadEmbedding: DoRAReadEmbedding,
+    LoRAConv: DoRAConv,
+}
+BIASED: Variants = {LoRALinear: BiasedLinear, LoRAConv1D: BiasedConv1D, LoRAConv: BiasedConv}
+RESIDUAL: Variants = {LoRALinear: ResidualLinear, LoRAConv1D: ResidualConv1D, LoRAReadLinear: ResidualReadLinear}
+
+
+def read_mixin(mixin: type[LoRALayer], layer: nn.Module, reader: nn.Module) -> type[LoRALayer]:
+    """Return the variant of ``mixin`` for a layer whose weight ``reader`` reads.
+
+    Raises:
+        ValueError: the weight of such a layer cannot include the adapter.
+    """
+    if issubclass(mixin, ReadWeight):
+        return mixin
+    if mixin not in READ:
+        raise ValueError(
+            f"{type(reader).__name__} reads its weight instead of calling it, which would leave the adapter out, and "
+            f"the weight of a {type(layer).__name__} cannot include it: leave it out with exclude_modules"
+        )
+    weight = layer._parameters.get("weight")
+    is_stored = weight is not None and weight.is_floating_point()
+    return READ[mixin] if is_stored else mixin  # a quantised weight cannot be read as a matrix at all
+
+
+def with_options(mixin: type[LoRALayer], layer: nn.Module, *, use_dora: bool, lora_bias: bool) -> type[LoRALayer]:
+    """Return the variant of ``mixin`` with a magnitude or a bias, if an option asks for one.
+
+    Raises:
+        ValueError: a layer of this kind cannot have it; the message says why.
+    """
+    if use_dora:
+        return _dora_mixin(mixin, layer)
+    if not lora_bias:
+        return mixin
+    if issubclass(mixin, ReadWeight):
+        raise ValueError("a module around it reads its weight, and would miss the adapter's bias")
+    if mixin not in BIASED:
+        raise ValueError(f"{type(layer).__name__} is of a kind whose adapter cannot have a bias")
+    return BIASED[mixin]
+
+
+def _dora_mixin(mixin: type[LoRALayer], layer: Any) -> type[LoRALayer]:
+    if mixin not in DORA:
+        raise ValueError(f"{type(layer).__name__} is of a kind that has no weight-decomposed adapter, here or in PEFT")
+    if getattr(layer, "groups", 1) != 1:
+        raise ValueError(
+            f"it is a convolution with groups={layer.groups}, whose adapter mixes all input channels, so that there is "
+            "no sum W + BA to take norms of"
+        )
+    weight: Any = layer._parameters.get("weight")
+    weight = getattr(layer, "weight", None) if weight is None else weight
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+        what = "is on the meta device: load the base first" if getattr(weight, "is_meta", False) else "is quantised"
+        raise ValueError(f"the magnitude starts at the norms of its weight, which {what}")
+    return DORA[mixin]

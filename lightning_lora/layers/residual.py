@@ -34,13 +34,10 @@ class ResidualLinear(LoRALinear):
 
     @override
     def _lora_linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        seed = self.dropout_seed()
-        if seed is None:
+        if not self.drops:
             return lora_linear(x, weight, bias, *self.factors(), scaling=self.lora_scaling)
         start = lora_linear(x, weight, bias, self.lora_A0, -self.lora_B0, scaling=self.lora_scaling)
-        return start + lora_linear(
-            x, None, None, self.lora_A, self.lora_B, scaling=self.lora_scaling, dropout=self.lora_dropout, seed=seed
-        )
+        return start + super()._lora_linear(x, None, None)
 
 
 class ResidualConv1D(ResidualLinear, LoRAConv1D):

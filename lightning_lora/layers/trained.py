@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.compat.torch import collect_weights
-from lightning_lora.layers.base import not_narrower
+from lightning_lora.layers.base import convert_parameter, not_narrower
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.ops.sharded import is_dtensor
 
@@ -133,21 +133,16 @@ def restore_dtypes(model: nn.Module) -> None:
         if type(module).__bases__[0] in (KeptWide, KeptWideRecurrent):
             restore_class(module)
         for name, dtype in dtypes.items():
-            _convert(module._parameters.get(name), dtype)
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                convert_parameter(parameter, dtype)
         if isinstance(module, nn.RNNBase):
             collect_weights(module)
 
 
 def _widen(parameter: nn.Parameter | None, floor: torch.dtype) -> None:
     if parameter is not None:
-        _convert(parameter, not_narrower(parameter.dtype, floor))
-
-
-def _convert(parameter: nn.Parameter | None, dtype: torch.dtype) -> None:
-    if parameter is not None and parameter.dtype != dtype:
-        parameter.data = parameter.data.to(dtype)
-        if parameter.grad is not None:
-            parameter.grad = parameter.grad.to(dtype)
+        convert_parameter(parameter, not_narrower(parameter.dtype, floor))
 
 
 def _bits(dtype: torch.dtype) -> int:

@@ -3,9 +3,12 @@
 Megatron-core reads ``torch.cuda`` where it makes buffers, keeps random states and copies between streams. Here the CPU
 and its generator stand in: ``install()`` patches those places of Megatron-core, and of torch only
 ``torch.cuda.current_device``. A ``GPTModel`` of local layers, experts included, is then built and trained on gloo.
+A strategy needs the patches during a run, and so do the modules of a model that it placed as long as they live: their
+forward may be called after the run.
 """
 
 import copy
+import weakref
 from functools import wraps
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,10 +19,49 @@ from lightning_lora.compat.megatron import set_random_state_functions, skip_copi
 
 _MISSING = object()
 _replaced: list[tuple[Any, str, Any]] = []  # (owner, name, its value before install)
+_users: "dict[int, weakref.finalize[Any, Any] | None]" = {}  # by identity: whatever needs the patches
+_THIS_PROCESS = 0  # the user of install(), which is no object's identity
 
 
 def install() -> None:
-    """Let Megatron-core run on the CPU, for this process. A second call does nothing.
+    """Let Megatron-core run on the CPU until :func:`uninstall`. A second call does nothing.
+
+    Raises:
+        ValueError: there is a CUDA device, which Megatron-core would then be kept from.
+    """
+    _users.setdefault(_THIS_PROCESS, None)
+    _patch()
+
+
+def install_for(*users: object) -> None:
+    """Let Megatron-core run on the CPU until the last of all users is collected, or released by :func:`release`.
+
+    Raises:
+        ValueError: as for :func:`install`.
+    """
+    for user in users:  # before patching: a garbage collection in it may release the only other user
+        if id(user) not in _users:
+            finalizer = weakref.finalize(user, _drop, id(user))
+            finalizer.atexit = False
+            _users[id(user)] = finalizer
+    _patch()
+
+
+def release(user: object) -> None:
+    """Need the patches for ``user`` no longer; a second call does nothing."""
+    finalizer = _users.get(id(user))
+    if finalizer is not None:
+        finalizer()
+
+
+def _drop(identity: int) -> None:
+    _users.pop(identity, None)
+    if not _users:
+        uninstall()
+
+
+def _patch() -> None:
+    """Replace what is hard-coded to CUDA, once.
 
     Raises:
         ValueError: there is a CUDA device, which Megatron-core would then be kept from.
@@ -48,10 +90,11 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put Megatron-core and torch back as they were before :func:`install`.
-
-    A strategy does not call it at its teardown: the split model's forward still needs the patches after a run.
-    """
+    """Put Megatron-core and torch back as they were before :func:`install` and :func:`install_for`."""
+    for finalizer in _users.values():
+        if finalizer is not None:
+            finalizer.detach()
+    _users.clear()
     while _replaced:
         owner, name, value = _replaced.pop()
         if value is _MISSING:

@@ -12,8 +12,7 @@ A layer that stacks several weights has one pair for each of them: q, k, v of ``
 ``linear_fc1``.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,9 +22,9 @@ from typing_extensions import override
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapt import become_lora_layer, register_factors
 from lightning_lora.layers.base import LoRALayer, Pair, Part
-from lightning_lora.megatron.names import is_output_head, parts_in
-from lightning_lora.megatron.split import keep_parts
-from lightning_lora.megatron.stack import Stack, stack_in
+from lightning_lora.megatron.core import collectives
+from lightning_lora.megatron.names import Stack, is_output_head, parts_in, stack_in
+from lightning_lora.megatron.parts import keep_parts
 from lightning_lora.ops.linear import lora_linear
 
 
@@ -75,7 +74,20 @@ class LoRAMegatronLinear(LoRALayer):
     def adapt_parts(
         cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
     ) -> "LoRAMegatronLinear":
-        return adapt_megatron(modules[name], pairs, stack_in(modules, name), **options)
+        layer: Any = modules[name]
+        stack, like = stack_in(modules, name), layer._parameters["weight"]
+        named = {} if "" in pairs else dict(pairs)  # "" alone is one pair for the whole layer
+        attributes: dict[str, Any] = {"lora_parts": named, "lora_stack": stack}
+        if named:
+            attributes["adapter_names"] = tuple(f"lora_{factor}_{part}" for part in named for factor in "AB")
+        (_, scaling), *_ = pairs.values()
+        adapted = become_lora_layer(layer, cls, scaling=scaling, **options, **attributes)
+        for part, (r, _) in pairs.items():
+            suffix = f"_{part}" if part else ""
+            rows = layer.output_size if stack is None or not part else stack.groups * stack.rows[part]
+            shapes = {f"lora_A{suffix}": (r, layer.input_size), f"lora_B{suffix}": (rows, r)}
+            register_factors(adapted, like, **shapes)
+        return adapted
 
     @classmethod
     @override
@@ -99,10 +111,10 @@ class LoRAMegatronLinear(LoRALayer):
     @override
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A ``[r, in_features]`` and B ``[out_features, r]`` on this rank, of all pairs together."""
-        pairs = self.pairs()
         if not self.lora_parts:
             return self.lora_A, self.lora_B
         assert self.lora_stack is not None
+        pairs = self.pairs()
         factors = {
             part: pair.B if pair.scaling == self.lora_scaling else pair.B * (pair.scaling / self.lora_scaling)
             for part, pair in pairs.items()
@@ -114,16 +126,10 @@ class LoRAMegatronLinear(LoRALayer):
     @override
     def dropout_seed(self) -> Tensor | None:
         base: Any = self
-        if (
-            not self.drops
-            or not base.config.sequence_parallel
-            or next(iter(self.pairs().values())).A.device.type != "cpu"
-        ):
+        if not (self.drops and base.config.sequence_parallel and self.base_weight.device.type == "cpu"):
             return super().dropout_seed()
         # a whole block runs on a stream that differs between ranks then; on CPU this is the stream of the seeds, too
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        with get_cuda_rng_tracker().fork("data-parallel-rng"):
+        with collectives().get_cuda_rng_tracker().fork("data-parallel-rng"):
             return super().dropout_seed()
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -140,9 +146,7 @@ class LoRAMegatronLinear(LoRALayer):
             y = self._beside_gathered(base._forward_impl(input, weight, *args, **options), input, A, B)
             return y if bias is None else y + bias.to(y.dtype)
         if options.get("allreduce_dgrad"):
-            from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
-
-            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+            input = collectives().copy_to_tensor_model_parallel_region(input, group=self.tp_group)
         return lora_linear(
             input,
             weight,
@@ -163,8 +167,6 @@ class LoRAMegatronLinear(LoRALayer):
             y: ``[sequence, batch, out_features / ranks]``
             x: ``[sequence / ranks, batch, in_features]``
         """
-        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
         rank = torch.distributed.get_rank(self.tp_group)
         h = lora_linear(  # times the unit matrix: what is kept for backward is x, and no mask
             x,
@@ -177,7 +179,7 @@ class LoRAMegatronLinear(LoRALayer):
             seed=self.dropout_seed(),
             first_row=rank * x.shape[0] * x.shape[1],
         )
-        h = gather_from_sequence_parallel_region(h, tensor_parallel_output_grad=True, group=self.tp_group)
+        h = collectives().gather_from_sequence_parallel_region(h, tensor_parallel_output_grad=True, group=self.tp_group)
         rows = torch.addmm(y.flatten(0, -2), h.flatten(0, -2).to(y.dtype), B.t().to(y.dtype))
         return rows.view(y.shape)
 
@@ -190,46 +192,8 @@ class LoRAMegatronLinear(LoRALayer):
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return Megatron-core's description of the base alone: adapters have a file of their own."""
-        with self._without_adapters():
-            return super().sharded_state_dict(*args, **kwargs)  # type: ignore[misc]  # the base layer's
-
-    @contextmanager
-    def _without_adapters(self) -> Iterator[None]:
         adapters = {name: self._parameters.pop(name) for name in self.tensor_names}
         try:
-            yield
+            return super().sharded_state_dict(*args, **kwargs)  # type: ignore[misc]  # the base layer's
         finally:
             self._parameters.update(adapters)
-
-
-def adapt_megatron(
-    layer: nn.Module,
-    parts: Mapping[str, tuple[int, float]],
-    stack: Stack | None,
-    *,
-    dropout: float,
-    dtype: torch.dtype | None,
-) -> LoRAMegatronLinear:
-    """Turn a layer into :class:`LoRAMegatronLinear` in place, with all-zero whole pairs.
-
-    Args:
-        parts: rank and scaling by part; ``""`` alone for one pair.
-        stack: how the layer's rows are stacked; used with parts that have names.
-    """
-    base: Any = layer
-    in_features, out_features = base.input_size, base.output_size
-    like = layer._parameters["weight"]
-    (_, scaling), *_ = parts.values()
-    tensor_names = tuple(f"lora_{factor}_{part}" for part in parts for factor in "AB")
-    attributes: dict[str, Any] = {} if "" in parts else {"adapter_names": tensor_names}
-    attributes |= {"lora_parts": {} if "" in parts else dict(parts), "lora_stack": stack}
-    adapted = become_lora_layer(layer, LoRAMegatronLinear, scaling=scaling, dropout=dropout, dtype=dtype, **attributes)
-    if "" in parts:
-        r = parts[""][0]
-        register_factors(adapted, like, lora_A=(r, in_features), lora_B=(out_features, r))
-        return adapted
-    assert stack is not None
-    for part, (r, _) in parts.items():
-        rows = stack.groups * stack.rows[part]
-        register_factors(adapted, like, **{f"lora_A_{part}": (r, in_features), f"lora_B_{part}": (rows, r)})
-    return adapted

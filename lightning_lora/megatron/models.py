@@ -11,14 +11,12 @@ from typing import Any
 import torch
 
 from lightning_lora.megatron.config import layer_settings, model_options, read_config, refuse_undivided, refuse_unserved
-from lightning_lora.megatron.core import parallel_state
+from lightning_lora.megatron.core import parallel_state, rank_and_size
 from lightning_lora.megatron.cpu import name_te_general_gemm
 from lightning_lora.megatron.table import HF_TABLE, Row
-from lightning_lora.megatron.weights import load_hf_weights, tensor_parallel
+from lightning_lora.megatron.weights import load_hf_weights
 
 __all__ = ["HF_TABLE", "Row", "gpt_model", "load_hf_weights"]
-
-OF_THE_GROUPS = ("tensor", "pipeline", "context", "expert")  # parallel sizes, which parallel_state has
 
 
 def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
@@ -48,7 +46,7 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
             self.model = gpt_model("Qwen3-8B", sequence_parallel=True)
             load_hf_weights(self.model, "Qwen3-8B")
     """
-    _, size = tensor_parallel()
+    _, size = rank_and_size()
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
@@ -65,7 +63,7 @@ def gpt_model(path: str | Path | Any, **overrides: Any) -> Any:
     settings["sequence_parallel"] = settings.get("sequence_parallel", False) and size > 1  # one rank has it all
     if settings.get("recompute_granularity") == "full":
         settings = {"recompute_method": "uniform", "recompute_num_layers": 1} | settings
-    if settings.get("sequence_parallel") and torch.cuda.is_available() and not use_te:
+    if settings["sequence_parallel"] and torch.cuda.is_available() and not use_te:
         raise ValueError("sequence_parallel=True on CUDA devices needs Transformer Engine's norms: install it")
     config = TransformerConfig(**settings)
     # where transformers' models say it, so that a PEFT directory can name its base
@@ -121,9 +119,10 @@ def _exchange(spec: Any, layers: Mapping[Any, Any], seen: set[int]) -> None:
 
 
 def _check_names(overrides: Mapping[str, Any], fields: set[str], arguments: set[str]) -> None:
-    ours = {f"{kind}_model_parallel_size" for kind in OF_THE_GROUPS} | {"context_parallel_size"}
+    of_the_groups = {f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "context", "expert")}
+    of_the_groups |= {"context_parallel_size"}
     for name in overrides:
-        if name in ours:
+        if name in of_the_groups:
             raise TypeError(
                 f"{name} is that of Megatron-core's process groups: set them up with another, not gpt_model()"
             )

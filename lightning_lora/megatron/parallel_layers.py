@@ -18,64 +18,57 @@ from typing_extensions import override
 from lightning_lora.layers.class_swap import SwappedModule
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.split import SplitLinear
+from lightning_lora.megatron.core import collectives
 
 
-class ColumnParallelLinear(SplitLinear, nn.Linear):
-    """``nn.Linear`` with ``weight`` ``[out_features / ranks, in_features]``; its ``out_features`` is the whole's."""
+class ParallelLinear(SplitLinear, nn.Linear):
+    """``nn.Linear`` of which each rank holds a part; ``in_features`` and ``out_features`` are the whole's."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(nn.functional.linear(self.enter(x), self.weight, self.local_bias()))
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """``weight`` is ``[out_features / ranks, in_features]``."""
 
     tp_dim = 0
 
     @override
     def enter(self, x: Tensor) -> Tensor:
-        from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
-
-        entered: Tensor = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
-        return entered
+        x = collectives().copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        return x
 
     @override
     def leave(self, y: Tensor) -> Tensor:
-        from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
         if self.tp_whole_output:
-            y = gather_from_tensor_model_parallel_region(y, group=self.tp_group)
+            y = collectives().gather_from_tensor_model_parallel_region(y, group=self.tp_group)
         return y
 
     @override
     def local_bias(self) -> Tensor | None:
         return self.bias
 
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return self.leave(nn.functional.linear(self.enter(x), self.weight, self.bias))
 
-
-class RowParallelLinear(SplitLinear, nn.Linear):
-    """``nn.Linear`` with ``weight`` ``[out_features, in_features / ranks]``; the bias is added once, after the sum."""
+class RowParallelLinear(ParallelLinear):
+    """``weight`` is ``[out_features, in_features / ranks]``; the bias is added once, after the sum."""
 
     tp_dim = 1
 
     @override
     def enter(self, x: Tensor) -> Tensor:
-        from megatron.core.tensor_parallel import scatter_to_tensor_model_parallel_region
-
         if self.tp_whole_input:
-            x = scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
+            x = collectives().scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
         return x
 
     @override
     def leave(self, y: Tensor) -> Tensor:
-        from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
-
-        total: Tensor = reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+        total: Tensor = collectives().reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
         return total if self.bias is None else total + self.bias
 
     @override
     def local_bias(self) -> Tensor | None:
         return None
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return self.leave(nn.functional.linear(self.enter(x), self.weight))
 
 
 class LoRAParallelLinear(LoRALinear):
@@ -121,11 +114,9 @@ class VocabParallelEmbedding(SwappedModule):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
-
         first = torch.distributed.get_rank(self.tp_group) * self.weight.shape[0]
         elsewhere = (input < first) | (input >= first + self.weight.shape[0])
         rows: Tensor = super().forward((input - first).masked_fill(elsewhere, 0))
         rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        summed: Tensor = reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
-        return summed
+        rows = collectives().reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+        return rows

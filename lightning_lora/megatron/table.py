@@ -7,10 +7,13 @@ A rank's part of ``linear_qkv`` is its query groups, and so a run of rows of eac
 """
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,7 @@ class Row:
         ``name`` may stand behind the path of the ``GPTModel`` in a larger model.
         """
         match = pattern(self.megatron, r"(?:.*\.)?").fullmatch(name)
-        if match is None:
-            return None
-        return [_numbered(key, match.groups()) for key in self.hf]
+        return None if match is None else [_numbered(key, match.groups()) for key in self.hf]
 
 
 def row_of(name: str, table: Sequence[Row], keys: Container[str]) -> tuple[Row, list[str]] | None:
@@ -122,3 +123,80 @@ HF_TABLE: tuple[Row, ...] = (
     Row(f"{_GROUPED}linear_fc1.weight*", tuple(_HF_EXPERT + half for half in _HALVES), "gate_up", 0),
     Row(f"{_GROUPED}linear_fc2.weight*", (f"{_HF_EXPERT}down_proj.weight",), dim=1),
 )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of the checkpoint, or one slice of its first dimension, of which nothing has been read."""
+
+    key: str
+    index: int | None
+    slices: Any
+
+    @property
+    def shape(self) -> list[int]:
+        whole = list(self.slices.get_shape())
+        return whole if self.index is None else whole[1:]
+
+    def part(self, dim: int, start: int, stop: int) -> Tensor:
+        """Return ``[start:stop]`` of a dimension."""
+        place = (slice(None),) * dim + (slice(start, stop),)
+        part: Tensor = self.slices[place if self.index is None else (self.index, *place)]
+        return part
+
+
+# which shapes the sources must have, and what reads a rank's part from them, given its place
+Reading = tuple[list[list[int]], Callable[[int], Tensor]]
+
+
+def _plain(row: Row, parameter: Tensor, sources: list[Source], owner: nn.Module, size: int) -> Reading:
+    [source], shape = sources, list(parameter.shape)
+    if row.dim is None:
+        return [shape], lambda rank: source.part(0, 0, source.shape[0])
+    dim = row.dim
+    shape[dim] *= size
+    return [shape], lambda rank: _chunk(source, dim, rank, size)
+
+
+def _gate_up(row: Row, parameter: Tensor, sources: list[Source], owner: nn.Module, size: int) -> Reading:
+    rows, *rest = parameter.shape
+    half = rows // 2
+    if len(sources) == 2:
+        return [[half * size, *rest]] * 2, lambda rank: torch.cat([_chunk(source, 0, rank, size) for source in sources])
+
+    def halves(rank: int) -> Tensor:
+        starts = (rank * half, (size + rank) * half)
+        return torch.cat([sources[0].part(0, start, start + half) for start in starts])
+
+    return [[rows * size, *rest]], halves
+
+
+def _qkv(row: Row, parameter: Tensor, sources: list[Source], owner: nn.Module, size: int) -> Reading:
+    """Raise ``ValueError`` for a ``linear_qkv`` that is not made up as its ``config`` says."""
+    config: Any = owner.config
+    rest = list(parameter.shape[1:])
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    if groups % size or (heads + 2 * groups) * config.kv_channels != parameter.shape[0] * size:
+        raise ValueError(
+            f"linear_qkv of {parameter.shape[0]} rows on each of {size} ranks is not q, k and v of {heads} heads and "
+            f"{groups} query groups of {config.kv_channels} channels, in whole groups to a rank"
+        )
+
+    def by_group(rank: int) -> Tensor:
+        parts = [_chunk(source, 0, rank, size) for source in sources]
+        return torch.cat([part.view(groups // size, -1, *rest) for part in parts], 1).flatten(0, 1)
+
+    return [[number * config.kv_channels, *rest] for number in (heads, groups, groups)], by_group
+
+
+def _chunk(source: Source, dim: int, rank: int, size: int) -> Tensor:
+    length = source.shape[dim]
+    return source.part(dim, rank * length // size, (rank + 1) * length // size)
+
+
+# by layout, given the parameter's module and the number of ranks
+READINGS: dict[str, Callable[[Row, Tensor, list[Source], nn.Module, int], Reading]] = {
+    "plain": _plain,
+    "gate_up": _gate_up,
+    "qkv": _qkv,
+}

@@ -1,29 +1,28 @@
 """Split a model over tensor-parallel ranks by its plan, in place: names and the model's code stay as they are."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.token_rows import TokenRows
-from lightning_lora.megatron.attention_heads import check_heads
 from lightning_lora.megatron.parallel_layers import (
     ColumnParallelLinear,
     LoRAParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from lightning_lora.megatron.tp_plan import chosen_layers, stays_whole
+from lightning_lora.megatron.parts import keep_part
+from lightning_lora.megatron.tp_plan import check_heads, chosen_layers, stays_whole
 from lightning_lora.model.families import is_pretrained
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import require_injection
-from lightning_lora.ops.sharded import split_over
 
 
 def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[str, int]:
@@ -44,20 +43,23 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
     check_heads(root, ranks)
     for name, (kind, _) in chosen.items():
         _check_layer(name, modules[name], kind, ranks)
+    head, table = _tied_table(root, chosen)
+    chosen |= {name: ("column", True) for name in chosen if modules[name] is head}
     counts: dict[str, int] = {}
-    tied = _output_table(root, chosen, ranks)
     for name, (kind, is_whole) in chosen.items():
         if kind == "summed":
-            _mark_summed(modules[name])
-        elif tied is None or modules[name] is not tied[0]:
+            for parameter in modules[name].parameters():  # it works on this rank's heads: their gradients are addends
+                parameter.lora_tp_sum = True
+        else:
             _split_linear(modules[name], kind, is_whole, mesh)
         counts[kind] = counts.get(kind, 0) + 1
-    if tied is not None:
-        _split_tied(*tied, mesh)
-        counts["vocabulary"] = 1
+    if head is not None and table is not None:
+        table._parameters["weight"] = head._parameters["weight"]
     elif (table := _input_table(root, ranks)) is not None:
-        _keep_part(table, "weight", mesh, 0)
-        _look_up_parts(table, mesh)
+        keep_part(table, "weight", mesh, 0)
+    if table is not None:
+        table.__dict__.update(tp_group=mesh.get_group())
+        swap_class(table, VocabParallelEmbedding)
         counts["vocabulary"] = 1
     return counts
 
@@ -65,7 +67,7 @@ def split(root: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[st
 def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
     if kind == "summed":
         return
-    if not isinstance(layer, nn.Linear) or isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
+    if not isinstance(layer, nn.Linear) or isinstance(layer, SplitLinear):
         raise ValueError(f"the plan names {name!r}, a {type(layer).__name__}; split are linear layers")
     if isinstance(layer, LoRALayer) and type(layer).__bases__[0] is not LoRALinear:
         raise ValueError(
@@ -96,11 +98,11 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
     base = ColumnParallelLinear if kind == "column" else RowParallelLinear
     layer.__dict__.update(tp_group=mesh.get_group(), tp_whole_input=is_whole, tp_whole_output=is_whole)
     dim = 0 if kind == "column" else 1
-    _keep_part(layer, "weight", mesh, dim)
+    keep_part(layer, "weight", mesh, dim)
     if kind == "column" and layer.bias is not None:
-        _keep_part(layer, "bias", mesh, 0)
+        keep_part(layer, "bias", mesh, 0)
     if isinstance(layer, LoRALayer):
-        _keep_part(layer, "lora_B" if kind == "column" else "lora_A", mesh, dim)
+        keep_part(layer, "lora_B" if kind == "column" else "lora_A", mesh, dim)
         whole = layer.lora_A if kind == "column" else layer.lora_B
         whole.lora_tp_sum = True  # type: ignore[attr-defined]  # each rank has an addend of its gradient
         swap_class(layer, LoRAParallelLinear, base)
@@ -108,41 +110,15 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
         layer.__class__ = base
 
 
-def _keep_part(layer: nn.Module, name: str, mesh: DeviceMesh, dim: int) -> None:
-    """Replace a parameter by this rank's part of it."""
-    whole = layer._parameters[name]
-    assert whole is not None
-    layer._parameters[name] = _part(whole, mesh, dim)
-
-
-def _part(whole: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
-    values: Tensor = whole.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()]
-    part = nn.Parameter(values.clone(memory_format=torch.contiguous_format), whole.requires_grad)
-    split_over(part, mesh, dim)
-    return part
-
-
-def _mark_summed(module: nn.Module) -> None:
-    """Note that a module works on this rank's heads: its parameters' gradients are addends."""
-    for parameter in module.parameters():
-        parameter.lora_tp_sum = True  # type: ignore[attr-defined]
-
-
-def _output_table(
-    root: nn.Module, chosen: Mapping[str, tuple[str, bool]], ranks: int
-) -> tuple[nn.Module, nn.Embedding] | None:
+def _tied_table(root: nn.Module, chosen: Collection[str]) -> tuple[nn.Module, nn.Embedding] | tuple[None, None]:
     """Return the output head of the plan and the embedding whose weight it shares, if it shares one."""
     head = root.get_output_embeddings() if is_pretrained(root) else None  # type: ignore[operator]
-    modules = {clean_name(name): module for name, module in root.named_modules()}
-    if head is None or not any(modules[name] is head for name in chosen):
-        return None
-    twins = [
-        m
-        for m in modules.values()
-        if isinstance(m, nn.Embedding) and m._parameters["weight"] is head._parameters["weight"]
-    ]
+    if head is None or not any(module is head and clean_name(name) in chosen for name, module in root.named_modules()):
+        return None, None
+    weight = head._parameters["weight"]
+    twins = [m for m in root.modules() if isinstance(m, nn.Embedding) and m._parameters["weight"] is weight]
     if not twins:
-        return None
+        return None, None
     if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows)) or isinstance(head, LoRALayer):
         raise ValueError(
             "the tied embedding or output head is adapted, and would have to be split over ranks with its twin: leave "
@@ -165,19 +141,6 @@ def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
     holders = [m for m in root.modules() if any(p is weight for p in m._parameters.values())]
     is_free = weight is not None and not weight.requires_grad and len(holders) == 1
     return table if is_free and table.num_embeddings % ranks == 0 else None
-
-
-def _split_tied(head: Any, table: Any, mesh: DeviceMesh) -> None:
-    part = _part(head._parameters["weight"], mesh, 0)
-    head._parameters["weight"] = table._parameters["weight"] = part
-    head.__dict__.update(tp_group=mesh.get_group(), tp_whole_input=False, tp_whole_output=True)
-    head.__class__ = ColumnParallelLinear
-    _look_up_parts(table, mesh)
-
-
-def _look_up_parts(table: nn.Embedding, mesh: DeviceMesh) -> None:
-    table.__dict__.update(tp_group=mesh.get_group())
-    swap_class(table, VocabParallelEmbedding)
 
 
 def check_replicated(root: nn.Module) -> None:

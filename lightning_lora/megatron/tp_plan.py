@@ -1,4 +1,4 @@
-"""Read a tensor-parallel plan: which layers of a model are split, and how."""
+"""Read a tensor-parallel plan: which layers of a model are split, how, and over how many ranks they can be."""
 
 import re
 from collections.abc import Mapping
@@ -21,11 +21,8 @@ _WORDS = {
     "rowwise_rep": ("row", True),
     "replicated_with_grad_allreduce": ("summed", False),
 }
-
-
 # what is inside fused experts stays whole on every rank
 _EXPERT_WORDS = ("packed_colwise", "packed_rowwise", "moe_tp_experts", "grouped_gemm", "ep_router", "local_colwise")
-
 
 _BERT = {
     "encoder.layer.*.attention.self.query": "colwise",
@@ -35,8 +32,6 @@ _BERT = {
     "encoder.layer.*.intermediate.dense": "colwise",
     "encoder.layer.*.output.dense": "rowwise",
 }
-
-
 # for families that transformers gives no plan
 _PLANS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT)
 
@@ -102,3 +97,31 @@ def stays_whole(name: str, layer: Any, how: tuple[str, bool], ranks: int) -> boo
         return False
     rank_zero_info(f"{name!r} stays whole on every rank: {ranks} does not divide its out_features={layer.out_features}")
     return True
+
+
+def heads_of(module: nn.Module) -> list[int]:
+    """Return the numbers of attention heads and of key-value heads of the transformers models inside ``module``."""
+    return [heads for _, heads in _named_heads(module)]
+
+
+def _named_heads(module: nn.Module) -> list[tuple[str, int]]:
+    found: dict[tuple[str, int], None] = {}
+    for part in module.modules():
+        if is_pretrained(part):
+            config: Any = part.config
+            config = config.get_text_config() if hasattr(config, "get_text_config") else config
+            for field in ("num_attention_heads", "num_key_value_heads"):
+                if isinstance(getattr(config, field, None), int):
+                    found[field, getattr(config, field)] = None
+    return list(found)
+
+
+def check_heads(root: nn.Module, ranks: int) -> None:
+    """Raise ``ValueError`` where ``ranks`` do not divide a number of heads."""
+    for field, heads in _named_heads(root):
+        if heads % ranks:
+            fits = [size for size in range(1, heads + 1) if heads % size == 0]
+            raise ValueError(
+                f"{field}={heads} of {type(root).__name__} is not divisible by tensor_parallel_size={ranks}; sizes "
+                f"that divide it: {', '.join(map(str, fits))}"
+            )

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.base_weights import open_slices
-from lightning_lora.megatron.core import parallel_state
-from lightning_lora.megatron.slices import Source, plan
-from lightning_lora.megatron.table import HF_TABLE, Row, pattern, row_of, split_index
-from lightning_lora.model.gathered import class_name
+from lightning_lora.distributed.base_files import open_slices
+from lightning_lora.megatron.core import rank_and_size
+from lightning_lora.megatron.table import HF_TABLE, READINGS, Row, Source, pattern, row_of, split_index
+from lightning_lora.model.spread import class_name
 
 
 def load_hf_weights(model: nn.Module, path: str | Path, table: Sequence[Row] = HF_TABLE) -> None:
@@ -38,7 +37,7 @@ def load_hf_weights(model: nn.Module, path: str | Path, table: Sequence[Row] = H
         model = gpt_model("Qwen3-8B")
         load_hf_weights(model, "Qwen3-8B")
     """
-    rank, size = tensor_parallel()
+    rank, size = rank_and_size()
     with open_slices(str(path)) as slices:
         named = _named_as_in_the_table(slices, table)
         reads = _reads(model, named, table, size, str(path))
@@ -46,33 +45,7 @@ def load_hf_weights(model: nn.Module, path: str | Path, table: Sequence[Row] = H
         _check_shapes(reads, size, str(path))
         with torch.no_grad():
             for read in reads:
-                read.parameter.copy_(read.value(rank, size))
-
-
-def tensor_parallel() -> tuple[int, int]:
-    """Return this rank's place among those that share the model, and their number.
-
-    Raises:
-        ValueError: Megatron-core has no process groups yet, or splits models in other ways, too.
-    """
-    state = parallel_state()
-    if not state.model_parallel_is_initialized():
-        raise ValueError(
-            "Megatron-core's process groups are not set up, and a GPTModel is built for them: build and fill it in "
-            "configure_model(), where strategy='megatron_lora' has done so (no other strategy does), or call "
-            "parallel_state.initialize_model_parallel() first. To use a trained adapter without them, "
-            "convert(checkpoint, directory) writes it for Hugging Face's model"
-        )
-    size = state.get_tensor_model_parallel_world_size()
-    served = {
-        "pipeline_model_parallel_size": (state.get_pipeline_model_parallel_world_size(), 1),
-        "expert_model_parallel_size": (state.get_expert_model_parallel_world_size(), 1),
-        "expert_tensor_parallel_size": (state.get_expert_tensor_parallel_world_size(), size),
-    }
-    for name, (found, expected) in served.items():
-        if found != expected:
-            raise ValueError(f"{name}={found} is not served with tensor_model_parallel_size={size}: use {expected}")
-    return state.get_tensor_model_parallel_rank(), size
+                read.parameter.copy_(read.value(rank))
 
 
 @dataclass(frozen=True)
@@ -83,32 +56,32 @@ class _Read:
     parameter: Tensor
     sources: list[Source]
     shapes: list[list[int]]  # expected of the sources
-    value: Callable[[int, int], Tensor]  # of a rank and the number of ranks
+    value: Callable[[int], Tensor]  # of a rank
 
 
 def _reads(
     model: nn.Module, named: Mapping[str, tuple[str, Any]], table: Sequence[Row], size: int, path: str
 ) -> list[_Read]:
     wanted = {name: p for name, p in model.named_parameters() if not name.rpartition(".")[2].startswith("lora_")}
-    rows = {name: row_of(name, table, named) for name in wanted}
-    if without := [name for name, found in rows.items() if found is None]:
+    rows = {name: found for name in wanted if (found := row_of(name, table, named)) is not None}
+    if without := [name for name in wanted if name not in rows]:
         raise ValueError(
-            f"table has no row for {some(without)} of {class_name(model)}: give "
+            f"table has no row for {_some(without)} of {class_name(model)}: give "
             "table=[*HF_TABLE, Row(megatron=..., hf=...)]"
         )
     reads, lacking = [], []
-    for name, parameter in wanted.items():
-        row, keys = rows[name]  # type: ignore[misc]  # each has one
+    for name, (row, keys) in rows.items():
         if missing := [key for key in keys if split_index(key)[0] not in named]:
             lacking += missing
             continue
         sources = [Source(named[k][0], index, named[k][1]) for k, index in map(split_index, keys)]
         owner = model.get_submodule(name.rpartition(".")[0])
-        reads.append(_Read(name, parameter, sources, *plan(row, parameter, sources, owner, size)))
+        reading = READINGS[row.layout](row, wanted[name], sources, owner, size)
+        reads.append(_Read(name, wanted[name], sources, *reading))
     if lacking:
-        raise ValueError(f"{path} lacks {some(lacking)}, which {class_name(model)} is made of")
+        raise ValueError(f"{path} lacks {_some(lacking)}, which {class_name(model)} is made of")
     if empty := [read.name for read in reads if read.parameter.device.type == "meta"]:
-        raise ValueError(f"{some(empty)} of {class_name(model)} are on the meta device: nothing can be copied there")
+        raise ValueError(f"{_some(empty)} of {class_name(model)} are on the meta device: nothing can be copied there")
     return reads
 
 
@@ -139,7 +112,7 @@ def _check_all_used(model: nn.Module, named: Mapping[str, tuple[str, Any]], read
     ]
     if left:
         raise ValueError(
-            f"{path} holds {some(left)}, for which {class_name(model)} has no place: it is another model's, or give "
+            f"{path} holds {_some(left)}, for which {class_name(model)} has no place: it is another model's, or give "
             "table=[*HF_TABLE, Row(megatron=..., hf=...)]"
         )
 
@@ -163,7 +136,7 @@ def _check_shapes(reads: Iterable[_Read], size: int, path: str) -> None:
         raise ValueError(f"{path} does not fit (tensor_model_parallel_size={size}): {'; '.join(wrong[:3])}{more}")
 
 
-def some(names: Sequence[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     """Return the first few of many names, with their number."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{len(names)} tensors: " * (len(names) > 1) + ", ".join(map(repr, names[:3])) + more

@@ -1,15 +1,20 @@
-"""Answer for each family (transformers, Megatron-core) what the package must know of a pretrained model.
+"""Find the pretrained models in a module, and answer for each family (transformers, Megatron-core) what differs.
 
 A family is known by the full name of its base class, so that its package need not be installed. :func:`register_family`
 is how another one is added.
 """
 
-from collections.abc import Collection, Mapping
+import contextlib
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
+from lightning_lora.compat.torch import compiled_module
+from lightning_lora.compat.transformers import checkpoint_function
 from lightning_lora.config import LoRAConfig
+from lightning_lora.model.names import clean_name, named_modules, outermost
 
 
 class Family:
@@ -95,3 +100,68 @@ def is_pretrained(module: nn.Module) -> bool:
 
 
 register_family(Transformers())
+
+
+def find_root(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
+    """Return ``(path, root)``: the module named ``path``, else the one pretrained model inside, else ``module``.
+
+    Pretrained models are those of the registered families: transformers' and Megatron-core's.
+
+    Raises:
+        ValueError: nothing has that name, or there are several pretrained models to choose from.
+    """
+    if path is not None:
+        try:
+            root = module.get_submodule(path)
+            return path, compiled_module(root) or root
+        except AttributeError:
+            children = ", ".join(name for name, _ in module.named_children()) or "none"
+            raise ValueError(
+                f"module={path!r} names nothing in {type(module).__name__}; its children are: {children}"
+            ) from None
+    pretrained = {name: child for name, child in module.named_modules() if family_of(child) is not None}
+    found = outermost(pretrained)
+    if len(found) > 1:
+        names = ", ".join(f"{name} ({type(pretrained[name]).__name__})" for name in found)
+        raise ValueError(f'{type(module).__name__} holds several pretrained models: {names}. Choose with module="name"')
+    return (clean_name(found[0]), pretrained[found[0]]) if found else ("", module)
+
+
+def name_or_path(root: nn.Module) -> str | None:
+    """Return where a transformers model says that its weights came from."""
+    config: Any = getattr(root, "config", None)
+    return getattr(config, "name_or_path", None) or None
+
+
+def resize_advice(module: nn.Module, name: str, theirs: Sequence[int], ours: Sequence[int]) -> str:
+    """Return what to do where a file's tensor differs from ``module``'s in the number of a vocabulary's tokens alone.
+
+    Empty unless ``name`` is of the input embedding or the output head of a transformers model, adapters included.
+    """
+    table: Any = named_modules(module).get(name.rpartition(".")[0])
+    tokens = getattr(table, "num_embeddings", None) or getattr(table, "out_features", None)
+    other = [sizes for sizes in zip(theirs, ours, strict=False) if sizes[0] != sizes[1]]
+    if len(theirs) != len(ours) or len(other) != 1 or other[0][1] != tokens:
+        return ""
+    if not any(is_pretrained(model) and _is_token_table(model, table) for model in module.modules()):
+        return ""
+    return f": call model.resize_token_embeddings({other[0][0]}) before the model is adapted"
+
+
+def _is_token_table(model: Any, module: nn.Module) -> bool:
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        with contextlib.suppress(NotImplementedError, AttributeError):  # a model of sounds or images
+            if get() is module:
+                return True
+    return False
+
+
+def let_gradients_through_checkpointed_blocks(root: nn.Module) -> None:
+    """Make the output of frozen embeddings require grad where transformers checkpoints its blocks reentrantly.
+
+    A reentrant checkpoint whose input needs no gradient gives its parameters none.
+    """
+    functions = [checkpoint_function(module) for module in root.modules()]
+    reentrant = any(isinstance(f, functools.partial) and f.keywords.get("use_reentrant") for f in functions)
+    if reentrant and callable(enable := getattr(root, "enable_input_require_grads", None)):
+        enable()

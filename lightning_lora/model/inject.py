@@ -6,34 +6,38 @@ from itertools import groupby
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_lora.compat.torch import remove_load_hook
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse import fuse, release
 from lightning_lora.layers import LoRALayer, unadapt
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.token_rows import train_rows
 from lightning_lora.layers.trained import keep_wide, restore_dtypes
-from lightning_lora.model import recomputation, save_pretrained  # noqa: F401  # wrap functions when a model is adapted
-from lightning_lora.model.fused_paths import keep_off_fused_paths
-from lightning_lora.model.gathered import reshard, stop_gathering
 from lightning_lora.model.init import initialize
 from lightning_lora.model.layer_plan import LayerPlan, Plan
-from lightning_lora.model.names import clean_name
+from lightning_lora.model.names import clean_name, named_modules
 from lightning_lora.model.plan import plan
+from lightning_lora.model.side_effects import (
+    complete_state_dict,
+    freeze_statistics,
+    keep_off_fused_paths,
+    trained_with_originals,
+    unchanged_on_error,
+    unfreeze_statistics,
+)
+from lightning_lora.model.spread import reshard, stop_gathering
 from lightning_lora.model.state import (
     Injection,
     check_not_disabled,
     injection_of,
     is_merged,
-    named_trained_whole,
+    named_lora_layers,
     require_injection,
     require_roots,
 )
-from lightning_lora.model.state_dict import complete_state_dicts, take_state_dicts_as_they_are
-from lightning_lora.model.statistics import freeze_statistics, unfreeze_statistics
 from lightning_lora.model.targets import has_redundant_forward
-from lightning_lora.model.undo import unchanged_on_error
 from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.sharded import write
 
@@ -53,8 +57,7 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
         _check_same_config(existing.config, config or LoRAConfig())
         return model
     decided = plan(model, config)
-    assert decided.model is not None
-    _apply(decided, decided.model)
+    _carry_out(decided)
     if decided.capped_ranks:
         rank_zero_info(f"LoRA: {decided.capped_ranks}")
     return model
@@ -62,9 +65,7 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 
 def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool) -> nn.Module:
     """Adapt a model that holds no adapters; ``check_ranks=False`` takes ranks above a layer's size."""
-    decided = plan(model, config, check_ranks=check_ranks)
-    assert decided.model is not None
-    _apply(decided, decided.model)
+    _carry_out(plan(model, config, check_ranks=check_ranks))
     return model
 
 
@@ -81,36 +82,33 @@ def apply(decided: Plan) -> nn.Module:
         raise ValueError(f"{decided.model_name} was adapted since it was planned: call remove on it, and plan anew")
     if plan(model, decided.config, check_ranks=False) != decided:
         raise ValueError(f"modules of {decided.model_name} were changed since it was planned: plan anew")
-    return _apply(decided, model)
-
-
-def _apply(decided: Plan, model: nn.Module) -> nn.Module:
-    with unchanged_on_error(model):
-        _carry_out(decided, model)
+    _carry_out(decided)
     return model
 
 
-def _carry_out(decided: Plan, model: nn.Module) -> None:
-    config = decided.config
+def _carry_out(decided: Plan) -> None:
+    config, model = decided.config, decided.model
+    assert model is not None
     injection = Injection(dataclasses.replace(decided, model=None))
-    for name, parameter in model.named_parameters():
-        injection.requires_grad[clean_name(name)] = parameter.requires_grad
-        parameter.requires_grad = False
     dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    _train_whole(model, injection, dtype)
-    by_layer = {layer: list(pairs) for layer, pairs in groupby(decided, lambda pair: pair.layer)}
-    adapted = {layer: adapt_layer(modules, layer, pairs, dtype) for layer, pairs in by_layer.items()}
-    initialize(adapted, by_layer, config)
-    tag_parts(decided, model)
-    if config.fuse:
-        fuse(model)
-    _train_rows(decided, modules, dtype)
-    freeze_statistics(model, decided.trained_whole)
-    keep_off_fused_paths(model, injection)
-    complete_state_dicts(model)
-    model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
-    run_at_injection()
+    modules = named_modules(model)
+    with unchanged_on_error(model):
+        for name, parameter in model.named_parameters():
+            injection.requires_grad[clean_name(name)] = parameter.requires_grad
+            parameter.requires_grad = False
+        _train_whole(model, injection, dtype)
+        by_layer = {layer: list(pairs) for layer, pairs in groupby(decided, lambda pair: pair.layer)}
+        adapted = {layer: adapt_layer(modules, layer, pairs, dtype) for layer, pairs in by_layer.items()}
+        initialize(adapted, by_layer, config)
+        tag_parts(decided, model)
+        if config.fuse:
+            fuse(model)
+        _train_rows(decided, modules, dtype)
+        freeze_statistics(model, decided.trained_whole)
+        keep_off_fused_paths(model, injection)
+        model.register_load_state_dict_pre_hook(complete_state_dict)
+        model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
+        run_at_injection()
 
 
 def adapt_layer(
@@ -162,7 +160,7 @@ def remove(model: nn.Module) -> nn.Module:
 def take_out(root: nn.Module) -> None:
     """Undo an injection, but for the values of the base tensors."""
     injection = require_injection(root)
-    adapters = {id(p) for m in root.modules() if isinstance(m, LoRALayer) for _, p in m.named_adapter_tensors()}
+    adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
     for layer in list(root.modules()):
         if isinstance(layer, LoRALayer):
             unadapt(layer)
@@ -176,7 +174,7 @@ def take_out(root: nn.Module) -> None:
     restore_dtypes(root)
     for module, name, former in injection.undo:
         setattr(module, name, former)
-    take_state_dicts_as_they_are(root)
+    remove_load_hook(root, complete_state_dict)
     del root.lora_injection
 
 
@@ -188,19 +186,6 @@ def _train_whole(model: nn.Module, injection: Injection, dtype: torch.dtype | No
         if parameter.device.type != "meta":
             injection.originals[name] = parameter.detach().clone()
     keep_wide(model, trained.values(), dtype)
-
-
-def trained_with_originals(root: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the base parameters that train by design, each with its first value."""
-    originals = require_injection(root).originals
-    trained = named_trained_whole(root)
-    for name in trained:
-        if name not in originals:
-            raise ValueError(
-                f"the first value of {name!r} is unknown: it was on the meta device when the model was adapted, and no "
-                "base checkpoint was loaded since by load_state_dict"
-            )
-    return [(parameter, originals[name]) for name, parameter in trained.items()]
 
 
 def _check_same_config(existing: LoRAConfig, config: LoRAConfig) -> None:

@@ -74,12 +74,12 @@ class Plan(Sequence[LayerPlan]):
         model: the model, until the plan is applied.
     """
 
-    config: LoRAConfig
+    config: LoRAConfig = field(hash=False)
     layers: tuple[LayerPlan, ...] = ()
     token_rows: tuple[RowsPlan, ...] = ()
     trained_whole: tuple[str, ...] = ()
-    trained: Mapping[str, int] = field(default_factory=dict)
-    capped: Mapping[str, int] = field(default_factory=dict)
+    trained: Mapping[str, int] = field(default_factory=dict, hash=False)
+    capped: Mapping[str, int] = field(default_factory=dict, hash=False)
     model_name: str = ""
     num_base: int = 0
     model: nn.Module | None = field(default=None, repr=False, compare=False)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_lora.compat.torch import is_transformed
 from lightning_lora.layers.split import parts_of_output
 from lightning_lora.model.loss_head import frozen_kind, output_head_of
 from lightning_lora.ops.cross_entropy.chunked import losses_of_linear
 from lightning_lora.ops.cross_entropy.parallel import losses_of_parts
-from lightning_lora.ops.linear import is_transformed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -100,9 +100,7 @@ def _plain(
     head: Any, rows: Tensor, targets: Tensor, softcap: float | None, ignore_index: int, num_items: float | Tensor | None
 ) -> Tensor:
     """Return the loss by operations that torch can transform: it keeps all rows, as only the data says which count."""
-    logits: Tensor = head(rows)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = _within(softcap, head(rows))
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="sum")
     if num_items is None:
@@ -141,11 +139,14 @@ def _total(head: Any, rows: Tensor, targets: Tensor, softcap: float | None) -> T
     with parts_of_output(head) as group:
         logits: Tensor = head(rows)  # [T, vocabulary], or this rank's part of it
     _check_targets(targets, logits.shape[1] if group is None else head.out_features)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = _within(softcap, logits)
     if group is not None:
         return losses_of_parts(logits, targets, group).sum()
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+
+
+def _within(softcap: float | None, logits: Tensor) -> Tensor:
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 @contextmanager

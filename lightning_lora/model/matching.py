@@ -1,15 +1,19 @@
-"""PEFT's rules of what a pattern hits, and errors where PEFT is silent: a pattern that hits nothing is one.
+"""What ``target_modules`` means: PEFT's rules of what a pattern hits, and ``"all-linear"``.
 
-Names are relative to the adapted model. The rules are those of PEFT 0.21 (``check_target_module_exists``,
-``get_pattern_key``).
+A pattern that hits nothing is an error, where PEFT is silent. Names are relative to the adapted model. The rules are
+those of PEFT 0.21 (``check_target_module_exists``, ``get_pattern_key``).
 """
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from torch import nn
+
 from lightning_lora.config import LoRAConfig, brief
-from lightning_lora.model.names import nearest_names
+from lightning_lora.layers import is_linear
+from lightning_lora.model.families import is_pretrained, output_head
+from lightning_lora.model.names import is_inside_any, joined, named_modules, nearest_names, outermost
 
 V = TypeVar("V")
 ALL_LINEAR = "all-linear"
@@ -109,3 +113,60 @@ def check_hits(field: str, patterns: str | Sequence[str] | None, names: Collecti
             raise ValueError(
                 f"{field} entry {pattern!r} matches no module of {model_name}{hint or nearest_names([pattern], names)}"
             )
+
+
+_MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # whose out_proj PEFT refuses to adapt
+
+
+# beside the language model, in transformers models that do not name it
+_TOWER_NAMES = (
+    "vision_model",
+    "image_encoder",
+    "visual_projection",
+    "perceiver_resampler",
+    "embed_tokens_extend",
+    "codec_model",
+    "protein_encoder",
+)
+
+
+def all_linear(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what ``"all-linear"`` means: every linear layer but the output head and what PEFT refuses to adapt.
+
+    In a model of several modalities it means the language model; see :func:`left_out_towers`.
+    """
+    head, towers = output_head(model), list(left_out_towers(model))
+    inert = ("out_proj",) if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES else ()
+    return {
+        name: module
+        for name, module in named_modules(model).items()
+        if is_linear(module)
+        and module is not head
+        and name.rpartition(".")[2] not in inert
+        and not is_inside_any(name, towers)
+    }
+
+
+def left_out_towers(model: nn.Module) -> dict[str, int]:
+    """Return the parts beside the language model of a multimodal one, each with its number of linear layers.
+
+    These are vision and audio towers and projectors. A model has them when its config describes a text model and
+    another one (transformers' ``sub_configs``) and it holds a ``language_model``, or a ``text_model`` that it generates
+    with; CLIP's, beside which there is no output head, is one of two equals. In models that generate and do not name
+    their language model (BLIP, GIT, Idefics, Phi-4 multimodal, Moshi's speech codec) they are known by their own names.
+    """
+    config, modules = getattr(model, "config", None), named_modules(model)
+    names = ("language_model", "thinker", *(["text_model"] if output_head(model) is not None else []))
+    language = [name for name in modules if name.rpartition(".")[2] in names]
+    if not is_pretrained(model) or "text_config" not in getattr(config, "sub_configs", {}) or not language:
+        can_generate = is_pretrained(model) and model.can_generate()  # type: ignore[operator]  # a PreTrainedModel
+        towers = [name for name in modules if name.rpartition(".")[2] in _TOWER_NAMES] if can_generate else []
+        return {name: _num_linear(modules[name]) for name in outermost(towers)}
+    parent, _, last = min(language, key=len).rpartition(".")
+    siblings = {joined(parent, n): m for n, m in modules[parent].named_children() if n != last}
+    counts = {name: _num_linear(module) for name, module in siblings.items() if module is not output_head(model)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _num_linear(module: nn.Module) -> int:
+    return sum(is_linear(part) for part in module.modules())

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.gathered import gathered, reshard
-from lightning_lora.model.inject import take_out, trained_with_originals
+from lightning_lora.model.inject import take_out
 from lightning_lora.model.mergeable import check_mergeable
-from lightning_lora.model.recomputation import keep_state_of_forward, switch_off, switch_on, switched
+from lightning_lora.model.side_effects import trained_with_originals
+from lightning_lora.model.spread import gathered, reshard
 from lightning_lora.model.state import is_merged, named_lora_layers, require_roots
+from lightning_lora.model.wrapping import keep_state_of_forward, switch_off, switch_on, switched
 from lightning_lora.ops.sharded import is_sharded, local_part, write
 
 

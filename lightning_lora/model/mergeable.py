@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.token_rows import TokenRows
-from lightning_lora.model.finite import first_nonfinite
-from lightning_lora.model.gathered import gathered
+from lightning_lora.model.spread import gathered
+from lightning_lora.model.state import first_nonfinite
 from lightning_lora.ops.quantized import stored_as
 from lightning_lora.ops.sharded import local_part
 

@@ -1,7 +1,9 @@
 """Names of modules and parameters: cleaned, joined, compared, and listed in messages."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import nn
 
 from lightning_lora.compat.torch import COMPILED
 
@@ -18,6 +20,11 @@ def joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module by its clean name; ``model`` itself comes first, as ``""``."""
+    return {clean_name(name): module for name, module in model.named_modules()}
+
+
 def is_inside(name: str, path: str) -> bool:
     """Whether a clean name is ``path`` or lies below it; everything lies below ``""``."""
     return not path or name == path or name.startswith(f"{path}.")
@@ -28,9 +35,14 @@ def is_inside_any(name: str, paths: Iterable[str]) -> bool:
     return any(is_inside(name, path) for path in paths)
 
 
+def outermost(names: Collection[str]) -> list[str]:
+    """Return the names that lie inside none of the others."""
+    return [name for name in names if not any(name != other and is_inside(name, other) for other in names)]
+
+
 def nearest_names(patterns: Iterable[str], names: Iterable[str]) -> str:
     """Return "; nearest: ..." with the names, or last parts of names, most like the patterns."""
-    pool = {name.rpartition(".")[2] for name in names} | set(names)
+    pool = ({name.rpartition(".")[2] for name in names} | set(names)) - {""}
     near = [name for pattern in patterns for name in difflib.get_close_matches(pattern, sorted(pool), n=3, cutoff=0.4)]
     return f"; nearest: {', '.join(near)}" if near else f"; there are: {', '.join(sorted(pool, key=len)[:10])}"
 

@@ -1,24 +1,25 @@
 """Decide what an injection will do to a model, and check all of it, before anything is changed."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import LoRAParameters
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.token_rows import check_rows
-from lightning_lora.model.heads import new_heads
 from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
 from lightning_lora.model.matching import check_patterns, is_all_linear, pattern_value
-from lightning_lora.model.mixins import choose_mixin
-from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import uncompiled
-from lightning_lora.model.targets import Chosen, check_apart, select_layers, select_parameters
-from lightning_lora.model.trained_base import base_that_trains, select_token_rows, select_trained_whole
-from lightning_lora.model.untouched import check_untouched
+from lightning_lora.model.names import named_modules
+from lightning_lora.model.state import injection_of, uncompiled
+from lightning_lora.model.targets import Chosen, choose_mixin, select_layers, select_parameters
+from lightning_lora.model.trained_base import base_that_trains, new_heads, select_token_rows, select_trained_whole
 
 
 def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: bool = True) -> Plan:
@@ -54,30 +55,45 @@ def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: boo
         hint = ": write LoRAConfig.from_peft(config)" if hasattr(config, "peft_type") else ""
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{hint}")
     model = uncompiled(model)
-    check_untouched(model)
+    _check_untouched(model)
     to_save = config.modules_to_save
     trained_whole = new_heads(model) if to_save is None else select_trained_whole(model, to_save)
     layers = select_layers(model, config, trained_whole)
     parameters = select_parameters(model, config)
     tables = select_token_rows(model, config)
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    check_apart(modules, layers, parameters, tables)
-    for table, _, token_ids in tables.values():
-        check_rows(table, token_ids)
+    modules = named_modules(model)
+    _check_apart(modules, layers, parameters, tables)
+    names = {module: name for name, module in modules.items()}
+    rows = []
+    for name, (table, tied, ids) in tables.items():
+        check_rows(table, ids)
+        width = table.get_parameter("weight").shape[1]
+        rows.append(RowsPlan(name, tuple(names[one] for one in tied), tuple(ids), len(ids) * width))
     pairs, capped = _pairs(modules, layers, parameters, config, check_ranks=check_ranks)
-    names = {id(module): name for name, module in modules.items()}
-    rows = tuple(
-        RowsPlan(
-            name, tuple(names[id(one)] for one in tied), tuple(ids), len(ids) * table.get_parameter("weight").shape[1]
-        )
-        for name, (table, tied, ids) in tables.items()
-    )
     adapted = [modules[name] for name in {layer for layer, _ in (layers | parameters).values()}]
     adapted += [module for table, tied, _ in tables.values() for module in (table, *tied)]
     trained = base_that_trains(model, trained_whole, adapted, config.bias)
     num_base = sum(parameter.numel() for parameter in model.parameters())
-    name = type(model).__name__
-    return Plan(config, pairs, rows, tuple(trained_whole), trained, capped, name, num_base, model)
+    return Plan(
+        config, pairs, tuple(rows), tuple(trained_whole), trained, capped, type(model).__name__, num_base, model
+    )
+
+
+def _check_apart(
+    modules: Mapping[str, nn.Module], layers: Chosen, parameters: Chosen, tables: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise ``ValueError`` for a module that two options name."""
+    adapted = {id(modules[layer]): name for name, (layer, _) in layers.items()}
+    for module, _ in parameters.values():
+        if module in layers:
+            raise ValueError(f"{module!r} is in target_modules and has a parameter in target_parameters: name it once")
+    for name, (embedding, heads, _) in tables.items():
+        for module in (embedding, *heads):
+            if id(module) in adapted:
+                raise ValueError(
+                    f"{adapted[id(module)]!r} is adapted, and trainable_token_indices trains rows of the same weight "
+                    f"(of {name!r}): leave it out with exclude_modules, or adapt it without trainable_token_indices"
+                )
 
 
 def _pairs(
@@ -94,8 +110,7 @@ def _pairs(
         pair = replace(pair, r=capped.get(name, pair.r))
         if check_ranks:
             _check_rank(pair)
-        num_parameters = _num_parameters(pair, modules[pair.layer], chosen[name][1], config)
-        plans.append(replace(pair, num_parameters=num_parameters))
+        plans.append(replace(pair, num_parameters=_num_parameters(pair, modules[pair.layer], chosen[name][1], config)))
     return tuple(plans), capped
 
 
@@ -157,3 +172,29 @@ def _check_rank(pair: LayerPlan) -> None:
             f"it its own rank with rank_pattern={{{pair.name!r}: {size}}}, train it whole with modules_to_save, or "
             "leave it out with exclude_modules"
         )
+
+
+def _check_untouched(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model that is adapted already, split over ranks, or has parameters without a size."""
+    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
+    theirs = () if peft_layers is None else (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)
+    for name, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if nn.parameter.is_lazy(parameter):
+                lazy = f"{name}.{local}"
+                raise ValueError(f"{lazy!r} has no size yet (a lazy module): run one batch through the model first")
+        if isinstance(module, SplitLinear):
+            raise ValueError(
+                f"{name!r} was split over ranks by a former run under 'megatron_lora', and an adapter would be put in "
+                "whole: build the model anew"
+            )
+        if isinstance(module, LoRALayer) or injection_of(module) is not None:
+            raise ValueError(
+                f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on "
+                "it first"
+            )
+        if isinstance(module, theirs):
+            raise ValueError(
+                f"{type(model).__name__} is already wrapped by PEFT (at {name or 'the top'!r}): pass the base model, "
+                "peft_model.unload(); adapters that PEFT saved are read by load_peft(model, directory)"
+            )

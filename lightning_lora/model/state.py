@@ -1,10 +1,11 @@
 """The record that an injection leaves on a model, and the names and tensors of what trains in it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.compat.torch import compiled_module
@@ -12,9 +13,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, Pair
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
-from lightning_lora.model.gathered import gathered
 from lightning_lora.model.layer_plan import Plan
 from lightning_lora.model.names import clean_name, joined
+from lightning_lora.model.spread import gathered
 from lightning_lora.model.wrapping import run_at_injection
 
 
@@ -121,10 +122,9 @@ def named_pairs(root: nn.Module) -> dict[str, Pair]:
 
 def named_token_rows(root: nn.Module) -> dict[str, list[int]]:
     """Return the indices of the rows that train, by the name of the table; tied twins are left out."""
-    layers = named_lora_layers(root)
     return {
         name: layer.lora_token_ids
-        for name, layer in layers.items()
+        for name, layer in named_lora_layers(root).items()
         if isinstance(layer, TokenRows) and not layer.lora_is_twin
     }
 
@@ -160,3 +160,38 @@ def named_trained_whole(root: nn.Module) -> dict[str, nn.Parameter]:
     if not wanted:
         return {}
     return {clean_name(name): p for name, p in root.named_parameters() if clean_name(name) in wanted}
+
+
+OnNonfinite = Literal["error", "warn"]
+
+
+def check_finite(tensors: Mapping[str, Any], where: Any, on_nonfinite: OnNonfinite) -> None:
+    """Look for the first tensor that holds NaN or infinity, and raise ``ValueError`` or warn with its name.
+
+    Args:
+        where: the file or directory that is written or read.
+    """
+    if on_nonfinite not in ("error", "warn"):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r} is not known; expected 'error' or 'warn'")
+    name = first_nonfinite(tensors)
+    if name is None:
+        return
+    message = (
+        f"{where}: {name!r} holds NaN or infinity, and so would every output of the model. Has the run diverged? Go "
+        "back to an earlier checkpoint"
+    )
+    if on_nonfinite == "error":
+        raise ValueError(
+            f"{message}, or take it as it is: on_nonfinite='warn' is an option of LoRACallback, save_peft, load_peft, "
+            "load_adapter_state_dict, convert and combine"
+        )
+    rank_zero_warn(message)
+
+
+def first_nonfinite(tensors: Mapping[str, Any]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; tensors on the meta device hold nothing."""
+    for name, value in tensors.items():
+        holds_floats = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        if holds_floats and not value.is_meta and not bool(torch.isfinite(value).all()):
+            return name
+    return None

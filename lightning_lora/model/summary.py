@@ -1,17 +1,17 @@
-"""Describe the adapters in the first lines of a run, and for loggers."""
+"""What a run says of its adapters: the first lines, hyperparameters, idle layers, and what PEFT's files leave out."""
 
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.gathered import class_name
-from lightning_lora.model.heads import perhaps_new_heads
-from lightning_lora.model.left_out import trained_outside
-from lightning_lora.model.matching import is_all_linear
-from lightning_lora.model.names import listed
+from lightning_lora.model.matching import is_all_linear, left_out_towers
+from lightning_lora.model.names import clean_name, is_inside, joined, listed, named_modules
+from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import (
     injected_roots,
     named_adapter_parameters,
@@ -19,7 +19,7 @@ from lightning_lora.model.state import (
     named_trained_whole,
     require_injection,
 )
-from lightning_lora.model.towers import left_out_towers
+from lightning_lora.model.trained_base import perhaps_new_heads
 from lightning_lora.ops.sharded import logical
 
 
@@ -28,15 +28,12 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
     plan, count = require_injection(root).plan, counts(pl_module, root)
     kinds = Counter(name.rpartition(".")[2] for name in named_lora_layers(root))
     adapted = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
-    named = {
-        "whole": listed(list(named_trained_whole(root))),
-        "outside": listed(trained_outside(pl_module, path, root)),
-    }
+    outside = listed(trained_outside(pl_module, path, root))
     lines = [
         f"LoRA on {class_name(root)}{f' at {path!r}' if path else ''}: {kinds.total()} layers adapted ({adapted})",
         _line("adapters", "adapter_parameters", count),
-        _line("trained whole", "whole_parameters", count, named["whole"]),
-        *([_line("outside", "outside_parameters", count, named["outside"])] if count["outside_parameters"] else []),
+        _line("trained whole", "whole_parameters", count, listed(list(named_trained_whole(root)))),
+        *([_line("outside", "outside_parameters", count, outside)] if count["outside_parameters"] else []),
         _line("frozen", "frozen_parameters", count),
     ]
     towers = left_out_towers(root) if is_all_linear(plan.config.target_modules) else {}
@@ -105,3 +102,75 @@ def hyperparameters(pl_module: nn.Module) -> dict[str, Any]:
 def _numel(parameters: Iterable[nn.Parameter]) -> int:
     """Return the number of elements of whole tensors, those of other ranks with this one's."""
     return sum(logical(parameter).numel() for parameter in parameters)
+
+
+def idle_layers(root: nn.Module, optimizer: Optimizer) -> str | None:
+    """Return a line that names the idle layers among those that ``optimizer`` trains, or ``None`` if there are none.
+
+    Layers that ``layerdrop`` may skip are left out.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    skipped = skipped_at_random(root)
+    idle = [
+        name
+        for name, layer in named_lora_layers(root).items()
+        if name not in skipped
+        and any(id(p) in held for _, p in layer.named_adapter_tensors())
+        and all(p.grad is None for _, p in layer.named_adapter_tensors())
+    ]
+    if not idle:
+        return None
+    return (
+        f"{len(idle)} adapted layers got no gradient in the first step: {listed(idle, 5)}. Their output does not reach "
+        "the loss: leave them out with exclude_modules"
+    )
+
+
+def drops_layers(root: nn.Module) -> dict[str, float]:
+    """Return the probability of each module that skips members of its module lists, by the module's name."""
+    found: dict[str, float] = {}
+    for name, module in root.named_modules():
+        if any(isinstance(child, nn.ModuleList) for child in module.children()):
+            probability = getattr(module, "layerdrop", getattr(getattr(module, "config", None), "layerdrop", 0.0))
+            if isinstance(probability, (int, float)) and probability > 0:
+                found[clean_name(name)] = float(probability)
+    return found
+
+
+def skipped_at_random(root: nn.Module) -> set[str]:
+    """Return the names of the adapted layers that a forward may skip."""
+    modules = named_modules(root)
+    lists = [
+        joined(name, local) + "."
+        for name in drops_layers(root)
+        for local, child in modules[name].named_children()
+        if isinstance(child, nn.ModuleList)
+    ]
+    return {name for name in named_lora_layers(root) if name.startswith(tuple(lists))}
+
+
+def outside_names(names: Iterable[str], *paths: str) -> list[str]:
+    """Return the outermost modules of the tensors (clean ``names``) that lie in none of the roots ``paths``."""
+    found: dict[str, None] = {}
+    for name in names:
+        if not any(is_inside(name, path) for path in paths):
+            parts = name.split(".")
+            outermost = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+            found[next(outer for outer in outermost if not any(is_inside(path, outer) for path in paths))] = None
+    return list(found)
+
+
+def trained_outside(module: nn.Module, path: str, root: nn.Module) -> list[str]:
+    """Return what trains in ``module`` outside of its adapted model ``root``, by outermost modules and parameters."""
+    inside = {id(parameter) for parameter in root.parameters()}
+    named = module.named_parameters()
+    return outside_names((clean_name(n) for n, p in named if p.requires_grad and id(p) not in inside), path)
+
+
+def say_left_out(directory: Any, names: list[str], where: str) -> None:
+    """Log on rank 0 which trained tensors a PEFT directory lacks, if any, and where they are."""
+    if names:
+        rank_zero_info(
+            f"{directory} holds the adapter alone: no PEFT directory has a place for what trains outside the adapted "
+            f"model, {listed(names)}. {where}"
+        )

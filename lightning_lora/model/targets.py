@@ -1,18 +1,19 @@
-"""Choose the layers and parameters to adapt: what ``target_modules`` and ``target_parameters`` mean in a model."""
+"""Choose the layers and parameters to adapt, and the class that adapts each: what the config means in a model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lora.config import LoRAConfig, brief
-from lightning_lora.layers import mixin_for
+from lightning_lora.layers import LoRALayer, mixin_for, read_mixin, with_options
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import sizes_of_parameter
+from lightning_lora.layers.read_weight import check_rescaled, reader_of
+from lightning_lora.layers.registry import RESIDUAL
 from lightning_lora.model.families import families_in
-from lightning_lora.model.matching import check_hits, check_indices, hits, is_all_linear, is_target
-from lightning_lora.model.names import clean_name, is_inside_any, joined, nearest_names
-from lightning_lora.model.towers import all_linear
+from lightning_lora.model.matching import all_linear, check_hits, check_indices, hits, is_all_linear, is_target
+from lightning_lora.model.names import clean_name, is_inside_any, joined, named_modules, nearest_names
 
 Chosen = dict[str, tuple[str, Part]]  # by the name of the pair: its layer, and which part of it
 
@@ -29,19 +30,17 @@ def select_layers(model: nn.Module, config: LoRAConfig, trained_whole: Sequence[
     Raises:
         ValueError: a pattern hits nothing, or hits a module of a kind that cannot be adapted.
     """
-    modules = {clean_name(name): module for name, module in model.named_modules()}
+    modules = named_modules(model)
     units = _units(modules, fused=config.fused_pairs)
-    known = dict.fromkeys([*modules, *units])
-    known.pop("", None)
+    known = dict.fromkeys(name for name in (*modules, *units) if name)
     _check_stacked(config, modules, known)
     for field in ("target_modules", "exclude_modules"):
         check_hits(field, getattr(config, field), known, type(model).__name__)
     if not config.target_modules:
         return {}
-    candidates = _candidates(model, config, modules, units)
     selected = {
         name: (layer, part)
-        for name, (layer, part) in candidates.items()
+        for name, (layer, part) in _candidates(model, config, modules, units).items()
         if not any(hits(config.exclude_modules, n) for n in (name, layer)) and not is_inside_any(layer, trained_whole)
     }
     for family in families_in(model):
@@ -103,8 +102,7 @@ def select_parameters(model: nn.Module, config: LoRAConfig) -> Chosen:
     wanted = config.target_parameters or []
     found: Chosen = {}
     hit: set[str] = set()
-    for module_name, module in model.named_modules():
-        module_name = clean_name(module_name)
+    for module_name, module in named_modules(model).items():
         for local in module._parameters:
             name = joined(module_name, local)
             entries = [entry for entry in wanted if name == entry or name.endswith(f".{entry}")]
@@ -121,36 +119,18 @@ def select_parameters(model: nn.Module, config: LoRAConfig) -> Chosen:
     return found
 
 
-def check_apart(
-    modules: Mapping[str, nn.Module], layers: Chosen, parameters: Chosen, tables: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raise ``ValueError`` for a module that two options name."""
-    adapted = {id(modules[layer]): name for name, (layer, _) in layers.items()}
-    for module, _ in parameters.values():
-        if module in layers:
-            raise ValueError(f"{module!r} is in target_modules and has a parameter in target_parameters: name it once")
-    for name, (embedding, heads, _) in tables.items():
-        for module in (embedding, *heads):
-            if id(module) in adapted:
-                raise ValueError(
-                    f"{adapted[id(module)]!r} is adapted, and trainable_token_indices trains rows of the same weight "
-                    f"(of {name!r}): leave it out with exclude_modules, or adapt it without trainable_token_indices"
-                )
-
-
 def has_redundant_forward(module: nn.Module) -> bool:
     """Whether the instance's ``forward`` is the class's own after all, which accelerate leaves on unhooking."""
     return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
 
 
 def _check_kind(name: str, module: nn.Module) -> None:
-    kind = type(module).__name__
     mixin = mixin_for(module)
     if mixin is None:
         raise ValueError(
-            f"{name!r} is a {kind}, which cannot be adapted: linear layers, embeddings, convolutions and attentions "
-            "can. To train it whole, name it in modules_to_save; to leave it, narrow target_modules or use "
-            "exclude_modules. Other kinds: lightning_lora.layers.register"
+            f"{name!r} is a {type(module).__name__}, which cannot be adapted: linear layers, embeddings, convolutions "
+            "and attentions can. To train it whole, name it in modules_to_save; to leave it, narrow target_modules or "
+            "use exclude_modules. Other kinds: lightning_lora.layers.register"
         )
     if "forward" in module.__dict__ and not has_redundant_forward(module):
         raise ValueError(
@@ -161,3 +141,48 @@ def _check_kind(name: str, module: nn.Module) -> None:
         mixin.check(module)
     except ValueError as error:
         raise ValueError(f"{name!r} cannot be adapted: {error}; leave it out with exclude_modules") from None
+
+
+def choose_mixin(modules: Mapping[str, nn.Module], name: str, config: LoRAConfig) -> type[LoRALayer]:
+    """Return the mixin for the layer called ``name``.
+
+    Raises:
+        ValueError: a layer of its kind, or in its place, cannot be adapted as ``config`` asks.
+    """
+    layer = modules[name]
+    mixin = mixin_for(layer)
+    assert mixin is not None
+    mixin.check_use(modules, name, config)
+    check_rescaled(modules, name)
+    if (reader := reader_of(modules, name)) is not None:
+        try:
+            mixin = read_mixin(mixin, layer, reader)
+        except ValueError as error:
+            raise ValueError(f"{name!r} cannot be adapted: {error}") from None
+    try:
+        mixin = with_options(mixin, layer, use_dora=config.use_dora, lora_bias=config.lora_bias)
+    except ValueError as error:
+        option = "use_dora" if config.use_dora else "lora_bias"
+        raise ValueError(
+            f"{name!r} cannot be adapted with {option}=True: {error}. Leave the layer out with exclude_modules, or "
+            f"give {option}=False"
+        ) from None
+    starts_from_base = config.starts_from_base and mixin.uses_init
+    return _starting_from_base(mixin, name, layer, config) if starts_from_base else mixin
+
+
+def _starting_from_base(mixin: type[LoRALayer], name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALayer]:
+    """Return the counterpart of ``mixin`` that subtracts its start in the product, after checking the weight."""
+    residual, weight = RESIDUAL.get(mixin), layer._parameters.get("weight")
+    if residual is None or weight is None or weight.is_meta or not weight.is_floating_point():
+        why = "its weight is on the meta device" if weight is not None and weight.is_meta else type(layer).__name__
+        raise ValueError(
+            f"init={config.init!r} starts from the weights of linear layers, and {name!r} has none to start from "
+            f"({why}): load the base first, or leave the layer out with exclude_modules"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"init={config.init!r} starts from the weight of {name!r}, which holds NaN or infinity: load another base, "
+            "or take init='kaiming'"
+        )
+    return residual

@@ -11,18 +11,6 @@ _MIX_2 = 0x735A2D97
 _GOLDEN = 0x1E3779B97F4A7C15
 
 
-def dropped(seed: Tensor, num_rows: int, num_columns: int, dropout: float, device: torch.device) -> Tensor:
-    """Return the dropout mask, True where an entry is dropped: ``[num_rows, num_columns]`` booleans.
-
-    A hash of (seed, row, column) in integer tensor operations: the same on every call and every device, with nothing
-    stored and no random state touched.
-
-    Args:
-        seed: scalar integer tensor; on another device than ``device`` it may only be a CPU one.
-    """
-    return _hashes(seed, num_rows, num_columns, device) < _threshold(dropout)
-
-
 def keep_mask(
     seed: Tensor,
     like: Tensor,
@@ -32,12 +20,27 @@ def keep_mask(
     *,
     num_columns: int | None = None,
 ) -> Tensor:
-    """Return the complement of :func:`dropped` as zeros and ones of ``like``'s dtype, for its rows and device.
+    """Return zeros where an entry is dropped and ones elsewhere, in the dtype of ``like``, for its rows and device.
 
-    CPU multiplies by them an order of magnitude faster than it makes and applies booleans.
+    A hash of (seed, row, column) in integer tensor operations: the same on every call and every device, with nothing
+    stored and no random state touched. CPU multiplies by numbers an order of magnitude faster than it makes and applies
+    booleans.
+
+    Args:
+        seed: scalar integer tensor; on another device than ``like`` it may only be a CPU one.
+        like: ``[num_rows, num_columns]``; ``num_columns`` may be given apart.
+        columns: where ``like`` is a slice of features, the position of its first one and the number of all.
+        first_row: where ``like`` is a slice of rows, the position of its first one.
     """
-    size = like.shape[1] if num_columns is None else num_columns
-    return _hashes(seed, like.shape[0], size, like.device, columns, first_row).ge_(_threshold(dropout)).to(like.dtype)
+    num_rows, size = like.shape[0], like.shape[1] if num_columns is None else num_columns
+    first, total = columns or (0, size)
+    keys = _position_keys(seed, total + first_row + num_rows, like.device)
+    across, _, rows = keys.split([total, first_row, num_rows])
+    z: Tensor = rows[:, None] ^ across[None, first : first + size]  # int32, [num_rows, size]
+    z = z.mul_(_MIX_1)
+    z = z.bitwise_xor_(z >> 15)
+    threshold = round(dropout * 2**32) - 2**31  # a share `dropout` of all signed 32-bit numbers lies below
+    return z.mul_(_MIX_2).ge_(threshold).to(like.dtype)
 
 
 def keep_entries(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
@@ -49,28 +52,6 @@ def keep_entries(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
     rows = x.reshape(x.shape[0], -1) if x.ndim > 1 else x[None]
     kept = keep_mask(seed, rows, dropout)
     return (rows * kept / (1 - dropout)).view(x.shape)
-
-
-def _threshold(dropout: float) -> int:
-    """Return the signed 32-bit number that a share ``dropout`` of all such numbers lies below."""
-    return round(dropout * 2**32) - 2**31
-
-
-def _hashes(
-    seed: Tensor,
-    num_rows: int,
-    num_columns: int,
-    device: torch.device,
-    columns: tuple[int, int] | None = None,
-    first_row: int = 0,
-) -> Tensor:
-    """Return one hash per position: int32, ``[num_rows, num_columns]``."""
-    first, total = columns or (0, num_columns)
-    across, _, rows = _position_keys(seed, total + first_row + num_rows, device).split([total, first_row, num_rows])
-    z: Tensor = rows[:, None] ^ across[None, first : first + num_columns]
-    z = z.mul_(_MIX_1)
-    z = z.bitwise_xor_(z >> 15)
-    return z.mul_(_MIX_2)
 
 
 def _position_keys(seed: Tensor, num_positions: int, device: torch.device) -> Tensor:

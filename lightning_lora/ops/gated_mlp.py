@@ -8,21 +8,21 @@ x, e and g are saved for backward; act(e) and h are recomputed.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.compat.torch import is_transformed
 from lightning_lora.ops.linear import (
     LinearTensors,
     ScaledDropout,
+    autocast_dtype,
     backward_of_linears,
-    by_layer,
-    differentiable_gradients,
+    cast_as_autocast,
     forward_of_linears,
-    in_autocast_dtype,
-    is_transformed,
     plain_linears,
     reshape_like,
 )
@@ -74,16 +74,16 @@ def lora_gated_mlp(
         entering: scaling and dropout of the adapters of gate and up.
         leaving: scaling and dropout of the adapter of down.
     """
-    return in_autocast_dtype(_gated_mlp, x, [gate, up, down], activation, entering, leaving)
-
-
-def _gated_mlp(
-    x: Tensor, layers: Sequence[LinearTensors], activation: str, entering: ScaledDropout, leaving: ScaledDropout
-) -> Tensor:
+    layers: Sequence[LinearTensors] = [gate, up, down]
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, layers = cast_as_autocast(x, layers, dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_gated_mlp(x, *layers, activation=activation, entering=entering, leaving=leaving)
+    act = ACTIVATIONS[activation]
     if is_transformed():
-        return _plain_gated_mlp(x, layers, ACTIVATIONS[activation], entering, leaving)
-    tensors = [tensor for layer in layers for tensor in layer]
-    y: Tensor = _GatedMLP.apply(x, ACTIVATIONS[activation], entering, leaving, *tensors)  # type: ignore[no-untyped-call]
+        return _plain_gated_mlp(x, layers, act, entering, leaving)
+    y: Tensor = _GatedMLP.apply(x, act, entering, leaving, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
     return y
 
 
@@ -102,9 +102,8 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, act: Activation, entering: ScaledDropout, leaving: ScaledDropout, *tensors: Any
     ) -> Tensor:
-        *opening, closing = by_layer(tensors)
-        (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), opening, entering)
-        (y,), h_out = forward_of_linears(act.forward(e).mul_(g), [closing], leaving)
+        (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), tensors[:8], entering)
+        (y,), h_out = forward_of_linears(act.forward(e).mul_(g), tensors[8:], leaving)
         ctx.act, ctx.entering, ctx.leaving = act, entering, leaving
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, entering.seed, leaving.seed, e, g, h_in, h_out, *tensors)
@@ -116,19 +115,31 @@ class _GatedMLP(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, seed_in, seed_out, e, g, h_in, h_out, *tensors = ctx.saved_tensors
         entering, leaving = ctx.entering._replace(seed=seed_in), ctx.leaving._replace(seed=seed_out)
-        layers = by_layer(tensors)
         if torch.is_grad_enabled():
+            layers = [LinearTensors(*tensors[i : i + 4]) for i in (0, 4, 8)]
             y = _plain_gated_mlp(x, layers, ctx.act, entering, leaving)
             return differentiable_gradients(ctx, y, [x, None, None, None, *tensors], grad)
-        need_x, _, _, _, *flags = ctx.needs_input_grad
-        needs = by_layer(flags)
+        need_x, _, _, _, *needs = ctx.needs_input_grad
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         opened = ctx.act.forward(e)
         h = opened * g  # [T, intermediate]
-        grad_h, of_down = backward_of_linears(h, [grad], layers[2:], h_out, leaving, needs[2:], need_x=True)
+        grad_h, of_down = backward_of_linears(h, [grad], tensors[8:], h_out, leaving, needs[8:], need_x=True)
         assert grad_h is not None
         grad_g = opened.mul_(grad_h)
         grad_e = ctx.act.backward_into(grad_h, grad_h.mul_(g), e)
-        grads = [grad_e, grad_g]
-        grad_x, of_both = backward_of_linears(rows, grads, layers[:2], h_in, entering, needs[:2], need_x=need_x)
+        grad_x, of_both = backward_of_linears(
+            rows, [grad_e, grad_g], tensors[:8], h_in, entering, needs[:8], need_x=need_x
+        )
         return None if grad_x is None else grad_x.view(x.shape), None, None, None, *of_both, *of_down
+
+
+def differentiable_gradients(ctx: Any, y: Tensor, inputs: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of an autograd function's inputs with a graph of their own, for a second derivative.
+
+    Args:
+        y: the function's output, recomputed from ``inputs`` by operations that are differentiable twice.
+        inputs: those of the function; ``None`` for those that never need a gradient.
+    """
+    wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)

@@ -14,18 +14,16 @@ that it is given.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.compat.torch import has_transforms, is_forward_mode, unsafe_view
+from lightning_lora.compat.torch import is_transformed, unsafe_view
 from lightning_lora.ops.dropout import keep_mask
-
-T = TypeVar("T")
 
 
 class LinearTensors(NamedTuple):
@@ -51,10 +49,9 @@ class ScaledDropout(NamedTuple):
         """What a product with the kept entries is multiplied by."""
         return self.scaling if self.seed is None else self.scaling / (1 - self.dropout)
 
-    def mask(self, like: Tensor, num_columns: int) -> Tensor | None:
-        """Return zeros where an entry is dropped and ones elsewhere, ``[T, num_columns]``; ``None`` drops nothing."""
-        if self.seed is None or not self.dropout:
-            return None
+    def mask(self, like: Tensor, num_columns: int) -> Tensor:
+        """Return zeros where an entry is dropped and ones elsewhere, ``[T, num_columns]``; only with a seed."""
+        assert self.seed is not None
         return keep_mask(self.seed, like, self.dropout, self.columns, self.first_row, num_columns=num_columns)
 
 
@@ -94,8 +91,11 @@ def lora_linear(
     Returns:
         ``[..., out_features]``
     """
-    settings = ScaledDropout(scaling, dropout, seed, columns, first_row)
-    return in_autocast_dtype(_linears, x, [LinearTensors(weight, bias, lora_A, lora_B)], settings)[0]
+    layer, settings = (
+        LinearTensors(weight, bias, lora_A, lora_B),
+        ScaledDropout(scaling, dropout, seed, columns, first_row),
+    )
+    return lora_linears(x, [layer], settings)[0]
 
 
 def lora_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> Sequence[Tensor]:
@@ -110,26 +110,14 @@ def lora_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDro
     Returns:
         One ``[..., out_features_i]`` per layer.
     """
-    return in_autocast_dtype(_linears, x, layers, settings)
-
-
-def in_autocast_dtype(compute: Callable[..., T], x: Tensor, layers: Sequence[LinearTensors], *settings: Any) -> T:
-    """Return ``compute(x, layers, *settings)``; under autocast with autocast off and in the dtype that it casts to.
-
-    Autocast casts the base's tensors as for ``F.linear``; the adapters are cast where they are multiplied.
-    """
     dtype = autocast_dtype(x)
-    if dtype is None:
-        return compute(x, layers, *settings)
-    if x.dtype != torch.float64:  # autocast leaves float64 alone
-        x, layers = x.to(dtype), [_base_in(dtype, layer) for layer in layers]
-    with torch.autocast(x.device.type, enabled=False):
-        return compute(x, layers, *settings)
-
-
-def _base_in(dtype: torch.dtype, layer: LinearTensors) -> LinearTensors:
-    weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in layer[:2])
-    return layer._replace(weight=weight, bias=bias)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linears(*cast_as_autocast(x, layers, dtype), settings)
+    if is_transformed():
+        return plain_linears(x, layers, settings)
+    outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, settings, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
+    return outputs
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -140,34 +128,26 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def is_transformed() -> bool:
-    """Return True where torch transforms what runs (``torch.func``, forward-mode AD) or ``torch.jit.trace`` records it.
+def cast_as_autocast(
+    x: Tensor, layers: Sequence[LinearTensors], dtype: torch.dtype
+) -> tuple[Tensor, Sequence[LinearTensors]]:
+    """Return the input and the base's tensors as autocast casts them for ``F.linear``: float64 stays.
 
-    Layers are then computed by torch's own operations: those can be transformed, an autograd function cannot.
+    The adapters are cast where they are multiplied.
     """
-    if torch.compiler.is_compiling():
-        return bool(_has_transforms())
-    return has_transforms() or torch.jit.is_tracing() or is_forward_mode()
+    if x.dtype == torch.float64:
+        return x, layers
 
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_transforms() -> bool:
-    """Return the same where code is compiled: in a graph, transforms are fixed."""
-    return has_transforms()
-
-
-def _linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> Sequence[Tensor]:
-    """Return :func:`lora_linears` of tensors that have the dtype to compute in."""
-    if is_transformed():
-        return plain_linears(x, layers, settings)
-    outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, settings, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
-    return outputs
+    return x.to(dtype), [layer._replace(weight=cast(layer.weight), bias=cast(layer.bias)) for layer in layers]
 
 
 def plain_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> list[Tensor]:
     """Return :func:`lora_linears` without autocast by operations that torch can transform."""
     rows = x.reshape(-1, x.shape[-1])
-    mask = settings.mask(rows, rows.shape[1])
+    mask = None if settings.seed is None else settings.mask(rows, rows.shape[1])
     entering = x if mask is None else (rows * mask).view(x.shape)
     outputs = []
     for weight, bias, lora_A, lora_B in layers:
@@ -186,19 +166,18 @@ class _LoRALinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: ScaledDropout, *tensors: Any) -> tuple[Tensor, ...]:
-        layers = by_layer(tensors)
-        outputs, h = forward_of_linears(x.reshape(-1, x.shape[-1]), layers, settings)
+        outputs, h = forward_of_linears(x.reshape(-1, x.shape[-1]), tensors, settings)
         need_x, _, *needs = ctx.needs_input_grad
         needs_h = any(needs[3::4])  # by the gradient of a B
         needs_rows = needs_h or any(needs[2::4]) or any(needs[::4])
-        saved, nothing = list(tensors), [None] * len(layers)
+        saved, nothing = list(tensors), [None] * len(outputs)
         saved[1::4] = nothing  # biases
         if not need_x:
             saved[::4] = nothing  # weights
         ctx.save_for_backward(x if needs_rows else None, h if needs_h else None, settings.seed, *saved)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.x_shape = settings, x.shape
-        return tuple([reshape_like(x, y) for y in outputs])
+        return tuple(outputs if x.ndim == 2 else [reshape_like(x, y) for y in outputs])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -207,30 +186,13 @@ class _LoRALinears(torch.autograd.Function):
         grad_x, found = backward_of_linears(
             None if x is None else x.reshape(-1, x.shape[-1]),
             [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads],
-            by_layer(tensors),
+            tensors,
             h,
-            ctx.settings._replace(seed=seed),
-            by_layer(needs),
+            ctx.settings if seed is None else ctx.settings._replace(seed=seed),
+            needs,
             need_x=need_x,
         )
         return None if grad_x is None else grad_x.view(ctx.x_shape), None, *found
-
-
-def differentiable_gradients(ctx: Any, y: Tensor, inputs: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of an autograd function's inputs with a graph of their own, for a second derivative.
-
-    Args:
-        y: the function's output, recomputed from ``inputs`` by operations that are differentiable twice.
-        inputs: those of the function; ``None`` for those that never need a gradient.
-    """
-    wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
-
-
-def by_layer(flat: Sequence[Any]) -> list[LinearTensors]:
-    """Return the tensors of each layer, or what else belongs to them one for one, of all layers in a row."""
-    return [LinearTensors(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
 
 
 def reshape_like(x: Tensor, y: Tensor) -> Tensor:
@@ -239,26 +201,39 @@ def reshape_like(x: Tensor, y: Tensor) -> Tensor:
     return y if x.ndim == 2 else unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
-def forward_of_linears(
-    rows: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout
-) -> tuple[list[Tensor], Tensor]:
-    """Return the outputs ``[T, out_i]`` and ``h = mask * x [A_1; ...; A_n]^T``, ``[T, sum of ranks]``."""
-    mask = settings.mask(rows, rows.shape[1])
-    h = skinny_mm(rows if mask is None else rows * mask, _stacked_A(layers, rows.dtype))
-    outputs = [
-        _sum_of_products(rows, layer, part, settings.factor)
-        for layer, part in zip(layers, _split_by_rank(h, 1, layers), strict=True)
-    ]
+def forward_of_linears(rows: Tensor, tensors: Sequence[Any], settings: ScaledDropout) -> tuple[list[Tensor], Tensor]:
+    """Return the outputs ``[T, out_i]`` and ``h = mask * x [A_1; ...; A_n]^T``, ``[T, sum of ranks]``.
+
+    Args:
+        rows: x as ``[T, in]``.
+        tensors: the four :class:`LinearTensors` of each layer, all layers in a row.
+    """
+    weights, biases, As, Bs = tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4]
+    factor, entering = settings.factor, rows
+    if settings.seed is not None:
+        entering = rows * settings.mask(rows, rows.shape[1])
+    h = skinny_mm(entering, _stacked(As).to(rows.dtype))
+    outputs = []
+    for weight, bias, B, part in zip(weights, biases, Bs, _split_by_rank(h, 1, As), strict=True):
+        B = B.to(rows.dtype).t()
+        if weight is None:
+            y = scaled_mm(part, B, factor)
+        elif rows.device.type in ADAPTER_FIRST:
+            y = scaled_mm(part, B, factor) if bias is None else torch.addmm(bias, part, B, alpha=factor)
+            y.addmm_(rows, weight.t())
+        else:
+            y = F.linear(rows, weight, bias).addmm_(part, B, alpha=factor)
+        outputs.append(y)
     return outputs, h
 
 
 def backward_of_linears(
     rows: Any,
     grads: Sequence[Tensor | None],
-    layers: Sequence[LinearTensors],
+    tensors: Sequence[Any],
     h: Tensor | None,
     settings: ScaledDropout,
-    needs: Sequence[LinearTensors],
+    needs: Sequence[bool],
     *,
     need_x: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -267,48 +242,51 @@ def backward_of_linears(
     Args:
         rows: ``[T, in]``; ``None`` may be given when only x needs a gradient.
         grads: ``[T, out_i]``; ``None`` for an output that does not reach the loss.
+        tensors: those of :func:`forward_of_linears`.
         h: what :func:`forward_of_linears` returned; may be ``None`` when no B needs a gradient.
-        needs: whether each tensor needs a gradient.
+        needs: whether each of ``tensors`` needs a gradient.
     """
-    found: list[Tensor | None] = [None] * (4 * len(layers))
+    found: list[Tensor | None] = [None] * len(tensors)
     used = [i for i, grad in enumerate(grads) if grad is not None]
     if not used:
         return None, found
-    given, reached, factor = [grad for grad in grads if grad is not None], [layers[i] for i in used], settings.factor
-    mask = settings.mask(given[0] if rows is None else rows, layers[0].lora_A.shape[1])
-    need_A, need_B = any(needs[i].lora_A for i in used), any(needs[i].lora_B for i in used)
+    As, factor = tensors[2::4], settings.factor
+    given: list[Any] = [grads[i] for i in used]
+    reached = [As[i] for i in used]
+    need_A, need_B = any(needs[2::4]), any(needs[3::4])
+    mask = None if settings.seed is None else settings.mask(given[0] if rows is None else rows, As[0].shape[1])
     recomputes_h = need_B and torch.is_grad_enabled()  # for a second derivative: the saved h is a constant to autograd
     entering = rows * mask if mask is not None and (need_A or recomputes_h) else rows
     grad_x: Tensor | None = None
     grads_A: Sequence[Any] = used
     if need_x or need_A:
-        v = _inner_gradients(given, [layer.lora_B for layer in reached])  # [T, sum of ranks]
+        v = _inner_gradients(given, [tensors[4 * i + 3] for i in used])  # [T, sum of ranks]
         if need_x:
-            grad_x = _grad_input(given, reached, v, factor, mask)
+            grad_x = _grad_input(given, [tensors[4 * i] for i in used], v, _stacked(reached).to(v.dtype), factor, mask)
         if need_A:
-            grads_A = _split_by_rank(scaled_mm(v.t(), entering, factor, reached[0].lora_A.dtype), 0, reached)
+            grads_A = _split_by_rank(scaled_mm(v.t(), entering, factor, As[0].dtype), 0, reached)
     if recomputes_h:
-        h = skinny_mm(entering, _stacked_A(layers, entering.dtype))
-    parts: Any = h if h is None else _split_by_rank(h, 1, layers)
+        h = skinny_mm(entering, _stacked(As).to(entering.dtype))
+    parts: Any = h if h is None else _split_by_rank(h, 1, As)
     for i, grad, grad_A in zip(used, given, grads_A, strict=True):
+        need_weight, need_bias, need_own_A, need_own_B = needs[4 * i : 4 * i + 4]
         found[4 * i : 4 * i + 4] = (
-            torch.mm(grad.t(), rows) if needs[i].weight else None,
-            grad.sum(0) if needs[i].bias else None,
-            grad_A if needs[i].lora_A else None,
-            _grad_of_B(parts[i], grad, factor, layers[i].lora_B.dtype) if needs[i].lora_B else None,
+            torch.mm(grad.t(), rows) if need_weight else None,
+            grad.sum(0) if need_bias else None,
+            grad_A if need_own_A else None,
+            _grad_of_B(parts[i], grad, factor, tensors[4 * i + 3].dtype) if need_own_B else None,
         )
     return grad_x, found
 
 
-def _split_by_rank(stacked: Tensor, dim: int, layers: Sequence[LinearTensors]) -> Sequence[Tensor]:
-    """Return each layer's part of what is made of all A's."""
-    return [stacked] if len(layers) == 1 else stacked.split([layer.lora_A.shape[0] for layer in layers], dim)
-
-
-def _stacked_A(layers: Sequence[LinearTensors], dtype: torch.dtype) -> Tensor:
+def _stacked(As: Sequence[Tensor]) -> Tensor:
     """Return the A's one below the other: ``[sum of ranks, in]``."""
-    stacked: Tensor = layers[0].lora_A if len(layers) == 1 else torch.cat([layer.lora_A for layer in layers])
-    return stacked.to(dtype)
+    return As[0] if len(As) == 1 else torch.cat(list(As))
+
+
+def _split_by_rank(stacked: Tensor, dim: int, As: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return each layer's part of what is made of all A's."""
+    return [stacked] if len(As) == 1 else stacked.split([A.shape[0] for A in As], dim)
 
 
 def skinny_mm(rows: Tensor, factor: Tensor) -> Tensor:
@@ -343,37 +321,23 @@ def _accumulates_out(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-def adapter_first(device: torch.device) -> bool:
-    """Return True on a device where the adapter's product is written first and the base's is added to it.
-
-    A GPU's large product reads what it is added to while it computes, so that only the writing is paid for (RunLoRA's
-    order "forward 3", arXiv 2312.03415); on CPU the small product is added, and the base's is bit for bit its own.
-    """
-    return device.type == "cuda"
-
-
-def _sum_of_products(rows: Tensor, layer: LinearTensors, h: Tensor, factor: float) -> Tensor:
-    """Return ``x W^T + b + factor * h B^T``, ``[T, out]``, in a new buffer."""
-    B = layer.lora_B.to(rows.dtype).t()
-    if layer.weight is None:
-        return scaled_mm(h, B, factor)
-    if adapter_first(rows.device):
-        y = scaled_mm(h, B, factor) if layer.bias is None else torch.addmm(layer.bias, h, B, alpha=factor)
-        return y.addmm_(rows, layer.weight.t())
-    return F.linear(rows, layer.weight, layer.bias).addmm_(h, B, alpha=factor)
+# Device types on which the adapter's product is written first, and the base's is added to it. A GPU's large product
+# reads what it is added to while it computes, so that only the writing is paid for (RunLoRA's order "forward 3", arXiv
+# 2312.03415). On CPU the small product is added, and the base's is bit for bit its own.
+ADAPTER_FIRST = {"cuda"}
 
 
 def _grad_input(
-    grads: Sequence[Tensor], layers: Sequence[LinearTensors], v: Tensor, factor: float, mask: Tensor | None
+    grads: Sequence[Tensor], weights: Sequence[Any], v: Tensor, A: Tensor, factor: float, mask: Tensor | None
 ) -> Tensor:
     """Return ``sum_i dy_i W_i + factor * mask * (v A)``, ``[T, in]``, accumulated in one buffer.
 
     Args:
         v: ``[T, sum of ranks]``, the gradient of h without the factor.
+        A: ``[sum of ranks, in]``.
     """
-    A = _stacked_A(layers, v.dtype)
-    products = [(grad, layer.weight) for grad, layer in zip(grads, layers, strict=True) if layer.weight is not None]
-    adds_adapter_last = products and mask is None and not adapter_first(v.device)
+    products = [(grad, weight) for grad, weight in zip(grads, weights, strict=True) if weight is not None]
+    adds_adapter_last = products and mask is None and v.device.type not in ADAPTER_FIRST
     if adds_adapter_last:
         total = torch.mm(*products.pop(0))
     else:
@@ -399,18 +363,14 @@ def _inner_gradients(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> Tens
         grads: ``[T, out_i]``.
         factors: B's, ``[out_i, r_i]``.
     """
-    factors = [B.to(grad.dtype) for grad, B in zip(grads, factors, strict=True)]
+    first, factors = grads[0], [B.to(grads[0].dtype) for B in factors]
     if len(grads) == 1:
-        return skinny_mm(grads[0], factors[0].t())
-    if torch.is_grad_enabled():
+        return skinny_mm(first, factors[0].t())
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither takes out= of a part of a tensor
         return torch.cat([skinny_mm(grad, B.t()) for grad, B in zip(grads, factors, strict=True)], dim=1)
-    first, ranks = grads[0], [B.shape[1] for B in factors]
-    if first.device.type == "cpu":
-        flat = first.new_empty(sum(ranks), first.shape[0])
-        for grad, B, part in zip(grads, factors, flat.split(ranks), strict=True):
-            torch.mm(B.t(), grad.t(), out=part)
-        return flat.t()
-    flat = first.new_empty(first.shape[0], sum(ranks))
-    for grad, B, part in zip(grads, factors, flat.split(ranks, dim=1), strict=True):
+    ranks = [B.shape[1] for B in factors]
+    on_cpu = first.device.type == "cpu"
+    v = first.new_empty(sum(ranks), first.shape[0]).t() if on_cpu else first.new_empty(first.shape[0], sum(ranks))
+    for grad, B, part in zip(grads, factors, v.split(ranks, dim=1), strict=True):
         torch.mm(grad, B, out=part)
-    return flat
+    return v

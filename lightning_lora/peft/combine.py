@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_lora.checkpoint.storage import Location, location
-from lightning_lora.model.finite import OnNonfinite, check_finite
+from lightning_lora.model.state import OnNonfinite, check_finite
 from lightning_lora.peft.directory import Files, read_files, write_directory
 from lightning_lora.peft.portable import Factors, folded, read_factors, write_factors
 

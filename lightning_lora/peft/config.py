@@ -143,10 +143,8 @@ def from_peft(config: Any) -> LoRAConfig:
 def _values(config: Any) -> dict[str, Any]:
     if isinstance(config, (str, os.PathLike)):
         path = location(config)
-        path = path / CONFIG_NAME if path.is_dir() else path
-        values = json.loads(path.read_text())
-    else:
-        values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
+        return read_json(path if path.is_file() else path / CONFIG_NAME)
+    values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
     if not isinstance(values, Mapping):
         raise TypeError(f"{brief(config)} must be a mapping, a peft.LoraConfig or the path of a PEFT directory")
     return dict(values)

@@ -1,7 +1,7 @@
-"""What a PEFT directory of an adapted model holds, in plain values: config, tensors by key, metadata."""
+"""Describe in plain values what a PEFT directory of an adapted model holds: config, tensors by key, metadata."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -16,9 +16,10 @@ from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.families import family_of
 from lightning_lora.model.names import clean_name, is_inside
 from lightning_lora.model.state import named_lora_layers, named_pairs, named_trained_whole, require_injection
-from lightning_lora.peft.keys import PREFIX
-from lightning_lora.peft.layout import Entry
+from lightning_lora.peft.layout import PREFIX, is_projection
 from lightning_lora.peft.written import modules_trained_whole, peft_config
+
+Entry: TypeAlias = tuple[str, str, list[str]]  # a key, and the layout and the names of the tensors that it is made from
 
 
 def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +36,8 @@ def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any
         view, sources = family.adapted_view(root)
         description = describe_for_peft(view, renamed(base, family.peft_name))
         description["only_portable"] = _check_experts(root, view)
-        description["entries"] = [(key, *_from(names[0], sources)) for key, _, names in description["entries"]]
+        by_key = {key: sources[name] for key, _, (name,) in description["entries"]}
+        description["entries"] = [(key, layout, [source]) for key, (layout, source) in by_key.items()]
         description["config"]["task_type"] = "CAUSAL_LM"
         return description
     for name, layer in named_lora_layers(root).items():
@@ -45,17 +47,20 @@ def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any
                 f"padding_mode={layer.padding_mode!r}, and would compute something else from the file. Keep the "
                 "adapter in checkpoints, or merge(model, remove=True) and save the merged model"
             )
-    _check_trained_whole(root)
+    modules = modules_trained_whole(root)
+    # PEFT also wants tensors of the modules that did not train and whose names end like that of one that did
+    names = (clean_name(name) for name, _ in root.named_modules(remove_duplicate=False))
+    beside = [n for n in names if n.endswith(tuple(modules)) and not _lies_in(n, modules)] if modules else []
+    _check_trained_whole(root, modules, beside)
     return {
-        "config": peft_config(root),
-        "entries": [(e.key, e.layout, list(e.names)) for e in _entries(root)],
+        "config": peft_config(root, modules),
+        "entries": _entries(root, modules, beside),
         "metadata": {"base": {**base, "hashes": base["hashes"].tolist()}},
     }
 
 
-def _check_trained_whole(root: nn.Module) -> None:
+def _check_trained_whole(root: nn.Module, modules: list[str], beside: list[str]) -> None:
     """Raise ``ValueError`` for parameters that train whole and lie in no module that PEFT could wrap."""
-    modules = modules_trained_whole(root)
     owners = {clean_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
     for name in modules:
         if name not in owners or isinstance(owners[name], (nn.ParameterList, nn.ParameterDict)):
@@ -63,7 +68,6 @@ def _check_trained_whole(root: nn.Module) -> None:
                 f"{name!r} trains whole, and PEFT trains only modules that have a forward: keep the adapter in "
                 "checkpoints, or leave it frozen with modules_to_save=[...] that does not name it"
             )
-    beside = _hit_by_endings(root, modules)
     hidden = [name for name in named_lora_layers(root) if _lies_in(name, beside)]
     if hidden:
         raise ValueError(
@@ -99,32 +103,23 @@ def _check_experts(root: nn.Module, view: nn.Module) -> str | None:
     return None
 
 
-def _from(name: str, sources: Mapping[str, tuple[str, str]]) -> tuple[str, list[str]]:
-    layout, source = sources[name]
-    return layout, [source]
-
-
-def _entries(root: nn.Module) -> list[Entry]:
-    entries: list[Entry] = []
+def _entries(root: nn.Module, modules: list[str], beside: list[str]) -> list[Entry]:
     layers = named_lora_layers(root)
-    for name, layer in layers.items():
-        entries.extend(_layer_entries(name, layer, layers))
+    entries = [entry for name, layer in layers.items() for entry in _layer_entries(name, layer, layers)]
     whole = {id(parameter): name for name, parameter in named_trained_whole(root).items()}
-    modules = modules_trained_whole(root)
-    beside = _hit_by_endings(root, modules)
     stored = {clean_name(name) for name in root.state_dict(keep_vars=True)}  # some buffers are not
     for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
         clean = clean_name(name)
-        owner = clean.rpartition(".")[0]
+        owner, key = clean.rpartition(".")[0], PREFIX + clean
         if clean not in stored:
             continue
         if _lies_in(owner, modules):
-            entries.append(Entry(PREFIX + clean, "plain", [whole.get(id(tensor), clean)]))
+            entries.append((key, "plain", [whole.get(id(tensor), clean)]))
         elif id(tensor) in whole:
-            key = f"{PREFIX}{_name_there(owner, layers)}.base_layer.bias" if owner in layers else PREFIX + clean
-            entries.append(Entry(key, "plain", [whole[id(tensor)]]))  # the one name that a checkpoint has it under
+            key = f"{PREFIX}{_name_there(owner, layers)}.base_layer.bias" if owner in layers else key
+            entries.append((key, "plain", [whole[id(tensor)]]))  # the one name that a checkpoint has it under
         elif _lies_in(owner, beside):
-            entries.append(Entry(PREFIX + clean, "plain", [clean]))
+            entries.append((key, "plain", [clean]))
     return entries
 
 
@@ -132,57 +127,49 @@ def _lies_in(owner: str, modules: Iterable[str]) -> bool:
     return any(is_inside(owner, module) for module in modules)
 
 
-def _hit_by_endings(root: nn.Module, modules: Sequence[str]) -> list[str]:
-    """Return untrained modules whose names end like that of a trained one: PEFT wants tensors for them too."""
-    names = (clean_name(name) for name, _ in root.named_modules(remove_duplicate=False))
-    return [name for name in names if name.endswith(tuple(modules)) and not _lies_in(name, modules)] if modules else []
-
-
 def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer]) -> list[Entry]:
     if isinstance(layer, TokenRows):
         key = f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
-        return [] if layer.lora_is_twin else [Entry(key, "plain", [f"{name}.lora_rows"])]
+        return [] if layer.lora_is_twin else [(key, "plain", [f"{name}.lora_rows"])]
     if isinstance(layer, LoRAParameters):
         return _parameter_entries(name, layer)
     name_there = _name_there(name, layers)
     kind, suffix = ("embedding_", "") if isinstance(layer, LoRAEmbedding) else ("", ".weight")
-    start = isinstance(layer, ResidualLinear)
     more = {"lora_magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
     entries = [
-        Entry(f"{PREFIX}{name_there}.{key}", "plain", [f"{name}.{local}"])
+        (f"{PREFIX}{name_there}.{key}", "plain", [f"{name}.{local}"])
         for local, key in more.items()
         if local in layer.adapter_names
     ]
     for x in "AB":
-        layout = f"residual_{x}" if start else "plain"
+        layout, names = "plain", [f"{name}.lora_{x}"]
+        if isinstance(layer, ResidualLinear):
+            layout, names = f"residual_{x}", [*names, f"{name}.lora_{x}0"]
         if x == "B" and name_there != name:  # PEFT adds this update twice: see layout.times_added
             layout = f"half_{layout}"
-        names = [f"{name}.lora_{x}", f"{name}.lora_{x}0"] if start else [f"{name}.lora_{x}"]
-        entries.append(Entry(f"{PREFIX}{name_there}.lora_{kind}{x}{suffix}", layout, names))
+        entries.append((f"{PREFIX}{name_there}.lora_{kind}{x}{suffix}", layout, names))
     return entries
 
 
 def _name_there(name: str, layers: Mapping[str, LoRALayer]) -> str:
     """Return PEFT's name of an adapted layer: an attention's output projection lies in the attention's wrapper."""
     parent, _, child = name.rpartition(".")
-    return f"{parent}.base_layer.{child}" if isinstance(layers.get(parent), nn.MultiheadAttention) else name
+    return f"{parent}.base_layer.{child}" if is_projection(name, layers) else name
 
 
 def _parameter_entries(name: str, layer: LoRAParameters) -> list[Entry]:
     """Return the entries of PEFT's nested wrappers: the module's first parameter is the innermost."""
-    entries = []
-    parts = list(layer.lora_parts)
-    for index, part in enumerate(parts):
-        inner = ".base_layer" * (len(parts) - 1 - index)
+    entries: list[Entry] = []
+    for outer, part in enumerate(layer.lora_parts, start=1):
         for x in "AB":
-            stacked = getattr(layer, f"lora_{x}_{part}").ndim == 3
-            key = f"{PREFIX}{name}{inner}.lora_{x}.weight"
-            entries.append(Entry(key, f"experts_{x}" if stacked else "plain", [f"{name}.lora_{x}_{part}"]))
+            layout = f"experts_{x}" if getattr(layer, f"lora_{x}_{part}").ndim == 3 else "plain"
+            key = f"{PREFIX}{name}{'.base_layer' * (len(layer.lora_parts) - outer)}.lora_{x}.weight"
+            entries.append((key, layout, [f"{name}.lora_{x}_{part}"]))
     return entries
 
 
 def _for_checkpoint(root: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
-    """Return what :func:`~lightning_lora.peft.convert` needs of a checkpoint, or why it cannot be done."""
+    """Return what :func:`~lightning_lora.peft.save.convert` needs of a checkpoint, or why it cannot be done."""
     try:
         return describe_for_peft(root, base)
     except ValueError as error:

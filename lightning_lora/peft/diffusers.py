@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_lora.checkpoint.storage import Location
 from lightning_lora.peft.config import anchored
 from lightning_lora.peft.directory import Files, load_safetensors
-from lightning_lora.peft.keys import PREFIX, parse_key
+from lightning_lora.peft.layout import PREFIX, parse_key
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"  # JSON of PEFT's configs, each field behind its component's name

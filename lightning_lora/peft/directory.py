@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_lora.checkpoint.storage import Location, RemotePath, location, write_atomically
-from lightning_lora.model.finite import OnNonfinite, check_finite
+from lightning_lora.checkpoint.atomic_io import write_atomically
+from lightning_lora.checkpoint.storage import Location, RemotePath, location
+from lightning_lora.model.state import OnNonfinite, check_finite
 from lightning_lora.peft.config import CONFIG_NAME, read_json
-from lightning_lora.peft.keys import Key, parse_key
+from lightning_lora.peft.layout import Key, parse_key
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEGACY_WEIGHTS_NAME = "adapter_model.bin"

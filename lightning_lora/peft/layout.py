@@ -1,23 +1,59 @@
-"""Convert tensors between the layout of a model and that of a PEFT file."""
+"""The tensors of a PEFT file: what their keys say, and how they are laid out."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_lora.model.names import clean_name
+
+PREFIX = "base_model.model."
+_KEY = re.compile(
+    r"(?P<layer>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<factor>[AB])|(?P<magnitude>lora_magnitude_vector)"
+    r"|(?P<rows>token_adapter\.trainable_tokens_delta))(?P<adapter>\.(?!weight$|bias$)[^.]+)?(?P<end>\.weight|\.bias)?"
+)
 
 
-class Entry(NamedTuple):
-    """How one tensor of the file is made from tensors of the model: see :func:`laid_out`."""
+class Key(NamedTuple):
+    """What a tensor is, by its key alone.
 
-    key: str
-    layout: str
-    names: Sequence[str]
+    Attributes:
+        kind: ``"A"``, ``"B"``, ``"magnitude"`` or ``"bias"`` of an adapted layer, ``"rows"`` of an embedding that
+            train, a ``"base"`` tensor that did not train, a base tensor that is ``"trained"``, or ``"variant"``: of
+            another method.
+        name: of the layer, or of the base tensor, without PEFT's prefix.
+        plain: the key without the adapter's name, which some tools leave in it.
+    """
+
+    kind: str
+    name: str
+    plain: str
+
+
+def parse_key(key: str) -> Key:
+    """Return what the tensor of this key in a PEFT file is."""
+    name = clean_name(key.removeprefix(PREFIX))  # PEFT keeps the name that torch.compile puts in
+    match = _KEY.fullmatch(name)
+    if match is not None:
+        kind = "variant"
+        if match["factor"] and match["end"] == (None if match["embedding"] else ".weight"):
+            kind = match["factor"]
+        elif match["factor"] == "B" and match["end"] == ".bias":
+            kind = "bias"
+        elif match["magnitude"] or match["rows"]:
+            kind = "magnitude" if match["magnitude"] else "rows"
+        end = match["end"] or ""
+        return Key(kind, match["layer"], key.removesuffix((match["adapter"] or "") + end) + end)
+    if ".lora_" in name or ".token_adapter." in name:
+        return Key("variant", name, key)
+    is_copy = ".base_layer." in name and not name.endswith(".bias")
+    return Key("base" if is_copy else "trained", name.replace(".base_layer.", "."), key)
 
 
 def laid_out(layout: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Return one tensor in PEFT's layout.
+    """Return one tensor in PEFT's layout, from tensors of the model.
 
     ``"plain"`` is the tensor itself. ``"experts_A"`` makes ``[E, r, in]`` expert-major rows ``[E r, in]``;
     ``"experts_B"`` makes ``[E, out, r]`` rank-major columns ``[out, r E]``. ``"residual_A"`` and ``"residual_B"`` put
@@ -46,6 +82,11 @@ def laid_out(layout: str, tensors: Sequence[Tensor]) -> Tensor:
 def unstacked(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Return A ``[E, r, in]`` and B ``[E, out, r]`` from PEFT's expert-major rows and rank-major columns."""
     return A.unflatten(0, (-1, r)), B.unflatten(1, (r, -1)).permute(2, 0, 1)
+
+
+def is_projection(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer is the output projection of an ``nn.MultiheadAttention``, which is adapted with the attention."""
+    return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def times_added(config: Mapping[str, Any]) -> int:

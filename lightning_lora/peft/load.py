@@ -1,27 +1,24 @@
-"""``load_peft``: load a PEFT directory into a model."""
+"""``load_peft``: load a PEFT directory into a model, after checking the base tensors that it holds."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.checkpoint.file import copy_tensors
 from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference, first_other_value, renamed
+from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
-from lightning_lora.model.families import Family, family_of
-from lightning_lora.model.finite import OnNonfinite, check_finite
+from lightning_lora.model.families import Family, family_of, resize_advice
 from lightning_lora.model.inject import inject_anew, remove
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import require_injection
+from lightning_lora.model.state import OnNonfinite, check_finite, require_injection
 from lightning_lora.peft.config import CONFIG_NAME, checked
 from lightning_lora.peft.diffusers import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.peft.directory import Adapter, read_files, sorted_tensors
-from lightning_lora.peft.experts import fuse_experts
 from lightning_lora.peft.fit import named_by_layer
-from lightning_lora.peft.settings import settings_of
-from lightning_lora.peft.trained import check_ties, check_trained, set_copies_apart, untrained_values
+from lightning_lora.peft.settings import is_value, settings_of, trained_a_copy
 
 
 def load_peft(
@@ -69,13 +66,12 @@ def load_peft(
 def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -> None:
     """Check that the adapter fits, adapt the model as it says, and copy its tensors."""
     modules = {clean_name(name): module for name, module in model.named_modules()}
-    set_copies_apart(adapter, modules)
-    check_ties(model, adapter, modules)
-    fuse_experts(adapter, modules)
+    _set_copies_apart(adapter, modules)
+    _check_ties(model, adapter, modules)
     tensors = named_by_layer(adapter, modules, model)
-    tails = check_trained(model, adapter)
+    tails = _check_trained(model, adapter)
     inject_anew(model, settings_of(model, adapter, tensors, modules), check_ranks=False)
-    untold = untrained_values(model, adapter)
+    untold = _untrained_values(model, adapter)
     if untold:
         remove(model)
         raise ValueError(
@@ -86,8 +82,7 @@ def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -
         _refuse_base(model, adapter.source, recorded, first_difference(model, recorded))
     copy_tensors(tensors | adapter.trained, model)
     for target, first, rows in tails:
-        with torch.no_grad():
-            target[first:].copy_(rows)
+        target[first:].copy_(rows)
 
 
 def _load_by_skeleton(
@@ -113,3 +108,90 @@ def _refuse_base(model: nn.Module, directory: Location, recorded: Mapping[str, A
         f"{directory} was trained on another base model{source}: {difference}. Load that base, or accept this one with "
         "check_base=False"
     )
+
+
+def _set_copies_apart(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    """Move embeddings and heads that did not train, which PEFT may copy into the file, from ``trained`` to ``base``."""
+    for name in list(adapter.trained):
+        owner, _, local = name.rpartition(".")
+        if local == "weight" and not _is_whole(owner, adapter) and owner in modules:
+            adapter.base[name] = adapter.trained.pop(name)
+
+
+def _check_ties(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    """Raise ``ValueError`` where PEFT trained a copy of a tensor that is tied to another module's in this model.
+
+    Twins of equal values trained together, and both count as trained.
+    """
+    twins: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        twins.setdefault(id(parameter), []).append(clean_name(name))
+    for group in twins.values():
+        copied = [n for n in group if n in adapter.trained and _is_whole(n.rpartition(".")[0], adapter)]
+        for name in group if copied else []:
+            if modules[name.rpartition(".")[0]] is modules[copied[0].rpartition(".")[0]]:
+                continue
+            value = adapter.trained.get(name, adapter.base.get(name))
+            if value is None or not torch.equal(value, adapter.trained[copied[0]]):
+                trained = f"{adapter.source} trained {copied[0]!r}"
+                raise ValueError(trained_a_copy(trained, name, model, name.rpartition(".")[0]))
+            adapter.trained[name] = value
+            adapter.base.pop(name, None)
+
+
+def _check_trained(model: nn.Module, adapter: Adapter) -> list[tuple[Tensor, int, Tensor]]:
+    """Check the base tensors in a directory: those that trained must fit, untrained copies must be the model's own.
+
+    Returns:
+        ``(table, first row, rows)`` for every embedding whose copy differs in its last rows: rows that were added.
+    """
+    own = _named_tensors(model)
+    for name, value in (adapter.trained | adapter.base).items():
+        if name not in own:
+            raise ValueError(
+                f"{adapter.source} holds {name!r}, which {type(model).__name__} lacks: another base model?"
+            )
+        if value.shape != own[name].shape:
+            hint = resize_advice(model, name, value.shape, own[name].shape)
+            raise ValueError(
+                f"{adapter.source} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}{hint}"
+            )
+        if value.is_floating_point() != own[name].is_floating_point():  # a batch normalisation counts its batches
+            raise ValueError(f"{adapter.source} has {value.dtype} for {name!r}, the model has {own[name].dtype}")
+    tails: list[tuple[Tensor, int, Tensor]] = []
+    for name, value in adapter.base.items():
+        if own[name].device.type == "meta":
+            continue
+        differs = value.bfloat16() != own[name].detach().cpu().bfloat16()
+        if not bool(differs.any()):
+            continue
+        first = int(differs.flatten(1).any(1).nonzero()[0]) if value.ndim > 1 else 0
+        if first < value.shape[0] // 2:
+            raise ValueError(
+                f"{adapter.source} brings its own base tensor {name!r}, which differs from the model's (a trained "
+                "embedding, or another base): load that base first"
+            )
+        tails.append((own[name].detach(), first, value[first:]))
+    return tails
+
+
+def _untrained_values(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the base tensors that a file brings and the adapted model does not train, where they differ from it."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    whole, own = require_injection(model).trained_whole, _named_tensors(model)
+    return [
+        name
+        for name, value in adapter.trained.items()
+        if id(own[name]) not in trained
+        and not any(name.startswith(f"{module}.") for module in whole)
+        and not is_value(value, own[name])
+    ]
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+
+
+def _is_whole(owner: str, adapter: Adapter) -> bool:
+    """Whether a module lies in one whose name ends with an entry of ``modules_to_save``."""
+    return any(f"{entry}." in f"{owner}." for entry in adapter.config.get("modules_to_save") or ())

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lightning_lora.peft.config import CHANGES_BASE, VARIANTS, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter, Files, sorted_tensors
-from lightning_lora.peft.keys import PREFIX
-from lightning_lora.peft.layout import laid_out, unstacked
+from lightning_lora.peft.layout import PREFIX, laid_out, unstacked
 
 # fields that ask for more than factors, or for other arithmetic with them; layers may be replicated all the same
 _BEYOND_FACTORS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias", *VARIANTS[:-1])

@@ -1,4 +1,4 @@
-"""``save_peft``: save an adapted model as a PEFT directory."""
+"""Write PEFT directories: ``save_peft`` from an adapted model, ``convert`` from a checkpoint without the model."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoint.all_ranks import fail_together, meet
 from lightning_lora.checkpoint.fingerprint import known_fingerprint
+from lightning_lora.checkpoint.reading import read_checkpoint, section_of
 from lightning_lora.checkpoint.storage import local_directory, location
-from lightning_lora.model.finite import OnNonfinite
-from lightning_lora.model.left_out import say_left_out, trained_outside
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import check_not_disabled, injected_roots, require_root
+from lightning_lora.model.state import OnNonfinite, check_not_disabled, injected_roots, require_root
+from lightning_lora.model.summary import outside_names, say_left_out, trained_outside
 from lightning_lora.ops.sharded import is_sharded, whole
 from lightning_lora.peft.describe import describe_for_peft
 from lightning_lora.peft.directory import Files, write_directory
-from lightning_lora.peft.keys import parse_key
-from lightning_lora.peft.layout import laid_out
+from lightning_lora.peft.layout import laid_out, parse_key
 from lightning_lora.peft.portable import make_portable
 
 
@@ -58,7 +57,9 @@ def save_peft(
     root = require_root(model)
     check_not_disabled(root)
     description = describe_for_peft(root, known_fingerprint(root))
-    tensors = _needed(root, description)
+    needed = {name for _, _, names in description["entries"] for name in names}
+    stored = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
+    tensors = {name: tensor for name, tensor in stored.items() if name in needed}  # of spread ones, this rank's part
     spread = any(map(is_sharded, tensors.values()))
     if spread:
         meet("save_peft")
@@ -78,18 +79,63 @@ def save_peft(
     say_left_out(directory, trained_outside(model, path, root), "Save the state_dict() of those beside it")
 
 
-def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
-    """Save a tokenizer beside an adapter, if it is one."""
-    if callable(save := getattr(tokenizer, "save_pretrained", None)):
-        with local_directory(location(directory)) as folder:
-            save(folder)
+def convert(
+    checkpoint: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    portable: bool = False,
+    on_nonfinite: OnNonfinite = "error",
+) -> None:
+    """Turn an adapter checkpoint into a PEFT directory, with neither the base nor the model's code at hand.
+
+    What trained outside the adapted model is left out, and named in one line.
+
+    Args:
+        checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``. It and the directory
+            may be URLs.
+        portable: as in :func:`save_peft`.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
+
+    Raises:
+        ValueError: the file is damaged, holds no adapter or several, what PEFT's format cannot express, or NaN or
+            infinity.
+    """
+    content = read_checkpoint(checkpoint)
+    adapters = section_of(content, checkpoint)["adapters"]
+    if len(adapters) != 1:
+        raise ValueError(
+            f"{checkpoint} holds {len(adapters)} adapters, at {[a['root'] for a in adapters]}; expected one. Load them "
+            "into their models and call save_peft on each"
+        )
+    adapter = adapters[0]
+    write_adapter(content, adapter, directory, checkpoint, portable=portable, on_nonfinite=on_nonfinite)
+    outside = outside_names(content[adapter["state_key"]], adapter["root"])
+    say_left_out(directory, outside, f"It is in {checkpoint}, under {adapter['state_key']!r}")
 
 
-def _needed(root: nn.Module, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors to write by name; of spread ones, this rank's part."""
-    needed = {name for _, _, names in description["entries"] for name in names}
-    tensors = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
-    return {name: tensor for name, tensor in tensors.items() if name in needed}
+def write_adapter(
+    checkpoint: Mapping[str, Any],
+    adapter: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    source: Any,
+    *,
+    portable: bool = False,
+    on_nonfinite: OnNonfinite = "error",
+) -> None:
+    """Write one adapter of a checkpoint's content as a PEFT directory.
+
+    Args:
+        adapter: its entry in the checkpoint's section.
+        source: where the content is from, for messages.
+    """
+    description = adapter.get("peft")
+    if description is None or "refused" in description:
+        why = (description or {}).get("refused", "it was written before checkpoints held what a conversion needs")
+        raise ValueError(f"{source} cannot be converted: {why}. Load it into its model and call save_peft or merge")
+    prefix = f"{adapter['root']}." if adapter["root"] else ""
+    state = checkpoint[adapter["state_key"]]
+    named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    write_described(description, named, directory, portable=portable, on_nonfinite=on_nonfinite)
 
 
 def write_described(
@@ -138,3 +184,10 @@ def _parameters_by_layer(entries: Iterable[tuple[str, str, Sequence[str]]]) -> d
         for key, name in parsed
         if key.kind == "A" and ".lora_A_" in name and f"{key.name}.".startswith(f"{name.partition('.lora_A_')[0]}.")
     }
+
+
+def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
+    """Save a tokenizer beside an adapter, if it is one."""
+    if callable(save := getattr(tokenizer, "save_pretrained", None)):
+        with local_directory(location(directory)) as folder:
+            save(folder)

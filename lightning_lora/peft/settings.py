@@ -1,20 +1,21 @@
 """The :class:`LoRAConfig` that a PEFT directory means on a model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
-from lightning_lora.model.matching import is_all_linear, layer_index, pattern_value
+from lightning_lora.config import LoRAConfig, brief
+from lightning_lora.model.families import resize_advice
+from lightning_lora.model.matching import hits, is_all_linear, layer_index, pattern_value
+from lightning_lora.model.names import clean_name
 from lightning_lora.model.targets import select_layers, select_parameters
 from lightning_lora.peft.config import divisor, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter
-from lightning_lora.peft.fit import is_projection
-from lightning_lora.peft.trained import token_rows, trained_modules
+from lightning_lora.peft.layout import is_projection
 
 
 def settings_of(
@@ -72,8 +73,8 @@ def _ranks_and_alphas(adapter: Adapter, own: list[str], tensors: Mapping[str, Te
             f"{adapter.source} has r={r} in its config, and tensors of rank {ranks[other]} for {other!r}. Is a file "
             "damaged?"
         )
-    rank_pattern: dict[str, int] = _live_patterns(given.get("rank_pattern"), ranks)
-    alpha_pattern: dict[str, float] = _live_patterns(given.get("alpha_pattern"), ranks)
+    rank_pattern: dict[str, int] = _live_patterns(given.get("rank_pattern"), [*ranks])
+    alpha_pattern: dict[str, float] = _live_patterns(given.get("alpha_pattern"), [*ranks])
     if given.get("ensure_weight_tying"):
         # a tied twin has the other's tensors, and is scaled by its own rank and alpha of the config all the same
         twins = [name for name in own if rank_of(given, name) != ranks[name]]
@@ -82,12 +83,8 @@ def _ranks_and_alphas(adapter: Adapter, own: list[str], tensors: Mapping[str, Te
         alpha_pattern = {**alphas, **alpha_pattern}
     if any(pattern_value(rank_pattern, name, r) != ranks[name] for name in own):
         rank_pattern = {f"^{re.escape(name)}": ranks[name] for name in own if ranks[name] != r}
-    return {
-        "r": r,
-        "alpha": float(given["lora_alpha"]),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-    }
+    alpha = float(given["lora_alpha"])
+    return {"r": r, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 
 
 def _selection(
@@ -99,10 +96,7 @@ def _selection(
         return _by_name(layers)  # PEFT adapts tied twins of the targets too
     targets, patterns = _live(given["target_modules"], modules), given.get("layers_pattern") or None
     # weights of layers among the parameters: layers of fused experts' names, see describe
-    weights = [
-        entry.removesuffix(".weight") for entry in given.get("target_parameters") or () if entry.endswith(".weight")
-    ]
-    named_there = any(name == entry or name.endswith(f".{entry}") for entry in weights for name in adapter.factors)
+    named_there = any(hits(given.get("target_parameters") or [], f"{name}.weight") for name in adapter.factors)
     if (targets and is_all_linear(targets)) or (named_there and not parameters):
         targets = layers  # what the word means differs with the library and its version: the tensors say
     indices = given.get("layers_to_transform")
@@ -122,17 +116,83 @@ def _by_name(layers: list[str]) -> dict[str, Any]:
     return {"target_modules": layers, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
 
 
-def _live_patterns(patterns: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+def _live_patterns(patterns: Any, names: Sequence[str]) -> dict[str, Any]:
     """Return the patterns that match an adapted layer; PEFT ignores the others."""
-    return {
-        key: value
-        for key, value in (patterns or {}).items()
-        if any(re.match(rf"(.*\.)?({key})$", name) for name in names)
-    }
+    return {key: value for key, value in (patterns or {}).items() if pattern_value({key: True}, names, False)}
 
 
 def _live(targets: Any, modules: Mapping[str, nn.Module]) -> Any:
     """Return the entries of a list that name something; PEFT's lists may name more than the model has."""
     if targets is None or isinstance(targets, str):
         return targets
-    return sorted(t for t in targets if any(name == t or name.endswith(f".{t}") for name in modules))
+    return sorted(target for target in targets if any(hits([target], name) for name in modules))
+
+
+def token_rows(adapter: Adapter, model: nn.Module) -> dict[str, list[int]] | None:
+    """Return the trained rows' indices by embedding, which must be those that the file has rows for."""
+    wanted, source = adapter.config.get("trainable_token_indices"), adapter.source
+    if not wanted and not adapter.rows:
+        return None
+    lists = list(wanted.values()) if isinstance(wanted, Mapping) else [wanted or []]
+    entries = list(wanted) if isinstance(wanted, Mapping) else [""]
+    found: dict[str, list[int]] = {}
+    for name, rows in adapter.rows.items():
+        matches = [ids for entry, ids in zip(entries, lists, strict=True) if name.endswith(entry)]
+        if not matches or len(matches[0]) != rows.shape[0]:
+            raise ValueError(
+                f"{source} has {rows.shape[0]} trained rows for {name!r}; its trainable_token_indices list "
+                f"{len(matches[0]) if matches else 0}"
+            )
+        tables = dict(model.named_parameters(remove_duplicate=False))
+        table: Any = tables.get(f"{name}.weight")
+        if table is None or table.ndim != 2 or table.shape[1:] != rows.shape[1:] or max(matches[0]) >= table.shape[0]:
+            there = "no such embedding" if table is None else f"a table of {tuple(table.shape)}"
+            recorded = (adapter.metadata.get("base") or {}).get("embeddings", {}).get(f"{name}.weight")
+            needed = (recorded[0] if recorded else max(matches[0]) + 1, rows.shape[-1])
+            advice = "" if table is None else resize_advice(model, f"{name}.weight", needed, table.shape)
+            raise ValueError(
+                f"{source} trains rows up to {max(matches[0])} of width {rows.shape[-1]} of {name!r}, the model has "
+                f"{there}" + (advice or ": another base model?")
+            )
+        first = next(twin for twin, parameter in tables.items() if parameter is table)
+        if first != f"{name}.weight":  # PEFT lets what is tied to an input embedding follow, and nothing else
+            raise ValueError(trained_a_copy(f"{source} trained rows of {name + '.weight'!r}", first, model, name))
+        found[name] = list(matches[0])
+    if wanted and not found:
+        raise ValueError(f"{source} names trainable_token_indices, but has no rows for them: is a file damaged?")
+    return found
+
+
+def trained_modules(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the modules that PEFT's ``modules_to_save`` means here; the directory must have all of their tensors."""
+    entries = adapter.config.get("modules_to_save") or []
+    found = [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
+    trained: list[str] = []
+    for name in found:
+        own = {f"{name}.{clean_name(local)}": p for local, p in modules[name].named_parameters()}
+        missing = [tensor for tensor in own if tensor not in adapter.trained]
+        # the full name of one module may be the end of another's, which did not train
+        if not any(name.endswith(entry) and (entry == name or entry not in modules) for entry in entries) and (
+            missing or all(is_value(adapter.trained[tensor], p) for tensor, p in own.items())
+        ):
+            continue
+        if missing:
+            raise ValueError(
+                f"{adapter.source} says modules_to_save={brief(entries)}, but has no {missing[0]!r}. Is a file damaged?"
+            )
+        trained.append(name)
+    return [name for name in trained if any(tensor.startswith(f"{name}.") for tensor in adapter.trained)]
+
+
+def trained_a_copy(trained: str, twin: str, model: nn.Module, module: str) -> str:
+    """Say that PEFT trained a copy of a tensor that is tied to ``twin`` here, and how to untie ``module``."""
+    return (
+        f"{trained} apart from {twin!r}, which is the same tensor in {type(model).__name__}: PEFT trained a copy. "
+        f"Untie them before: set model.config.tie_word_embeddings = False and give {module!r} a copy, "
+        "module.weight = nn.Parameter(module.weight.detach().clone())"
+    )
+
+
+def is_value(value: Tensor, own: Tensor) -> bool:
+    """Return whether a file's tensor holds the values that the model's own has."""
+    return not own.is_meta and torch.equal(value.to(own.dtype), own.detach().cpu())

@@ -12,10 +12,11 @@ from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.model.families import name_or_path
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import name_or_path
 from lightning_lora.model.state import named_lora_layers, named_pairs, named_token_rows, require_injection
 from lightning_lora.peft.config import anchored, divisor
+from lightning_lora.peft.layout import is_projection
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -30,18 +31,17 @@ _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score
 _EXPERT_PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
-def peft_config(root: nn.Module) -> dict[str, Any]:
-    """Return the content of ``adapter_config.json`` for an adapted model."""
+def peft_config(root: nn.Module, trained_whole: list[str]) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json`` for an adapted model with these :func:`modules_trained_whole`."""
     injection = require_injection(root)
     config, layers = injection.config, named_lora_layers(root)
     # an attention's output projection goes with the attention
-    pairs = {name: pair for name, pair in named_pairs(root).items() if not _is_projection(name, layers)}
+    pairs = {name: pair for name, pair in named_pairs(root).items() if not is_projection(name, layers)}
     ranks = {n: pair.r * (2 if isinstance(layers.get(n), ResidualLinear) else 1) for n, pair in pairs.items()}
     rslora = {"use_rslora": config.use_rslora}
     alphas = {name: _as_integer(pair.scaling * divisor(rslora, ranks[name])) for name, pair in pairs.items()}
     r, rank_pattern = anchored(ranks, config.r)
     alpha, alpha_pattern = anchored(alphas, _as_integer(config.alpha or 2 * config.r))
-    trained_whole = modules_trained_whole(root)
     modules, parameters = _targets(root, layers)
     return {
         "peft_type": "LORA",
@@ -69,10 +69,6 @@ def peft_config(root: nn.Module) -> dict[str, Any]:
     }
 
 
-def _is_projection(name: str, layers: Mapping[str, LoRALayer]) -> bool:
-    return isinstance(layers.get(name.rpartition(".")[0]), nn.MultiheadAttention)
-
-
 def _targets(root: nn.Module, layers: Mapping[str, LoRALayer]) -> tuple[list[str], list[str]]:
     """Return the names of adapted modules and of adapted parameters, as PEFT has to be told them."""
     fused = any(
@@ -83,7 +79,7 @@ def _targets(root: nn.Module, layers: Mapping[str, LoRALayer]) -> tuple[list[str
     modules: list[str] = []
     parameters: list[str] = []
     for name, layer in layers.items():
-        if isinstance(layer, TokenRows) or _is_projection(name, layers):
+        if isinstance(layer, TokenRows) or is_projection(name, layers):
             continue
         if isinstance(layer, LoRAParameters):
             parameters.extend(f"{name}.{part}" for part in layer.lora_parts)

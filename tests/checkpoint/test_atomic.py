@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora.checkpoint.atomic_io import AtomicCheckpointIO
-from lightning_lora.checkpoint.storage import write_atomically
+from lightning_lora.checkpoint.atomic_io import AtomicCheckpointIO, write_atomically
 from tests.distributed.ranks import on_ranks
 
 

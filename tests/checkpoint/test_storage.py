@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, check_portable, combine, convert, inject, load_peft, save_peft
-from lightning_lora.checkpoint.storage import RemotePath, local_directory, location, remove_files, write_atomically
+from lightning_lora.checkpoint.atomic_io import write_atomically
+from lightning_lora.checkpoint.storage import RemotePath, local_directory, location, remove_files
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer
 

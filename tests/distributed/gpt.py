@@ -4,19 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_lora import MegatronLoRAStrategy, named_adapter_parameters
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
-from lightning_lora.megatron.view import adapted_view
+from lightning_lora.megatron import cpu
+from lightning_lora.megatron.family import Megatron
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.ops.sharded import split_over, whole
 from lightning_lora.peft.layout import laid_out
 from tests import models
 from tests.distributed.training import Recorded, fit, rank_loader, rank_of
 
+sequence_parallelism = pytest.mark.parametrize("sequence_parallel", [False, True])
 STEP_TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # lr 1e-2 / eps 1e-4 turns a rounding of 1e-8 into 1e-6 per step
 GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
 LOGIT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -122,7 +126,7 @@ def gradient(parameter: Any) -> Any:
 
 def in_hugging_face(model: Any, tensors: dict[str, Any]) -> dict[str, Tensor]:
     """Return tensors of the adapters under Hugging Face's names."""
-    _, sources = adapted_view(model)
+    _, sources = Megatron().adapted_view(model)
     return {name: laid_out(layout, [tensors[source]]) for name, (layout, source) in sources.items()}
 
 
@@ -162,4 +166,5 @@ def launched(size: int, **options: Any) -> Fabric:
     strategy = FabricStrategy(tensor_parallel_size=size, **options)
     fabric = Fabric(accelerator="cpu", devices=rank_of()[1], strategy=strategy)
     fabric.launch()
+    cpu.install()  # for tests that run layers after the strategy is gone
     return fabric

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from lightning_lora.megatron import cpu as megatron_cpu
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.weights import load_hf_weights
 from tests import models
 
 TINY = {

@@ -134,3 +134,22 @@ class Outside(nn.Module):
     def forward(self, batch: Tensor) -> Tensor:
         hidden = self.model.model(input_ids=batch).last_hidden_state
         return self.tied(hidden).square().mean() + self.frozen(hidden).square().mean()
+
+
+class Positions(nn.Module):
+    """A buffer that no checkpoint holds, and, in a subclass, the code to compute it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.register_buffer("scale", torch.arange(4.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x * self.scale
+
+
+class Computed(Positions):
+    def reset_parameters(self) -> None:
+        self.scale.copy_(torch.arange(4.0))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor
@@ -13,6 +14,10 @@ from lightning_lora.ops.sharded import is_sharded
 from tests import models, zoo
 from tests.distributed.counting import counted_collectives
 from tests.distributed.training import PROMPTS, Recorded, fit, optimizer_state, rank_loader, rank_of, state
+
+GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
+LAYOUTS = [(2, 2), (4, 2), (4, 4)]  # ranks, and how many of them share a model
+layouts = pytest.mark.parametrize(("num_ranks", "size"), LAYOUTS)
 
 
 def four_heads(tied: bool = False) -> torch.nn.Module:

@@ -1,66 +1,23 @@
-"""Copies and files of a model that is spread over two gloo ranks: whole, or an error that says what to write."""
+"""Copies and files of a model that is spread over two gloo ranks are whole."""
 
 import copy
-import io
 import os
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from lightning_lora import LoRAConfig, inject, merge
-from lightning_lora.fabric import FSDPLoRAStrategy, MegatronLoRAStrategy
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
-from lightning_lora.ops.sharded import is_sharded, whole
-from tests import models
+from lightning_lora import merge
+from lightning_lora.fabric import MegatronLoRAStrategy
+from lightning_lora.ops.sharded import whole
 from tests.distributed.gpt import hugging_face
 from tests.distributed.ranks import on_ranks
-from tests.distributed.split import four_heads
+from tests.distributed.spread import adapted, kinds, of_hugging_face, spread, tensors_of
 from tests.distributed.training import EXACT
-
-kinds = pytest.mark.parametrize("kind", ["fsdp", "tp", "gpt"])
-of_hugging_face = pytest.mark.parametrize("kind", ["fsdp", "tp"])
-
-
-@pytest.fixture(scope="module")
-def source(directory: Path) -> Path:
-    """Return where Hugging Face's weights of a GPTModel are."""
-    hugging_face().save_pretrained(directory / "hugging face")
-    return directory / "hugging face"
-
-
-def adapted(kind: str, source: Path | None = None) -> Any:
-    if kind == "gpt":
-        base = gpt_model(str(source))
-        load_hf_weights(base, str(source))
-    else:
-        base = four_heads()
-    model = inject(base, LoRAConfig(r=4))
-    models.fill_adapters(model)  # of a GPTModel this rank's parts: both ranks' are alike
-    return model
-
-
-def launched(kind: str) -> Fabric:
-    strategy: Any = FSDPLoRAStrategy(min_shard_numel=1) if kind == "fsdp" else MegatronLoRAStrategy(2)
-    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
-    fabric.launch()
-    return fabric
-
-
-def spread(kind: str, source: Path) -> tuple[Any, Any]:
-    """Return an adapted model that is spread over the ranks, and its optimizer."""
-    fabric = launched(kind)
-    model = adapted(kind, source)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(trained))
-    return wrapped.module, optimizer.optimizer  # Fabric's own wrapper gathers to rank 0
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:
@@ -70,68 +27,10 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}  # some are the live ones
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-
-
-def ways(model: Any, path: Path) -> dict[str, Callable[[], Any]]:
-    """Return what copies a model, a layer or a parameter of it, or writes one to a file, and would keep parts."""
-    holder = next(module for module in model.modules() if any(map(is_sharded, module.parameters(recurse=False))))
-    part = next(parameter for parameter in holder.parameters(recurse=False) if is_sharded(parameter))
-    found = {
-        "torch.save(state_dict)": lambda: torch.save(model.state_dict(), path),
-        "torch.save(model)": lambda: torch.save(model, path),
-        "torch.save(layer)": lambda: torch.save(holder, path),
-        "torch.save(parameter)": lambda: torch.save(part, io.BytesIO()),
-        "pickle.dumps(model)": lambda: pickle.dumps(model),
-        "deepcopy(model)": lambda: copy.deepcopy(model),
-        "deepcopy(layer)": lambda: copy.deepcopy(holder),
-        "deepcopy(wrapper)": lambda: copy.deepcopy(nn.Sequential(model)),
-        "pickle.dumps(parameters)": lambda: pickle.dumps(list(model.parameters())),
-        "AveragedModel": lambda: torch.optim.swa_utils.AveragedModel(model),
-        "safetensors.save_file": lambda: safetensors.torch.save_file(tensors_of(model), path),
-        "safetensors.save_model": lambda: safetensors.torch.save_model(model, str(path)),
-    }
-    if hasattr(model, "save_pretrained"):
-        found["save_pretrained"] = lambda: model.save_pretrained(path.parent / "saved")
-        found["inner save_pretrained"] = lambda: model.model.save_pretrained(path.parent / "saved")
-    else:  # Megatron-core's models have extra state, which safetensors refuses before it looks at tensors
-        found.pop("safetensors.save_model")
-    return found
-
-
-def assert_all_ways_are_refused(model: Any, directory: Path) -> None:
-    for name, way in ways(model, directory / f"{os.environ['RANK']}.pt").items():
-        with pytest.raises(ValueError, match="spread over ranks") as refused:
-            way()
-        assert "save_peft(model, directory)" in str(refused.value), name
-        assert "merge(YourModule.load_from_checkpoint(path), remove=True)" in str(refused.value), name
-    assert not (directory / "saved").exists()
-
-
-@kinds
-@on_ranks(2)
-def test_what_would_hold_parts_says_what_to_write(tmp_path: Path, source: Path, kind: str) -> None:
-    model, _ = spread(kind, source)
-    assert_all_ways_are_refused(model, tmp_path)
-    merge(model)
-    assert_all_ways_are_refused(model, tmp_path)
-    merge(model, remove=True)
-    assert_all_ways_are_refused(model, tmp_path)
-
-
-@on_ranks(2)
-def test_megatrons_model_is_in_parts_before_it_is_placed(source: Path) -> None:
-    launched("gpt")
-    model = adapted("gpt", source)
-    with pytest.raises(ValueError, match=r"save_peft\(model, directory\)"):
-        copy.deepcopy(model)
-
-
 @of_hugging_face
 @on_ranks(2)
-def test_state_dict_has_the_shapes_and_gathered_the_values_of_one_process(source: Path, kind: str) -> None:
-    model, _ = spread(kind, source)
+def test_state_dict_has_the_shapes_and_gathered_the_values_of_one_process(hf: Path, kind: str) -> None:
+    model, _ = spread(kind, hf)
     expected = adapted(kind).state_dict()
     assert {n: v.shape for n, v in tensors_of(model).items()} == {n: v.shape for n, v in expected.items()}
     values = gathered(model)
@@ -140,8 +39,8 @@ def test_state_dict_has_the_shapes_and_gathered_the_values_of_one_process(source
 
 
 @on_ranks(2)
-def test_gathered_state_dict_of_megatrons_model_holds_hugging_faces_weights(source: Path) -> None:
-    values, theirs = gathered(spread("gpt", source)[0]), hugging_face().state_dict()
+def test_gathered_state_dict_of_megatrons_model_holds_hugging_faces_weights(hf: Path) -> None:
+    values, theirs = gathered(spread("gpt", hf)[0]), hugging_face().state_dict()
     first = "model.layers.0"
     expected = {
         "embedding.word_embeddings.weight": theirs["model.embed_tokens.weight"],
@@ -164,8 +63,8 @@ def scale_trained(model: nn.Module) -> None:
 
 @kinds
 @on_ranks(2)
-def test_copies_of_the_state_dict_and_whole_tensors_are_loaded_each_rank_its_parts(source: Path, kind: str) -> None:
-    model, _ = spread(kind, source)
+def test_copies_of_the_state_dict_and_whole_tensors_are_loaded_each_rank_its_parts(hf: Path, kind: str) -> None:
+    model, _ = spread(kind, hf)
     kept, before = copy.deepcopy(model.state_dict()), gathered(model)
     scale_trained(model)
     scaled = gathered(model)
@@ -185,8 +84,8 @@ def test_copies_of_the_state_dict_and_whole_tensors_are_loaded_each_rank_its_par
 
 @of_hugging_face
 @on_ranks(2)
-def test_merged_for_good_the_gathered_state_is_the_merged_model(tmp_path: Path, source: Path, kind: str) -> None:
-    model, _ = spread(kind, source)
+def test_merged_for_good_the_gathered_state_is_the_merged_model(tmp_path: Path, hf: Path, kind: str) -> None:
+    model, _ = spread(kind, hf)
     merge(model, remove=True)
     plain = gathered(model)
     if os.environ["RANK"] == "0":
@@ -211,8 +110,8 @@ def moments(optimizer: Any) -> dict[int, Tensor]:
 
 @kinds
 @on_ranks(2)
-def test_moments_are_whole_in_an_optimizers_state(tmp_path: Path, source: Path, kind: str) -> None:
-    model, optimizer = spread(kind, source)
+def test_moments_are_whole_in_an_optimizers_state(tmp_path: Path, hf: Path, kind: str) -> None:
+    model, optimizer = spread(kind, hf)
     step(optimizer, 1.0)
     first = moments(optimizer)
     # the first moment of gradients of one; Hugging Face's and Megatron's layers have other numbers of parameters

@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor
 
-from lightning_lora import FSDPLoRAStrategy, LoRACallback, disabled, load_peft, merge, merged, save_peft
+from lightning_lora import FSDPLoRAStrategy, disabled
 from lightning_lora.ops.sharded import is_sharded
-from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ranks import on_ranks
 from tests.distributed.training import (
@@ -23,7 +21,6 @@ from tests.distributed.training import (
     Recorded,
     alone,
     fit,
-    from_all_ranks,
     rank_loader,
     rank_of,
     state,
@@ -166,54 +163,6 @@ def test_no_loop_runs_in_inference_mode(straight: list[Any]) -> None:
 def test_counts_are_global(straight: list[Any], single: Recorded) -> None:
     total = sum(parameter.numel() for parameter in single.parameters())
     assert straight[1]["parameters"] == (total, NUM_ADAPTERS)
-
-
-@pytest.fixture(scope="module")
-def losses_of_a_second_fit() -> list[float]:
-    # Adam's moments start anew in a second fit
-    module = alone(max_epochs=2)
-    module.trainer.fit_loop.max_epochs = 3
-    module.trainer.fit(module, rank_loader(0, 1))
-    return module.losses[8:]
-
-
-@on_ranks()
-def test_a_second_fit_goes_on(losses_of_a_second_fit: list[float], num_ranks: int) -> None:
-    module = Recorded()
-    trainer = fit(None, module, FSDPLoRAStrategy(**SHARDED), max_epochs=2)
-    trainer.fit_loop.max_epochs = 3
-    trainer.fit(module, rank_loader(*rank_of()))
-    mean_losses = torch.tensor(from_all_ranks(module.losses[8:])).mean(0)
-    torch.testing.assert_close(mean_losses, torch.tensor(losses_of_a_second_fit), **STEP_TOLERANCE)
-
-
-@on_ranks()
-def test_merging_and_predicting_give_the_same_logits(num_ranks: int) -> None:
-    module, batch = Recorded(), models.token_ids(4, 8, seed=2)
-    fit(None, module, FSDPLoRAStrategy(**SHARDED))
-    with torch.no_grad():
-        logits = module.model(batch).logits
-        with merged(module):
-            inside = module.model(batch).logits
-        torch.testing.assert_close(inside, logits, rtol=1e-4, atol=1e-5)
-        assert torch.equal(module.model(batch).logits, logits)
-    predicting = pl.Trainer(
-        accelerator="cpu", devices=num_ranks, strategy="fsdp_lora", logger=False, enable_progress_bar=False,
-        callbacks=[LoRACallback(r=4)], use_distributed_sampler=False, enable_model_summary=False,
-    )  # fmt: skip
-    [predicted] = predicting.predict(module, torch.utils.data.DataLoader(batch, batch_size=4))
-    torch.testing.assert_close(predicted, logits, **EXACT)
-    merge(module, remove=True)
-    with torch.no_grad():
-        torch.testing.assert_close(module.model(batch).logits, logits, rtol=1e-4, atol=1e-5)
-
-
-@on_ranks()
-def test_the_peft_directory_holds_what_was_trained(tmp_path: Path, num_ranks: int) -> None:
-    module = Recorded()
-    fit(None, module, FSDPLoRAStrategy(**SHARDED))
-    save_peft(module.model, tmp_path)
-    torch.testing.assert_close(state(load_peft(models.llama(), tmp_path)), state(module), **EXACT)
 
 
 ACCUMULATED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}

@@ -16,10 +16,7 @@ from tests import models
 from tests.distributed.hand_written import Outside, Routed, TwoSided
 from tests.distributed.ranks import on_ranks
 from tests.distributed.sharded import EVERYTHING, start
-from tests.distributed.training import EXACT, from_all_ranks, rank_of
-
-# lr 1e-3 / eps 1e-4 turns a rounding of 1e-7 in a gradient into 1e-6 per step
-STEP_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+from tests.distributed.training import EXACT, STEP_TOLERANCE, from_all_ranks, rank_of
 
 
 def adapted() -> tuple[nn.Module, torch.optim.Optimizer]:

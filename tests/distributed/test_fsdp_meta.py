@@ -1,6 +1,5 @@
 """Bases that are built without values and streamed from safetensors, each rank its own slices."""
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -21,13 +20,11 @@ from transformers import (
 )
 
 from lightning_lora import FSDPLoRAStrategy, LoRAConfig, inject
-from lightning_lora.distributed.base_weights import materialize, open_slices
-from lightning_lora.model.gathered import gathered
 from lightning_lora.ops.sharded import is_sharded
 from tests import models, zoo
-from tests.distributed.hand_written import GPT
+from tests.distributed.hand_written import GPT, Computed
 from tests.distributed.ranks import on_ranks
-from tests.distributed.sharded import EVERYTHING, start
+from tests.distributed.sharded import EVERYTHING, fill, start
 from tests.distributed.training import EXACT, GRADIENT_TOLERANCE, Recorded, alone, fit, from_all_ranks
 
 
@@ -36,25 +33,6 @@ def bert() -> nn.Module:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
     )
     return models._seeded(lambda: BertModel(config))
-
-
-class Positions(nn.Module):
-    """A buffer that no checkpoint holds, and, in a subclass, the code to compute it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.register_buffer("scale", torch.arange(4.0), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x * self.scale
-
-
-class Computed(Positions):
-    def reset_parameters(self) -> None:
-        self.scale.copy_(torch.arange(4.0))
 
 
 PRETRAINED: dict[str, Callable[[], Any]] = {
@@ -85,16 +63,6 @@ def empty(saved: Path, name: str, kind: Any = AutoModelForCausalLM, **settings: 
         return models.on_meta(kind, saved / name, **settings)
     with torch.device("meta"):
         return HAND_WRITTEN[name]()
-
-
-def fill(model: nn.Module, **options: Any) -> dict[str, Tensor]:
-    """Shard an adapted model whose base is on meta; return its base, whole."""
-    inject(model, LoRAConfig(r=2))
-    start(**options).setup(model)
-    assert any(is_sharded(parameter) for parameter in model.parameters())
-    with gathered(model):
-        state = {name: value.detach().clone() for name, value in model.state_dict(keep_vars=True).items()}
-    return {name: value for name, value in state.items() if ".lora_" not in name}
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gemma3", "experts", "gpt", "buffer"])
@@ -213,93 +181,3 @@ def test_no_rank_ever_holds_the_whole_base(large: Path) -> None:
     assert held_bytes < whole_bytes / 2 * 1.05
     # its own share, the largest unit gathered (what arrives, and the tensors made of it), and 8 MB for the rest
     assert memory.peak_bytes < held_bytes + 2 * EMBEDDING_BYTES + 8e6
-
-
-def lacking(weights: Path) -> None:
-    tensors = safetensors.torch.load_file(weights / "model.safetensors")
-    kept = {name: value for name, value in tensors.items() if "layers.1.mlp.up_proj" not in name}
-    safetensors.torch.save_file(kept, weights / "model.safetensors")
-
-
-def of_another_shape(weights: Path) -> None:
-    tensors = safetensors.torch.load_file(weights / "model.safetensors")
-    tensors["lm_head.weight"] = torch.ones(7, 32)
-    safetensors.torch.save_file(tensors, weights / "model.safetensors")
-
-
-def truncated(weights: Path) -> None:
-    whole = (weights / "model.safetensors").read_bytes()
-    (weights / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-
-
-def without_a_shard(weights: Path) -> None:
-    index = json.loads((weights / "model.safetensors.index.json").read_text())
-    (weights / sorted(set(index["weight_map"].values()))[1]).unlink()
-
-
-DAMAGES: list[tuple[Callable[[Path], None], str]] = [
-    (lacking, r"lacks 1 tensors of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"),
-    (of_another_shape, r"has \(7, 32\) for 'lm_head.weight', the model has \(100, 32\)"),
-    (truncated, "cannot be read as safetensors"),
-    (without_a_shard, "names 'model-00002-of.*', which is not there"),
-]
-
-
-@pytest.fixture
-def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
-    damage, message = request.param
-    models.llama().save_pretrained(tmp_path, max_shard_size="50KB" if damage is without_a_shard else "5GB")
-    damage(tmp_path)
-    return tmp_path, message
-
-
-@pytest.mark.parametrize("damaged", DAMAGES, indirect=True, ids=[damage.__name__ for damage, _ in DAMAGES])
-@on_ranks(2)
-def test_weights_that_cannot_fill_the_model_are_one_clear_error(damaged: tuple[Path, str]) -> None:
-    weights, message = damaged
-    model = models.on_meta(AutoModelForCausalLM, weights)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        fill(model, base_weights=str(weights))
-
-
-@on_ranks(2)
-def test_weights_that_nobody_names_or_computes_are_one_clear_error(saved: Path, tmp_path: Path) -> None:
-    def empty_of(build: Callable[[], nn.Module]) -> nn.Module:
-        with torch.device("meta"):
-            return build()
-
-    with pytest.raises((ValueError, FileNotFoundError), match="no safetensors at"):
-        fill(empty_of(GPT), base_weights=str(tmp_path))
-    with pytest.raises(ValueError, match="nothing says where its weights are: give the strategy base_weights="):
-        fill(empty_of(GPT))
-    with pytest.raises(ValueError, match="'scale' is a buffer that no checkpoint holds"):
-        fill(empty_of(Positions), base_weights=str(saved / "buffer"))
-
-
-@pytest.mark.parametrize(
-    ("prefix", "inner", "message"),
-    [
-        ("", False, r"without 'model\.': adapt that module alone, by LoRACallback\(module='model'\)"),
-        ("model.", True, r"behind 'model\.': save the weights under the model's own names"),
-    ],
-)
-def test_names_that_differ_by_a_prefix_are_told(tmp_path: Path, prefix: str, inner: bool, message: str) -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = GPT()
-
-    saved = tmp_path / "base.safetensors"
-    safetensors.torch.save_file({f"{prefix}{name}": value for name, value in GPT().state_dict().items()}, saved)
-    with torch.device("meta"):
-        outer = Outer()
-    model = inject(outer.model if inner else outer, LoRAConfig(r=2))
-    with pytest.raises(ValueError, match=message):
-        materialize(model, str(saved), torch.device("cpu"))
-
-
-def test_two_files_with_the_same_tensor_are_refused(tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        safetensors.torch.save_file({"weight": torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match="several files in .* hold 'weight'"), open_slices(str(tmp_path)):
-        pass

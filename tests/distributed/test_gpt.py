@@ -8,17 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora import LoRAConfig, inject, named_adapter_parameters
-from lightning_lora.ops.sharded import whole
 from tests.distributed.counting import counted_collectives
-from tests.distributed.gpt import (
-    GRADIENT_TOLERANCE,
-    STEP_TOLERANCE,
-    Alone,
-    Module,
-    adapters,
-    biased,
-    run,
-)
+from tests.distributed.gpt import GRADIENT_TOLERANCE, STEP_TOLERANCE, Alone, Module, adapters, run, sequence_parallelism
 from tests.distributed.ranks import on_ranks
 from tests.distributed.split import whole_factors
 from tests.distributed.training import EXACT, alone, from_all_ranks, rank_of, state
@@ -30,7 +21,6 @@ LAYOUTS = [
     (4, 4, True, False),
     (4, 2, False, False),
 ]
-sequence_parallelism = pytest.mark.parametrize("sequence_parallel", [False, True])
 
 
 class Counted(Module):
@@ -121,62 +111,6 @@ def test_targets_of_both_vocabularies_with_ranks_of_their_own_equal_one_process(
     gradients, expected = single_of_some_layers
     torch.testing.assert_close(module.gradients, gradients, **GRADIENT_TOLERANCE)
     torch.testing.assert_close(adapters(module), expected, **STEP_TOLERANCE)
-
-
-@pytest.fixture(scope="module")
-def source_with_biases(directory: Path) -> Path:
-    biased().save_pretrained(directory / "biased")
-    return directory / "biased"
-
-
-@pytest.fixture(scope="module")
-def single_biases() -> dict[str, Tensor]:
-    """Return the biases of queries, keys and values as Megatron-core stacks them, four groups of heads each."""
-    module = Alone()
-    module.model = biased().train()
-    alone(module, lora={"bias": "lora_only"})
-    stacked = {}
-    for index, layer in enumerate(module.model.model.layers):
-        parts = [getattr(layer.self_attn, f"{x}_proj").bias.detach().view(4, -1) for x in "qkv"]
-        stacked[f"decoder.layers.{index}.self_attention.linear_qkv.bias"] = torch.cat(parts, 1).flatten()
-    return stacked
-
-
-@sequence_parallelism
-@on_ranks(2)
-def test_biases_of_adapted_layers_can_train(
-    source_with_biases: Path, single_biases: dict[str, Tensor], sequence_parallel: bool
-) -> None:
-    module = Module(source_with_biases, sequence_parallel=sequence_parallel)
-    run(None, 2, module, lora={"bias": "lora_only"})
-    parameters = dict(module.model.named_parameters())
-    for name, expected in single_biases.items():
-        torch.testing.assert_close(whole(parameters[name]).detach(), expected, **STEP_TOLERANCE)
-
-
-WHOLE = {"decoder.final_layernorm.weight": "model.norm.weight", "output_layer.weight": "lm_head.weight"} | {
-    f"decoder.layers.{i}.self_attention.q_layernorm.weight": f"model.layers.{i}.self_attn.q_norm.weight" for i in (0, 1)
-}
-
-
-@pytest.fixture(scope="module")
-def single_whole() -> dict[str, Tensor]:
-    """Return what trains whole of Hugging Face's model, under Megatron-core's names."""
-    lora = {"target_modules": ["q_proj"], "modules_to_save": ["q_norm", "model.norm", "lm_head"]}
-    trained = dict(alone(Alone(), lora=lora).model.named_parameters())
-    return {ours: trained[theirs].detach() for ours, theirs in WHOLE.items()}
-
-
-@sequence_parallelism
-@on_ranks(2)
-def test_norms_and_the_output_layer_can_train_whole(
-    hf: Path, single_whole: dict[str, Tensor], sequence_parallel: bool
-) -> None:
-    module, names = Module(hf, sequence_parallel=sequence_parallel), ["q_layernorm", "final_layernorm", "output_layer"]
-    run(None, 2, module, lora={"target_modules": ["q_proj"], "modules_to_save": names})
-    named = module.model.named_parameters()
-    trained = {n: whole(p).detach().clone() for n, p in named if any(name in n for name in names)}
-    torch.testing.assert_close(trained, single_whole, **STEP_TOLERANCE)
 
 
 @sequence_parallelism

@@ -1,4 +1,4 @@
-"""A ``GPTModel`` on two gloo ranks beside other things: tools, parallel layers of the user's, Fabric; and what is refused."""
+"""A ``GPTModel`` on two gloo ranks beside other things: tools, parallel layers of the user's, Fabric."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lightning_lora import LoRACallback, LoRAConfig, MegatronLoRAStrategy, disabled, inject, load_peft, save_peft
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
-from lightning_lora.megatron.split import mesh_of
+from lightning_lora import LoRACallback, LoRAConfig, MegatronLoRAStrategy, disabled, inject
+from lightning_lora.megatron.core import mesh_of
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.ops.sharded import split_over, whole
 from tests import models
 from tests.distributed.gpt import (
@@ -21,7 +22,6 @@ from tests.distributed.gpt import (
     Alone,
     Module,
     adapters,
-    biased,
     expected_logits,
     hugging_face,
     launched,
@@ -30,7 +30,7 @@ from tests.distributed.gpt import (
 )
 from tests.distributed.ranks import on_ranks
 from tests.distributed.split import AfterTheSearch
-from tests.distributed.training import EXACT, alone, from_all_ranks, rank_loader, rank_of, state
+from tests.distributed.training import EXACT, alone, from_all_ranks, rank_loader, state
 
 
 class Bare(Module):
@@ -148,76 +148,3 @@ def test_losses_steps_and_norms_in_fabric_equal_one_process_and_its_file_is_read
     again, other, other_optimizer = set_up(without_sequences, sequence_parallel=False)
     without_sequences.load(tmp_path / "fabric.ckpt", {"model": other, "optimizer": other_optimizer})
     torch.testing.assert_close(adapters(again), adapters(module), **EXACT)
-
-
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    (
-        {"lora": {"use_dora": True}},
-        "for which use_dora, lora_bias, PiSSA, OLoRA and init_rng='peft' are not served",
-    ),
-    ({"lora": {"target_modules": ["q_prj"]}}, "'q_prj' matches no module of GPTModel; nearest: q_proj"),
-    ({"lora": {"target_modules": ["output_layer"]}}, "'output_layer' is the output head of a Megatron-core model"),
-    (
-        {"lora": {"target_modules": ["q_proj"], "fused_pairs": True}},
-        "'q_proj' is a part of 'linear_qkv', which fused_pairs=True adapts as one",
-    ),
-]
-
-
-@pytest.mark.parametrize(("settings", "message"), REFUSED)
-@on_ranks(2)
-def test_settings_that_do_not_fit_are_refused(hf: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(None, 2, Module(hf), **settings)
-
-
-@on_ranks(2)
-def test_recomputation_outside_of_autocast_is_refused(hf: Path) -> None:
-    message = r"recomputes outside of autocast, in the base's torch.float32 and not in torch.bfloat16"
-    with pytest.raises(ValueError, match=message):
-        run(None, 2, Module(hf, recompute_granularity="full"), precision="bf16-mixed")
-
-
-@on_ranks(2)
-def test_biases_of_layers_without_adapters_are_refused(tmp_path: Path) -> None:
-    if rank_of()[0] == 0:
-        biased().save_pretrained(tmp_path)
-    message = "bias='all' would not train the bias of 'decoder.layers.0.self_attention.linear_qkv'"
-    with pytest.raises(ValueError, match=message):
-        run(None, 2, Module(tmp_path), lora={"target_modules": ["o_proj"], "bias": "all"})
-
-
-@on_ranks(2)
-def test_a_file_of_another_rank_is_refused(tmp_path: Path, hf: Path) -> None:
-    run(tmp_path, 2, Module(hf))
-    message = "has r=4 at 'decoder.layers.0.self_attention.linear_proj', the model has r=2"
-    with pytest.raises(ValueError, match=message):
-        run(None, 2, Module(hf), ckpt_path=tmp_path / "epoch=0.ckpt", lora={"r": 2})
-
-
-@pytest.fixture
-def of_another_base(tmp_path: Path) -> Path:
-    """Return a directory of adapters of another model."""
-    save_peft(inject(hugging_face(), LoRAConfig(r=4)), tmp_path)
-    return tmp_path
-
-
-@on_ranks(2)
-def test_adapters_of_another_base_are_refused(hf: Path, of_another_base: Path) -> None:
-    launched(2)
-    with pytest.raises(ValueError, match="was trained on another base model.*holds other values"):
-        load_peft(gpt_model(hf), of_another_base)  # whose weights are not loaded
-
-
-@on_ranks(2)
-def test_a_model_that_was_built_before_the_groups_is_refused(hf: Path) -> None:
-    from megatron.core import parallel_state
-
-    launched(2)
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(1, create_gloo_process_groups=False)
-    module = Module(hf)
-    module.configure_model()
-    message = r"was built for tensor_parallel_size=1 .*, and runs on \d: build it in configure_model"
-    with pytest.raises(ValueError, match=message):
-        run(None, 2, module)

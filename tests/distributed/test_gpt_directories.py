@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, disabled, inject, load_peft, merge, merged, remove, save_peft, unmerge
-from lightning_lora.megatron.models import gpt_model, load_hf_weights
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.ops.sharded import is_sharded
 from tests.distributed.gpt import (
     GRADIENT_TOLERANCE,

@@ -15,12 +15,11 @@ from lightning_lora.ops.sharded import is_sharded
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ranks import on_ranks
-from tests.distributed.split import AfterTheSearch, Module, four_heads, run, whole_factors
+from tests.distributed.split import GRADIENT_TOLERANCE, AfterTheSearch, Module, four_heads, layouts, run, whole_factors
 from tests.distributed.training import (
     EXACT,
     PROMPTS,
     STEP_TOLERANCE,
-    Finetuned,
     alone,
     from_all_ranks,
     rank_loader,
@@ -29,10 +28,7 @@ from tests.distributed.training import (
     state,
 )
 
-GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
 HIDDEN = 4 * 8 * 32  # batch, tokens, hidden size: what a row-parallel layer sums
-LAYOUTS = [(2, 2), (4, 2), (4, 4)]  # ranks, and how many of them share a model
-layouts = pytest.mark.parametrize(("num_ranks", "size"), LAYOUTS)
 
 
 @pytest.fixture(scope="module")
@@ -131,51 +127,6 @@ def single_clipped() -> dict[str, Tensor]:
 def test_clipping_and_accumulation_equal_one_process(single_clipped: dict[str, Tensor]) -> None:
     _, module = run(None, 2, **CLIPPED, validates=False)
     torch.testing.assert_close(state(module), single_clipped, **STEP_TOLERANCE)
-
-
-class TwoBackwards(Finetuned):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = four_heads()
-
-    def norm(self) -> float:
-        return 0.0  # of a part it would be refused
-
-
-@on_ranks(2, 4)
-def test_two_backwards_before_a_manual_step_count_once_each(single: dict[str, Any]) -> None:
-    _, module = run(None, 2, TwoBackwards(), limit_train_batches=1, validates=False)
-    for name in whole_factors(module):
-        name = name.removeprefix("model.")
-        torch.testing.assert_close(module.gradients[name], single["gradients"][name], **GRADIENT_TOLERANCE)
-
-
-class MixedSteps(Finetuned):
-    """Runs one of two backwards before a step itself, past the strategy."""
-
-    def __init__(self, raw: tuple[bool, bool]) -> None:
-        super().__init__()
-        self.model, self.raw = four_heads(), raw
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        for is_raw in self.raw:
-            loss = self.model(input_ids=batch, labels=batch).loss / 2
-            loss.backward() if is_raw else self.manual_backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.fixture(scope="module")
-def single_mixed() -> dict[str, Tensor]:
-    return state(alone(MixedSteps((True, False))))
-
-
-@pytest.mark.parametrize("raw", [(True, False), (False, True)], ids=["raw first", "raw last"])
-@on_ranks(2, 4)
-def test_a_backward_past_the_strategy_counts_once_too(single_mixed: dict[str, Tensor], raw: tuple[bool, bool]) -> None:
-    _, module = run(None, 2, MixedSteps(raw), validates=False)
-    torch.testing.assert_close(state(module), single_mixed, **STEP_TOLERANCE)
 
 
 class Tuned(Module):

@@ -6,21 +6,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_lora import LoRAConfig, inject
-from lightning_lora.fabric import MegatronLoRAStrategy
-from lightning_lora.megatron.core import parallel_state
 from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ranks import on_ranks
-from tests.distributed.split import four_heads, whole_factors
+from tests.distributed.split import GRADIENT_TOLERANCE, four_heads, layouts, whole_factors
 from tests.distributed.split_fabric import adapters, batches, gradients, loss_of, make, start, step
 from tests.distributed.training import EXACT, PROMPTS, STEP_TOLERANCE, from_all_ranks, rank_of
-
-GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
-LAYOUTS = [(2, 2), (4, 2), (4, 4)]  # ranks, and how many of them share a model
-layouts = pytest.mark.parametrize(("num_ranks", "size"), LAYOUTS)
 
 
 def three_steps(fabric: Fabric, model: Any, optimizer: Any, data: list[Tensor]) -> list[Tensor]:
@@ -181,49 +174,3 @@ def test_one_process_is_a_run_like_any_other_also_after_its_group_is_gone(single
         losses = three_steps(fabric, model, optimizer, list(batches(fabric)))
         torch.testing.assert_close(losses, single["losses"], **STEP_TOLERANCE)
         torch.distributed.destroy_process_group()
-
-
-def with_heads(heads: int) -> nn.Module:
-    """An adapted Llama with a number of heads that four ranks do not divide, nor two its key-value heads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=heads,
-        num_key_value_heads=heads // 2, vocab_size=models.VOCAB,
-    )  # fmt: skip
-    return inject(LlamaForCausalLM(config), LoRAConfig(r=2))
-
-
-@on_ranks(2, 4)
-def test_groups_of_a_given_size_are_there_after_launch_and_must_divide_a_later_model(num_ranks: int) -> None:
-    fabric = start(tensor_parallel_size=num_ranks)
-    assert parallel_state().get_tensor_model_parallel_world_size() == num_ranks
-    field, heads = ("num_attention_heads", 6) if num_ranks == 4 else ("num_key_value_heads", 3)
-    message = f"{field}={heads} of LlamaForCausalLM is not divisible by tensor_parallel_size={num_ranks}"
-    with pytest.raises(ValueError, match=message):
-        fabric.setup(with_heads(6))
-
-
-@on_ranks(2)
-def test_what_cannot_be_served_is_said() -> None:
-    fabric = start(tensor_parallel_size=2)
-    with pytest.raises(ValueError, match=r"'megatron_lora' .* LlamaForCausalLM holds no adapters"):
-        fabric.setup(four_heads())
-    model = fabric.setup(make()[0])
-    with pytest.raises(ValueError, match="ranks that share a model were given different batches"):
-        loss_of(model, models.token_ids(2, 8, seed=fabric.global_rank))
-    with pytest.raises(ValueError, match=r"call fabric.setup\(model\) before fabric.setup_dataloaders"):
-        batches(start(tensor_parallel_size="auto"))
-    start(tensor_parallel_size=1)
-    message = "another strategy has laid the ranks out since this one did: 1 share a model, and here"
-    with pytest.raises(ValueError, match=message):
-        fabric.setup(make()[0])
-    with pytest.raises(ValueError, match="1 share a model, and here"):
-        batches(fabric)
-
-
-def test_options_are_those_of_the_trainers() -> None:
-    with pytest.raises(TypeError, match="has no option 'tensor_paralel_size'; nearest: tensor_parallel_size"):
-        MegatronLoRAStrategy(tensor_paralel_size=2)
-    with pytest.raises(TypeError, match="has no option 'pipeline_parallel_size'; nearest: tensor_parallel_size"):
-        MegatronLoRAStrategy(pipeline_parallel_size=2)

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from lightning_lora.ops.sharded import local_part
 from tests.distributed.ranks import on_ranks
-from tests.distributed.split import AtMidway, Module, run
+from tests.distributed.split import LAYOUTS, AtMidway, Module, layouts, run
 from tests.distributed.training import EXACT, STEP_TOLERANCE, alone, fit, rank_of, state
-
-LAYOUTS = [(2, 2), (4, 2), (4, 4)]  # ranks, and how many of them share a model
-layouts = pytest.mark.parametrize(("num_ranks", "size"), LAYOUTS)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.megatron.models import block_spec, gpt_model
 from tests import models
-from tests.distributed.gpt_families import FAMILIES, TINY, build, form_groups, loaded
+from tests.distributed.gpt_families import FAMILIES, build, form_groups, loaded
 from tests.distributed.ranks import on_ranks
 from tests.distributed.training import EXACT, from_all_ranks, rank_of
 
@@ -169,46 +169,3 @@ def test_norms_are_marked_under_sequence_parallelism(sources: Path) -> None:
     model = gpt_model(sources / "experts", sequence_parallel=several)
     norms = [parameter for name, parameter in model.named_parameters() if "layernorm" in name]
     assert {bool(getattr(parameter, "sequence_parallel", False)) for parameter in norms} == {several}
-
-
-class Config:
-    """What transformers' configs are read by."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.values = {"model_type": "llama", **TINY, **settings}
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.values
-
-
-NOT_SERVED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "gemma2"}, "model_type='gemma2' is not served; served are llama, mistral"),
-    ({"model_type": "mistral"}, "sliding_window=4096 of this mistral is not served"),
-    ({"hidden_act": "gelu"}, "hidden_act='gelu' of this llama is not served: 'silu' is"),
-    ({"attention_bias": True}, "attention_bias=True of this llama is not served"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn' of this llama is not served"),
-]
-
-
-@on_ranks(1, 2)
-def test_configs_that_are_not_served_are_said(sources: Path) -> None:
-    several = form_groups()
-    for settings, message in NOT_SERVED:
-        with pytest.raises(ValueError, match=message):
-            gpt_model(Config(**settings))
-    gpt_model(Config(rope_theta=5e5, rope_scaling=None))  # of an older transformers
-    with pytest.raises(TypeError, match="neither .* has 'recompute_granularty'; nearest: recompute_granularity"):
-        gpt_model(sources / "llama", recompute_granularty="full")
-    with pytest.raises(TypeError, match="tensor_model_parallel_size is that of Megatron-core's process groups"):
-        gpt_model(sources / "llama", tensor_model_parallel_size=4)
-    if several:
-        with pytest.raises(ValueError, match=r"^vocab_size=101 is not divisible by tensor_model_parallel_size=2$"):
-            gpt_model(Config(vocab_size=101))
-    else:
-        gpt_model(Config(vocab_size=101))
-
-
-@on_ranks(1, 2)
-def test_before_process_groups_it_says_where_to_build(sources: Path) -> None:
-    with pytest.raises((ValueError, TypeError), match="build and fill it in configure_model"):
-        gpt_model(sources / "llama")

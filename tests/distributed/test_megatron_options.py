@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRACallback, MegatronLoRAStrategy
+from lightning_lora import fabric as twins
 from lightning_lora.megatron import core
 from lightning_lora.strategies.shared import megatron
 from tests import runs
@@ -25,8 +26,9 @@ from tests.distributed.training import STEP_TOLERANCE
     ],
 )
 def test_options_that_are_not_served_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        MegatronLoRAStrategy(**settings)
+    for strategy in (MegatronLoRAStrategy, twins.MegatronLoRAStrategy):
+        with pytest.raises((ValueError, TypeError), match=message):
+            strategy(**settings)
 
 
 def test_a_missing_or_other_megatron_core_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

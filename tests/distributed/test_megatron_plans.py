@@ -12,10 +12,9 @@ from lightning_lora import MegatronLoRAStrategy, merge
 from lightning_lora.ops.sharded import is_sharded, local_part
 from tests import models
 from tests.distributed.ranks import on_ranks
-from tests.distributed.split import SPLIT, Module, four_heads, run
+from tests.distributed.split import GRADIENT_TOLERANCE, SPLIT, Module, four_heads, run
 from tests.distributed.training import STEP_TOLERANCE, alone, fit, from_all_ranks, rank_loader, rank_of, state
 
-GRADIENT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # other order of sums
 TWO_STEPS: dict[str, Any] = {"limit_train_batches": 2}
 
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_lora.megatron.models import HF_TABLE, Row, gpt_model, load_hf_weights
-from lightning_lora.megatron.table import row_of
+from lightning_lora.megatron.models import gpt_model
+from lightning_lora.megatron.table import HF_TABLE, Row, row_of
+from lightning_lora.megatron.weights import load_hf_weights
 from tests.distributed.gpt_families import build, form_groups, loaded
 from tests.distributed.ranks import on_ranks
 from tests.distributed.training import rank_of

@@ -95,8 +95,7 @@ def test_what_reads_a_part_as_if_it_were_whole_is_refused_with_the_remedy() -> N
     for read in READINGS.values():
         assert_names_the_remedy(error_of(run, Reader.doing(read), **ONE_STEP))
     assert_names_the_remedy(error_of(run, Late.doing(by_hand), **ONE_STEP))
-    accumulating = {"limit_train_batches": 2, "accumulate_grad_batches": 2}
-    assert_names_the_remedy(error_of(run, Reader.doing(by_hand), **accumulating))
+    assert_names_the_remedy(error_of(run, Reader.doing(by_hand), limit_train_batches=2, accumulate_grad_batches=2))
 
 
 @on_ranks(2)

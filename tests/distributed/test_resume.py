@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_lora import LoRACallback
-from lightning_lora.checkpoint.fingerprint import exact_hashes
+from lightning_lora.checkpoint.hashes import exact_hashes
 from tests import models, runs
 from tests.distributed.loop import Loop, epochs_of_loop
 from tests.distributed.ranks import on_ranks

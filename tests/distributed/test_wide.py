@@ -16,9 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_lora import FSDPLoRAStrategy, LoRACallback, LoRAConfig, adapter_state_dict, inject, merge, remove
 from lightning_lora.fabric import FSDPLoRAStrategy as FabricFSDPLoRAStrategy
 from lightning_lora.model.state import named_trained_whole
-from lightning_lora.ops.sharded import whole
 from tests import models, runs
-from tests.distributed import gpt
 from tests.distributed.ranks import on_ranks
 from tests.distributed.training import from_all_ranks, rank_of, state
 
@@ -169,46 +167,3 @@ def test_a_step_in_fabric_on_a_base_that_it_converts_counts(strategy: str) -> No
     assert dtypes(named_trained_whole(model).values()) == {torch.float32}
     assert (head != before).all()
     assert torch.equal(head, from_all_ranks(head)[0])
-
-
-class Plain(gpt.Module):
-    """Steps by SGD, which rounding does not turn into whole steps."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-
-HEADS = {"target_modules": ["q_proj"], "modules_to_save": ["q_layernorm", "final_layernorm", "output_layer"]}
-
-
-@pytest.mark.parametrize(
-    ("build", "lora"), [(gpt.hugging_face, HEADS), (gpt.biased, {"bias": "lora_only"})], ids=["heads", "biases"]
-)
-@on_ranks(2)
-def test_what_of_a_megatron_model_trains_stays_wide(
-    tmp_path: Path, build: Callable[[], Any], lora: dict[str, Any]
-) -> None:
-    if rank_of()[0] == 0:
-        build().save_pretrained(tmp_path / "source")
-
-    def values(size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return what trained, whole, and what it was at the start."""
-        module = Plain(tmp_path / "source")
-        gpt.run(tmp_path / str(size), size, module, precision="bf16-true", lora=lora)
-        named = named_trained_whole(module.model)
-        assert dtypes(named.values()) == {torch.float32}
-        after = {name: whole(p).detach().clone() for name, p in named.items()}
-        remove(module.model)
-        parameters = dict(module.model.named_parameters())
-        assert dtypes(parameters.values()) == {torch.bfloat16}
-        for name, value in from_all_ranks(after)[0].items():
-            assert torch.equal(after[name], value)
-        return after, {name: whole(parameters[name]).detach().clone() for name in named}
-
-    (one, start), (split, _) = values(1), values(2)
-    assert one.keys() == split.keys()
-    for name, value in split.items():
-        moved = (one[name] - start[name].float()).abs().max().item()
-        assert moved > 0
-        # products in parts are rounded to bfloat16 at another place: 2^-8 of the largest addend of a gradient
-        torch.testing.assert_close(value, one[name], rtol=0, atol=0.1 * moved)

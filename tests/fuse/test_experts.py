@@ -28,7 +28,7 @@ from lightning_lora.model.merge import disabled
 from lightning_lora.ops.experts import grouped
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import KnownGate, OwnGate
-from lightning_lora.ops.experts.weights import ExpertWeights
+from lightning_lora.ops.experts.records import ExpertWeights
 from tests import models, zoo
 from tests.fuse.test_counters import saved_bytes
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, inject, named_adapter_parameters, remove
 from lightning_lora.fuse import release
 from lightning_lora.fuse.forms import form_of
-from lightning_lora.fuse.norm_forms import NORM_FORMS
-from lightning_lora.fuse.norms import LoRARMSNorm, release_norm
+from lightning_lora.fuse.norms import NORM_FORMS, LoRARMSNorm
 from lightning_lora.ops.rms_norm import rms_norm
 from tests import models
 
@@ -138,7 +137,7 @@ def assert_as_by_the_bases_own_norms(model: nn.Module) -> None:
     norms = [module for module in other.modules() if isinstance(module, LoRARMSNorm)]
     assert len(norms) == 5
     for norm in norms:
-        release_norm(norm)
+        release(norm)
     got, expected = gradients(model), gradients(other)
     for name, value in got.items():
         assert torch.isfinite(value).all()
@@ -187,7 +186,7 @@ def test_a_norm_that_is_changed_later_does_what_it_then_says(change) -> None:
     norm, x = adapted().model.norm, torch.randn(2, 3, 32, requires_grad=True)
     norm(x)
     other = copy.deepcopy(norm)
-    release_norm(other)
+    release(other)
     change(norm), change(other)
     assert torch.equal(norm(x), other(x))
     found, expected = (torch.autograd.grad(one(x).sum(), x)[0] for one in (norm, other))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, disabled, inject, merged, named_adapter_parameters, register_gated_mlp, remove
-from lightning_lora.fuse import gated_mlp, siblings
+from lightning_lora.fuse import gated_mlp, release, siblings
 from lightning_lora.fuse.gated_mlp import LoRAGatedMLP
 from lightning_lora.model.state import named_lora_layers
 from tests import models
@@ -69,7 +69,7 @@ def one_by_one(model: nn.Module) -> nn.Module:
     for module in alone.modules():
         module.__dict__.pop("lora_siblings", None)
         if isinstance(module, LoRAGatedMLP):
-            gated_mlp.release_gated_mlp(module)
+            release(module)
     return alone
 
 

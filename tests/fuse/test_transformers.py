@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_lora.fuse.expert_forms import LOOPS, OWN_GATES, default_gate
 from lightning_lora.fuse.forms import GATED_FORMS, form_of
-from lightning_lora.fuse.norm_forms import NORM_FORMS
+from lightning_lora.fuse.norms import NORM_FORMS
 from lightning_lora.layers.same_code import same_code
 
 RECORDED = Path(__file__).with_name("fused_classes.txt")

@@ -11,7 +11,7 @@ from lightning_lora import LoRAConfig, inject, remove
 from lightning_lora.distributed.blocks import Block, wrap_blocks
 from lightning_lora.layers.class_swap import lora_class
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.strategies.trainer.adapter_only import AdapterOnly, adopt
+from lightning_lora.strategies.trainer.adopted import AdoptedStrategy, adopt
 
 
 def adapted() -> nn.Module:
@@ -47,6 +47,6 @@ def test_removed_adapters_leave_the_class_of_the_base_and_no_attribute() -> None
 def test_an_adopted_strategy_is_still_of_its_own_class() -> None:
     strategy = SingleDeviceStrategy(device="cpu")
     assert adopt(strategy) is strategy
-    assert type(strategy) is lora_class(AdapterOnly, SingleDeviceStrategy)
+    assert type(strategy) is lora_class(AdoptedStrategy, SingleDeviceStrategy)
     assert type(strategy).__name__ == "LoRASingleDeviceStrategy"
     assert isinstance(strategy, SingleDeviceStrategy)

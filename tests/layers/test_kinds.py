@@ -31,8 +31,8 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.layers import LoRALayer, register
+from lightning_lora.model.matching import all_linear, left_out_towers
 from lightning_lora.model.state import named_lora_layers
-from lightning_lora.model.towers import all_linear, left_out_towers
 from tests import models, zoo
 
 # other order of float32 operations in the adapter's term

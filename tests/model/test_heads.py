@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject, load_peft, named_adapter_parameters, remove, save_peft
-from lightning_lora.model.heads import is_new_head_task, new_heads
 from lightning_lora.model.state import named_lora_layers, named_trained_whole
 from lightning_lora.model.summary import summary
+from lightning_lora.model.trained_base import is_new_head_task, new_heads
 from tests import models
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100}

@@ -98,7 +98,9 @@ def test_a_plan_is_frozen_and_says_what_it_read() -> None:
     assert len(decided) == len(list(decided)) == 14
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.r = 8  # type: ignore[misc]
-    assert decided == plan(models.llama(), LoRAConfig(r=4))
+    again = plan(models.llama(), LoRAConfig(r=4))
+    assert decided == again
+    assert hash(decided) == hash(again)
     assert decided != plan(models.llama(), LoRAConfig(r=2))
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, disabled, inject
 from lightning_lora.megatron.core import megatron_core
-from lightning_lora.model.recomputation import keep_state_of_forward, switched
+from lightning_lora.model.wrapping import keep_state_of_forward, switched
 from tests import models
 
 IDS = models.token_ids(2, 6)

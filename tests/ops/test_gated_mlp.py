@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lora.ops import gated_mlp as fused
-from lightning_lora.ops.dropout import dropped
+from lightning_lora.ops.dropout import keep_mask
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
 from lightning_lora.ops.linear import LinearTensors, ScaledDropout, lora_linear, lora_linears
 
@@ -58,7 +58,7 @@ def leaves(layers) -> list[Tensor]:
 def mask(term: ScaledDropout, rows: int, columns: int) -> Tensor | float:
     if term.seed is None or not term.dropout:
         return 1.0
-    kept = ~dropped(term.seed, rows, columns, term.dropout, torch.device("cpu"))
+    kept = keep_mask(term.seed, torch.empty(rows, columns), term.dropout) == 1
     return kept.double() / (1 - term.dropout)
 
 
@@ -264,7 +264,7 @@ def test_the_order_that_gpus_take_gives_the_same_numbers(which, dropout, monkeyp
     function, layers = calls(x, terms)[which]
     wanted = [x, *leaves(layers)]
     expected = [*function(), *gradients(function(), wanted)]
-    monkeypatch.setattr("lightning_lora.ops.linear.adapter_first", lambda device: True)
+    monkeypatch.setattr("lightning_lora.ops.linear.ADAPTER_FIRST", {"cpu"})
     assert_all_close([*function(), *gradients(function(), wanted)], expected, **FLOAT64)
     x1 = inputs()
     one = siblings()[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, inject, merge
-from lightning_lora.ops.dropout import dropped
+from lightning_lora.ops.dropout import keep_mask
 from lightning_lora.ops.linear import lora_linear
 from lightning_lora.ops.weights import merged_weight
 
@@ -90,7 +90,7 @@ def test_every_combination_of_gradients_wanted(bits, dropout) -> None:
     names = ("x", "weight", "bias", "lora_A", "lora_B")
     inputs = tensors(grad=tuple(name for i, name in enumerate(names) if bits >> i & 1))
     seed = torch.tensor(11)
-    mask = (~dropped(seed, 4, IN, dropout, torch.device("cpu"))).double() if dropout else None
+    mask = keep_mask(seed, torch.empty(4, IN, dtype=torch.float64), dropout) if dropout else None
     got = outputs_and_gradients(lambda *a: ours(*a, dropout=dropout, seed=seed), inputs)
     expected = outputs_and_gradients(lambda *a: dense(*a, mask=mask, dropout=dropout), inputs)
     assert_equal_all(got, expected, rtol=1e-12, atol=1e-12)
@@ -100,7 +100,7 @@ def test_every_combination_of_gradients_wanted(bits, dropout) -> None:
 def test_dropout_equals_the_dense_formula_with_the_same_mask(shape) -> None:
     inputs, seed, dropout = tensors(shape, torch.float32), torch.tensor(3), 0.3
     rows = inputs["x"].reshape(-1, IN).shape[0]
-    mask = (~dropped(seed, rows, IN, dropout, torch.device("cpu"))).double().view(shape)
+    mask = keep_mask(seed, torch.empty(rows, IN, dtype=torch.float64), dropout).view(shape)
     got = outputs_and_gradients(lambda *a: ours(*a, dropout=dropout, seed=seed), inputs)
     expected = outputs_and_gradients(lambda *a: dense(*a, mask=mask, dropout=dropout), in_float64(inputs))
     assert_equal_all(got, expected, **FLOAT32)
@@ -344,7 +344,7 @@ ROWS, COLUMNS = 1000, 512
 
 
 def mask_of(seed: int, rows: int = ROWS, columns: int = COLUMNS, dropout: float = 0.3) -> Tensor:
-    return dropped(torch.tensor(seed), rows, columns, dropout, torch.device("cpu"))
+    return keep_mask(torch.tensor(seed), torch.empty(rows, columns), dropout) == 0
 
 
 @pytest.mark.parametrize("dropout", [0.01, 0.1, 0.5, 0.9])
@@ -473,7 +473,7 @@ def test_compiled_in_one_graph_equals_eager(cls) -> None:
 
 def dense_with_recovered_masks(model: nn.Module, x: Tensor, seeds: list[int], dropout: float) -> Tensor:
     def layer(one, x: Tensor, seed: int) -> Tensor:
-        kept = (~dropped(torch.tensor(seed), *x.shape, dropout, x.device)).to(x)
+        kept = keep_mask(torch.tensor(seed), x, dropout)
         return (
             F.linear(x, one.weight, one.bias)
             + one.lora_scaling * (x * kept / (1 - dropout)) @ one.lora_A.T @ one.lora_B.T

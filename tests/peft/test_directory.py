@@ -1,7 +1,6 @@
 """Against PEFT itself: starting values, logits, gradients, key sets, files in both directions, damaged files."""
 
 import json
-import os
 import socket
 import warnings
 from collections.abc import Callable
@@ -12,20 +11,19 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora import (
     LoRAConfig,
     adapter_checkpoint,
     convert,
     inject,
+    load_adapter_state_dict,
     load_peft,
     merge,
     named_adapter_parameters,
     save_peft,
 )
-from lightning_lora.layers import LoRALayer
-from lightning_lora.model.state import named_trained_whole
 from tests import models
 
 # other order of float32 operations in the adapter's term: a few units in the last place of the logits
@@ -91,6 +89,17 @@ def give_values(model: nn.Module, seed: int = 3) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def saved_by_peft(build: Callable[[], nn.Module], directory: Path, **settings: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # PEFT speaks of tied weights and of the base embedding that it adds to the file
+        wrapped = peft.get_peft_model(build(), peft.LoraConfig(r=4, lora_alpha=6, **settings)).eval()
+        give_values(wrapped)
+        wrapped.save_pretrained(directory)
+    return wrapped
 
 
 @pytest.fixture(params=CASES)
@@ -308,73 +317,6 @@ def test_options_of_both_mean_the_same_through_files_in_both_directions(option: 
     assert again.peft_config["default"].lora_dropout == dropout
 
 
-def llama_tied() -> nn.Module:
-    return models.llama(tied=True).eval()
-
-
-def untied() -> nn.Module:
-    model = llama_tied()
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    return model
-
-
-def saved_by_peft(build: Callable[[], nn.Module], directory: Path, **settings: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # PEFT speaks of tied weights and of the base embedding that it adds to the file
-        wrapped = peft.get_peft_model(build(), peft.LoraConfig(r=4, lora_alpha=6, **settings)).eval()
-        give_values(wrapped)
-        wrapped.save_pretrained(directory)
-    return wrapped
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"modules_to_save": ["embed_tokens"]},
-        {"modules_to_save": ["lm_head"]},
-        {"modules_to_save": ["embed_tokens", "lm_head"]},
-        {"trainable_token_indices": {"lm_head": [1, 2]}},
-    ],
-    ids=str,
-)
-def test_a_copy_of_a_tied_tensor_that_peft_trained_is_never_put_into_both(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    wrapped = saved_by_peft(llama_tied, tmp_path, target_modules=["q_proj"], **settings)
-    model, before = llama_tied(), llama_tied().state_dict()
-    with pytest.raises(ValueError, match="PEFT trained a copy. Untie"):
-        load_peft(model, tmp_path)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    ids = models.token_ids()
-    torch.testing.assert_close(load_peft(untied(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": ["embed_tokens"], "rank_pattern": {"embed_tokens": 2}, "alpha_pattern": {"embed_tokens": 5}},
-        {"target_modules": ["lm_head", "q_proj"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
-    ],
-    ids=str,
-)
-def test_ensure_weight_tying_means_the_same_here(settings: dict[str, Any], tmp_path: Path) -> None:
-    wrapped = saved_by_peft(llama_tied, tmp_path, ensure_weight_tying=True, task_type="CAUSAL_LM", **settings)
-    ids = models.token_ids()
-    torch.testing.assert_close(load_peft(llama_tied(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
-
-
-def test_indices_of_blocks_that_the_model_lacks_are_ignored_as_by_peft(tmp_path: Path) -> None:
-    wrapped = saved_by_peft(models.llama, tmp_path, target_modules=["q_proj"], layers_to_transform=[0, 9])
-    ids = models.token_ids()
-    torch.testing.assert_close(load_peft(models.llama(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
-
-
 class Tokenizer:
     def save_pretrained(self, directory: Path) -> None:
         (directory / "tokenizer.json").write_text("{}")
@@ -423,6 +365,26 @@ def test_peft_reads_a_classifier_whose_head_did_not_train_whole(targets: list[st
     torch.testing.assert_close(again(ids).logits, model(ids).logits, **CLOSE)
 
 
+def test_an_older_file_that_is_refused_for_its_attentions_scale_is_read_by_way_of_convert(tmp_path: Path) -> None:
+    model = inject(models.encoder(), LoRAConfig(r=4, alpha=8, target_modules=["self_attn"]))
+    give_values(model)
+    content = adapter_checkpoint(model)
+    adapter = content["lightning_lora"]["adapters"][0]
+    state = content[adapter["state_key"]]
+    for name in [name for name in adapter["layers"] if name.endswith(".out_proj")]:
+        r, scaling = adapter["layers"][name]
+        adapter["layers"][name] = (r, 2 * scaling)  # the same function, as such files hold it
+        state[f"{name}.lora_B"] = state[f"{name}.lora_B"] / 2
+    entries = adapter["peft"]["entries"]
+    adapter["peft"]["entries"] = [(key, layout.removeprefix("half_"), names) for key, layout, names in entries]
+    torch.save(content, tmp_path / "older.ckpt")
+    with pytest.raises(ValueError, match=r"scales '.*out_proj' by 4, the model by 2: .* convert\(\) an older file"):
+        load_adapter_state_dict(model, content)
+    convert(tmp_path / "older.ckpt", tmp_path / "directory")
+    again = load_peft(models.encoder(), tmp_path / "directory")
+    assert torch.equal(again(models.token_ids()), model(models.token_ids()))
+
+
 def test_the_biases_that_peft_writes_twice_beside_a_trained_head_are_read_once(tmp_path: Path) -> None:
     wrapped = peft.get_peft_model(
         models.bert_classifier(), peft.LoraConfig(r=4, target_modules=["query"], bias="all", task_type="SEQ_CLS")
@@ -446,109 +408,6 @@ def test_mica_leaves_the_base_alone_and_is_read(tmp_path: Path) -> None:
     torch.testing.assert_close(load_peft(models.llama(), tmp_path)(ids).logits, wrapped(ids).logits, **CLOSE)
 
 
-class Scored(nn.Module):
-    """Two heads of which one's name ends the other's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.score, self.prescore, self.body = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.score(self.prescore(self.body(x)))
-
-
-def scored() -> nn.Module:
-    torch.manual_seed(0)
-    return Scored()
-
-
-def test_a_head_whose_name_ends_anothers_is_read_alone(tmp_path: Path) -> None:
-    model = inject(scored(), LoRAConfig(r=2, target_modules=["body"], modules_to_save=["score"]))
-    assert set(named_trained_whole(model)) == {"score.weight", "score.bias"}
-    give_values(model)
-    save_peft(model, tmp_path)
-    again = load_peft(scored(), tmp_path)
-    assert set(named_trained_whole(again)) == {"score.weight", "score.bias"}
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
-    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    theirs = peft.PeftModel.from_pretrained(scored(), tmp_path)
-    torch.testing.assert_close(theirs(x), model(x), **CLOSE)
-    torch.save(adapter_checkpoint(model), tmp_path / "file.ckpt")
-    with pytest.raises(
-        ValueError, match=r"PEFT expects 'prescore.weight' in the file.*call save_peft\(model, directory\)"
-    ):
-        convert(tmp_path / "file.ckpt", tmp_path / "converted")
-
-
-class Heads(nn.Module):
-    """A body with heads in containers, which PEFT cannot wrap."""
-
-    def __init__(self, container: str) -> None:
-        super().__init__()
-        a, b = nn.Linear(8, 2), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
-        self.body = nn.Linear(8, 8)
-        nested = nn.ModuleList([nn.ModuleDict({"inner": b})])
-        self.heads: Any = nn.ModuleDict({"a": a, "b": nested}) if container == "dict" else nn.ModuleList([a, nested])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, nested = self.heads.values() if isinstance(self.heads, nn.ModuleDict) else self.heads
-        x = self.body(x)
-        return first(x) + nested[0]["inner"](x)
-
-
-def heads(container: str) -> nn.Module:
-    torch.manual_seed(0)
-    return Heads(container)
-
-
-@pytest.mark.parametrize("container", ["dict", "list"])
-def test_peft_reads_heads_that_lie_in_containers(container: str, tmp_path: Path) -> None:
-    model = inject(heads(container), LoRAConfig(r=2, target_modules=["body"], modules_to_save=["heads"]))
-    give_values(model)
-    save_peft(model, tmp_path)
-    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    theirs = peft.PeftModel.from_pretrained(heads(container), tmp_path)
-    torch.testing.assert_close(theirs(x), model(x), **CLOSE)
-    ours = load_peft(heads(container), tmp_path)
-    assert torch.equal(ours(x), model(x))
-    assert set(named_trained_whole(ours)) == set(named_trained_whole(model))
-    adapter_checkpoint(ours)  # and it is described for PEFT again
-
-
-@pytest.mark.parametrize("container", ["dict", "list"])
-def test_heads_in_containers_that_peft_trained_are_read(container: str, tmp_path: Path) -> None:
-    names = {"dict": ["heads.a", "b.0.inner"], "list": ["heads.0", "inner"]}[container]
-    config = peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=names)
-    wrapped = peft.get_peft_model(heads(container), config)
-    give_values(wrapped)
-    wrapped.save_pretrained(tmp_path)
-    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    ours = load_peft(heads(container), tmp_path)
-    torch.testing.assert_close(ours(x), wrapped(x), **CLOSE)
-    save_peft(ours, tmp_path / "again")
-    again = peft.PeftModel.from_pretrained(heads(container), tmp_path / "again")
-    torch.testing.assert_close(again(x), wrapped(x), **CLOSE)
-
-
-def test_a_head_whose_name_hides_adapters_from_peft_is_refused(tmp_path: Path) -> None:
-    model = inject(scored(), LoRAConfig(r=2, target_modules=["body", "prescore"], modules_to_save=["score"]))
-    with pytest.raises(
-        ValueError, match=r"'prescore' is adapted and lies in a module whose name ends like that of one"
-    ):
-        save_peft(model, tmp_path)
-    net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))), nn.Linear(8, 2))
-    inject(net, LoRAConfig(r=2, target_modules=["0.1.0"], modules_to_save=["1"]))
-    with pytest.raises(ValueError, match=r"'0.1.0' is adapted and lies in a module whose name ends like that of one"):
-        save_peft(net, tmp_path)
-
-
-def test_parameters_in_a_container_are_refused_for_peft(tmp_path: Path) -> None:
-    net = nn.ModuleDict({"body": nn.Linear(4, 4), "scales": nn.ParameterList([nn.Parameter(torch.ones(4))])})
-    inject(net, LoRAConfig(r=2, target_modules=["body"], modules_to_save=["scales"]))
-    with pytest.raises(ValueError, match="'scales' trains whole, and PEFT trains only modules that have a forward"):
-        save_peft(net, tmp_path)
-
-
 def test_load_peft_on_an_adapted_model_is_an_error_that_changes_nothing(tmp_path: Path) -> None:
     model = inject(models.llama(), LoRAConfig(r=4))
     models.fill_adapters(model)
@@ -566,127 +425,3 @@ def test_load_peft_on_a_bf16_base_keeps_float32_adapters_exactly(tmp_path: Path)
     again = load_peft(models.llama(dtype=torch.bfloat16), tmp_path)
     expected = dict(named_adapter_parameters(model))
     assert all(torch.equal(p, expected[name]) for name, p in named_adapter_parameters(again))
-
-
-class TestDamagedDirectories:
-    """One clear error each; the model is untouched and nothing is executed."""
-
-    @staticmethod
-    def refuse(
-        directory: Path, match: str, error: type[Exception] = ValueError, model: nn.Module | None = None
-    ) -> None:
-        model = model or models.llama()
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.raises(error, match=match):
-            load_peft(model, directory)
-        assert not any(isinstance(module, LoRALayer) for module in model.modules())
-        assert all(parameter.requires_grad for parameter in model.parameters())
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-    @pytest.fixture
-    def directory(self, tmp_path: Path) -> Path:
-        save_peft(inject(models.llama(), LoRAConfig(r=4)), tmp_path)
-        return tmp_path
-
-    @staticmethod
-    def edit_config(directory: Path, **changes: Any) -> None:
-        path = directory / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    @staticmethod
-    def edit_tensors(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-        path = directory / "adapter_model.safetensors"
-        tensors = safetensors.torch.load_file(path)
-        change(tensors)
-        safetensors.torch.save_file(tensors, path)
-
-    def test_no_config(self, directory: Path) -> None:
-        (directory / "adapter_config.json").unlink()
-        self.refuse(directory, r"has no adapter_config.json \(adapter_model.safetensors\)", FileNotFoundError)
-
-    def test_no_directory(self, tmp_path: Path) -> None:
-        self.refuse(tmp_path / "nowhere", "no such directory", FileNotFoundError)
-
-    def test_no_tensors(self, directory: Path) -> None:
-        (directory / "adapter_model.safetensors").unlink()
-        self.refuse(directory, "neither adapter_model.safetensors nor adapter_model.bin", FileNotFoundError)
-
-    @pytest.mark.parametrize("keep", [0, 7, 500, -10])
-    def test_truncated_tensors(self, directory: Path, keep: int) -> None:
-        path = directory / "adapter_model.safetensors"
-        path.write_bytes(path.read_bytes()[:keep])
-        self.refuse(directory, "is damaged")
-
-    def test_config_that_is_no_json(self, directory: Path) -> None:
-        (directory / "adapter_config.json").write_text("{")
-        self.refuse(directory, "is not JSON")
-
-    @pytest.mark.parametrize(
-        ("changes", "match"),
-        [
-            ({"peft_type": "IA3"}, "describes a 'IA3' adapter"),
-            ({"use_qalora": True}, "use_qalora=True, which is not supported"),
-            ({"init_lora_weights": "pissa"}, "changes the base weights"),
-            ({"r": None}, "lacks 'r'"),
-            ({"r": 8}, "has r=8 in its config, and tensors of rank 4 for"),
-            ({"target_modules": ["q_proj"]}, "config and tensors disagree"),
-        ],
-    )
-    def test_configs_of_another_kind(self, directory: Path, changes: dict[str, Any], match: str) -> None:
-        self.edit_config(directory, **changes)
-        self.refuse(directory, match)
-
-    def test_a_missing_factor(self, directory: Path) -> None:
-        self.edit_tensors(directory, lambda tensors: tensors.pop(sorted(tensors)[0]))
-        self.refuse(directory, "has only lora_B")
-
-    def test_a_missing_layer(self, directory: Path) -> None:
-        def drop(tensors: dict[str, Any]) -> None:
-            for key in sorted(tensors)[:2]:
-                del tensors[key]
-
-        self.edit_tensors(directory, drop)
-        self.refuse(directory, r"no tensors for .* \(1 layers\)")
-
-    def test_an_extra_layer(self, directory: Path) -> None:
-        def add(tensors: dict[str, Any]) -> None:
-            tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 32)
-            tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_B.weight"] = torch.zeros(32, 4)
-
-        self.edit_tensors(directory, add)
-        self.refuse(directory, "adapts 'model.layers.7.self_attn.q_proj', which is missing")
-
-    def test_a_head_that_trained_whole_and_is_not_there(self, tmp_path: Path) -> None:
-        saved_by_peft(models.bert_classifier, tmp_path, target_modules=["query"], modules_to_save=["classifier"])
-        self.edit_tensors(tmp_path, lambda tensors: tensors.pop("base_model.model.classifier.bias"))
-        self.refuse(tmp_path, "has no 'classifier.bias'", model=models.bert_classifier())
-
-    def test_a_bias_that_the_config_does_not_train(self, tmp_path: Path) -> None:
-        saved_by_peft(models.bert_classifier, tmp_path, target_modules=["query"])
-        key = "base_model.model.classifier.bias"
-        self.edit_tensors(tmp_path, lambda tensors: tensors.update({key: torch.ones(3)}))
-        self.refuse(tmp_path, "'classifier.bias' .1 tensors., which its config does", model=models.bert_classifier())
-
-    def test_two_adapters_of_one_layer(self, directory: Path) -> None:
-        key = "base_model.model.model.layers.0.self_attn.q_proj"
-        self.edit_tensors(
-            directory,
-            lambda t: t.update({f"{key}.base_layer.lora_{x}.weight": t[f"{key}.lora_{x}.weight"] * 2 for x in "AB"}),
-        )
-        self.refuse(directory, "has two adapters for 'model.layers.0.self_attn.q_proj'")
-
-    def test_another_base(self, directory: Path) -> None:
-        model = models.gpt2()
-        self.refuse(directory, "missing in GPT2LMHeadModel: another base model", model=model)
-
-    def test_a_pickle_with_code_is_not_executed(self, directory: Path) -> None:
-        marker = directory / "executed"
-
-        class Hostile:
-            def __reduce__(self):
-                return (os.system, (f"touch {marker}",))
-
-        (directory / "adapter_model.safetensors").unlink()
-        torch.save({"a": Hostile()}, directory / "adapter_model.bin")
-        self.refuse(directory, "is damaged or holds more than tensors")
-        assert not marker.exists()

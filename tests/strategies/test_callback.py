@@ -34,7 +34,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.model.state import named_lora_layers, named_pairs
 from lightning_lora.model.summary import summary
 from lightning_lora.strategies.fabric.adapter_only import adopt_fabric
-from lightning_lora.strategies.trainer.adapter_only import adopt
+from lightning_lora.strategies.trainer.adopted import adopt
 from tests import models, zoo
 from tests.runs import ClassifierModule, LanguageModule, LazyModule, fitted, loader, same_adapters, trainer
 

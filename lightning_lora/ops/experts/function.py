@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_lora.ops.experts import grouped, loop, traced
 from lightning_lora.ops.experts.gates import Gate
-from lightning_lora.ops.experts.groups import Groups
-from lightning_lora.ops.experts.weights import ExpertWeights
-from lightning_lora.ops.linear import differentiable_gradients, lora_linear
+from lightning_lora.ops.experts.records import ExpertWeights, Groups
+from lightning_lora.ops.gated_mlp import differentiable_gradients
+from lightning_lora.ops.linear import lora_linear
 
 Product = Callable[[Tensor, Groups, ExpertWeights], Tensor]
 

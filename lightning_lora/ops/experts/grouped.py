@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.ops.experts.groups import Groups
-from lightning_lora.ops.experts.weights import ExpertWeights, Gradients
+from lightning_lora.ops.experts.records import ExpertWeights, Gradients, Groups
 
 _ALIGNED = 8  # the kernels want rows of whole 16 bytes
 

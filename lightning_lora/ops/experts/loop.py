@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.experts.groups import Groups
-from lightning_lora.ops.experts.weights import ExpertWeights, Gradients
+from lightning_lora.ops.experts.records import ExpertWeights, Gradients, Groups
 
 
 class DispatchedRows:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops.experts import grouped
-from lightning_lora.ops.experts.groups import Groups
-from lightning_lora.ops.experts.weights import ExpertWeights
+from lightning_lora.ops.experts.records import ExpertWeights, Groups
 
 
 def product(rows: Tensor, groups: Groups, layer: ExpertWeights) -> Tensor:

@@ -1,10 +1,8 @@
 """Adapter-only ``fabric.save`` and ``fabric.load`` for Fabric's own strategies, which are adopted in place."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,69 +10,47 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint import random_state
-from lightning_lora.checkpoint.file import (
-    SECTION,
-    adapters_in,
-    copy_tensors,
-    describe,
-    fitting_tensors,
-    load_adapter_state_dict,
-    read_checkpoint,
-    renaming,
-    section_of,
-    trained_tensors,
-)
+from lightning_lora.checkpoint.file import SECTION, adapters_in, trained_tensors
+from lightning_lora.checkpoint.fitting import copy_tensors, fitting_tensors, load_adapter_state_dict
 from lightning_lora.checkpoint.frozen import (
     count_as_moved,
-    describe_left_out,
     look_for_moved,
     moved_tensors,
-    other_left_out,
-    refusal_of_left_out,
 )
 from lightning_lora.checkpoint.optimizer_state import (
-    gathered_state,
     match_by_name,
     names_of,
     parameter_names,
     spread_state,
 )
-from lightning_lora.distributed.ddp import Reduction, reduce_in_fixed_order
+from lightning_lora.checkpoint.reading import renaming, section_of
 from lightning_lora.distributed.overflow import check_scalable
-from lightning_lora.model.finite import check_finite
 from lightning_lora.model.state import injected_roots
-from lightning_lora.ops.sharded import on_rank_zero
-from lightning_lora.strategies.shared.adoption import adopt_class
-from lightning_lora.strategies.shared.refusals import check_served, check_whole
+from lightning_lora.strategies.shared.adapter_only import AdapterCheckpoints, adopt_class
+from lightning_lora.strategies.shared.refusals import check_whole
 
 
-class FabricAdapterOnly(Strategy):
+class FabricAdapterOnly(AdapterCheckpoints, Strategy):
     """Mixin for a Fabric strategy whose checkpoints hold the adapters alone."""
-
-    shards: bool = False  # over ranks, so that looking at the model takes all of them
-    _reductions: tuple[Reduction, ...] = ()  # of the models under DDP
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         check_whole(module, type(self).__name__)
         wrapped = super().setup_module(module)
         if injected_roots(module):
-            reduction = reduce_in_fixed_order(wrapped, self)
-            self._reductions += () if reduction is None else (reduction,)
+            self._reductions += self._reduce_in_order(wrapped)
             look_for_moved(module)
         return wrapped
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        check_scalable(getattr(self.precision, "scaler", None), [optimizer])
+        check_scalable(self.scaler, [optimizer])
         return super().setup_optimizer(optimizer)
 
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward; under DDP, what this rank did not use counts as zero."""
-        with contextlib.ExitStack() as stack:
-            for reduction in self._reductions:
-                stack.enter_context(reduction.filled())
+        with self._filled():
             super().backward(tensor, module, *args, **kwargs)
 
     @override
@@ -95,23 +71,17 @@ class FabricAdapterOnly(Strategy):
             random = random_state.collect()  # before anything can draw
             for module in modules.values():
                 look_for_moved(module)
-            sections = [describe(module, key, moved_tensors(module)) for key, module in modules.items()]
-            section = merge_sections(sections)
-            section["left_out"] = {key: describe_left_out(module) for key, module in modules.items()}
+            section = self._describe(modules)
             optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
             names = _parameter_names(state)
             section["optimizers"] = {key: parameter_names(value, names) for key, value in optimizers.items()}
             if optimizers:
                 section["random_states"] = random_state.gather(random, self._num_ranks())
             whole = {
-                key: {
-                    name: on_rank_zero(tensor, is_zero=self.is_global_zero)
-                    for name, tensor in trained_tensors(module, also=moved_tensors(module)).items()
-                }
-                for key, module in modules.items()
+                key: self._whole(trained_tensors(module, also=moved_tensors(module))) for key, module in modules.items()
             }
             for key, module in modules.items():
-                check_finite(adapters_in(whole[key], module), path, "warn")
+                self._check_finite(adapters_in(whole[key], module), path, "warn")
             states = {key: self.get_optimizer_state(value) for key, value in optimizers.items()}
             state = {**state, **whole, **states, SECTION: section}
         super().save_checkpoint(path, state, storage_options, filter)
@@ -119,8 +89,7 @@ class FabricAdapterOnly(Strategy):
     @override
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return an optimizer's state, whole on rank 0. Called on all ranks."""
-        inner = getattr(optimizer, "optimizer", optimizer)  # of Fabric's wrapper
-        return gathered_state(super().get_optimizer_state(optimizer), inner, is_zero=self.is_global_zero)
+        return self._whole_state(super().get_optimizer_state(optimizer), optimizer)
 
     @override
     def load_checkpoint(
@@ -152,13 +121,13 @@ class FabricAdapterOnly(Strategy):
             )
 
         if optimizer_states:
-            self._check_left_out(checkpoint, modules, sources, path)
+            self._check_left_out(checkpoint, {sources[key]: module for key, module in modules.items()}, path)
 
         for key, module in modules.items():
             copy_tensors(tensors[key], module)
             count_as_moved(module, tensors[key])
         for key, optimizer_state in optimizer_states.items():
-            state[key].load_state_dict(spread_state(optimizer_state, state[key]))
+            state[key].load_state_dict(optimizer_state)
         for key in others:
             if key in checkpoint:
                 if hasattr(state[key], "load_state_dict"):
@@ -168,29 +137,9 @@ class FabricAdapterOnly(Strategy):
         states = section.get("random_states") if optimizer_states else None
         states = random_state.fitting_states(states, self._num_ranks(), path)
         if states is not None:
-            random_state.restore(states[int(getattr(self, "global_rank", 0))])
+            random_state.restore(self.random_state_of_this_rank(states))
         used = {SECTION, *others, *optimizer_states, *sources.values()}
         return {key: value for key, value in checkpoint.items() if key not in used}
-
-    def _num_ranks(self) -> int:
-        return int(getattr(self, "world_size", 1))
-
-    def _read(self, path: Any) -> dict[str, Any]:
-        torch.cuda.empty_cache()
-        return read_checkpoint(path, lambda where: self.checkpoint_io.load_checkpoint(where, weights_only=True))
-
-    def _check_left_out(
-        self, checkpoint: dict[str, Any], modules: dict[str, nn.Module], sources: dict[str, str], path: Any
-    ) -> None:
-        """Raise ``ValueError`` on all ranks where rank 0 built what the file leaves out with other values."""
-        recorded = checkpoint[SECTION].get("left_out", {})
-        for key, module in modules.items():
-            if sources[key] not in recorded:  # of the Trainer, or of a version that did not say
-                continue
-            rename = renaming(checkpoint, module, path, sources[key])
-            name = self.broadcast(other_left_out(recorded[sources[key]], module, rename))
-            if name is not None:
-                raise ValueError(refusal_of_left_out(name, path))
 
     def _optimizer_states(
         self, checkpoint: dict[str, Any], state: dict[str, Any], sources: dict[str, str], path: Any, strict: bool
@@ -220,7 +169,7 @@ class FabricAdapterOnly(Strategy):
             raise KeyError(f"{path} has no optimizer {absent[0]!r}; it has {sorted(saved)}")
         names = _parameter_names(state)
         return {
-            key: match_by_name(*saved[key], optimizer, names, rename, path)
+            key: spread_state(match_by_name(*saved[key], optimizer, names, rename, path), optimizer)
             for key, optimizer in optimizers.items()
             if key not in absent
         }
@@ -245,13 +194,7 @@ def adopt_fabric(strategy: Strategy) -> None:
     Raises:
         ValueError: the strategy shards the model in a way that is not served; the message says what to use.
     """
-    check_served(strategy, (FabricAdapterOnly, SingleDeviceStrategy, DDPStrategy))
-    adopt_class(strategy, FabricAdapterOnly, DDPStrategy)
-
-
-def merge_sections(sections: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one section for a file that holds several adapted modules under different keys."""
-    return {**sections[0], "adapters": [adapter for section in sections for adapter in section["adapters"]]}
+    adopt_class(strategy, FabricAdapterOnly, SingleDeviceStrategy, DDPStrategy)
 
 
 def _state_key(section: dict[str, Any], key: str, modules: dict[str, nn.Module], path: Any) -> str:

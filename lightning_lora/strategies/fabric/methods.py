@@ -11,7 +11,8 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import nn
 
-from lightning_lora.checkpoint.file import SECTION, read_checkpoint
+from lightning_lora.checkpoint.file import SECTION
+from lightning_lora.checkpoint.reading import read_checkpoint
 from lightning_lora.compat.lightning import unwrapped
 from lightning_lora.model.state import injected_roots
 from lightning_lora.model.wrapping import at_injection, wrap

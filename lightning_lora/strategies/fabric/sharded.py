@@ -1,4 +1,4 @@
-"""Fabric lifecycle of sharded strategies: placement, gradient reduction, checkpoints, teardown."""
+"""Fabric lifecycle of sharded strategies: what Fabric calls for placement, reduction, checkpoints, teardown."""
 
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -14,60 +14,33 @@ from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.checkpoint.optimizer_state import follow_parameters
 from lightning_lora.compat.lightning import set_backward_sync
 from lightning_lora.distributed.elementwise import check_steps_on_parts
-from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
+from lightning_lora.distributed.gradient_norm import clip_by_norm, clip_by_value
+from lightning_lora.distributed.gradients import watch_steps
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.distributed.replication import broadcast_together, changing_buffers
-from lightning_lora.model.copies import guard_state
+from lightning_lora.model.spread import guard_state
 from lightning_lora.strategies.fabric.adapter_only import FabricAdapterOnly
-from lightning_lora.strategies.shared.launched import Launched, check_adapted
+from lightning_lora.strategies.shared.sharded import Sharded
 
 
-class FabricShardedStrategy(Launched, FabricAdapterOnly, ParallelStrategy):
-    """Base of ``fsdp_lora`` and ``megatron_lora`` for Fabric.
+class FabricShardedStrategy(Sharded, FabricAdapterOnly, ParallelStrategy):
+    """Base of ``fsdp_lora`` and ``megatron_lora`` for Fabric."""
 
-    A subclass says how a module is placed (:meth:`place`) and over which ranks which gradients are averaged
-    (:meth:`make_reducers`).
-    """
-
-    shards = True
-    strategy_name: str
     _lightning_base = ParallelStrategy
-
-    def place(self, model: nn.Module) -> None:
-        """Spread a module over the ranks in place, each part on its device. Called on all ranks."""
-        raise NotImplementedError
-
-    def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
-        """Return what averages the gradients of a placed module; the first takes in what is unfrozen later."""
-        raise NotImplementedError
-
-    def after_reduction(self, model: nn.Module) -> None:
-        """Mend what the gradients of a placed module need besides."""
-
-    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Let the gradients of a placed module accumulate on each rank, without communication."""
-        stack = ExitStack()
-        for reducer in self._reducers[model]:
-            stack.enter_context(reducer.no_sync())
-        return stack
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        # some for each module: what is summed where must not depend on the company
-        self._reducers: dict[nn.Module, list[GradientReducer]] = {}
         self._replaced = WeakTensorKeyDictionary()  # what trained before placing put another in its place
         set_backward_sync(self, _NoSync(self))
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
-        check_adapted(module, self.strategy_name)
-        share_overflows(getattr(self.precision, "scaler", None), self._reduce_pending)
+        self.check_adapted(module)
+        share_overflows(self.scaler, self._reduce_pending)
         before = dict(module.named_parameters())
         self.place(module)
-        for reducer in self._reducers.get(module, ()):
-            reducer.release()
-        self._reducers[module] = self.make_reducers(module)
+        self._watch(module)
         after = dict(module.named_parameters())
         self._replaced.update({p: None for name, p in before.items() if p.requires_grad and after[name] is not p})
         buffers = changing_buffers(module)
@@ -99,15 +72,6 @@ class FabricShardedStrategy(Launched, FabricAdapterOnly, ParallelStrategy):
         guard_state(optimizer)
         return super().setup_optimizer(optimizer)
 
-    def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
-        if reduces:
-            self._reduce_pending()
-
-    def _reduce_pending(self) -> None:
-        for reducers in self._reducers.values():
-            for reducer in reducers:
-                reducer.before_step()
-
     @override
     def module_to_device(self, module: nn.Module) -> None:
         """Do nothing: placing brings each part to its device."""
@@ -123,16 +87,9 @@ class FabricShardedStrategy(Launched, FabricAdapterOnly, ParallelStrategy):
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward and reduce the adapters' gradients before anyone can read them."""
-        for reducers in self._reducers.values():
-            for reducer in reducers:
-                reducer.before_backward()
+        self._before_backward()
         super().backward(tensor, module, *args, **kwargs)
-        for own, reducers in self._reducers.items():
-            for reducer in reducers:
-                reducer.add(own.parameters())  # some may have been unfrozen
-                reducer.after_backward()
-            if not reducers[0].is_blocked:
-                self.after_reduction(own)
+        self._after_backward()
 
     @override
     def clip_gradients_norm(
@@ -155,9 +112,7 @@ class FabricShardedStrategy(Launched, FabricAdapterOnly, ParallelStrategy):
 
     @override
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        for reducers in self._reducers.values():
-            for reducer in reducers:
-                reducer.check_equal()
+        self._check_equal()
         super().save_checkpoint(path, state, *args, **kwargs)
 
     @override
@@ -166,7 +121,7 @@ class FabricShardedStrategy(Launched, FabricAdapterOnly, ParallelStrategy):
 
     @override
     def teardown(self) -> None:
-        keep_overflows(getattr(self.precision, "scaler", None))
+        keep_overflows(self.scaler)
         super().teardown()
 
 

@@ -12,18 +12,18 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
+from typing_extensions import override
 
+from lightning_lora.checkpoint.optimizer_state import names_of
 from lightning_lora.distributed.gradients import GradientReducer
-from lightning_lora.distributed.sharding import (
-    MIN_SHARD_NUMEL,
-    ShardingOptions,
-    set_gradient_sync,
-    sharded_trainables,
-)
-from lightning_lora.model.layerdrop import drops_layers
+from lightning_lora.distributed.sharded_gradients import drop_unused, set_gradient_sync, sharded_trainables
+from lightning_lora.distributed.sharding import MIN_SHARD_NUMEL, ShardingOptions, shard
+from lightning_lora.model.spread import reshard
 from lightning_lora.model.state import injected_roots
+from lightning_lora.model.summary import drops_layers
 from lightning_lora.ops.sharded import is_sharded
-from lightning_lora.strategies.shared.launched import Launched, check_keywords
+from lightning_lora.strategies.shared.launched import check_keywords
+from lightning_lora.strategies.shared.sharded import Sharded
 
 UNFROZEN = (
     "a base parameter was unfrozen after the base was sharded, and would not train: name its module in modules_to_save "
@@ -31,11 +31,10 @@ UNFROZEN = (
 )
 
 
-class FSDPRanks(Launched):
-    """Mixin of the strategies for Trainer and Fabric: their options, and the ranks as a mesh."""
+class FSDPRanks(Sharded):
+    """Mixin of the strategies for Trainer and Fabric: their options, the ranks as a mesh, sharding a model over it."""
 
-    shards = True
-    _lightning_base: type[Any]
+    strategy_name = "fsdp_lora"
 
     def __init__(
         self,
@@ -89,6 +88,42 @@ class FSDPRanks(Launched):
         world_size = torch.distributed.get_world_size()
         self._device_mesh = make_mesh(self.root_device, world_size, self.options.replicate_size)
 
+    @override
+    def place(self, model: nn.Module) -> None:
+        shard(model, self.device_mesh, self.root_device, self.options, gathering_dtype(self.own_precision))
+
+    @override
+    def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
+        self.refuse_layerdrop(model)
+        self._trained_in_shards |= set(map(id, sharded_trainables(model)))
+        return [GradientReducer(model.parameters(), names=names_of(model))]
+
+    @override
+    def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
+        refuse_unfrozen(optimizer, self._trained_in_shards)
+        if self._trained_in_shards and not self.options.reshard_after_forward:
+            for model in self._reducers:
+                reshard(model)  # a forward since the backward left copies, which would outlive the step
+        super()._before_step(optimizer, reduces=reduces)
+
+    @override
+    def after_reduction(self, model: nn.Module) -> None:
+        if self._trained_in_shards:
+            drop_unused(model)
+
+    @contextmanager
+    @override
+    def accumulating(self, model: nn.Module) -> Iterator[None]:
+        spread = bool(sharded_trainables(model))
+        if spread:
+            set_gradient_sync(model, False)
+        try:
+            with super().accumulating(model):
+                yield
+        finally:
+            if spread:
+                set_gradient_sync(model, True)
+
 
 def make_mesh(device: torch.device, world_size: int, replicate_size: int) -> DeviceMesh:
     """Return the mesh of all ranks: one dimension, or replicas of shards."""
@@ -97,7 +132,7 @@ def make_mesh(device: torch.device, world_size: int, replicate_size: int) -> Dev
     if "ignored_params" not in inspect.signature(fully_shard).parameters or not hasattr(
         FSDPModule, "set_unshard_in_backward"
     ):
-        raise ValueError(f"'fsdp_lora' needs a newer torch than {torch.__version__}; 2.13 is what it is tested with")
+        raise ValueError(f"'fsdp_lora' needs a newer torch than {torch.__version__}; it is tested with 2.12 to 2.14")
     if world_size % replicate_size:
         raise ValueError(f"replicate_size={replicate_size} does not divide the {world_size} ranks")
     if replicate_size == 1:
@@ -121,17 +156,3 @@ def refuse_unfrozen(optimizer: Optimizer, served: set[int]) -> None:
     for group in optimizer.param_groups:
         if any(is_sharded(p) and p.requires_grad and id(p) not in served for p in group["params"]):
             raise ValueError(UNFROZEN)
-
-
-@contextmanager
-def no_sync(model: nn.Module, reducer: GradientReducer) -> Iterator[None]:
-    """Let gradients accumulate on each rank inside the block."""
-    spread = bool(sharded_trainables(model))
-    if spread:
-        set_gradient_sync(model, False)
-    try:
-        with reducer.no_sync():
-            yield
-    finally:
-        if spread:
-            set_gradient_sync(model, True)

@@ -11,12 +11,11 @@ import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.compat.lightning import connect, gather_tensor, reduce_tensor, set_launcher, subprocess_launcher
 from lightning_lora.distributed.rendezvous import store_of_this_attempt
-from lightning_lora.model.state import injected_roots
 
 T = TypeVar("T")
 
@@ -134,15 +133,6 @@ class Launched:
         objects = [obj]
         torch.distributed.broadcast_object_list(objects, src)
         return objects[0]
-
-
-def check_adapted(model: nn.Module, name: str) -> None:
-    """Raise ``ValueError`` for a model without adapters."""
-    if not injected_roots(model):
-        raise ValueError(
-            f"{name!r} shards the frozen base of an adapted model, and {type(model).__name__} holds no adapters: add "
-            "LoRACallback(...) to the Trainer's callbacks, or call inject(model, LoRAConfig(...)) first"
-        )
 
 
 def _default_backend(device: torch.device) -> str:

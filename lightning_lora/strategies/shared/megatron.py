@@ -12,6 +12,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import override
 
 from lightning_lora.checkpoint.fingerprint import remember_fingerprint
 from lightning_lora.checkpoint.optimizer_state import names_of
@@ -20,25 +21,30 @@ from lightning_lora.distributed.base_weights import materialize
 from lightning_lora.distributed.gradients import GradientReducer
 from lightning_lora.distributed.replication import broadcast_replicated, differ, make_equal, move_to, refuse_other_sizes
 from lightning_lora.megatron import cpu as megatron_cpu
-from lightning_lora.megatron.attention_heads import heads_of
-from lightning_lora.megatron.core import check_contract, is_gpt, megatron_core, parallel_state
-from lightning_lora.megatron.metrics import count_batches_once
-from lightning_lora.megatron.split import check_built, keep_parts, let_gradients_through_recomputed, mesh_of
+from lightning_lora.megatron.core import (
+    check_contract,
+    count_batches_once,
+    is_gpt,
+    megatron_core,
+    mesh_of,
+    parallel_state,
+)
+from lightning_lora.megatron.parts import check_built, keep_parts, let_gradients_through_recomputed
 from lightning_lora.megatron.tensor_parallel import check_replicated, split
-from lightning_lora.megatron.tp_plan import plan_of
+from lightning_lora.megatron.tp_plan import heads_of, plan_of
 from lightning_lora.megatron.weights import load_hf_weights
-from lightning_lora.model.copies import guard_parts
+from lightning_lora.model.spread import guard_parts
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.ops.sharded import is_sharded, shard_group
 from lightning_lora.strategies.shared.fsdp import gathering_dtype
-from lightning_lora.strategies.shared.launched import Launched, check_keywords
+from lightning_lora.strategies.shared.launched import check_keywords
+from lightning_lora.strategies.shared.sharded import Sharded
 
 
-class MegatronRanks(Launched):
+class MegatronRanks(Sharded):
     """Mixin of the strategies for Trainer and Fabric: their options, the ranks as groups, placing a model on them."""
 
-    shards = True
-    _lightning_base: type[Any]
+    strategy_name = "megatron_lora"
 
     def __init__(
         self,
@@ -90,7 +96,7 @@ class MegatronRanks(Launched):
         if self.root_device.type not in ("cpu", "cuda"):
             raise ValueError(f"'megatron_lora' runs on CUDA devices and on CPU, not on {self.root_device.type!r}")
         if self.root_device.type == "cpu":
-            megatron_cpu.install()
+            megatron_cpu.install_for(self)
 
     def form_groups(self: Any, model: nn.Module | None) -> None:
         """Lay the ranks out in Megatron-core's groups; ``"auto"`` looks at the model for their size."""
@@ -105,8 +111,11 @@ class MegatronRanks(Launched):
         replicas = self.world_size // size
         rank_zero_info(f"megatron_lora: {self.world_size} ranks = {replicas} data-parallel x {size} tensor-parallel")
 
+    @override
     def place(self, model: nn.Module) -> None:
         """Split the model over the ranks in place, each part on its device. Called on all ranks."""
+        if self.root_device.type == "cpu":
+            megatron_cpu.install_for(*model.modules())
         keep_parts(model)  # also of what lies outside the adapted models: a teacher, a head of the user's
         for part in model.modules():
             if is_gpt(part):
@@ -148,16 +157,21 @@ class MegatronRanks(Launched):
         self._check_recomputed(root)
         let_gradients_through_recomputed(root)
 
-    def _check_recomputed(self: Any, root: Any) -> None:
+    def _check_recomputed(self, root: Any) -> None:
         """Raise ``ValueError`` where Megatron-core would recompute, outside of autocast, in another dtype."""
-        plugin = getattr(self, "precision_plugin", None) or getattr(self, "precision", None)
-        mixed, own = gathering_dtype(plugin), next(root.parameters()).dtype
+        mixed, own = gathering_dtype(self.own_precision), next(root.parameters()).dtype
         if root.config.recompute_granularity == "full" and mixed not in (None, own):
             raise ValueError(
                 f"recompute_granularity='full' recomputes outside of autocast, in the base's {own} and not in {mixed}: "
                 "build the model in that dtype (params_dtype=...), or use precision='bf16-true'"
             )
 
+    def teardown(self) -> None:
+        """Leave the patches for CPU to the models that were placed."""
+        super().teardown()  # type: ignore[misc]  # Lightning's
+        megatron_cpu.release(self)
+
+    @override
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         """Return what averages the gradients of a placed model: of whole factors, and of parts."""
         names, size = names_of(model), parallel_state().get_data_parallel_world_size()

@@ -1,25 +1,17 @@
 """``FSDPLoRAStrategy``: the frozen base sharded with FSDP2, the adapters whole, one adapter-only checkpoint."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint.optimizer_state import names_of
 from lightning_lora.compat.lightning import set_device_mesh
-from lightning_lora.distributed.gradients import GradientReducer, drop_unused
-from lightning_lora.distributed.sharding import (
-    shard,
-    sharded_trainables,
-    shards_summary,
-)
-from lightning_lora.model.gathered import reshard
-from lightning_lora.strategies.shared.fsdp import UNFROZEN, FSDPRanks, gathering_dtype, no_sync, refuse_unfrozen
+from lightning_lora.distributed.gradients import GradientReducer
+from lightning_lora.distributed.sharded_gradients import sharded_trainables
+from lightning_lora.distributed.sharding import shards_summary
+from lightning_lora.strategies.shared.fsdp import UNFROZEN, FSDPRanks
 from lightning_lora.strategies.trainer.evaluation import UnequalEvaluation
 from lightning_lora.strategies.trainer.sharded import ShardedStrategy
 
@@ -74,7 +66,6 @@ class FSDPLoRAStrategy(FSDPRanks, ShardedStrategy):
         trainer = L.Trainer(callbacks=[LoRACallback(r=8)], strategy="fsdp_lora", devices=8)
     """
 
-    strategy_name = "fsdp_lora"
     _evaluation: UnequalEvaluation
 
     @override
@@ -106,34 +97,13 @@ class FSDPLoRAStrategy(FSDPRanks, ShardedStrategy):
 
     @override
     def place(self, model: nn.Module) -> None:
-        shard(model, self.device_mesh, self.root_device, self.options, gathering_dtype(self.precision_plugin))
+        super().place(model)
         rank_zero_info(shards_summary(model))
 
     @override
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
-        self.refuse_layerdrop(model)
-        self._trained_in_shards = set(map(id, sharded_trainables(model)))
-        return [GradientReducer(model.parameters(), names=names_of(model))]
-
-    @override
-    def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
-        refuse_unfrozen(optimizer, self._trained_in_shards)
-        if self._trained_in_shards and not self.options.reshard_after_forward:
-            assert self.lightning_module is not None
-            reshard(self.lightning_module)  # a forward since the backward left copies, which would outlive the step
-        super()._before_step(optimizer, reduces=reduces)
-
-    @override
-    def after_reduction(self, model: nn.Module) -> None:
-        if self._trained_in_shards:
-            drop_unused(model)
-
-    @contextmanager
-    @override
-    def block_backward_sync(self) -> Iterator[None]:
-        assert self.model is not None
-        with no_sync(self.model, self._reducers[0]):
-            yield
+        self._trained_in_shards = set()  # of an earlier fit
+        return super().make_reducers(model)
 
     @override
     def on_exception(self, exception: BaseException) -> None:

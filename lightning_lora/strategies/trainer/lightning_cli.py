@@ -12,11 +12,12 @@ import warnings
 from types import MethodType
 from typing import Any
 
-from lightning_lora.compat.lightning import cli_callbacks, place_of_cli_optimizer
+from lightning_lora.compat.lightning import cli_callbacks, cli_optimizer_settings, place_of_cli_optimizer
 from lightning_lora.model.wrapping import wrap
+from lightning_lora.strategies.trainer.learning_rate import handing_out_groups
 
 
-def install(callback: type) -> None:
+def install(callback: Any) -> None:
     """Wrap the method that builds the optimizer, where LightningCLI is imported; a second call does nothing.
 
     Args:
@@ -27,12 +28,13 @@ def install(callback: type) -> None:
         wrap(*place, functools.partial(_building_late, callback=callback))
 
 
-def _building_late(add: Any, callback: type) -> Any:
+def _building_late(add: Any, callback: Any) -> Any:
     """Wrap the method so that the model's ``configure_optimizers`` builds the optimizer when the run calls it."""
 
     @functools.wraps(add)
     def adding(cli: Any, subcommand: str | None) -> None:
-        if not any(isinstance(one, callback) for one in cli_callbacks(cli)):
+        ratios = [one.lora_plus_ratio for one in cli_callbacks(cli) if isinstance(one, callback)]
+        if not ratios:
             add(cli, subcommand)
             return
         # it may fail without adapters; a real error is raised when it is built late
@@ -48,7 +50,8 @@ def _building_late(add: Any, callback: type) -> Any:
             twin = copy.copy(cli)
             twin.model = module
             try:
-                with warnings.catch_warnings():
+                settings = functools.partial(cli_optimizer_settings, cli, subcommand)
+                with warnings.catch_warnings(), handing_out_groups(module, ratios, settings):
                     warnings.filterwarnings("ignore", ".*will be overridden by")  # said once before
                     add(twin, subcommand)
                 return module.configure_optimizers()

@@ -38,8 +38,6 @@ class MegatronLoRAStrategy(MegatronRanks, ShardedStrategy):
         trainer = L.Trainer(callbacks=[LoRACallback(r=8)], strategy="megatron_lora", devices=8)
     """
 
-    strategy_name = "megatron_lora"
-
     @override
     def setup_environment(self) -> None:
         super().setup_environment()

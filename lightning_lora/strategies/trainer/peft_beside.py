@@ -6,12 +6,11 @@ from typing import Any
 from lightning_lora.checkpoint.all_ranks import fail_together
 from lightning_lora.checkpoint.file import SECTION
 from lightning_lora.checkpoint.storage import Location, location, remove_files
-from lightning_lora.model.left_out import outside_names, say_left_out
 from lightning_lora.model.state import injected_roots
+from lightning_lora.model.summary import outside_names, say_left_out
 from lightning_lora.peft.config import CONFIG_NAME
-from lightning_lora.peft.convert import write_adapter
 from lightning_lora.peft.directory import WEIGHTS_NAME
-from lightning_lora.peft.save import write_tokenizer
+from lightning_lora.peft.save import write_adapter, write_tokenizer
 
 
 class PeftBeside:

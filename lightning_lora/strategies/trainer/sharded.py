@@ -1,7 +1,7 @@
-"""Trainer lifecycle of sharded strategies: placement, gradient reduction, checkpoints, teardown."""
+"""Trainer lifecycle of sharded strategies: what Lightning calls for placement, reduction, checkpoints, teardown."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,42 +13,23 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.distributed.elementwise import check_steps_on_parts
-from lightning_lora.distributed.gradients import GradientReducer, clip_by_norm, clip_by_value, watch_steps
+from lightning_lora.distributed.gradient_norm import clip_by_norm, clip_by_value
+from lightning_lora.distributed.gradients import watch_steps
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.distributed.replication import broadcast_together, changing_buffers
-from lightning_lora.distributed.sharding import sharded_trainables
-from lightning_lora.model.copies import guard_state
-from lightning_lora.strategies.shared.launched import Launched, check_adapted
+from lightning_lora.distributed.sharded_gradients import sharded_trainables
+from lightning_lora.model.spread import guard_state
+from lightning_lora.strategies.shared.sharded import Sharded
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
 from lightning_lora.strategies.trainer.lockstep import Lockstep
 from lightning_lora.strategies.trainer.logged import log_adapters
 
 
-class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
-    """Base of ``fsdp_lora`` and ``megatron_lora`` for the Trainer.
+class ShardedStrategy(Sharded, AdapterOnly, ParallelStrategy):
+    """Base of ``fsdp_lora`` and ``megatron_lora`` for the Trainer."""
 
-    A subclass says how the model is placed (:meth:`place`) and over which ranks which gradients are averaged
-    (:meth:`make_reducers`).
-    """
-
-    shards = True
-    strategy_name: str
     _lightning_base = ParallelStrategy
-
-    # of a run
-    _reducers: tuple[GradientReducer, ...] = ()
-    _buffers: tuple[Tensor, ...] = ()
-
-    def place(self, model: nn.Module) -> None:
-        """Spread the model over the ranks in place, each part on its device. Called on all ranks."""
-        raise NotImplementedError
-
-    def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
-        """Return what averages the gradients of a placed model; the first takes in what is unfrozen later."""
-        raise NotImplementedError
-
-    def after_reduction(self, model: nn.Module) -> None:
-        """Mend what the gradients of a placed model need besides."""
+    _buffers: tuple[Tensor, ...] = ()  # of a run
 
     @property
     def is_distributed(self) -> bool:
@@ -65,7 +46,7 @@ class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
         assert self.model is not None
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        check_adapted(self.model, self.strategy_name)
+        self.check_adapted(self.model)
         self.lockstep = Lockstep(trainer)
         log_adapters(trainer)
         evaluating = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
@@ -77,8 +58,8 @@ class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self._release()
-            self._reducers = tuple(self.make_reducers(self.model))
-            share_overflows(getattr(self.precision_plugin, "scaler", None), self._before_unscaling)
+            self._watch(self.model)
+            share_overflows(self.scaler, self._before_unscaling)
             self._clip_reduced()
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
@@ -87,10 +68,6 @@ class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
             if sharded_trainables(self.model):
                 self._clip_over_ranks()
         self.setup_precision_plugin()
-
-    def _release(self) -> None:
-        for reducer in self._reducers:
-            reducer.release()
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
@@ -102,23 +79,22 @@ class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:
         """Reduce what would be stepped on unreduced, also of tensors that came into an optimizer during the run."""
         self._take_in_unfrozen()
-        assert self.lightning_module is not None
         # Lightning hands every step a closure; under manual optimization one that does nothing
-        if reduces or not self.lightning_module.automatic_optimization:
-            self._reduce_pending()
+        super()._before_step(optimizer, reduces=reduces or not self._adapted_module().automatic_optimization)
+
+    @override
+    def may_train(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return (parameter for group in groups for parameter in group["params"])
+
+    def _take_in_unfrozen(self) -> None:
+        for model, reducers in self._reducers.items():
+            for reducer in reducers:
+                reducer.add(self.may_train(model))
 
     def _before_unscaling(self) -> None:
         self._take_in_unfrozen()
         self._reduce_pending()
-
-    def _reduce_pending(self) -> None:
-        for reducer in self._reducers:
-            reducer.before_step()
-
-    def _take_in_unfrozen(self) -> None:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        for reducer in self._reducers:
-            reducer.add(p for group in groups for p in group["params"])
 
     def _clip_reduced(self) -> None:
         plugin: Any = self.precision_plugin
@@ -158,18 +134,13 @@ class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run backward and reduce the adapters' gradients before any hook can read them."""
-        for reducer in self._reducers:
-            reducer.before_backward()
+        self._before_backward()
         self.pre_backward(closure_loss)
-        assert self.lightning_module is not None
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-        self._take_in_unfrozen()
-        for reducer in self._reducers:
-            reducer.after_backward()
-        if not self._reducers[0].is_blocked:
-            self.after_reduction(self.lightning_module)
-        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        module = self._adapted_module()
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+        self._after_backward()
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
 
@@ -177,9 +148,8 @@ class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
     @override
     def block_backward_sync(self) -> Iterator[None]:
         """Let gradients accumulate on each rank, without communication."""
-        with ExitStack() as stack:
-            for reducer in self._reducers:
-                stack.enter_context(reducer.no_sync())
+        assert self.model is not None
+        with self.accumulating(self.model):
             yield
 
     @contextmanager
@@ -194,8 +164,7 @@ class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        for reducer in self._reducers:
-            reducer.check_equal()
+        self._check_equal()
         # the batch-size scaler draws another path on every rank
         super().save_checkpoint(checkpoint, self.broadcast(filepath), storage_options)
 
@@ -214,7 +183,7 @@ class ShardedStrategy(Launched, AdapterOnly, ParallelStrategy):
         self._release()
         for name in ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value"):
             self.precision_plugin.__dict__.pop(name, None)
-        keep_overflows(getattr(self.precision_plugin, "scaler", None))
+        keep_overflows(self.scaler)
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()

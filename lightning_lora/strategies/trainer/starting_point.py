@@ -7,25 +7,15 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.checkpoint.file import (
-    check_structure,
-    check_tensors,
-    config_of,
-    copy_tensors,
-    fitting_tensors,
-    one_adapter,
-    read_checkpoint,
-    structure,
-    trained_tensors,
-)
+from lightning_lora.checkpoint.file import structure, trained_tensors
+from lightning_lora.checkpoint.fitting import check_structure, check_tensors, copy_tensors, fitting_tensors
+from lightning_lora.checkpoint.reading import one_adapter, read_checkpoint
 from lightning_lora.checkpoint.storage import location
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.families import family_of
-from lightning_lora.model.finite import OnNonfinite
+from lightning_lora.model.families import family_of, find_root
 from lightning_lora.model.inject import inject, inject_anew, remove
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.root import find_root
-from lightning_lora.model.state import has_trained, injection_of, named_lora_layers, require_injection
+from lightning_lora.model.state import OnNonfinite, has_trained, injection_of, named_lora_layers, require_injection
 from lightning_lora.peft.load import load_peft
 
 
@@ -86,8 +76,8 @@ def _adapt_from_checkpoint(
     root: nn.Module, root_path: str, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite
 ) -> None:
     """Adapt ``root`` with the file's config, in which ``given`` replaces settings, and copy the weights inside it."""
-    checkpoint = one_adapter(read_checkpoint(path), root_path, path)
-    inject_anew(root, dataclasses.replace(config_of(checkpoint, path), **given), check_ranks=False)
+    checkpoint, config = one_adapter(read_checkpoint(path), root_path, path)
+    inject_anew(root, dataclasses.replace(config, **given), check_ranks=False)
     try:
         tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=on_nonfinite)
     except ValueError:

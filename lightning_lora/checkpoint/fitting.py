@@ -1,0 +1,193 @@
+"""Check that a checkpoint's tensors fit a model, and copy them; everything is checked before anything is copied."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.checkpoint.file import SECTION, adapters_in, named_tensors, other_state, structure, trained_tensors
+from lightning_lora.checkpoint.fingerprint import first_difference
+from lightning_lora.checkpoint.reading import adapters_by_path, renaming, section_of
+from lightning_lora.model.families import resize_advice
+from lightning_lora.model.names import clean_name, is_inside, listed
+from lightning_lora.model.state import OnNonfinite, check_finite, injected_roots, is_merged, require_root
+from lightning_lora.ops.sharded import logical, write
+
+
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any], *, on_nonfinite: OnNonfinite = "error") -> None:
+    """Copy adapters into ``model``, whose layers must be exactly those of ``state``.
+
+    Args:
+        state: what :func:`adapter_state_dict` returned, or a whole checkpoint of Trainer, Fabric or
+            :func:`adapter_checkpoint`. A checkpoint also says its scale and base, and those are compared too.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
+
+    Raises:
+        ValueError: a name is missing or left over, a shape, scale or the base differs, or an adapter holds NaN or
+            infinity. Nothing is copied then.
+    """
+    root = require_root(model)
+    if SECTION in state:
+        tensors = fitting_tensors(state, root, "the checkpoint", on_nonfinite=on_nonfinite)
+    else:
+        tensors = dict(state)
+        check_tensors(tensors, root, "the state")
+        check_finite(adapters_in(tensors, root), "the state", on_nonfinite)
+    copy_tensors(tensors, root)
+
+
+def fitting_tensors(
+    checkpoint: Mapping[str, Any],
+    module: nn.Module,
+    source: Any,
+    state_key: str | None = None,
+    *,
+    check_names: bool = True,
+    on_nonfinite: OnNonfinite = "error",
+) -> dict[str, Tensor]:
+    """Return the checkpoint's tensors under their names in ``module``, after checking that they fit.
+
+    Compared are, in this order: layers, ranks and scales; token rows; what trains whole; names and shapes; the base.
+    Adapters must be finite. Where the adapted model sits (``model.`` in a LightningModule, the top in Fabric) may
+    differ between file and module.
+
+    Args:
+        state_key: take the tensors under this key of the checkpoint; ``None`` takes the only ones that there are.
+        check_names: ``False`` leaves names and shapes to a later :func:`check_tensors`.
+        on_nonfinite: what to do about an adapter that holds NaN or infinity.
+
+    Raises:
+        ValueError: something differs, or an adapter holds NaN or infinity. The message says what the file has, what the
+            model has, and what to do.
+    """
+    section = section_of(checkpoint, source)
+    roots = injected_roots(module)
+    if not roots:
+        raise ValueError(
+            f"{source} is an adapter checkpoint, but the model holds no adapters; call inject(model, config) first"
+        )
+    if any(is_merged(root) for root in roots.values()):
+        raise ValueError("the model's adapters are merged: call unmerge(model) before loading others")
+    keys = {adapter["state_key"] for adapter in section["adapters"]}
+    if state_key is None:
+        if len(keys) != 1:
+            raise ValueError(f"{source} holds several adapted models, {sorted(keys)}; expected one")
+        (state_key,) = keys
+    state = checkpoint.get(state_key)
+    if state_key not in keys or not isinstance(state, Mapping):
+        raise ValueError(f"{source} has no adapters under {state_key!r}; it has them under {sorted(keys)}")
+    by_path = adapters_by_path(section, roots, state_key, source)
+    for path, adapter in by_path.items():
+        check_structure(adapter, roots[path], source)
+    if roots.keys() == {""}:  # the adapted model itself: what trained around it has no place here
+        file_root = by_path[""]["root"]
+        state = {name: value for name, value in state.items() if is_inside(name, file_root)}
+    rename = renaming(checkpoint, module, source, state_key)
+    renamed = {rename(name): value for name, value in state.items()}
+    if check_names:
+        check_tensors(renamed, module, source)
+    for path, adapter in by_path.items():
+        _check_base(adapter["base"], roots[path], source)
+    check_finite(adapters_in(renamed, module), source, on_nonfinite)
+    return renamed
+
+
+def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> None:
+    """Raise ``ValueError`` where ``root`` is not the base whose fingerprint the file has."""
+    difference = first_difference(root, recorded)
+    if difference is not None:
+        origin = f" ({recorded['source']})" if recorded["source"] else ""
+        raise ValueError(
+            f"{source} was trained on another base model{origin}: {difference}. Load the base that the adapter was "
+            "trained on"
+        )
+
+
+def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Copy checked tensors into ``module`` in place, each in its own dtype and device."""
+    targets = named_tensors(module)
+    others = {name: value for name, value in tensors.items() if name not in targets}
+    for name in tensors.keys() - others.keys():
+        write(targets[name], tensors[name])
+    if others:
+        own = {clean_name(name): name for name in module.state_dict()}
+        module.load_state_dict({own.get(name, name): value for name, value in others.items()}, strict=False)
+
+
+def complete_state(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return ``module``'s state dict with a checkpoint's tensors in it, for a strict ``load_state_dict``.
+
+    Names are the module's own, such as ``model._orig_mod.`` where a compiled model is, and a tied tensor has its value
+    under all of its names. What the checkpoint lacks is as it is in the module.
+    """
+    state = module.state_dict(keep_vars=True)
+    own = {clean_name(name): name for name in state}
+    values = {id(state[own[name]]): value for name, value in tensors.items() if name in own}
+    others = {name: value for name, value in tensors.items() if name not in own}
+    return {**{name: values.get(id(value), value) for name, value in state.items()}, **others}
+
+
+def check_structure(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> None:
+    """Compare a file's :func:`structure` with that of ``root``.
+
+    Raises:
+        ValueError: a layer, rank, scale, row or what trains whole differs. The message says where.
+    """
+    ours = structure(root)
+    _check_same_names("adapted layers", adapter["layers"], ours["layers"], source)
+    for name, (r, scaling) in adapter["layers"].items():
+        own_r, own_scaling = ours["layers"][name]
+        if r != own_r:
+            raise ValueError(
+                f"{source} has r={r} at {name!r}, the model has r={own_r}: adapt the model with the file's rank"
+            )
+        if abs(scaling - own_scaling) > 1e-9 * abs(scaling):
+            raise ValueError(
+                f"{source} scales {name!r} by {scaling:g}, the model by {own_scaling:g}: adapt it with the file's "
+                "alpha and use_rslora, or convert() an older file with an nn.MultiheadAttention and load_peft() that"
+            )
+    rows = adapter.get("token_rows", {})
+    if rows != ours["token_rows"]:
+        raise ValueError(
+            f"{source} trains rows {_short(rows)} of embeddings, the model {_short(ours['token_rows'])}: adapt it "
+            "with the file's trainable_token_indices"
+        )
+    _check_same_names("tensors that train whole", adapter["trained_whole"], ours["trained_whole"], source)
+
+
+def _short(rows: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{name}: {ids[:5]}{' ...' if len(ids) > 5 else ''}" for name, ids in rows.items()) or "none"
+
+
+def _check_same_names(what: str, theirs: Any, ours: Any, source: Any) -> None:
+    missing, extra = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
+    if missing or extra:
+        raise ValueError(
+            f"{source} and the model differ in their {what}: {_some(extra)} only in the file, {_some(missing)} "
+            "only in the model. Use the target_modules, modules_to_save and bias that the file was written with"
+        )
+
+
+def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) -> None:
+    """Compare names and shapes of a checkpoint's tensors with what ``module`` trains."""
+    targets = named_tensors(module)
+    others = other_state(module)
+    missing = [name for name in trained_tensors(module) if name not in tensors]
+    unexpected = [name for name in tensors if name not in targets and name not in others]
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} does not fit {type(module).__name__}: {_some(missing)} missing in the file, "
+            f"{_some(unexpected)} not in the model"
+        )
+    for name, value in tensors.items():
+        if name in others and name not in targets:
+            continue
+        expected = tuple(logical(targets[name]).shape)
+        if not isinstance(value, Tensor) or tuple(value.shape) != expected:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            advice = resize_advice(module, name, given, expected) if isinstance(given, tuple) else ""
+            raise ValueError(f"{source} has {given} for {name!r}, the model has {expected}{advice}")
+
+
+def _some(names: list[str]) -> str:
+    return listed([repr(name) for name in names], 3) or "nothing"

@@ -1,0 +1,128 @@
+"""Packed weights in a state dict: bitsandbytes' keys, which transformers, PEFT and vLLM read.
+
+Of a weight called ``M.weight`` in 4 bits: ``M.weight`` (the codes, ``[n / 2, 1]``), ``M.weight.absmax`` (the scales),
+``M.weight.quant_map`` (the values of the codes), with double quantisation ``M.weight.nested_absmax`` and
+``M.weight.nested_quant_map``, and ``M.weight.quant_state.bitsandbytes__nf4``: JSON as bytes. In 8 bits: ``M.weight``
+(int8) and ``M.SCB`` (the scales).
+"""
+
+import json
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.ops.four_bit import BLOCK, BYTES, SCALES_BLOCK, code_values, dynamic_levels, num_blocks
+from lightning_lora.ops.packed import FORMS, Int8, NF4Double, PackedWeight, as_bytes, floats
+
+STATE = "quant_state.bitsandbytes__"
+ZERO_CODES = 0x77  # two codes of the value 0 in NF4
+
+
+def state_of(stored: PackedWeight, name: str) -> dict[str, Tensor]:
+    """Return the entries of a packed weight called ``name``."""
+    parts = stored.tensors
+    if isinstance(stored, Int8):
+        codes = parts["codes"].view(torch.int8).view(stored.shape)
+        return {name: codes, scales_name(name): floats(parts["scales"])}
+    numel, device = stored.shape.numel(), stored.device
+    entries = {name: parts["codes"].reshape(-1, 1)[: -(-numel // 2)], f"{name}.quant_map": code_values("nf4", device)}
+    facts: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": BLOCK,
+        "dtype": str(stored.dtype).removeprefix("torch."),
+        "shape": list(stored.shape),
+    }
+    if isinstance(stored, NF4Double):
+        entries[f"{name}.absmax"] = parts["scales"].view(-1)
+        entries[f"{name}.nested_absmax"] = floats(parts["nested"])
+        entries[f"{name}.nested_quant_map"] = dynamic_levels(device)
+        facts |= {"nested_blocksize": SCALES_BLOCK, "nested_dtype": "float32"}
+        facts["nested_offset"] = floats(parts["offset"][None]).item() if device.type != "meta" else 0.0
+    else:
+        entries[f"{name}.absmax"] = floats(parts["scales"])
+    text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    return entries | {f"{name}.{STATE}nf4": text}
+
+
+def scales_name(name: str) -> str:
+    """Return bitsandbytes' name of an 8-bit weight's scales: ``SCB`` beside ``weight``."""
+    module, _, local = name.rpartition(".")
+    own = "SCB" if local == "weight" else f"{local}.SCB"
+    return f"{module}.{own}" if module else own
+
+
+def read_parts(empty: PackedWeight, state: MutableMapping[str, Any], name: str) -> Mapping[str, Tensor]:
+    """Take the entries of a weight called ``name`` out of a state dict and return its parts.
+
+    A floating-point weight is quantised. Nothing is returned where the state dict holds nothing of the weight.
+
+    Raises:
+        ValueError: the entries are of another form, block size, code or shape, or some are missing.
+    """
+    weight = state.pop(name, None)
+    if weight is None:
+        return {}
+    if weight.is_floating_point():
+        if weight.shape != empty.shape:
+            raise ValueError(_refusal(name, f"its shape is {list(weight.shape)}", f"{list(empty.shape)}"))
+        return _finite(type(empty).quantize(weight), name).tensors
+    if isinstance(empty, Int8):
+        parts = {"codes": weight, "scales": state.pop(scales_name(name), None)}
+        state.pop(f"{name}_format", None)
+        if weight.dtype != torch.int8 or parts["scales"] is None:
+            raise ValueError(_refusal(name, f"it holds {weight.dtype} without scales", "int8 and SCB"))
+        return _checked(empty, {"codes": weight.view(torch.uint8), "scales": as_bytes(parts["scales"])}, name)
+    return _checked(empty, _four_bit_parts(empty, weight, state, name), name)
+
+
+def _four_bit_parts(
+    empty: PackedWeight, weight: Tensor, state: MutableMapping[str, Any], name: str
+) -> dict[str, Tensor]:
+    entries = {key.removeprefix(f"{name}."): state.pop(key) for key in [*state] if key.startswith(f"{name}.")}
+    described = [key for key in entries if key.startswith(STATE)]
+    if weight.dtype != torch.uint8 or not described:
+        raise ValueError(_refusal(name, f"it holds {weight.dtype} and no quantisation state", "4-bit codes"))
+    facts = json.loads(bytes(entries[described[0]].tolist()))
+    wanted = {"quant_type": "nf4", "blocksize": BLOCK, "shape": list(empty.shape)}
+    wanted |= {"nested_blocksize": SCALES_BLOCK} if isinstance(empty, NF4Double) else {}
+    other = {key: facts.get(key) for key, value in wanted.items() if facts.get(key) != value}
+    if other or ("nested_absmax" in entries) != isinstance(empty, NF4Double):
+        double = " with double quantisation" if "nested_absmax" in entries else ""
+        raise ValueError(_refusal(name, f"its state says {other or facts}{double}", f"{wanted} as {empty.kind!r}"))
+    numel = empty.shape.numel()
+    if weight.numel() != -(-numel // 2):
+        raise ValueError(_refusal(name, f"it has {weight.numel()} bytes of codes", f"{-(-numel // 2)}"))
+    blocks = num_blocks(numel)
+    codes = torch.nn.functional.pad(weight.reshape(-1), (0, blocks * BYTES - weight.numel()), value=ZERO_CODES)
+    parts = {"codes": codes.view(-1, BYTES), "scales": entries.get("absmax")}
+    if isinstance(empty, NF4Double):
+        offset = torch.tensor([facts["nested_offset"]], dtype=torch.float32)
+        parts |= {"nested": as_bytes(entries["nested_absmax"]), "offset": as_bytes(offset)[0]}
+        parts["scales"] = None if parts["scales"] is None else parts["scales"][:, None]
+    elif parts["scales"] is not None:
+        parts["scales"] = as_bytes(parts["scales"])
+    return {part: tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def _checked(empty: PackedWeight, parts: Mapping[str, Tensor], name: str) -> Mapping[str, Tensor]:
+    sizes = type(empty).sizes(empty.shape)
+    found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+    if found != sizes:
+        raise ValueError(_refusal(name, f"its parts have the shapes {found}", f"{sizes}"))
+    return parts
+
+
+def _finite(stored: PackedWeight, name: str) -> PackedWeight:
+    if not stored.is_finite():
+        raise ValueError(f"{name!r} holds NaN or infinity, which cannot be quantised: load a base without them")
+    return stored
+
+
+def _refusal(name: str, given: str, expected: str) -> str:
+    kinds = ", ".join(map(repr, FORMS))
+    return (
+        f"{name!r} cannot be loaded into a quantised layer: {given}, expected {expected}. Load it into a model "
+        f"that was quantised in the same way (quantize= one of {kinds}), or load the floating-point weight"
+    )

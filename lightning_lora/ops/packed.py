@@ -1,0 +1,214 @@
+"""A weight of which the values are packed in 4 or 8 bits, made dense each time that it is used.
+
+All parts of a packed weight are bytes, so that no cast of a module (``half()``, a mixed-precision policy) rounds a
+scale.
+The first dimension of the codes and of the scales counts the same blocks. So a slice of both is a packed weight, too,
+and shards of FSDP2 end on block borders.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from lightning_lora.ops.four_bit import (
+    BYTES,
+    SCALES_BLOCK,
+    dense_4bit,
+    dense_scales,
+    num_blocks,
+    quantize_4bit,
+    quantize_scales,
+)
+
+
+class StoredWeight(Protocol):
+    """What is multiplied as a matrix and stored in another form."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the values in ``dtype``, in memory of their own."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Codes and scales of one weight.
+
+    Attributes:
+        tensors: the parts by name, all of them bytes: ``codes`` and ``scales``, whose first dimension counts blocks,
+            and what belongs to the whole weight.
+        shape: of the weight.
+        dtype: that the weight had.
+    """
+
+    tensors: Mapping[str, Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+
+    kind: ClassVar[str]  # the word of ``quantize=``
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the codes."""
+        return self.tensors["codes"].device
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> Self:
+        """Return a weight of a floating-point dtype packed."""
+        return cls(cls.pack(weight.detach()), weight.shape, weight.dtype)
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a weight."""
+        raise NotImplementedError
+
+    @classmethod
+    def sizes(cls, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every part of a weight of ``shape``."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the values in ``dtype``, computed in float32 and rounded once."""
+        raise NotImplementedError
+
+    def is_finite(self) -> bool:
+        """Return False if the weight held NaN or infinity, which a scale keeps."""
+        return bool(torch.isfinite(floats(self.tensors["scales"])).all())
+
+    def to(self, device: torch.device) -> Self:
+        """Return the packed weight on another device."""
+        return replace(self, tensors={name: part.to(device) for name, part in self.tensors.items()})
+
+
+class NF4(PackedWeight):
+    """4-bit NormalFloat in blocks of 64: ``codes [blocks, 32]``, ``scales [blocks, 4]``; 4.5 bits a value."""
+
+    kind = "nf4"
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
+        codes, scales = quantize_4bit(weight, "nf4")
+        return {"codes": codes, "scales": as_bytes(scales)}
+
+    @classmethod
+    def sizes(cls, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        blocks = num_blocks(shape.numel())
+        return {"codes": (blocks, BYTES), "scales": (blocks, 4)}
+
+    def block_scales(self) -> Tensor:
+        """Return the scale of every block, ``[blocks]``, float32."""
+        return floats(self.tensors["scales"])
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        blocks = dense_4bit(self.tensors["codes"], self.block_scales(), "nf4", dtype)
+        return blocks.view(-1)[: self.shape.numel()].view(self.shape)
+
+
+class NF4Double(NF4):
+    """NF4 with double quantisation: ``scales [blocks, 1]``, ``nested [blocks / 256, 4]``, ``offset [4]``; 4.13 bits."""
+
+    kind = "nf4-dq"
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
+        codes, scales = quantize_4bit(weight, "nf4")
+        scale_codes, nested, offset = quantize_scales(scales)
+        return {
+            "codes": codes,
+            "scales": scale_codes[:, None],
+            "nested": as_bytes(nested),
+            "offset": as_bytes(offset[None])[0],
+        }
+
+    @classmethod
+    def sizes(cls, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        blocks = num_blocks(shape.numel())
+        return {
+            "codes": (blocks, BYTES),
+            "scales": (blocks, 1),
+            "nested": (-(-blocks // SCALES_BLOCK), 4),
+            "offset": (4,),
+        }
+
+    def block_scales(self) -> Tensor:
+        nested, offset = floats(self.tensors["nested"]), floats(self.tensors["offset"][None])
+        return dense_scales(self.tensors["scales"].view(-1), nested, offset)
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(floats(self.tensors["offset"][None])).all())
+
+
+class Int8(PackedWeight):
+    """8-bit integers with a scale for every row: ``codes [rows, columns]``, ``scales [rows, 4]`` (LLM.int8's weights).
+
+    A value is ``code * scale / 127``; the scale is the largest absolute value of the row (Dettmers et al. 2022,
+    arXiv 2208.07339, section 2).
+    """
+
+    kind = "int8"
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
+        rows = weight.reshape(-1, weight.shape[-1]).float()
+        scales = rows.abs().amax(dim=1)
+        codes = torch.round(rows * (127.0 / scales.clamp_min(torch.finfo(torch.float32).tiny))[:, None])
+        return {"codes": codes.to(torch.int8).view(torch.uint8), "scales": as_bytes(scales)}
+
+    @classmethod
+    def sizes(cls, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        rows = shape[:-1].numel()
+        return {"codes": (rows, shape[-1]), "scales": (rows, 4)}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        scales = floats(self.tensors["scales"]) / 127.0
+        dense = self.tensors["codes"].view(torch.int8).float().mul_(scales[:, None])
+        return dense.to(dtype).view(self.shape)
+
+
+FORMS: dict[str, type[PackedWeight]] = {form.kind: form for form in (NF4, NF4Double, Int8)}
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """Return float32 numbers ``[n]`` as bytes ``[n, 4]`` in the same memory."""
+    return values.contiguous().view(torch.uint8).view(-1, 4)
+
+
+def floats(parts: Tensor) -> Tensor:
+    """Return the numbers ``[n]``, float32, of which :func:`as_bytes` returned the bytes."""
+    return parts.contiguous().view(torch.float32).view(-1)
+
+
+class _StoredLinear(torch.autograd.Function):
+    """``x W^T + b`` for a frozen W that is made dense again for the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
+        ctx.stored, ctx.has_bias = stored, bias is not None
+        return torch.nn.functional.linear(x, stored.dense(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad @ ctx.stored.dense(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias
+
+
+def stored_linear(x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + b`` in the dtype of ``x``; saved for backward is nothing but the stored form of W.
+
+    Args:
+        x: ``[..., in_features]``.
+        stored: of shape ``[out_features, in_features]``.
+        bias: ``[out_features]`` or ``None``.
+    """
+    y: Tensor = _StoredLinear.apply(x, stored, bias)  # type: ignore[no-untyped-call]
+    return y

@@ -1,0 +1,84 @@
+"""Answer names that PEFT, bitsandbytes and LoRA+ give a setting with what to write here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_lora.config import LoRAConfig, brief
+from lightning_lora.peft.config import VARIANTS
+
+# PEFT's names of fields of LoRAConfig
+RENAMED = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+    "autocast_adapter_dtype": "adapter_dtype",
+}
+_RATIO = (
+    "write AdamW(parameter_groups(self, lr, lora_plus_ratio={value})) in configure_optimizers, or "
+    "LoRACallback(lora_plus_ratio={value}) for the optimizer that LightningCLI builds"
+)
+_START = (
+    "leave it out: this start is not built in. Take init='pissa' or 'olora', or let PEFT make the start, save the "
+    "adapter there for the original base, and begin with LoRACallback(init_from=directory)"
+)
+_PLACE = "in LoRACallback, in inject(model, config, ...) or in the strategy"
+_ADALORA = "write LoRACallback(adalora=AdaLoRA({name}={value}, ...))"
+_PEFT = {
+    "task_type": "leave it out: a new task head trains by itself, and modules_to_save names others",
+    "peft_type": "leave it out: a LoRAConfig always describes LoRA",
+    "auto_mapping": "leave it out: models are recognised by their type",
+    "peft_version": "leave it out: it says nothing about training",
+    "base_model_name_or_path": "leave it out: save_peft writes what the base's own config says",
+    "revision": "leave it out: save_peft writes what the base's own config says",
+    "inference_mode": "leave it out: call requires_grad_(False) on a model that must not train",
+    "fan_in_fan_out": "leave it out: the type of a layer says how it stores its weight",
+    "megatron_config": "leave it out: Trainer(strategy='megatron_lora') splits layers over ranks",
+    "megatron_core": "leave it out: Trainer(strategy='megatron_lora') splits layers over ranks",
+    "runtime_config": "leave it out: an adapter starts on the device of its base weight",
+    "ephemeral_gpu_offload": "leave it out: an adapter starts on the device of its base weight",
+    "ensure_weight_tying": (
+        "leave it out: tied weights that train whole, and their rows, stay tied; tied layers that are both adapted "
+        "have an adapter each"
+    ),
+    "adapter_name": "leave it out: a model has one adapter, without a name; combine(...) joins several directories",
+    "is_trainable": "leave it out: an adapter that is read trains; call requires_grad_(False) to freeze it",
+    "low_cpu_mem_usage": "leave it out: the base may be on the meta device, with FSDPLoRAStrategy(base_weights=...)",
+    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), _START),
+    **dict.fromkeys(
+        (*VARIANTS, "qalora_group_size", "alora_invocation_tokens", "velora_config"),
+        "leave it out: this kind of adapter is not supported here; train it with PEFT",
+    ),
+    **dict.fromkeys(("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"), _ADALORA),
+    "total_step": "leave it out: AdaLoRA takes the number of steps from the Trainer",
+    "loraplus_lr_ratio": _RATIO,
+    "loraplus_lr_embedding": "write parameter_groups(self, lr, embedding_lr={value}) in configure_optimizers",
+    "loraplus_weight_decay": "write parameter_groups(self, lr, weight_decay={value}) in configure_optimizers",
+}
+_BITSANDBYTES = {
+    "load_in_4bit": f"write quantize='nf4' {_PLACE}",
+    "load_in_8bit": f"write quantize='int8' {_PLACE}",
+    "bnb_4bit_quant_type": f"write quantize='nf4' {_PLACE}",
+    "bnb_4bit_use_double_quant": f"write quantize='nf4-dq' {_PLACE}",
+    "bnb_4bit_compute_dtype": "leave it out: the Trainer's precision says the dtype of products",
+    "bnb_4bit_quant_storage": "leave it out: packed weights are uint8, which fsdp_lora shards as they are",
+    "llm_int8_skip_modules": f"write quantize_exclude={{value}} {_PLACE}",
+    "quantization_config": f"give it to from_pretrained, or write quantize='nf4' {_PLACE}",
+}
+_OTHERS = dict.fromkeys(("lora_plus_lr_ratio", "lorap_lr_ratio"), _RATIO)
+_SOURCES: Mapping[str, Mapping[str, str]] = {
+    "PEFT's name": _PEFT, "bitsandbytes' name": _BITSANDBYTES, "a name of LoRA+ elsewhere": _OTHERS,
+    "no field of LoRAConfig": {"lora_plus_ratio": _RATIO},
+}  # fmt: skip
+
+
+def answer(name: str, value: Any) -> str | None:
+    """Return what to write instead of the keyword argument ``name=value``; ``None`` for an unknown name."""
+    if name in RENAMED:
+        ours = RENAMED[name]
+        if isinstance(value, bool):  # PEFT's switches are words here
+            value = "auto" if ours == "adapter_dtype" and not value else getattr(LoRAConfig, ours)
+        return f"{name!r} is PEFT's name; here it is {ours!r}: write {ours}={value!r}"
+    for source, answers in _SOURCES.items():
+        if name in answers:
+            return f"{name!r} is {source}: {answers[name].format(name=name, value=brief(value))}"
+    return None
