@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lightning as L
 from matplotlib.figure import Figure
-from quickstart import DefinitionWriter, Definitions
+from quickstart import Definitions, DefinitionWriter
 from report import tidy_output
 from smollm2 import smollm2, tiny_llama
 
@@ -23,7 +23,9 @@ def main() -> None:
     base = tiny_llama() if options.tiny else smollm2()
     data, writer = Definitions(str(base)), DefinitionWriter(str(base), options.steps)
     # a fifth of the steps before the first pruning, and a fifth after the last
-    schedule = AdaLoRA(target_r=options.rank, init_r=2 * options.rank, tinit=options.steps // 5, tfinal=options.steps // 5)
+    schedule = AdaLoRA(
+        target_r=options.rank, init_r=2 * options.rank, tinit=options.steps // 5, tfinal=options.steps // 5
+    )
     lora = LoRACallback(adalora=schedule)
     trainer = L.Trainer(
         callbacks=[lora],

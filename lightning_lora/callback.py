@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,9 +22,16 @@ from lightning_lora.model.side_effects import freeze_statistics
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import is_merged, named_lora_layers, require_injection
 from lightning_lora.model.summary import idle_layers, summary
-from lightning_lora.strategies.shared.refusals import check_averaging, check_launcher, check_readable, check_trainer
+from lightning_lora.strategies.shared.refusals import (
+    check_adalora,
+    check_averaging,
+    check_launcher,
+    check_readable,
+    check_trainer,
+)
 from lightning_lora.strategies.trainer import lightning_cli
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
+from lightning_lora.strategies.trainer.adaptive_ranks import AdaptiveRanks
 from lightning_lora.strategies.trainer.adopted import adopt
 from lightning_lora.strategies.trainer.learning_rate import check_rates
 from lightning_lora.strategies.trainer.starting_point import adapt_module, check_built_in_time, configure_then_adapt
@@ -106,6 +114,7 @@ class LoRACallback(Callback):
             check_number("lora_plus_ratio", lora_plus_ratio)
         self.lora_plus_ratio = lora_plus_ratio
         self._checked: set[int] = set()
+        self._ranks = AdaptiveRanks()
         lightning_cli.install(LoRACallback)
 
     @property
@@ -118,6 +127,7 @@ class LoRACallback(Callback):
         check_trainer(trainer)
         check_averaging(trainer, self)
         check_launcher(trainer, pl_module, self.module)
+        check_adalora(trainer.strategy, self.config)
         strategy, own = adopt(trainer.strategy), frozenset((self.module,))
         beside = strategy.peft_beside
         beside.paths = beside.paths | own if self.save_peft else beside.paths - own
@@ -137,12 +147,32 @@ class LoRACallback(Callback):
         else:
             adapt_module(pl_module, self._given, self.module, self.init_from, self.on_nonfinite or "error")
 
+    def rank_history(self) -> tuple[list[int], dict[str, list[int]]]:
+        """Return steps, and how many ranks each adapted layer kept at those, by its name: AdaLoRA's pruning.
+
+        Raises:
+            ValueError: no run has trained with ``adalora=AdaLoRA(...)``.
+        """
+        if self._ranks.allocator is None:
+            raise ValueError("no run of this callback has pruned ranks: give adalora=AdaLoRA(...) and call fit")
+        return self._ranks.allocator.history()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = self._ranks.state()
+        return {} if state is None else {"adalora": state}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ranks.load(state_dict.get("adalora"))
+
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)  # ours, around the class's own
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._ranks.stop()
         pl_module.__dict__.pop("configure_model", None)
         lockstep = getattr(trainer.strategy, "lockstep", None)
         if lockstep is not None:
@@ -190,10 +220,12 @@ class LoRACallback(Callback):
             layer.start_dropout()  # from_pretrained leaves models in eval mode: it would be off
             # ranks that share a model share its dropout
             layer.lora_salt = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
+        self._ranks.start(trainer, root)
         _adopted(trainer).position.begin(trainer)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._ranks.finish()
         _adopted(trainer).position.note_end()
 
     @override
@@ -201,9 +233,23 @@ class LoRACallback(Callback):
         _adopted(trainer).position.begin_epoch()
 
     @override
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        self._ranks.before_backward()
+
+    @override
+    def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._ranks.regularize(pl_module, _adopted(trainer).scaler)
+
+    @override
+    def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
+        self._ranks.log(pl_module)
+
+    @override
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
+        if not pl_module.automatic_optimization:
+            self._ranks.regularize(pl_module)  # of a backward that Lightning did not run
         if id(optimizer) in self._checked:
             return
         self._checked.add(id(optimizer))

@@ -27,7 +27,7 @@ def adapt(
     The parameters are real also where the base is on the meta device: they are then on CPU.
     """
     shape_A, shape_B = mixin.shapes(layer, r)
-    more_shapes = mixin.more_shapes(layer)
+    more_shapes = mixin.more_shapes(layer, r)
     adapted = become_lora_layer(layer, mixin, scaling=scaling, dropout=dropout, dtype=dtype)
     weight = layer._parameters.get(mixin.base_name)
     like = getattr(layer, mixin.base_name, None) if weight is None else weight

@@ -101,9 +101,7 @@ class AlikeLayers:
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Return tensors of one shape as one, in float32 or wider."""
-    return torch.stack([tensor.detach() for tensor in tensors]).to(
-        torch.promote_types(tensors[0].dtype, torch.float32)
-    )
+    return torch.stack([tensor.detach() for tensor in tensors]).to(torch.promote_types(tensors[0].dtype, torch.float32))
 
 
 def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -1,98 +1,86 @@
-"""PEFT's files of AdaLoRA adapters, ``B diag(E) A``, and the same adapters as plain LoRA.
+"""PEFT's files of AdaLoRA adapters, ``B diag(E) A``: read with all their ranks, or written as plain LoRA.
 
-PEFT leaves pruned ranks out of its files and says in ``rank_pattern`` which ranks are in. Files of this package hold all
-ranks, the pruned ones with a zero in E, which PEFT reads as well.
+PEFT leaves pruned ranks out of its files and says in ``rank_pattern`` which ones are in. Files of this package hold all
+ranks, pruned ones with a zero in E, which PEFT reads as well.
 """
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lora.adalora import AdaLoRA
 from lightning_lora.config import brief
+from lightning_lora.peft.config import ADALORA_FIELDS, anchored
+from lightning_lora.peft.directory import Files
 from lightning_lora.peft.layout import PREFIX
 
-FIELDS = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[ABE])(?P<adapter>\.[^.]+)?")
 
 
-def settings_in(config: Mapping[str, Any]) -> AdaLoRA:
-    """Return the settings of AdaLoRA in PEFT's config."""
-    return AdaLoRA(**{name: config[name] for name in FIELDS if config.get(name) is not None})
-
-
-def is_adalora(config: Mapping[str, Any]) -> bool:
-    """Return True if PEFT's config is of AdaLoRA."""
-    kind = config.get("peft_type")
-    return getattr(kind, "value", kind) == "ADALORA"
-
-
-def divisor_of(config: Mapping[str, Any]) -> float:
-    """Return what PEFT divides ``lora_alpha`` by."""
-    return float(config.get("init_r", 12)) + 1e-5
-
-
-def unpruned(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return PEFT's config and tensors of AdaLoRA with all ranks, and the keys of A and B as in files of LoRA.
+def with_all_ranks(files: Files, source: Any) -> Files:
+    """Return PEFT's files of AdaLoRA with all ranks, under the keys that LoRA's A and B have.
 
     A pruned rank is zero in A, B and E.
 
     Raises:
-        ValueError: config and tensors disagree.
+        ValueError: config and tensors disagree, or a layer lacks one of its tensors.
     """
-    init_r, pattern = int(config.get("init_r", 12)), config.get("rank_pattern") or {}
-    kept = {re.sub(r"\.lora_E(\.[^.]+)?$", "", key.removeprefix(PREFIX)): value for key, value in pattern.items()}
-    restored: dict[str, Tensor] = {}
-    for key, value in tensors.items():
+    init_r, pattern = int(files.config.get("init_r", 12)), files.config.get("rank_pattern") or {}
+    masks = {re.sub(r"\.lora_E(\.[^.]+)?$", "", key.removeprefix(PREFIX)): mask for key, mask in pattern.items()}
+    tensors: dict[str, Tensor] = {}
+    found: dict[str, set[str]] = {}
+    for key, value in files.tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            restored[key] = value
+            tensors[key] = value
             continue
         layer, factor = match["layer"], match["factor"]
-        mask = kept.get(layer.removeprefix(PREFIX), [True] * init_r)
+        mask = masks.get(layer.removeprefix(PREFIX), [True] * init_r)
         dim = 1 if factor == "B" else 0
         if len(mask) != init_r or value.ndim != 2 or value.shape[dim] != sum(mask):
             raise ValueError(
-                f"{source}: {key!r} is {tuple(value.shape)}, and the config says init_r={init_r} and "
-                f"rank_pattern={brief(mask)}. Is a file damaged?"
+                f"{source}: {key!r} is {tuple(value.shape)}, and the config says init_r={init_r} and keeps "
+                f"{brief(mask)} of its ranks. Is a file damaged?"
             )
         shape = list(value.shape)
         shape[dim] = init_r
-        whole = value.new_zeros(shape)
-        whole.index_copy_(dim, torch.tensor(mask).nonzero().flatten(), value)
-        restored[f"{layer}.lora_{factor}" + ("" if factor == "E" else ".weight")] = whole
-    return {**config, "r": init_r, "rank_pattern": {}}, restored
+        kept = torch.tensor(mask).nonzero().flatten()
+        tensors[f"{layer}.lora_{factor}" + ("" if factor == "E" else ".weight")] = value.new_zeros(shape).index_copy(
+            dim, kept, value
+        )
+        found.setdefault(layer, set()).add(factor)
+    for layer, factors in found.items():
+        if len(factors) < 3:
+            lacking = ", ".join(f"lora_{factor}" for factor in "ABE" if factor not in factors)
+            raise ValueError(f"{source} is damaged: {layer.removeprefix(PREFIX)!r} has no {lacking}")
+    return files._replace(config={**files.config, "r": init_r, "rank_pattern": {}}, tensors=tensors)
 
 
-def as_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return an AdaLoRA adapter with all ranks as plain LoRA that computes the same, without its pruned ranks.
+def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an AdaLoRA adapter with all its ranks as plain LoRA that computes the same, without the pruned ranks.
 
-    A becomes ``E * A``, B becomes ``scaling * B``, and alpha is each layer's rank. A layer of no ranks is left out.
+    A becomes ``E * A``, B becomes ``alpha / (init_r + 1e-5) * B``, and each layer's alpha is its rank. A layer without
+    ranks is left out.
 
     Raises:
         ValueError: no layer has a rank.
     """
-    from lightning_lora.peft.config import anchored  # which imports this file
-
-    scaling = float(config["lora_alpha"]) / divisor_of(config)
-    layers = {key.removesuffix(".lora_E"): value for key, value in tensors.items() if key.endswith(".lora_E")}
-    written: dict[str, Tensor] = {}
+    scaling = config["lora_alpha"] / (config["init_r"] + 1e-5)
+    layers = [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]
+    written = {key: value for key, value in tensors.items() if _KEY.fullmatch(key) is None}
     ranks: dict[str, int] = {}
-    for layer, E in layers.items():
-        keep = (E != 0).flatten()
-        if bool(keep.any()):
-            written[f"{layer}.lora_A.weight"] = (tensors[f"{layer}.lora_A"] * E)[keep]
-            written[f"{layer}.lora_B.weight"] = tensors[f"{layer}.lora_B"][:, keep] * scaling
-            ranks[layer.removeprefix(PREFIX)] = int(keep.sum())
+    for layer in layers:
+        A, B, E = (tensors[f"{layer}.lora_{factor}"] for factor in "ABE")
+        kept = (E != 0).flatten()
+        if bool(kept.any()):
+            written[f"{layer}.lora_A.weight"] = (A * E)[kept]
+            written[f"{layer}.lora_B.weight"] = B[:, kept] * scaling
+            ranks[layer.removeprefix(PREFIX)] = int(kept.sum())
     if not ranks:
-        raise ValueError("all ranks of all layers are zero: the adapter has not trained, and there is nothing to write")
-    factors = {f"{layer}.lora_{factor}" for layer in layers for factor in "ABE"}
-    r, pattern = anchored(ranks, 8)
-    changed = {"peft_type": "LORA", "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern}
+        raise ValueError("the ranks of all layers are zero: the adapter has not trained, and there is nothing to write")
+    r, pattern = anchored(ranks, 1)
+    plain = {"peft_type": "LORA", "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern}
     if len(ranks) < len(layers):  # only an expression names these layers and no others
-        changed["target_modules"] = "|".join(map(re.escape, ranks))
-    kept = {key: value for key, value in config.items() if key not in FIELDS}
-    return {**kept, **changed}, {**{key: value for key, value in tensors.items() if key not in factors}, **written}
+        plain["target_modules"] = "|".join(map(re.escape, ranks))
+    return {**{key: value for key, value in config.items() if key not in ADALORA_FIELDS}, **plain}, written

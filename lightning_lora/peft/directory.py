@@ -44,7 +44,7 @@ class Adapter:
         config: PEFT's config.
         metadata: what lightning_lora recorded beside them.
         keys: what each tensor is, by its key.
-        factors: A and B in PEFT's layout, and ``magnitude`` or ``bias`` where there is one, by the layer's name;
+        factors: A and B in PEFT's layout, and ``E``, ``magnitude`` or ``bias`` where there is one, by the layer's name;
             ``base_layer`` parts stay in it.
         rows: rows of embeddings that trained, by the embedding's name.
         trained: base tensors that trained, by name.
@@ -108,7 +108,7 @@ def sorted_tensors(files: Files, source: Any) -> Adapter:
         if not isinstance(value, Tensor) or (kind != "trained" and not value.is_floating_point()):
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{source} is damaged: {key!r} is {found}, expected a floating-point tensor")
-        if kind in ("A", "B", "magnitude", "bias"):
+        if kind in ("A", "B", "E", "magnitude", "bias"):
             adapter.factors.setdefault(name, {})[kind] = value
         elif kind == "trained":
             adapter.trained[parse_key(_without_wrapper(key, files.tensors)).name] = value

@@ -5,15 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lora import AdaLoRA, FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy, inject, named_adapter_parameters
+from lightning_lora import AdaLoRA, FSDPLoRAStrategy, MegatronLoRAStrategy, named_adapter_parameters
 from lightning_lora.layers.adalora import AdaLoRALinear
 from lightning_lora.model.state import named_lora_layers
-from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ranks import on_ranks
-from tests.distributed.training import EXACT, SHARDED, STEP_TOLERANCE, Recorded, alone, error_of, fit, from_all_ranks, state
+from tests.distributed.training import (
+    EXACT,
+    SHARDED,
+    STEP_TOLERANCE,
+    Recorded,
+    alone,
+    error_of,
+    fit,
+    from_all_ranks,
+    state,
+)
 
 ADALORA = {"adalora": AdaLoRA(init_r=4, target_r=2, tinit=1, tfinal=2), "r": 4}
 THREE_EPOCHS: dict[str, Any] = {"lora": ADALORA, "max_epochs": 3}

@@ -144,7 +144,9 @@ def test_logits_are_those_of_the_dense_formula() -> None:
             A, B, E = (getattr(layer, f"lora_{x}").double() for x in "ABE")
             dense.get_submodule(name).weight += 12 / (6 + 1e-5) * B @ torch.diag(E[:, 0]) @ A
     # float32 beside float64
-    torch.testing.assert_close(model(input_ids=batch).logits.double(), dense(input_ids=batch).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(input_ids=batch).logits.double(), dense(input_ids=batch).logits, rtol=1e-4, atol=1e-5
+    )
 
 
 def reference_scores(history: list[list[dict[str, Tensor]]], beta1: float, beta2: float) -> list[Tensor]:
@@ -294,7 +296,9 @@ def test_merging_gives_the_same_logits_and_unmerging_the_base() -> None:
     base = {name: p.clone() for name, p in model.state_dict().items()}
     expected = model(input_ids=batch).logits
     torch.testing.assert_close(merge(model)(input_ids=batch).logits, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, base["model.layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(
+        model.model.layers[0].self_attn.q_proj.weight, base["model.layers.0.self_attn.q_proj.weight"]
+    )
     unmerge(model)
     assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(model(input_ids=batch).logits, expected, rtol=0.0, atol=0.0)
@@ -324,7 +328,7 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     model(input_ids=batch, labels=batch).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model(input_ids=batch, labels=batch).loss.backward()
     assert all(torch.equal(model.get_parameter(name).grad, gradient) for name, gradient in expected.items())
 

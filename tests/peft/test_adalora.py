@@ -1,6 +1,7 @@
 """PEFT's files of AdaLoRA, in both directions, and the same adapters as plain LoRA."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def empty_a_layer(model: nn.Module) -> None:
         next(iter(named_lora_layers(model).values())).lora_E.zero_()
 
 
+def saved_by_peft(model: Any, directory: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*have invalid shape")  # of layers without ranks
+        model.save_pretrained(directory)
+
+
 def content(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = json.loads((directory / "adapter_config.json").read_text())
     return config, safetensors.torch.load_file(directory / "adapter_model.safetensors")
@@ -54,7 +61,7 @@ def content(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 @pytest.mark.parametrize("steps", [2, 24])
 def test_a_directory_of_peft_is_read(tmp_path: Path, steps: int) -> None:
     _, _, theirs = peft_run({"tinit": 0 if steps == 24 else 24 - 1})
-    theirs.save_pretrained(tmp_path)
+    saved_by_peft(theirs, tmp_path)
     config, tensors = content(tmp_path)
     assert config["peft_type"] == "ADALORA"
     model = load_peft(models.llama(), tmp_path)
@@ -87,7 +94,7 @@ def test_peft_goes_on_training_a_directory_of_ours(tmp_path: Path) -> None:
 
 def test_what_was_read_from_peft_is_written_for_peft(tmp_path: Path) -> None:
     _, _, theirs = peft_run({})
-    theirs.save_pretrained(tmp_path / "theirs")
+    saved_by_peft(theirs, tmp_path / "theirs")
     save_peft(load_peft(models.llama(), tmp_path / "theirs"), tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(models.llama(), tmp_path / "ours")
     torch.testing.assert_close(logits(again), logits(theirs), **CLOSE)
@@ -95,7 +102,7 @@ def test_what_was_read_from_peft_is_written_for_peft(tmp_path: Path) -> None:
 
 def test_a_file_with_the_name_of_the_adapter_in_it_is_read(tmp_path: Path) -> None:
     _, _, theirs = peft_run({})
-    theirs.save_pretrained(tmp_path)
+    saved_by_peft(theirs, tmp_path)
     config, tensors = content(tmp_path)
     config["rank_pattern"] = {f"{name}.default": value for name, value in config["rank_pattern"].items()}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -122,7 +129,7 @@ def test_as_lora_it_computes_the_same_without_the_pruned_ranks(tmp_path: Path, m
     ours = load_peft(make(), tmp_path)
     torch.testing.assert_close(logits(ours), logits(model), **CLOSE)
     assert require_injection(ours).config.adalora is None
-    assert len(named_lora_layers(ours)) == len(layers) - 1
+    assert set(named_lora_layers(ours)) == {name for name, r in ranks.items() if r > 0} != set(layers)
 
 
 def test_the_weights_of_the_plain_adapter_are_the_update_to_rounding(tmp_path: Path) -> None:
@@ -146,7 +153,8 @@ def test_portable_directories_are_plain_lora_of_one_rank(tmp_path: Path) -> None
     assert config["r"] == config["lora_alpha"] == max(t.shape[0] for n, t in tensors.items() if "lora_A" in n)
     assert not config["rank_pattern"]
     torch.testing.assert_close(logits(load_peft(models.llama(), tmp_path)), logits(model), **CLOSE)
-    check_portable(tmp_path)
+    assert check_portable(tmp_path, "vllm") == []
+    assert check_portable(tmp_path, "llama.cpp") == []
 
 
 @pytest.mark.parametrize("options", [{}, {"as_lora": True}, {"portable": True}])
@@ -160,7 +168,9 @@ def test_a_checkpoint_converts_to_the_same_directory(tmp_path: Path, options: di
 
 
 def test_heads_that_train_whole_go_with_it(tmp_path: Path) -> None:
-    model = inject(models.bert_classifier(), LoRAConfig(adalora=AdaLoRA(init_r=4, target_r=2), target_modules=["query"]))
+    model = inject(
+        models.bert_classifier(), LoRAConfig(adalora=AdaLoRA(init_r=4, target_r=2), target_modules=["query"])
+    )
     models.fill_adapters(model)
     with torch.no_grad():
         model.classifier.weight.add_(1)
@@ -184,7 +194,7 @@ def test_a_layer_smaller_than_the_rank_is_padded_for_peft(tmp_path: Path) -> Non
 
 
 def test_an_untrained_adapter_has_nothing_to_write_as_lora(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="all ranks of all layers are zero"):
+    with pytest.raises(ValueError, match="the ranks of all layers are zero"):
         save_peft(adapted(), tmp_path, as_lora=True)
     assert not list(tmp_path.iterdir())
 
@@ -208,7 +218,7 @@ def test_a_plain_adapter_is_written_as_lora_either_way(tmp_path: Path) -> None:
 )
 def test_damaged_directories_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     _, _, theirs = peft_run({})
-    theirs.save_pretrained(tmp_path)
+    saved_by_peft(theirs, tmp_path)
     config, _ = content(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
     model = models.llama()

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_lora import AdaLoRA, LoRACallback, LoRAConfig, adapter_state_dict, inject, named_adapter_parameters
 from lightning_lora.model.state import named_lora_layers
@@ -47,7 +48,9 @@ def callback(**schedule: Any) -> LoRACallback:
     return LoRACallback(adalora=AdaLoRA(**{**SMALL, **schedule}))
 
 
-def gradients(directory: Path, module: Any = None, schedule: dict[str, Any] | None = None, **options: Any) -> dict[str, Tensor]:
+def gradients(
+    directory: Path, module: Any = None, schedule: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Tensor]:
     keeper = Gradients()
     run = trainer(directory, callback(**(schedule or {})), keeper, **{"max_steps": 2, **options})
     run.fit(module or Plain(), loader())
@@ -107,8 +110,8 @@ def test_it_is_there_when_training_step_returns_a_dictionary(tmp_path: Path) -> 
 
 
 def test_it_is_clipped_with_the_rest(tmp_path: Path) -> None:
-    ours = gradients(tmp_path, gradient_clip_val=0.05)
-    torch.testing.assert_close(ours, clipped(expected_gradients(rows()[:1]), 0.05), **CLOSE)
+    ours = gradients(tmp_path, gradient_clip_val=0.01)
+    torch.testing.assert_close(ours, clipped(expected_gradients(rows()[:1]), 0.01), **CLOSE)
 
 
 def half_precision(init_scale: float) -> MixedPrecision:
@@ -122,7 +125,9 @@ def test_it_is_scaled_with_the_loss(tmp_path: Path) -> None:
     expected = expected_gradients(rows()[:1], weight=5.0)
     for name, gradient in ours.items():
         # the loss is computed in float16
-        torch.testing.assert_close(gradient, expected[name], rtol=5e-2, atol=2e-3 * float(expected[name].abs().max()) + 1e-5)
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=5e-2, atol=2e-3 * float(expected[name].abs().max()) + 1e-5
+        )
 
 
 def test_steps_that_overflow_do_not_count(tmp_path: Path) -> None:
@@ -162,8 +167,8 @@ def test_it_is_there_once_under_manual_optimization(tmp_path: Path, by_hand: boo
 
 def test_under_manual_optimization_it_is_clipped_with_the_rest(tmp_path: Path) -> None:
     module = Manual()
-    module.max_norm = 0.05
-    expected = clipped(expected_gradients(rows()[:2]), 0.05)
+    module.max_norm = 0.01
+    expected = clipped(expected_gradients(rows()[:2]), 0.01)
     torch.testing.assert_close(gradients(tmp_path, module), expected, **CLOSE)
 
 
@@ -191,8 +196,8 @@ def test_two_optimizers_where_one_holds_the_layers_count_its_steps(tmp_path: Pat
         def configure_optimizers(self):
             return torch.optim.SGD(self.model.parameters(), 0.1), torch.optim.SGD(self.critic.parameters(), 0.1)
 
-    lora, keeper = callback(total_step=4), Gradients()
-    trainer(tmp_path, lora, keeper).fit(Two(), loader())
+    lora = callback(total_step=4)
+    trainer(tmp_path, lora).fit(Two(), loader())
     assert lora.rank_history()[0] == [1, 2, 3, 4]
 
 
@@ -202,32 +207,73 @@ def test_layers_in_two_optimizers_are_refused(tmp_path: Path) -> None:
 
         def configure_optimizers(self):
             own = dict(named_adapter_parameters(self))
-            return [torch.optim.SGD([p for n, p in own.items() if (n[-1] == "A") is is_A], 0.1) for is_A in (True, False)]
+            return [
+                torch.optim.SGD([p for n, p in own.items() if (n[-1] == "A") is is_A], 0.1) for is_A in (True, False)
+            ]
 
     with pytest.raises(ValueError, match="2 of 2 optimizers do: give all of their lora_A, lora_B and lora_E to one"):
         trainer(tmp_path, callback()).fit(Split(), loader())
 
 
 def files(directory: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(directory, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    return ModelCheckpoint(directory, every_n_train_steps=2, save_top_k=-1, filename="{step}")
 
 
-@pytest.mark.parametrize("step", [3, 7, 10])
-def test_a_run_resumed_in_mid_schedule_is_the_run_that_was_not_stopped(tmp_path: Path, step: int) -> None:
-    schedule = {"tinit": 2, "tfinal": 3, "deltaT": 2}
-    lora, module = callback(**schedule), LanguageModule()
-    run = trainer(tmp_path / "one", lora, files(tmp_path / "one"), max_epochs=3)
-    run.fit(module, loader())
-    again, twin = callback(**schedule), LanguageModule()
-    resumed = trainer(tmp_path / "two", again, files(tmp_path / "two"), max_epochs=3)
-    resumed.fit(twin, loader(), ckpt_path=tmp_path / "one" / f"step={step}.ckpt")
+def resumable() -> StatefulDataLoader:
+    return StatefulDataLoader(models.token_ids(16, 8, seed=1), batch_size=4, shuffle=True)
+
+
+class Saves(Callback):
+    """Writes a checkpoint after some steps, one of them between two prunings."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step in RESUMED_AT:
+            trainer.save_checkpoint(self.directory / f"{trainer.global_step}.ckpt")
+
+
+RESUMED_AT = (3, 7, 10)  # before the first pruning, between two, after the last
+PHASES = {"tinit": 3, "tfinal": 3, "deltaT": 2}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Train three epochs of four steps without a stop."""
+    directory = tmp_path_factory.mktemp("straight")
+    lora, module = callback(**PHASES), LanguageModule()
+    run = trainer(directory, lora, Saves(directory), max_epochs=3)
+    run.fit(module, resumable())
+    return {"directory": directory, "lora": lora, "module": module, "run": run}
+
+
+@pytest.mark.parametrize("step", RESUMED_AT)
+def test_a_run_resumed_in_mid_schedule_is_the_run_that_was_not_stopped(straight: dict[str, Any], step: int) -> None:
+    lora, module = callback(**PHASES), LanguageModule()
+    resumed = trainer(straight["directory"], lora, max_epochs=3)
+    resumed.fit(module, resumable(), ckpt_path=straight["directory"] / f"{step}.ckpt")
     assert resumed.global_step == 12
-    assert twin.losses == module.losses[step:]
-    assert same_adapters(module, twin)
-    assert lora.rank_history() == again.rank_history()
-    saved = [torch.load(tmp_path / name / "step=12.ckpt", weights_only=True) for name in ("one", "two")]
-    torch.testing.assert_close(saved[0]["callbacks"][lora.state_key], saved[1]["callbacks"][lora.state_key], **EXACT)
-    torch.testing.assert_close(saved[0]["optimizer_states"], saved[1]["optimizer_states"], **EXACT)
+    assert module.losses == straight["module"].losses[step:]
+    assert same_adapters(module, straight["module"])
+    assert lora.rank_history() == straight["lora"].rank_history()
+    torch.testing.assert_close(lora.state_dict(), straight["lora"].state_dict(), **EXACT)
+    states = [run.optimizers[0].state_dict() for run in (resumed, straight["run"])]
+    torch.testing.assert_close(*states, **EXACT)
+
+
+@pytest.mark.parametrize("step", RESUMED_AT[:2])
+def test_without_the_averages_the_resumed_run_is_another(straight: dict[str, Any], step: int, tmp_path: Path) -> None:
+    content = torch.load(straight["directory"] / f"{step}.ckpt", weights_only=True)
+    (state,) = content["callbacks"].values()
+    for averages in state["adalora"]["layers"].values():
+        for name in averages:
+            averages[name] = averages[name] if name == "kept" else torch.zeros_like(averages[name])
+    torch.save(content, tmp_path / "changed.ckpt")
+    module = LanguageModule()
+    run = trainer(tmp_path, callback(**PHASES), max_epochs=3)
+    run.fit(module, resumable(), ckpt_path=tmp_path / "changed.ckpt")
+    assert not same_adapters(module, straight["module"])
 
 
 def test_a_checkpoint_of_another_schedule_or_of_none_is_refused(tmp_path: Path) -> None:
@@ -248,9 +294,11 @@ def test_a_checkpoint_of_another_schedule_or_of_none_is_refused(tmp_path: Path) 
 def test_plain_and_adaptive_checkpoints_are_not_mixed_up(tmp_path: Path) -> None:
     trainer(tmp_path, callback(), files(tmp_path / "ada")).fit(LanguageModule(), loader())
     trainer(tmp_path, LoRACallback(r=4, alpha=8), files(tmp_path / "plain")).fit(LanguageModule(), loader())
-    with pytest.raises(ValueError, match="AdaLoRA"):
-        trainer(tmp_path, LoRACallback(r=4, alpha=8)).fit(LanguageModule(), loader(), ckpt_path=tmp_path / "ada" / "step=2.ckpt")
-    with pytest.raises(ValueError, match="AdaLoRA"):
+    with pytest.raises(ValueError, match="adapted by AdaLoRA, and the other is not: give adalora"):
+        trainer(tmp_path, LoRACallback(r=4, alpha=8)).fit(
+            LanguageModule(), loader(), ckpt_path=tmp_path / "ada" / "step=2.ckpt"
+        )
+    with pytest.raises(ValueError, match="adapted by AdaLoRA, and the other is not: leave adalora out"):
         trainer(tmp_path, callback()).fit(LanguageModule(), loader(), ckpt_path=tmp_path / "plain" / "step=2.ckpt")
 
 

@@ -161,6 +161,8 @@ def _check_same(settings: AdaLoRA, state: dict[str, Any]) -> None:
         given["total_step"] = there["total_step"]
     elif there["total_step"] is None:
         there["total_step"] = state["total_step"]
-    changed = ", ".join(f"{key}={given[key]!r} (there: {there.get(key)!r})" for key in given if given[key] != there.get(key))
+    changed = ", ".join(
+        f"{key}={given[key]!r} (there: {there.get(key)!r})" for key in given if given[key] != there.get(key)
+    )
     if changed:
         raise ValueError(f"the checkpoint's AdaLoRA has other settings: {changed}. Give those that it was written with")
