@@ -10,9 +10,9 @@ from typing import Any
 class AdaLoRA:
     """Settings of AdaLoRA (Zhang et al. 2023): layers start at one rank, and the least important ranks are pruned.
 
-    An adapter is ``scaling * B diag(E) A``, with ``scaling = alpha / (init_r + 1e-5)``. A rank of a layer is a row of A,
-    an entry of E and a column of B. It is pruned by setting its entry of E to zero. The names and the defaults are those
-    of PEFT's ``AdaLoraConfig``.
+    An adapter is ``scaling * B diag(E) A``, with ``scaling = alpha / (init_r + 1e-5)``. A rank of a layer is a row of
+    A, an entry of E and a column of B. It is pruned by setting its entry of E to zero. The names and the defaults are
+    those of PEFT's ``AdaLoraConfig``.
 
     Attributes:
         target_r: rank of a layer at the end, on average over the layers.

@@ -133,6 +133,7 @@ class LoRACallback(Callback):
         beside.paths = beside.paths | own if self.save_peft else beside.paths - own
         strategy.on_nonfinite = self.on_nonfinite
         self._checked = set()
+        self._ranks.load(None)  # of a run that failed before it trained
         if is_overridden("configure_model", pl_module):
             # built later, and perhaps by another callback: whoever calls it gets the adapted model
             pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
@@ -238,7 +239,7 @@ class LoRACallback(Callback):
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._ranks.regularize(pl_module, _adopted(trainer).scaler)
+        self._ranks.regularize(pl_module, scaler=_adopted(trainer).scaler)
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:

@@ -178,5 +178,5 @@ def say_left_out(directory: Any, names: list[str], where: str) -> None:
 
 
 def _given_gradients(layer: LoRALayer) -> list[nn.Parameter]:
-    """Return the adapter's tensors whose gradients come through its output alone: AdaLoRA's loss term gives A and B one."""
+    """Return an adapter's tensors whose gradients come from its output alone: AdaLoRA's loss term gives A and B one."""
     return [layer.lora_E] if isinstance(layer, AdaLoRALinear) else [p for _, p in layer.named_adapter_tensors()]

@@ -21,9 +21,9 @@ class Key(NamedTuple):
     """What a tensor is, by its key alone.
 
     Attributes:
-        kind: ``"A"``, ``"B"``, ``"E"``, ``"magnitude"`` or ``"bias"`` of an adapted layer, ``"rows"`` of an embedding that
-            train, a ``"base"`` tensor that did not train, a base tensor that is ``"trained"``, or ``"variant"``: of
-            another method.
+        kind: ``"A"``, ``"B"``, ``"E"``, ``"magnitude"`` or ``"bias"`` of an adapted layer, ``"rows"`` of an embedding
+            that train, a ``"base"`` tensor that did not train, a base tensor that is ``"trained"``, or ``"variant"``:
+            of another method.
         name: of the layer, or of the base tensor, without PEFT's prefix.
         plain: the key without the adapter's name, which some tools leave in it.
     """
@@ -62,7 +62,8 @@ def laid_out(layout: str, tensors: Sequence[Tensor]) -> Tensor:
     ``"experts_B"`` makes ``[E, out, r]`` rank-major columns ``[out, r E]``. ``"residual_A"`` and ``"residual_B"`` put
     an adapter and its start under one another, ``[A; A0]`` and ``[B, -B0]``: the difference from the original base.
     ``"rows_<first>_<count>_<all>"`` takes so many rows from the first on of every ``all``: q of a stack of q, k and v.
-    ``"padded_<dim>_<size>"`` has zeros at the end of a dimension. ``"half_<layout>"`` is half of that, for what PEFT adds twice: see :func:`times_added`.
+    ``"padded_<dim>_<size>"`` has zeros at the end of a dimension, up to a size. ``"half_<layout>"`` is half of it, for
+    what PEFT adds twice: see :func:`times_added`.
     """
     first = tensors[0]
     if layout.startswith("half_"):

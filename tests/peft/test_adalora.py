@@ -154,7 +154,7 @@ def test_portable_directories_are_plain_lora_of_one_rank(tmp_path: Path) -> None
     assert not config["rank_pattern"]
     torch.testing.assert_close(logits(load_peft(models.llama(), tmp_path)), logits(model), **CLOSE)
     assert check_portable(tmp_path, "vllm") == []
-    assert check_portable(tmp_path, "llama.cpp") == []
+    assert check_portable(tmp_path, "sglang") == []
 
 
 @pytest.mark.parametrize("options", [{}, {"as_lora": True}, {"portable": True}])

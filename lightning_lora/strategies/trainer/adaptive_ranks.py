@@ -124,8 +124,8 @@ def _estimated_steps(trainer: "pl.Trainer") -> int:
     steps = trainer.estimated_stepping_batches
     if not math.isfinite(steps) or steps < 1:
         raise ValueError(
-            "AdaLoRA prunes over the whole run, and this Trainer does not know how many steps it has: set max_steps, or "
-            "give AdaLoRA(total_step=...)"
+            "AdaLoRA prunes over the whole run, and this Trainer does not know how many steps it has: set max_steps, "
+            "or give AdaLoRA(total_step=...)"
         )
     return int(steps)
 
