@@ -6,11 +6,9 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -37,7 +35,7 @@ from lightning_lora.strategies.trainer.learning_rate import check_rates
 from lightning_lora.strategies.trainer.starting_point import adapt_module, check_built_in_time, configure_then_adapt
 
 
-class LoRACallback(Callback):
+class LoRACallback(AdaptiveRanks):
     """Freeze the pretrained model, adapt it with LoRA at ``setup``, and make the run's checkpoints adapter-only.
 
     The model may be built in ``__init__`` or in ``configure_model``. Checkpoints resume with ``ckpt_path=`` exactly,
@@ -114,7 +112,6 @@ class LoRACallback(Callback):
             check_number("lora_plus_ratio", lora_plus_ratio)
         self.lora_plus_ratio = lora_plus_ratio
         self._checked: set[int] = set()
-        self._ranks = AdaptiveRanks()
         lightning_cli.install(LoRACallback)
 
     @property
@@ -124,6 +121,7 @@ class LoRACallback(Callback):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         check_trainer(trainer)
         check_averaging(trainer, self)
         check_launcher(trainer, pl_module, self.module)
@@ -133,7 +131,6 @@ class LoRACallback(Callback):
         beside.paths = beside.paths | own if self.save_peft else beside.paths - own
         strategy.on_nonfinite = self.on_nonfinite
         self._checked = set()
-        self._ranks.load(None)  # of a run that failed before it trained
         if is_overridden("configure_model", pl_module):
             # built later, and perhaps by another callback: whoever calls it gets the adapted model
             pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
@@ -148,32 +145,13 @@ class LoRACallback(Callback):
         else:
             adapt_module(pl_module, self._given, self.module, self.init_from, self.on_nonfinite or "error")
 
-    def rank_history(self) -> tuple[list[int], dict[str, list[int]]]:
-        """Return steps, and how many ranks each adapted layer kept at those, by its name: AdaLoRA's pruning.
-
-        Raises:
-            ValueError: no run has trained with ``adalora=AdaLoRA(...)``.
-        """
-        if self._ranks.allocator is None:
-            raise ValueError("no run of this callback has pruned ranks: give adalora=AdaLoRA(...) and call fit")
-        return self._ranks.allocator.history()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        state = self._ranks.state()
-        return {} if state is None else {"adalora": state}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._ranks.load(state_dict.get("adalora"))
-
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)  # ours, around the class's own
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        self._ranks.stop()
+        super().on_exception(trainer, pl_module, exception)
         pl_module.__dict__.pop("configure_model", None)
         lockstep = getattr(trainer.strategy, "lockstep", None)
         if lockstep is not None:
@@ -221,12 +199,12 @@ class LoRACallback(Callback):
             layer.start_dropout()  # from_pretrained leaves models in eval mode: it would be off
             # ranks that share a model share its dropout
             layer.lora_salt = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
-        self._ranks.start(trainer, root)
+        super().on_train_start(trainer, pl_module)
         _adopted(trainer).position.begin(trainer)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._ranks.finish()
+        super().on_train_end(trainer, pl_module)
         _adopted(trainer).position.note_end()
 
     @override
@@ -234,23 +212,10 @@ class LoRACallback(Callback):
         _adopted(trainer).position.begin_epoch()
 
     @override
-    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
-        self._ranks.before_backward()
-
-    @override
-    def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._ranks.regularize(pl_module, scaler=_adopted(trainer).scaler)
-
-    @override
-    def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
-        self._ranks.log(pl_module)
-
-    @override
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
-        if not pl_module.automatic_optimization:
-            self._ranks.regularize(pl_module)  # of a backward that Lightning did not run
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if id(optimizer) in self._checked:
             return
         self._checked.add(id(optimizer))

@@ -5,10 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 
-from lightning_lora import AdaLoRA, FSDPLoRAStrategy, MegatronLoRAStrategy, named_adapter_parameters
+from lightning_lora import (
+    AdaLoRA,
+    FSDPLoRAStrategy,
+    LoRAConfig,
+    MegatronLoRAStrategy,
+    fabric,
+    inject,
+    named_adapter_parameters,
+)
 from lightning_lora.layers.adalora import AdaLoRALinear
 from lightning_lora.model.state import named_lora_layers
+from tests import models
 from tests.distributed.counting import counted_collectives
 from tests.distributed.ranks import on_ranks
 from tests.distributed.training import (
@@ -24,7 +34,13 @@ from tests.distributed.training import (
 )
 
 ADALORA = {"adalora": AdaLoRA(init_r=4, target_r=2, tinit=1, tfinal=2), "r": 4}
-THREE_EPOCHS: dict[str, Any] = {"lora": ADALORA, "max_epochs": 3}
+# six steps, each of two batches, whose gradients are clipped
+THREE_EPOCHS: dict[str, Any] = {
+    "lora": ADALORA,
+    "max_epochs": 3,
+    "accumulate_grad_batches": 2,
+    "gradient_clip_val": 0.05,
+}
 
 
 def zeros(module: Any) -> dict[str, list[bool]]:
@@ -67,9 +83,25 @@ def test_no_collective_is_added() -> None:
     assert counts[0] == counts[1]
 
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+@pytest.fixture(scope="module")
 @on_ranks(2)
-def test_a_run_on_two_ranks_goes_on_on_one(tmp_path: Path, single: dict[str, Any]) -> None:
-    fit(tmp_path, Recorded(), "ddp", **THREE_EPOCHS)
+def straight(directory: Path) -> dict[str, Any]:
+    """Train three epochs on two ranks, with a file of each."""
+    module = Recorded()
+    fit(directory, module, "ddp", **THREE_EPOCHS)
+    return {"adapters": state(module), "zeros": zeros(module)}
+
+
+def test_a_run_of_two_ranks_goes_on_on_one(directory: Path, straight: list[dict[str, Any]]) -> None:
+    module = Recorded()
+    fit(None, module, "auto", ckpt_path=directory / "epoch=0.ckpt", **THREE_EPOCHS)
+    torch.testing.assert_close(state(module), straight[0]["adapters"], **STEP_TOLERANCE)
+    assert zeros(module) == straight[0]["zeros"]
 
 
 @on_ranks(2)
@@ -83,3 +115,13 @@ def test_tensor_parallelism_and_adapters_in_shards_are_refused_by_name() -> None
     assert "AdaLoRA" in message
     assert "shard_adapters" in message
     assert not any(isinstance(layer, AdaLoRALinear) for layer in module.modules())
+
+
+@on_ranks(2)
+def test_fabric_refuses_them_too() -> None:
+    for strategy in (fabric.MegatronLoRAStrategy(tensor_parallel_size=2), fabric.FSDPLoRAStrategy(shard_adapters=True)):
+        run = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+        run.launch()
+        model = inject(models.llama(), LoRAConfig(adalora=ADALORA["adalora"]))
+        assert "AdaLoRA scores whole factors" in error_of(run.setup_module, model)
+        assert type(model.model.layers[0].self_attn.q_proj).__bases__[0] is AdaLoRALinear

@@ -1,6 +1,9 @@
 """AdaLoRA in the Trainer: the schedule, the loss term under every way to step, and exact resume."""
 
 import copy
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_lora import AdaLoRA, LoRACallback, LoRAConfig, adapter_state_dict, inject, named_adapter_parameters
 from lightning_lora.model.state import named_lora_layers
 from tests import models
+from tests.distributed.launch import ROOT
 from tests.runs import LanguageModule, loader, same_adapters, trainer
 
 SMALL = {"target_r": 2, "init_r": 4}
@@ -220,7 +224,8 @@ def files(directory: Path) -> ModelCheckpoint:
 
 
 def resumable() -> StatefulDataLoader:
-    return StatefulDataLoader(models.token_ids(16, 8, seed=1), batch_size=4, shuffle=True)
+    order = torch.Generator().manual_seed(0)
+    return StatefulDataLoader(models.token_ids(16, 8, seed=1), batch_size=4, shuffle=True, generator=order)
 
 
 class Saves(Callback):
@@ -260,6 +265,32 @@ def test_a_run_resumed_in_mid_schedule_is_the_run_that_was_not_stopped(straight:
     torch.testing.assert_close(lora.state_dict(), straight["lora"].state_dict(), **EXACT)
     states = [run.optimizers[0].state_dict() for run in (resumed, straight["run"])]
     torch.testing.assert_close(*states, **EXACT)
+
+
+def test_a_killed_run_goes_on_as_the_run_that_was_not_stopped(straight: dict[str, Any], tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from tests.distributed.launch import ROOT
+from tests.runs import LanguageModule, trainer
+from tests.strategies.test_adalora import PHASES, Saves, callback, resumable
+
+class Kill(Saves):
+    def on_train_batch_end(self, run, *_):
+        super().on_train_batch_end(run)
+        if run.global_step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+folder = Path({str(tmp_path)!r})
+trainer(folder, callback(**PHASES), Kill(folder), max_epochs=3).fit(LanguageModule(), resumable())
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    module = LanguageModule()
+    run = trainer(tmp_path, callback(**PHASES), max_epochs=3)
+    run.fit(module, resumable(), ckpt_path=tmp_path / "7.ckpt")
+    assert same_adapters(module, straight["module"])
+    assert module.losses == straight["module"].losses[7:]
 
 
 @pytest.mark.parametrize("step", RESUMED_AT[:2])

@@ -1,122 +1,150 @@
 """AdaLoRA in a Trainer's run: add its loss term to the gradients, and prune ranks after each optimizer step."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_lora.adalora import AdaLoRA
+from lightning_lora.model.families import find_root
 from lightning_lora.model.rank_allocator import RankAllocator
 from lightning_lora.model.state import require_injection
 
-_ORTHOGONALITY, _RANK = "train/adalora_orthogonality", "train/adalora_rank"
 
-
-class AdaptiveRanks:
-    """Runs a :class:`RankAllocator` for one callback. Without AdaLoRA it does nothing.
+class AdaptiveRanks(Callback):
+    """Base of ``LoRACallback`` that runs AdaLoRA's :class:`RankAllocator`. Without AdaLoRA it does nothing.
 
     The loss term is added to the gradients after the first backward of each optimizer step: before clipping, scaled as
     the loss is, and once, however many batches are accumulated. Ranks are pruned inside the optimizer's step, as its
     last act: a step that the ``GradScaler`` skips does not count.
     """
 
-    def __init__(self) -> None:
-        self.allocator: RankAllocator | None = None
-        self._loaded: dict[str, Any] | None = None  # of a checkpoint, until training starts
-        self._hook: Any = None
-        self._has_pruned = False  # since ranks were logged
+    module: str | None  # name of the pretrained model
+    _allocator: RankAllocator | None = None
+    _loaded: dict[str, Any] | None = None  # state of a checkpoint, until training starts
+    _hook: Any = None  # on the optimizer, while training runs
+    _has_stepped = False  # since ranks were logged
 
-    def start(self, trainer: "pl.Trainer", root: nn.Module) -> None:
+    def rank_history(self) -> tuple[list[int], dict[str, list[int]]]:
+        """Return steps, and how many ranks each adapted layer kept after those, by its name.
+
+        A run of more than 500 steps notes some of them, and the last pruning.
+
+        Raises:
+            ValueError: no run has trained with ``adalora=AdaLoRA(...)``.
+        """
+        if self._allocator is None:
+            raise ValueError("no run of this callback has pruned ranks: give adalora=AdaLoRA(...) and call fit")
+        return self._allocator.history()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._allocator is None:
+            return {} if self._loaded is None else {"adalora": self._loaded}
+        return {"adalora": {"settings": asdict(self._allocator.settings), **self._allocator.state_dict()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict.get("adalora")
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._loaded = None  # of a run that failed before it trained
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Begin a schedule, or go on with that of a checkpoint or of the run before.
 
         Raises:
             ValueError: the schedule does not fit the run, or differs from the checkpoint's.
         """
-        settings, state = require_injection(root).config.adalora, self._loaded
-        self._loaded = None
-        self.stop()
+        _, root = find_root(pl_module, self.module)
+        settings, state, self._loaded = require_injection(root).config.adalora, self._loaded, None
+        self._stop()
         if settings is None:
-            self.allocator = None
+            self._allocator = None
             return
         if state is not None:
             _check_same(settings, state)
-            self.allocator = RankAllocator(root, settings, state["total_step"])
-            self.allocator.load_state_dict(state)
+            self._allocator = RankAllocator(root, settings, state["total_step"])
+            self._allocator.load_state_dict(state)
         elif trainer.global_step == 0:
-            self.allocator = RankAllocator(root, settings, settings.total_step or _estimated_steps(trainer))
-        elif self.allocator is None:
+            self._allocator = RankAllocator(root, settings, settings.total_step or _estimated_steps(trainer))
+        elif self._allocator is None:
             raise ValueError(
                 f"the run goes on at step {trainer.global_step}, and its checkpoint holds no state of AdaLoRA: it was "
                 "written without LoRACallback(adalora=...), or by a callback for another module=. To start a new run "
                 "from its weights, give it to init_from= instead of ckpt_path="
             )
-        require_injection(root).total_step = self.allocator.total_step
-        self._hook = _optimizer_of(trainer, self.allocator).register_step_post_hook(self._after_step)
-        _say_if_shorter(trainer, self.allocator)
+        require_injection(root).total_step = self._allocator.total_step
+        self._hook = _optimizer_of(trainer, self._allocator).register_step_post_hook(self._after_step)
+        _say_if_shorter(trainer, self._allocator)
 
-    def stop(self) -> None:
-        """Stop watching the optimizer."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
+    @override
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        if self._hook is not None and self._allocator is not None and not self._allocator.has_gradient:
+            self._allocator.is_regularized = False  # a new sum of gradients begins
 
-    def before_backward(self) -> None:
-        """Note whether the backward begins a new sum of gradients."""
-        if self._hook is not None and self.allocator is not None and not self.allocator.has_gradient:
-            self.allocator.is_regularized = False
+    @override
+    def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._regularize(pl_module, None if scaler is None else scaler.scale)
 
-    def regularize(self, pl_module: "pl.LightningModule", scaler: Any = None) -> None:
-        """Add the loss term to the gradients, if it is not in them yet, and log its value.
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        if not pl_module.automatic_optimization:  # the user may call loss.backward(), which Lightning does not see
+            self._regularize(pl_module, None)
 
-        Args:
-            scaler: the ``GradScaler`` that scaled the loss and has not unscaled the gradients yet.
-        """
-        allocator = self.allocator
-        if self._hook is None or allocator is None or allocator.is_regularized or not allocator.trains:
-            return
-        value = allocator.add_regularizer(None if scaler is None else scaler.scale)
-        pl_module.log(_ORTHOGONALITY, value)
+    def _regularize(self, pl_module: "pl.LightningModule", scale: Callable[[Tensor], Tensor] | None) -> None:
+        """Add the loss term to the gradients, if it is not in them yet, and log its value."""
+        allocator = self._allocator
+        if self._hook is not None and allocator is not None and allocator.trains and not allocator.is_regularized:
+            pl_module.log("train/adalora_orthogonality", allocator.add_regularizer(scale))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Prune, unless the optimizer itself skipped the step (fused ones unscale, and skip, inside)."""
-        assert self.allocator is not None
-        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        """Prune, unless the optimizer skipped the step itself: fused ones unscale gradients, and skip, inside."""
+        assert self._allocator is not None
+        found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
-            self.allocator.is_regularized = False
+            self._allocator.is_regularized = False
             return
-        self.allocator.after_step(scale)
-        self._has_pruned = True
+        self._allocator.after_step(getattr(optimizer, "grad_scale", None))
+        self._has_stepped = True
 
-    def log(self, pl_module: "pl.LightningModule") -> None:
-        """Log the average rank after a step."""
-        if self._has_pruned and self.allocator is not None:
-            pl_module.log(_RANK, self.allocator.mean_rank)
-        self._has_pruned = False
+    @override
+    def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
+        if self._has_stepped and self._allocator is not None:
+            pl_module.log("train/adalora_rank", self._allocator.mean_rank)
+        self._has_stepped = False
 
-    def finish(self) -> None:
-        """Warn if the run ended before the ranks reached their last number."""
-        self.stop()
-        if self.allocator is not None and not self.allocator.is_finished:
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._stop()
+        if self._allocator is not None and not self._allocator.is_finished:
             rank_zero_warn(
-                f"the run ended after {self.allocator.step} steps, and AdaLoRA prunes up to step "
-                f"{self.allocator.last} of total_step={self.allocator.total_step}: the layers have not reached their "
+                f"the run ended after {self._allocator.step} steps, and AdaLoRA prunes up to step "
+                f"{self._allocator.last} of total_step={self._allocator.total_step}: the layers have not reached their "
                 "ranks. Go on with ckpt_path=, or give the number of steps that the run has as total_step"
             )
 
-    def state(self) -> dict[str, Any] | None:
-        """Return what a checkpoint has to hold; ``None`` without AdaLoRA."""
-        if self.allocator is None:
-            return self._loaded
-        return {"settings": asdict(self.allocator.settings), **self.allocator.state_dict()}
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._stop()
 
-    def load(self, state: dict[str, Any] | None) -> None:
-        """Take the state of a checkpoint, with which :meth:`start` goes on."""
-        self._loaded = state
+    def _stop(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
 
 def _estimated_steps(trainer: "pl.Trainer") -> int:
