@@ -54,14 +54,20 @@ def with_all_ranks(files: Files, source: Any) -> Files:
         if len(factors) < 3:
             lacking = ", ".join(f"lora_{factor}" for factor in "ABE" if factor not in factors)
             raise ValueError(f"{source} is damaged: {layer.removeprefix(PREFIX)!r} has no {lacking}")
-    return files._replace(config={**files.config, "r": init_r, "rank_pattern": {}}, tensors=tensors)
+    # what PEFT's AdaLoRA does not read, and the number of steps, which was that of the run that wrote it
+    unread = {"alpha_pattern": {}, "use_rslora": False, "lora_bias": False, "total_step": None}
+    return files._replace(config={**files.config, **unread, "r": init_r, "rank_pattern": {}}, tensors=tensors)
 
 
-def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def as_lora(
+    config: dict[str, Any], tensors: dict[str, Tensor], *, keep_layers: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return an AdaLoRA adapter with all its ranks as plain LoRA that computes the same, without the pruned ranks.
 
-    A becomes ``E * A``, B becomes ``alpha / (init_r + 1e-5) * B``, and each layer's alpha is its rank. A layer without
-    ranks is left out.
+    A becomes ``E * A``, B becomes ``alpha / (init_r + 1e-5) * B``, and each layer's alpha is its rank.
+
+    Args:
+        keep_layers: write one rank of zeros for a layer without ranks, which is left out otherwise.
 
     Raises:
         ValueError: no layer has a rank.
@@ -69,16 +75,18 @@ def as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[st
     scaling = config["lora_alpha"] / (config["init_r"] + 1e-5)
     layers = [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]
     written = {key: value for key, value in tensors.items() if _KEY.fullmatch(key) is None}
+    if not any(bool(tensors[f"{layer}.lora_E"].any()) for layer in layers):
+        raise ValueError("the ranks of all layers are zero: the adapter has not trained, and there is nothing to write")
     ranks: dict[str, int] = {}
     for layer in layers:
         A, B, E = (tensors[f"{layer}.lora_{factor}"] for factor in "ABE")
         kept = (E != 0).flatten()
+        if not bool(kept.any()):
+            kept[0] = keep_layers
         if bool(kept.any()):
             written[f"{layer}.lora_A.weight"] = (A * E)[kept]
             written[f"{layer}.lora_B.weight"] = B[:, kept] * scaling
             ranks[layer.removeprefix(PREFIX)] = int(kept.sum())
-    if not ranks:
-        raise ValueError("the ranks of all layers are zero: the adapter has not trained, and there is nothing to write")
     r, pattern = anchored(ranks, 1)
     plain = {"peft_type": "LORA", "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern}
     if len(ranks) < len(layers):  # only an expression names these layers and no others

@@ -145,7 +145,7 @@ def from_peft(config: Any) -> LoRAConfig:
         dropout=values.get("lora_dropout", 0.0),
         init="kaiming" if init is True or is_adalora else init,
         init_rng="peft",
-        adalora=settings_of_adalora(values) if is_adalora else None,
+        adalora=adalora_of(values),
     )
 
 
@@ -155,8 +155,10 @@ def kind_of(config: Mapping[str, Any]) -> Any:
     return getattr(kind, "value", kind)
 
 
-def settings_of_adalora(config: Mapping[str, Any]) -> AdaLoRA:
-    """Return the settings of AdaLoRA in PEFT's config."""
+def adalora_of(config: Mapping[str, Any]) -> AdaLoRA | None:
+    """Return the settings of AdaLoRA in PEFT's config; ``None`` if it is of LoRA."""
+    if kind_of(config) != "ADALORA":
+        return None
     return AdaLoRA(**{name: config[name] for name in ADALORA_FIELDS if config.get(name) is not None})
 
 

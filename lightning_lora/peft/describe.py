@@ -106,16 +106,8 @@ def _check_experts(root: nn.Module, view: nn.Module) -> str | None:
 
 def _entries(root: nn.Module, modules: list[str], beside: list[str]) -> list[Entry]:
     layers = named_lora_layers(root)
-    adalora = require_injection(root).config.adalora
-    entries = [
-        entry
-        for name, layer in layers.items()
-        for entry in (
-            _layer_entries(name, layer, layers)
-            if adalora is None or not isinstance(layer, AdaLoRALinear)
-            else _adalora_entries(name, layer, adalora.init_r)
-        )
-    ]
+    r = require_injection(root).config.r
+    entries = [entry for name, layer in layers.items() for entry in _layer_entries(name, layer, layers, r)]
     whole = {id(parameter): name for name, parameter in named_trained_whole(root).items()}
     stored = {clean_name(name) for name in root.state_dict(keep_vars=True)}  # some buffers are not
     for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
@@ -137,12 +129,14 @@ def _lies_in(owner: str, modules: Iterable[str]) -> bool:
     return any(is_inside(owner, module) for module in modules)
 
 
-def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer]) -> list[Entry]:
+def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer], r: int) -> list[Entry]:
     if isinstance(layer, TokenRows):
         key = f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
         return [] if layer.lora_is_twin else [(key, "plain", [f"{name}.lora_rows"])]
     if isinstance(layer, LoRAParameters):
         return _parameter_entries(name, layer)
+    if isinstance(layer, AdaLoRALinear):
+        return _adalora_entries(name, layer, r)
     name_there = _name_there(name, layers)
     kind, suffix = ("embedding_", "") if isinstance(layer, LoRAEmbedding) else ("", ".weight")
     more = {"lora_magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}

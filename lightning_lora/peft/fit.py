@@ -11,7 +11,7 @@ from lightning_lora.layers import mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.model.families import resize_advice
-from lightning_lora.peft.config import divisor, kind_of, rank_of, scaling_of
+from lightning_lora.peft.config import divisor, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter
 from lightning_lora.peft.layout import is_projection, laid_out, times_added, unstacked
 
@@ -28,8 +28,7 @@ def named_by_layer(adapter: Adapter, modules: Mapping[str, nn.Module], model: nn
         ValueError: a pair does not fit the model, the config does not tell of it, or experts differ in rank or scale.
     """
     _fuse_experts(adapter, modules)
-    unknown = ("variant",) if kind_of(adapter.config) == "ADALORA" else ("variant", "E")
-    variant = next((key for key, what in adapter.keys.items() if what.kind in unknown), None)
+    variant = next((key for key, what in adapter.keys.items() if what.kind == "variant"), None)
     if variant is not None:
         raise ValueError(f"{adapter.source}: tensor {variant!r} is of a kind that is not supported")
     tensors: dict[str, Tensor] = {}
@@ -128,8 +127,8 @@ def _check_layer(
         )
     more = {f"lora_{part}": tuple(value.shape) for part, value in pair.items() if part not in "AB"}
     try:
-        asked = {"use_dora": "lora_magnitude" in more, "lora_bias": "lora_bias" in more, "adalora": "lora_E" in more}
-        mixin = with_options(mixin, module, **asked)
+        asked = {field: f"lora_{part}" in more for part, field, _ in _OPTIONAL}
+        mixin = with_options(mixin, module, adalora="lora_E" in more, **asked)
     except ValueError as error:
         raise ValueError(f"{source} adapts {layer!r} with {', '.join(more)}: {error}") from None
     if more != (expected := mixin.more_shapes(module, A.shape[0])):

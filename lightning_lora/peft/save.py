@@ -183,7 +183,7 @@ def write_described(
         seen.add(value.data_ptr())
     config = description["config"]
     if kind_of(config) == "ADALORA" and (portable or as_lora):
-        config, tensors = adalora_as_lora(config, tensors)
+        config, tensors = adalora_as_lora(config, tensors, keep_layers=portable)
     if portable:
         config, tensors = make_portable(config, tensors, _parameters_by_layer(description["entries"]))
     write_directory(directory, Files(config, tensors, description["metadata"]), on_nonfinite=on_nonfinite)

@@ -13,7 +13,7 @@ from lightning_lora.model.families import resize_advice
 from lightning_lora.model.matching import hits, is_all_linear, layer_index, pattern_value
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.targets import select_layers, select_parameters
-from lightning_lora.peft.config import divisor, kind_of, rank_of, scaling_of, settings_of_adalora
+from lightning_lora.peft.config import adalora_of, divisor, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter
 from lightning_lora.peft.layout import is_projection
 
@@ -33,8 +33,6 @@ def settings_of(
     parameters = [name for name in own if name not in layers]
     whole = trained_modules(adapter, modules)
     options: dict[str, Any] = {name: bool(given.get(name)) for name in ("use_rslora", "use_dora", "lora_bias")}
-    if kind_of(given) == "ADALORA":  # whose number of steps was that of the run that wrote it
-        options = {"adalora": settings_of_adalora({**given, "total_step": None})}
     config = LoRAConfig(
         **_ranks_and_alphas(adapter, own, tensors),
         **_selection(adapter, layers, parameters, modules),
@@ -44,6 +42,7 @@ def settings_of(
         modules_to_save=whole,
         bias=given.get("bias") or "none",
         **options,
+        adalora=adalora_of(given),
         adapter_dtype="float64" if any(p["A"].dtype == torch.float64 for p in pairs.values()) else "float32",
     )
     described = set(select_layers(model, config, whole)) if config.target_modules else set()
@@ -75,8 +74,6 @@ def _ranks_and_alphas(adapter: Adapter, own: list[str], tensors: Mapping[str, Te
             f"{adapter.source} has r={r} in its config, and tensors of rank {ranks[other]} for {other!r}. Is a file "
             "damaged?"
         )
-    if kind_of(given) == "ADALORA":
-        return {"alpha": float(given["lora_alpha"])}
     rank_pattern: dict[str, int] = _live_patterns(given.get("rank_pattern"), [*ranks])
     alpha_pattern: dict[str, float] = _live_patterns(given.get("alpha_pattern"), [*ranks])
     if given.get("ensure_weight_tying"):

@@ -144,14 +144,14 @@ def test_the_weights_of_the_plain_adapter_are_the_update_to_rounding(tmp_path: P
         torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-7 * float(expected.abs().max()))
 
 
-def test_portable_directories_are_plain_lora_of_one_rank(tmp_path: Path) -> None:
-    model = trained()
+def test_portable_directories_are_plain_lora_of_one_rank_that_readers_take(tmp_path: Path) -> None:
+    model = trained(target_modules="all-linear")
     empty_a_layer(model)
     save_peft(model, tmp_path, portable=True)
     config, tensors = content(tmp_path)
     assert config["peft_type"] == "LORA"
-    assert config["r"] == config["lora_alpha"] == max(t.shape[0] for n, t in tensors.items() if "lora_A" in n)
-    assert not config["rank_pattern"]
+    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {config["r"]} == {config["lora_alpha"]}
+    assert config["r"] == max(int((layer.lora_E != 0).sum()) for layer in named_lora_layers(model).values())
     torch.testing.assert_close(logits(load_peft(models.llama(), tmp_path)), logits(model), **CLOSE)
     assert check_portable(tmp_path, "vllm") == []
     assert check_portable(tmp_path, "sglang") == []
@@ -214,6 +214,7 @@ def test_a_plain_adapter_is_written_as_lora_either_way(tmp_path: Path) -> None:
         ({"init_r": 5}, "the config says init_r=5"),
         ({"rank_pattern": None}, "the config says init_r=6"),
         ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "LORA", "rank_pattern": None}, "is AdaLoRA's, and the config is not"),
     ],
 )
 def test_damaged_directories_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
