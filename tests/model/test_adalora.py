@@ -10,8 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import AdaLoRA, LoRAConfig, RankAllocator, disabled, inject, merge, plan, remove, unmerge
+from lightning_lora import (
+    AdaLoRA,
+    LoRAConfig,
+    RankAllocator,
+    disabled,
+    inject,
+    merge,
+    parameter_groups,
+    plan,
+    remove,
+    unmerge,
+)
 from lightning_lora.layers.adalora import AdaLoRALinear
+from lightning_lora.model.quantize import quantize
 from lightning_lora.model.state import has_trained, named_lora_layers
 from tests import models
 
@@ -416,3 +428,26 @@ def test_a_config_survives_its_dictionary_and_peft_s() -> None:
         LoRAConfig(adalora=AdaLoRA()).to_peft()
     with pytest.raises(TypeError, match="adalora=8 must be an AdaLoRA"):
         LoRAConfig(adalora=8)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_trains_as_its_dense_values(kind: str) -> None:
+    config = LoRAConfig(adalora=AdaLoRA(**settings()), target_modules=TARGETS)
+    packed, dense = models.llama(), models.llama()
+    quantize(packed, kind)
+    with torch.no_grad():
+        for name, layer in packed.named_modules():
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                dense.get_submodule(name).weight.copy_(layer.weight)
+    runs = [Loop(inject(model, config)) for model in (packed, dense)]
+    losses = [[run.step(batch) for batch in batches()[:8]] for run in runs]
+    torch.testing.assert_close(*losses, **LOSSES)
+    assert runs[0].zeros() == runs[1].zeros()
+
+
+def test_the_groups_of_lora_plus_have_E_beside_A() -> None:
+    model = adapted()
+    groups = {group["name"]: {id(p) for p in group["params"]} for group in parameter_groups(model, lr=1e-3)}
+    for layer in named_lora_layers(model).values():
+        assert {id(layer.lora_A), id(layer.lora_E)} <= groups["A"]
+        assert id(layer.lora_B) in groups["B"]
