@@ -17,6 +17,7 @@ from lightning_lora import (
     adapter_checkpoint,
     adapter_state_dict,
     check_portable,
+    combine,
     convert,
     inject,
     load_peft,
@@ -245,3 +246,11 @@ def test_tensors_go_from_a_directory_into_an_adapted_model_of_the_same_config(tm
     ours, theirs = adapter_state_dict(model), adapter_state_dict(again)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_readers_of_plain_adapters_say_how_to_write_one(tmp_path: Path) -> None:
+    save_peft(trained(), tmp_path)
+    with pytest.raises(ValueError, match=r"peft_type='ADALORA'.*as_lora=True"):
+        combine([tmp_path, tmp_path], [1.0, 1.0], tmp_path / "sum")
+    for reader in ("vllm", "sglang", "llama.cpp"):
+        assert any("ADALORA" in problem for problem in check_portable(tmp_path, reader))

@@ -15,7 +15,15 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_lora import AdaLoRA, LoRACallback, LoRAConfig, adapter_state_dict, inject, named_adapter_parameters
+from lightning_lora import (
+    AdaLoRA,
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    inject,
+    named_adapter_parameters,
+    save_peft,
+)
 from lightning_lora.model.state import named_lora_layers
 from tests import models
 from tests.distributed.launch import ROOT
@@ -140,6 +148,38 @@ def test_steps_that_overflow_do_not_count(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the layers have not reached their ranks"):
         run.fit(Plain(), loader())
     assert lora.rank_history()[0] == []  # all four overflowed
+    assert all(torch.isfinite(value).all() for value in adapter_state_dict(run.lightning_module).values())
+
+
+class Fused(Plain):
+    """Steps with an optimizer that unscales gradients, and skips steps, itself."""
+
+    fused = True
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused)
+
+
+def test_an_optimizer_that_unscales_by_itself_prunes_alike(tmp_path: Path) -> None:
+    states = []
+    for fused in (True, False):
+        lora, module = callback(tinit=3), Fused()
+        module.fused = fused
+        trainer(tmp_path, lora, max_steps=4, plugins=[half_precision(1024.0)]).fit(module, loader())
+        states.append(lora.state_dict()["adalora"])
+    assert states[0]["history"]["steps"] == [1, 2, 3, 4]
+    for name, layer in states[0]["layers"].items():
+        for key, value in layer.items():
+            # other order of float32 operations in the optimizer
+            torch.testing.assert_close(value, states[1]["layers"][name][key], rtol=1e-2, atol=1e-12)
+
+
+def test_steps_that_it_skips_do_not_count(tmp_path: Path) -> None:
+    lora = callback(total_step=6)
+    run = trainer(tmp_path, lora, max_steps=4, plugins=[half_precision(2.0**40)])
+    with pytest.warns(UserWarning, match="the layers have not reached their ranks"):
+        run.fit(Fused(), loader())
+    assert lora.rank_history()[0] == []
     assert all(torch.isfinite(value).all() for value in adapter_state_dict(run.lightning_module).values())
 
 
@@ -351,6 +391,18 @@ def test_a_new_run_from_a_file_starts_the_schedule_anew(tmp_path: Path) -> None:
     assert lora.rank_history()[1]["model.layers.0.self_attn.q_proj"][0] == 4
 
 
+def test_a_new_run_from_a_directory_of_peft_starts_with_its_factors(tmp_path: Path) -> None:
+    first = LanguageModule()
+    trainer(tmp_path, callback(total_step=4)).fit(first, loader())
+    save_peft(first, tmp_path / "peft")
+    lora, module = LoRACallback(init_from=str(tmp_path / "peft"), adalora=AdaLoRA(**SMALL, tinit=2)), LanguageModule()
+    run = trainer(tmp_path, lora)
+    run.validate(module, loader(), verbose=False)
+    assert same_adapters(first, module)
+    run.fit(module, loader())
+    assert lora.rank_history()[0] == [1, 2, 3, 4]
+
+
 def test_a_run_of_unknown_length_needs_its_number_of_steps(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set max_steps, or give AdaLoRA\(total_step="):
         trainer(tmp_path, callback(), max_epochs=-1).fit(LanguageModule(), loader())
@@ -367,6 +419,10 @@ def test_a_run_of_unknown_length_needs_its_number_of_steps(tmp_path: Path) -> No
 def test_a_run_too_short_for_its_phases_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no step is left to prune in"):
         trainer(tmp_path, callback(tinit=3, tfinal=1)).fit(LanguageModule(), loader())
+
+
+def test_a_trial_run_is_not_too_short(tmp_path: Path) -> None:
+    trainer(tmp_path, callback(tinit=30, tfinal=10), fast_dev_run=True).fit(LanguageModule(), loader())
 
 
 def test_a_run_shorter_than_its_schedule_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

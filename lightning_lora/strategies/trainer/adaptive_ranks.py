@@ -77,7 +77,7 @@ class AdaptiveRanks(Callback):
             self._allocator = RankAllocator(root, settings, state["total_step"])
             self._allocator.load_state_dict(state)
         elif trainer.global_step == 0:
-            self._allocator = RankAllocator(root, settings, settings.total_step or _estimated_steps(trainer))
+            self._allocator = RankAllocator(root, settings, settings.total_step or _num_steps(trainer, settings))
         elif self._allocator is None:
             raise ValueError(
                 f"the run goes on at step {trainer.global_step}, and its checkpoint holds no state of AdaLoRA: it was "
@@ -130,7 +130,8 @@ class AdaptiveRanks(Callback):
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._stop()
-        if self._allocator is not None and not self._allocator.is_finished:
+        is_trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        if self._allocator is not None and not self._allocator.is_finished and not is_trial:
             rank_zero_warn(
                 f"the run ended after {self._allocator.step} steps, and AdaLoRA prunes up to step "
                 f"{self._allocator.last} of total_step={self._allocator.total_step}: the layers have not reached their "
@@ -147,9 +148,11 @@ class AdaptiveRanks(Callback):
         self._hook = None
 
 
-def _estimated_steps(trainer: "pl.Trainer") -> int:
+def _num_steps(trainer: "pl.Trainer", settings: AdaLoRA) -> int:
     """Return the number of optimizer steps of the whole run."""
     steps = trainer.estimated_stepping_batches
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+        return max(int(steps), settings.tinit + settings.tfinal + 1)  # a trial of a run that is longer
     if not math.isfinite(steps) or steps < 1:
         raise ValueError(
             "AdaLoRA prunes over the whole run, and this Trainer does not know how many steps it has: set max_steps, "
