@@ -13,6 +13,7 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_lora import fabric
+from lightning_lora.adalora import AdaLoRA
 from lightning_lora.callback import LoRACallback
 from lightning_lora.checkpoint.file import adapter_checkpoint, adapter_state_dict
 from lightning_lora.checkpoint.fitting import load_adapter_state_dict
@@ -32,6 +33,7 @@ from lightning_lora.model.merge_receipt import LayerReceipt, MergeReceipt
 from lightning_lora.model.parameter_groups import parameter_groups
 from lightning_lora.model.plan import plan
 from lightning_lora.model.quantize import quantize
+from lightning_lora.model.rank_allocator import RankAllocator
 from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.peft.combine import combine
 from lightning_lora.peft.load import load_peft
@@ -45,6 +47,7 @@ from lightning_lora.strategies.trainer.without_callback import wrap_load_from_ch
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaLoRA",
     "FSDPLoRAStrategy",
     "LayerPlan",
     "LayerReceipt",
@@ -54,6 +57,7 @@ __all__ = [
     "MergeReceipt",
     "Plan",
     "QuantizationPlan",
+    "RankAllocator",
     "adapter_checkpoint",
     "adapter_state_dict",
     "apply",

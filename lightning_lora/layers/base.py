@@ -148,7 +148,7 @@ class LoRALayer(SwappedModule):
         return (r, in_features), (out_features, r)
 
     @classmethod
-    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def more_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of adapter parameters beside A and B, by their local names."""
         return {}
 

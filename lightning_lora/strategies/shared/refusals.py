@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from torch import Tensor, nn
 
 from lightning_lora.compat.lightning import is_forking
+from lightning_lora.config import LoRAConfig
 from lightning_lora.model.families import find_root
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots, injection_of
@@ -106,6 +107,16 @@ def check_trainer(trainer: "pl.Trainer") -> None:
         raise ValueError(
             f"{precision} replaces the linear layers that adapters sit in and is not supported. Use "
             'precision="bf16-true" for a frozen base in half the memory, or "bf16-mixed"'
+        )
+
+
+def check_adalora(strategy: Any, config: LoRAConfig) -> None:
+    """Raise ``ValueError`` for AdaLoRA under a strategy that splits factors, whose ranks are scored as a whole."""
+    if config.adalora is not None and getattr(strategy, "splits_adapters", False):
+        raise ValueError(
+            f"AdaLoRA scores whole factors, and {type(strategy).__name__} spreads them over ranks "
+            "(tensor parallelism, or shard_adapters=True): use 'ddp', or 'fsdp_lora' with shard_adapters=False, or "
+            "leave adalora out"
         )
 
 
