@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.compat.transformers import draw_weights
-from lightning_lora.distributed.base_files import names_in_model, open_slices
 from lightning_lora.distributed.packed_base import PackedBase
 from lightning_lora.distributed.packed_target import packed_targets
 from lightning_lora.layers.trained import as_stored
+from lightning_lora.model.base_files import names_in_model, open_slices
 from lightning_lora.model.families import is_pretrained, name_or_path, resize_advice
 from lightning_lora.model.names import clean_name, is_inside, joined, listed
 from lightning_lora.model.spread import class_name, sharded_parameters

@@ -95,7 +95,7 @@ class QuantizedModule(SwappedModule):
             value = state_dict.get(prefix + name)
             parts = read_parts(self.whole_form(name), state_dict, prefix + name)
             state_dict |= {f"{prefix}{name}_{part}": tensor for part, tensor in parts.items()}
-            if parts and not _same_values(getattr(self, f"{name}_codes"), parts["codes"]):
+            if not all(_same_values(getattr(self, f"{name}_{part}"), tensor) for part, tensor in parts.items()):
                 self.origins.pop(name, None)
             if parts and value.is_floating_point():
                 self.origins |= _origin_of(name, value)
@@ -209,4 +209,4 @@ def num_parameters(model: nn.Module) -> int:
     holders = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     parts = {id(getattr(module, name)) for module in holders for name in module.part_names()}
     packed = sum(stored.shape.numel() for module in holders for stored in module.quantized.values())
-    return packed + sum(logical(p).numel() for p in model.parameters() if id(p) not in parts)
+    return packed + sum(int(logical(p).numel()) for p in model.parameters() if id(p) not in parts)

@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.model.base_form import QuantizationPlan
 from lightning_lora.model.names import listed
-from lightning_lora.model.quantize import QuantizationPlan
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,9 @@ def lora_gated_mlp(
     act = ACTIVATIONS[activation]
     if is_transformed():
         return _plain_gated_mlp(x, layers, act, entering, leaving)
-    is_stored = gate.is_stored or up.is_stored or down.is_stored
-    y: Tensor = _GatedMLP.apply(  # type: ignore[no-untyped-call]
-        x, act, entering, leaving, is_stored, *chain.from_iterable(layers)
-    )
+    if gate.is_stored or up.is_stored or down.is_stored:
+        entering = entering._replace(has_stored=True)
+    y: Tensor = _GatedMLP.apply(x, act, entering, leaving, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
     return y
 
 
@@ -101,24 +100,18 @@ def _plain_gated_mlp(
 
 
 class _GatedMLP(torch.autograd.Function):
-    """``forward(x, activation, entering, leaving, is_stored, W, b, A and B of gate, up and down) -> y``."""
+    """``forward(x, activation, entering, leaving, W, b, A and B of gate, up and down) -> y``."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        act: Activation,
-        entering: ScaledDropout,
-        leaving: ScaledDropout,
-        is_stored: bool,
-        *tensors: Any,
+        ctx: Any, x: Tensor, act: Activation, entering: ScaledDropout, leaving: ScaledDropout, *tensors: Any
     ) -> Tensor:
-        dense = dense_like if is_stored else None
+        dense = dense_like if entering.has_stored else None
         (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), tensors[:8], entering, dense)
         (y,), h_out = forward_of_linears(act.forward(e).mul_(g), tensors[8:], leaving, dense)
         ctx.act, ctx.entering, ctx.leaving, ctx.stored = act, entering, leaving, None
         ctx.set_materialize_grads(False)
-        if is_stored:
+        if entering.has_stored:
             ctx.stored, weights = apart(tensors[::4])
             tensors = tuple(weights[i // 4] if i % 4 == 0 else one for i, one in enumerate(tensors))
         ctx.save_for_backward(x, entering.seed, leaving.seed, e, g, h_in, h_out, *tensors)
@@ -137,8 +130,8 @@ class _GatedMLP(torch.autograd.Function):
             kind = LinearTensors if dense is None else StoredLinearTensors
             layers = [kind(*tensors[i : i + 4]) for i in (0, 4, 8)]
             y = _plain_gated_mlp(x, layers, ctx.act, entering, leaving)
-            return differentiable_gradients(ctx, y, [x, None, None, None, None, *tensors], grad)
-        need_x, _, _, _, _, *needs = ctx.needs_input_grad
+            return differentiable_gradients(ctx, y, [x, None, None, None, *tensors], grad)
+        need_x, _, _, _, *needs = ctx.needs_input_grad
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         opened = ctx.act.forward(e)
         h = opened * g  # [T, intermediate]
@@ -151,7 +144,7 @@ class _GatedMLP(torch.autograd.Function):
         grad_x, of_both = backward_of_linears(
             rows, [grad_e, grad_g], tensors[:8], h_in, entering, needs[:8], need_x=need_x, dense=dense
         )
-        return None if grad_x is None else grad_x.view(x.shape), None, None, None, None, *of_both, *of_down
+        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *of_both, *of_down
 
 
 def differentiable_gradients(ctx: Any, y: Tensor, inputs: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:

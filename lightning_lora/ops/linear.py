@@ -16,7 +16,7 @@ that it is given.
 import functools
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +28,25 @@ from lightning_lora.ops.dropout import keep_mask
 from lightning_lora.ops.stored import apart, dense_again, dense_like, together
 
 
-class LinearTensors(NamedTuple):
-    """The tensors of one adapted linear layer; ``weight`` is ``None`` for the adapter's term alone."""
-
-    weight: Any  # Tensor | None, [out, in]
+class _LinearTensors(NamedTuple):
+    weight: Any  # Tensor | StoredWeight | None, [out, in]
     bias: Any  # Tensor | None, [out]
     lora_A: Any  # Tensor, [r, in]
     lora_B: Any  # Tensor, [out, r]
 
-    is_stored = False  # whether the weight is a StoredWeight
+
+class LinearTensors(_LinearTensors):
+    """The tensors of one adapted linear layer; ``weight`` is ``None`` for the adapter's term alone."""
+
+    __slots__ = ()
+    is_stored: ClassVar[bool] = False
 
 
 class StoredLinearTensors(LinearTensors):
-    """The same with a :class:`~lightning_lora.ops.stored.StoredWeight`."""
+    """The same with a :class:`~lightning_lora.ops.stored.StoredWeight`, or with ``None``."""
 
-    is_stored = True
+    __slots__ = ()
+    is_stored: ClassVar[bool] = True
 
 
 class ScaledDropout(NamedTuple):
@@ -53,6 +57,7 @@ class ScaledDropout(NamedTuple):
     seed: Tensor | None = None
     columns: tuple[int, int] | None = None
     first_row: int = 0
+    has_stored: bool = False  # whether a weight is a StoredWeight: said by the functions that take the layers
 
     @property
     def factor(self) -> float:
@@ -127,12 +132,10 @@ def lora_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDro
             return lora_linears(*cast_as_autocast(x, layers, dtype), settings)
     if is_transformed():
         return plain_linears(x, layers, settings)
-    is_stored = False
     for layer in layers:
-        is_stored = is_stored or layer.is_stored
-    outputs: tuple[Tensor, ...] = _LoRALinears.apply(  # type: ignore[no-untyped-call]
-        x, settings, is_stored, *chain.from_iterable(layers)
-    )
+        if layer.is_stored:
+            settings = settings._replace(has_stored=True)
+    outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, settings, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -174,17 +177,17 @@ def plain_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDr
 
 
 class _LoRALinears(torch.autograd.Function):
-    """``forward(x, settings, is_stored, W_1, b_1, A_1, B_1, W_2, ...) -> (y_1, y_2, ...)``.
+    """``forward(x, settings, W_1, b_1, A_1, B_1, W_2, ...) -> (y_1, y_2, ...)``.
 
     ``forward`` takes ``ctx``: with a separate ``setup_context``, ``apply`` would bind the arguments to the signature of
     ``forward``, which takes longer than a small product.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: ScaledDropout, is_stored: bool, *tensors: Any) -> tuple[Tensor, ...]:
-        dense = dense_like if is_stored else None
+    def forward(ctx: Any, x: Tensor, settings: ScaledDropout, *tensors: Any) -> tuple[Tensor, ...]:
+        dense = dense_like if settings.has_stored else None
         outputs, h = forward_of_linears(x.reshape(-1, x.shape[-1]), tensors, settings, dense)
-        need_x, _, _, *needs = ctx.needs_input_grad
+        need_x, _, *needs = ctx.needs_input_grad
         needs_h = any(needs[3::4])  # by the gradient of a B
         needs_rows = needs_h or any(needs[2::4]) or any(needs[::4])
         saved, nothing = list(tensors), [None] * len(outputs)
@@ -192,7 +195,7 @@ class _LoRALinears(torch.autograd.Function):
         ctx.stored = None
         if not need_x:
             saved[::4] = nothing  # weights
-        elif is_stored:
+        elif settings.has_stored:
             ctx.stored, saved[::4] = apart(saved[::4])
         ctx.save_for_backward(x if needs_rows else None, h if needs_h else None, settings.seed, *saved)
         ctx.set_materialize_grads(False)
@@ -202,7 +205,7 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h, seed, *tensors = ctx.saved_tensors
-        need_x, _, _, *needs = ctx.needs_input_grad
+        need_x, _, *needs = ctx.needs_input_grad
         dense = None
         if ctx.stored is not None:
             tensors[::4], dense = together(ctx.stored, tensors[::4]), dense_again
@@ -216,7 +219,7 @@ class _LoRALinears(torch.autograd.Function):
             need_x=need_x,
             dense=dense,
         )
-        return None if grad_x is None else grad_x.view(ctx.x_shape), None, None, *found
+        return None if grad_x is None else grad_x.view(ctx.x_shape), None, *found
 
 
 def reshape_like(x: Tensor, y: Tensor) -> Tensor:

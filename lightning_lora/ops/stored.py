@@ -5,13 +5,14 @@ needs a gradient.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.compat.torch import is_transformed
+from lightning_lora.compat.torch import is_transformed, untraced
 from lightning_lora.ops.autocast import autocast_dtype
 
 
@@ -38,7 +39,10 @@ class StoredWeight(Protocol):
 
 def dense_like(weight: Any, like: Tensor) -> Tensor:
     """Return a weight, a tensor or a :class:`StoredWeight`, as a tensor of the dtype of ``like``."""
-    dense: Tensor = weight.to(like.dtype) if isinstance(weight, Tensor) else weight.dense(like.dtype)
+    if isinstance(weight, Tensor):
+        return weight.to(like.dtype)
+    with untraced() if torch.jit.is_tracing() else nullcontext():  # it cannot record views of bytes as numbers
+        dense: Tensor = weight.dense(like.dtype)
     return dense
 
 
@@ -81,7 +85,7 @@ class _StoredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
         ctx.stored = stored
-        return F.linear(x, stored.dense(x.dtype), bias)
+        return F.linear(x, dense_like(stored, x), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,6 +107,6 @@ def stored_linear(x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tenso
     bias = None if bias is None else bias.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if is_transformed():
-            return F.linear(x, stored.dense(x.dtype), bias)
+            return F.linear(x, dense_like(stored, x), bias)
         y: Tensor = _StoredLinear.apply(x, stored, bias)  # type: ignore[no-untyped-call]
         return y
