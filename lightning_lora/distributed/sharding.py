@@ -137,7 +137,7 @@ def shards_summary(module: nn.Module) -> str:
     for root in injected_roots(module).values():
         units = Counter(class_name(part) for part in root.modules() if sharded_parameters(part))
         base = [parameter for parameter in root.parameters() if not parameter.requires_grad]
-        held, total = sum(local_part(p).numel() for p in base), sum(p.numel() for p in base)
+        held, total = sum(local_part(p).nbytes for p in base), sum(p.nbytes for p in base)
         names = ", ".join(f"{name} x{number}" if number > 1 else name for name, number in units.items()) or "nothing"
         lines.append(
             f"{class_name(root)} in shards: {names}; this rank holds {100 * held / max(total, 1):.0f} % of the base"
