@@ -590,7 +590,11 @@ def test_a_command_line_says_the_settings_of_its_optimizer(
                 parser.add_optimizer_args(torch.optim.AdamW)
 
     monkeypatch.setattr(sys, "argv", ["cli"])
-    options = [*(["--optimizer=AdamW"] if names_a_class else []), "--optimizer.lr=0.25", "--trainer.accelerator=cpu"]
+    options = [
+        *(["--optimizer=torch.optim.AdamW"] if names_a_class else []),
+        "--optimizer.lr=0.25",
+        "--trainer.accelerator=cpu",
+    ]
     with pytest.warns(match="will be overridden by"):
         cli = Command(BoringModel, run=False, args=options, seed_everything_default=1)
     settings = of_lightning.cli_optimizer_settings(cli, None)

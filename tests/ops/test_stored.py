@@ -1,7 +1,7 @@
 """The functions of adapted linear layers over weights in 4 and 8 bits: derivatives of all kinds, transforms, graphs."""
 
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -81,8 +81,8 @@ class Watched:
     """A weight that says how many of its kind are dense at the time that another is asked for."""
 
     dtype, device = torch.float64, torch.device("cpu")
-    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
-    most = 0
+    alive: ClassVar[weakref.WeakSet[Tensor]] = weakref.WeakSet()
+    most: ClassVar[int] = 0
 
     def __init__(self, weight: Tensor) -> None:
         self.weight, self.shape = weight, weight.shape

@@ -166,7 +166,7 @@ def test_an_optimizer_and_scheduler_of_the_command_line_train_the_adapters(
     def run(*more: str) -> LightningCLI:
         arguments = [f"--model={__name__}.{name}", *ARGUMENTS, f"--trainer.default_root_dir={tmp_path}", *more]
         arguments += ["--model.layers=2"] if name == "Chosen" else []
-        optimizer = ["--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=StepLR"]
+        optimizer = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", "--lr_scheduler=StepLR"]
         schedule = ["--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
         return LightningCLI(
             Base, Data, subclass_mode_model=True, seed_everything_default=0, args=["fit", *arguments, *optimizer, *schedule],
