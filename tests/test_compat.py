@@ -142,8 +142,8 @@ import lightning_lora
 print(lightning_lora.LoRAConfig.__name__, *called)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    # what reads a file is wrapped at import
-    places = {"place_of_load_state", "place_of_restore_model"}
+    # what reads a file, and what refuses a plugin, is wrapped at import
+    places = {"place_of_load_state", "place_of_restore_model", "connectors"}
     assert set(result.stdout.split()) - {"_place", "_lightning"} == {"LoRAConfig", *places}
 
 
@@ -632,6 +632,7 @@ def test_experts_of_transformers_say_how_they_compute() -> None:
     assert transformers.experts_implementation(SimpleNamespace(_experts_implementation="grouped_mm")) == "grouped_mm"
     experts = Qwen3MoeExperts(config)
     assert transformers.experts_gate(experts)(torch.ones(1, 4)).shape == (1, 2)
+    assert transformers.experts_have_gate(experts)
 
 
 def test_megatron_core_has_what_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,10 @@ def test_a_name_that_users_try_is_answered_with_what_to_write(maker, theirs, val
 def test_our_ratio_in_the_wrong_place_is_answered_with_the_right_one() -> None:
     with pytest.raises(TypeError, match=r"^'lora_plus_ratio' is no field of LoRAConfig: write AdamW\(parameter_groups"):
         LoRAConfig(lora_plus_ratio=16)
+    with pytest.raises(
+        TypeError, match=r"^'quantize' is no field of LoRAConfig: write quantize='nf4' in LoRACallback or"
+    ):
+        LoRAConfig(quantize="nf4")
 
 
 def test_an_unknown_field_is_pythons_own_error() -> None:
@@ -218,10 +222,10 @@ def test_from_dict_fills_in_what_an_older_version_did_not_write() -> None:
 
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_another_kind_of_peft_config_is_named_before_anything_else(as_dict: bool) -> None:
-    theirs: Any = peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"])
+    theirs: Any = peft.VeraConfig(target_modules=["q_proj"])
     theirs = theirs.to_dict() if as_dict else theirs
     with pytest.raises(
-        ValueError, match="^the (AdaLoraConfig|dict) describes a 'ADALORA' adapter; only 'LORA' is read$"
+        ValueError, match="^the (VeraConfig|dict) describes a 'VERA' adapter; only 'LORA' and 'ADALORA' are read$"
     ):
         LoRAConfig.from_peft(theirs)
 

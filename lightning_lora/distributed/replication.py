@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_lora.checkpoint.hashes import exact_hash, sample_hash
+from lightning_lora.checkpoint.hashes import exact_hash
 from lightning_lora.model.names import clean_name, is_inside_any, joined
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import injected_roots, require_injection
+from lightning_lora.ops.sample_hash import sample_hash
 from lightning_lora.ops.sharded import collective_device, is_sharded, local_part
 
 _BROADCAST_NUMEL = 2**26
@@ -41,9 +42,11 @@ def refuse_other_sizes(module: nn.Module, device: torch.device) -> None:
 def make_equal(root: nn.Module, device: torch.device, group: ProcessGroup | None = None) -> None:
     """Give every rank of ``group``, or of all, its first's base where they differ, as random weights without a seed do.
 
-    Of tensors that are spread over ranks, the ranks of the group must hold the same part.
+    Packed weights are compared by a sample of their bytes. Of tensors that are spread over ranks, the ranks of the
+    group must hold the same part.
     """
-    tensors = [p for p in root.parameters() if p.device.type != "meta" and p.is_floating_point()]
+    has_samples = [p for p in root.parameters() if p.is_floating_point() or p.dtype == torch.uint8]
+    tensors = [p for p in has_samples if p.device.type != "meta"]
     others = differ(torch.stack([sample_hash(one, one) for one in tensors]).to(device), group) if tensors else []
     broadcast_together([tensor for tensor, is_other in zip(tensors, others, strict=True) if is_other], device, group)
 

@@ -28,7 +28,7 @@ def adapt(
     The parameters are real also where the base is on the meta device: they are then on CPU.
     """
     shape_A, shape_B = mixin.shapes(layer, r)
-    more_shapes = mixin.more_shapes(layer)
+    more_shapes = mixin.more_shapes(layer, r)
     adapted = become_lora_layer(layer, mixin, scaling=scaling, dropout=dropout, dtype=dtype)
     like: Any = None if adapted.lora_stored is None else adapted.lora_stored.read(adapted)
     like = layer._parameters.get(mixin.base_name) if like is None else like

@@ -54,7 +54,8 @@ class LoRALayer(SwappedModule):
         lora_mode: an empty module whose ``training`` says whether the adapter's dropout is on; only with dropout.
         lora_dtype: the narrowest dtype that the adapter may have, or ``None`` to follow the base.
         lora_active: False while the layer is merged or disabled: the base class's forward then runs.
-        lora_original: the base tensors as they were, on CPU, while the layer is merged; else ``None``.
+        lora_original: the base tensors as they were while the layer is merged, else ``None``: on CPU, or a
+            :class:`~lightning_lora.layers.plain_weight.Former`.
         lora_salt: makes dropout differ between data-parallel ranks that share a seed.
         lora_stored: how the base weight is read where it is no plain tensor, else ``None``.
     """
@@ -72,7 +73,7 @@ class LoRALayer(SwappedModule):
     lora_dropout: float
     lora_dtype: torch.dtype | None
     lora_active: bool
-    lora_original: dict[str, Tensor] | None
+    lora_original: dict[str, Any] | None
     lora_salt: int
     lora_stored: StoredForm | None = None
 
@@ -147,7 +148,7 @@ class LoRALayer(SwappedModule):
         return (r, in_features), (out_features, r)
 
     @classmethod
-    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def more_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of adapter parameters beside A and B, by their local names."""
         return {}
 

@@ -20,7 +20,7 @@ class Biased(LoRALayer):
 
     @classmethod
     @override
-    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def more_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         return {"lora_bias": (cls.features(layer)[1],)}
 
     @override

@@ -32,7 +32,7 @@ class DoRA(LoRALayer):
 
     @classmethod
     @override
-    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def more_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         return {"lora_magnitude": (cls.features(layer)[1],)}
 
     def norms(self) -> Tensor:
@@ -108,7 +108,7 @@ class DoRAConv(DoRA, LoRAConv):
 
     @classmethod
     @override
-    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def more_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         base: Any = layer
         return {"lora_magnitude": (1, base.out_channels, *(1 for _ in base.kernel_size))}
 

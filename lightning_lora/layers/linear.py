@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.plain_weight import plain_base
 from lightning_lora.layers.read_weight import ReadWeight
 from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.layers.stored import stored_form
@@ -61,9 +62,7 @@ class LoRALinear(LoRALayer):
 
     @override
     def merge_obstacle(self) -> str | None:
-        if self.lora_stored is not None:
-            return "its weight is stored in another form, which cannot hold the sum: keep the adapter unmerged"
-        if is_plain_linear(self.lora_base_class):
+        if is_plain_linear(plain_base(self.lora_base_class)):
             return None
         return (
             f"{self.lora_base_class.__name__} has a forward of its own, which is not known to be x W^T + b, and then a "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_lora.layers.adalora import AdaLoRAConv1D, AdaLoRALinear, AdaLoRAReadLinear
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.bias import BiasedConv, BiasedConv1D, BiasedLinear
@@ -78,6 +79,7 @@ DORA: Variants = {
     LoRAConv: DoRAConv,
 }
 BIASED: Variants = {LoRALinear: BiasedLinear, LoRAConv1D: BiasedConv1D, LoRAConv: BiasedConv}
+ADALORA: Variants = {LoRALinear: AdaLoRALinear, LoRAConv1D: AdaLoRAConv1D, LoRAReadLinear: AdaLoRAReadLinear}
 RESIDUAL: Variants = {LoRALinear: ResidualLinear, LoRAConv1D: ResidualConv1D, LoRAReadLinear: ResidualReadLinear}
 
 
@@ -101,14 +103,20 @@ def read_mixin(mixin: type[LoRALayer], layer: nn.Module, reader: nn.Module) -> t
     return mixin if weight is None else READ[mixin]
 
 
-def with_options(mixin: type[LoRALayer], layer: nn.Module, *, use_dora: bool, lora_bias: bool) -> type[LoRALayer]:
-    """Return the variant of ``mixin`` with a magnitude or a bias, if an option asks for one.
+def with_options(
+    mixin: type[LoRALayer], layer: nn.Module, *, use_dora: bool = False, lora_bias: bool = False, adalora: bool = False
+) -> type[LoRALayer]:
+    """Return the variant of ``mixin`` with a magnitude, a bias or ranks that can be pruned, if an option asks for it.
 
     Raises:
         ValueError: a layer of this kind cannot have it; the message says why.
     """
     if use_dora:
         return _dora_mixin(mixin, layer)
+    if adalora:
+        if mixin not in ADALORA:
+            raise ValueError(f"{type(layer).__name__} is of a kind whose ranks cannot be pruned; linear layers can be")
+        return ADALORA[mixin]
     if not lora_bias:
         return mixin
     if issubclass(mixin, ReadWeight):

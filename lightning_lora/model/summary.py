@@ -9,6 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.adalora import AdaLoRALinear
+from lightning_lora.layers.quantized import num_parameters
+from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.matching import is_all_linear, left_out_towers
 from lightning_lora.model.names import clean_name, is_inside, joined, listed, named_modules
 from lightning_lora.model.spread import class_name
@@ -36,6 +39,8 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         *([_line("outside", "outside_parameters", count, outside)] if count["outside_parameters"] else []),
         _line("frozen", "frozen_parameters", count),
     ]
+    if (base := quantization_of(root)) is not None:
+        lines.append(f"  base in {base}")
     towers = left_out_towers(root) if is_all_linear(plan.config.target_modules) else {}
     if towers:
         left = ", ".join(f"{name} ({number} linear layers)" for name, number in towers.items())
@@ -73,7 +78,7 @@ def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:
     adapters = _numel(p for _, p in named_adapter_parameters(root))
     whole = _numel(named_trained_whole(root).values())
     trainable = _numel(p for p in pl_module.parameters() if p.requires_grad)
-    total = _numel(pl_module.parameters())
+    total = num_parameters(pl_module)
     return {
         "adapter_parameters": adapters,
         "whole_parameters": whole,
@@ -116,7 +121,7 @@ def idle_layers(root: nn.Module, optimizer: Optimizer) -> str | None:
         for name, layer in named_lora_layers(root).items()
         if name not in skipped
         and any(id(p) in held for _, p in layer.named_adapter_tensors())
-        and all(p.grad is None for _, p in layer.named_adapter_tensors())
+        and all(p.grad is None for p in _given_gradients(layer))
     ]
     if not idle:
         return None
@@ -174,3 +179,8 @@ def say_left_out(directory: Any, names: list[str], where: str) -> None:
             f"{directory} holds the adapter alone: no PEFT directory has a place for what trains outside the adapted "
             f"model, {listed(names)}. {where}"
         )
+
+
+def _given_gradients(layer: LoRALayer) -> list[nn.Parameter]:
+    """Return an adapter's tensors whose gradients come from its output alone: AdaLoRA's loss term gives A and B one."""
+    return [layer.lora_E] if isinstance(layer, AdaLoRALinear) else [p for _, p in layer.named_adapter_tensors()]

@@ -161,12 +161,13 @@ def choose_mixin(modules: Mapping[str, nn.Module], name: str, config: LoRAConfig
         except ValueError as error:
             raise ValueError(f"{name!r} cannot be adapted: {error}") from None
     try:
-        mixin = with_options(mixin, layer, use_dora=config.use_dora, lora_bias=config.lora_bias)
+        options = {"use_dora": config.use_dora, "lora_bias": config.lora_bias, "adalora": config.adalora is not None}
+        mixin = with_options(mixin, layer, **options)
     except ValueError as error:
-        option = "use_dora" if config.use_dora else "lora_bias"
+        option = next(name for name, is_given in options.items() if is_given)
+        given, instead = (option, "leave it out") if option == "adalora" else (f"{option}=True", f"give {option}=False")
         raise ValueError(
-            f"{name!r} cannot be adapted with {option}=True: {error}. Leave the layer out with exclude_modules, or "
-            f"give {option}=False"
+            f"{name!r} cannot be adapted with {given}: {error}. Leave the layer out with exclude_modules, or {instead}"
         ) from None
     starts_from_base = config.starts_from_base and mixin.uses_init
     return _starting_from_base(mixin, name, layer, config) if starts_from_base else mixin

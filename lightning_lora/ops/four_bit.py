@@ -94,17 +94,21 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes.view(-1)[: len(scales)], nested, offset
 
 
-def dense_scales(codes: Tensor, nested: Tensor, offset: Tensor, first: int = 0) -> Tensor:
+def dense_scales(codes: Tensor, nested: Tensor, offset: Tensor, place: tuple[int, int, int] | None = None) -> Tensor:
     """Return the scales ``[blocks]``, float32, that :func:`quantize_scales` rounded.
 
     Args:
         codes: ``[blocks]``, uint8.
         nested: the scales of each 256 codes of the whole tensor.
-        first: where ``codes`` begin in the whole tensor.
+        place: where ``codes`` lie in the whole tensor, if they are a part of it: the first of them, how many lie
+            together, and how far it is from the first of those to the first of the next.
     """
-    positions = torch.arange(first, first + len(codes), device=codes.device) // SCALES_BLOCK
-    levels: Tensor = dynamic_levels(codes.device)
-    return levels[codes.to(torch.int32)] * nested[positions] + offset
+    positions = torch.arange(len(codes), device=codes.device)
+    if place is not None:
+        first, together, stride = place
+        positions = first + positions // together * stride + positions % together
+    levels: Tensor = dynamic_levels(codes.device)[codes.to(torch.int32)]
+    return levels * nested[positions // SCALES_BLOCK] + offset
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lora import LoRACallback, LoRAConfig, named_adapter_parameters
+from lightning_lora import AdaLoRA, LoRACallback, LoRAConfig, named_adapter_parameters
+from lightning_lora.model.base_form import quantization_of
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer
 
@@ -67,6 +68,17 @@ def test_yaml_configures_the_callback_and_is_written_back(tmp_path: Path, monkey
     written = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]["trainer"]["callbacks"][0]
     again = yaml.safe_load(CONFIG)["trainer"]["callbacks"][0]
     assert written["class_path"] == again["class_path"]
+    assert again["init_args"].items() <= written["init_args"].items()
+
+
+def test_yaml_quantises_the_base_and_is_written_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = CONFIG + "        quantize: nf4-dq\n        quantize_exclude: [o_proj]\n"
+    (tmp_path / "input.yaml").write_text(text + f"  default_root_dir: {tmp_path}\n")
+    cli = command(tmp_path, monkeypatch, ["fit", "--config", "input.yaml"])
+    base = quantization_of(cli.model.model)
+    assert (base.kind, base.exclude, len(base.layers)) == ("nf4-dq", ("o_proj",), 12)
+    written = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]["trainer"]["callbacks"][0]
+    again = yaml.safe_load(text)["trainer"]["callbacks"][0]
     assert again["init_args"].items() <= written["init_args"].items()
 
 
@@ -202,7 +214,7 @@ def test_an_optimizer_with_state_from_the_start_and_a_plateau_are_built_for_the_
         val_dataloader = train_dataloader
 
     monkeypatch.setattr(sys, "argv", ["cli"])
-    more = ["--optimizer=Adagrad", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
+    more = ["--optimizer=torch.optim.Adagrad", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
     cli = LightningCLI(
         Validated, seed_everything_default=0, args=["fit", *ARGUMENTS, f"--trainer.default_root_dir={tmp_path}", *more]
     )
@@ -212,8 +224,21 @@ def test_an_optimizer_with_state_from_the_start_and_a_plateau_are_built_for_the_
 
 def test_without_adapters_the_command_line_is_lightnings_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["cli"])
-    arguments = ["fit", *ARGUMENTS[:-2], f"--trainer.default_root_dir={tmp_path}", "--optimizer=SGD"]
+    arguments = ["fit", *ARGUMENTS[:-2], f"--trainer.default_root_dir={tmp_path}", "--optimizer=torch.optim.SGD"]
     cli = LightningCLI(Plain, Data, seed_everything_default=0, args=arguments)
     (optimizer,) = cli.trainer.optimizers
     assert cli.model.configure_optimizers() is optimizer
     assert len(optimizer.param_groups[0]["params"]) == len(list(cli.model.parameters()))
+
+
+def test_adaptive_ranks_come_from_yaml_and_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "given.yaml").write_text(
+        CONFIG.replace("rank_pattern: {q_proj: 2}", "adalora: {target_r: 2, init_r: 3}").replace("r: 4", "alpha: 6")
+    )
+    cli = command(tmp_path, monkeypatch, ["fit", "--config", "given.yaml"])
+    (callback,) = [one for one in cli.trainer.callbacks if isinstance(one, LoRACallback)]
+    assert callback.config.adalora == AdaLoRA(target_r=2, init_r=3)
+    assert callback.rank_history()[0] == [1, 2, 3, 4]
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    arguments = written["trainer"]["callbacks"][0]["init_args"]
+    assert LoRACallback(**arguments).config == callback.config
