@@ -37,6 +37,7 @@ ITEMS = {
     "compiled": 15,
     "scaling": 7,
     "ablation": 15,
+    "four_bit": 9,
     "gpu": 20,
 }
 QUICK_ROUNDS = 2

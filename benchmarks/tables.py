@@ -186,6 +186,17 @@ def _compiled(results: dict[str, Any]) -> Iterable[Table]:
     yield Table("Compiling equal blocks", ["", *columns, "compiled / eager"], rows)
 
 
+def _four_bit(results: dict[str, Any]) -> Iterable[Table]:
+    yield from _timings(results)
+    saved, base = results["saved_bytes"], results["base_bytes"]
+    rows = [
+        [name, f"{saved[name] / 1e6:,.1f}", f"{saved[name] / saved['PEFT']:.3f}", f"{base[name] / 1e6:,.1f}"]
+        for name in saved
+    ]
+    title = f"Kept for backward, MB: {results['model']}, {results['tokens']} tokens"
+    yield Table(title, ["contender", "activations", "/ PEFT", "base"], rows)
+
+
 def _scaling(results: list[dict[str, Any]]) -> Iterable[Table]:
     for curve in dict.fromkeys(case["curve"] for case in results):
         rows = [
@@ -213,6 +224,7 @@ TABLES: dict[str, Callable[[Any], Iterable[Table]]] = {
     "memory": _memory,
     "checkpoints": _checkpoints,
     "compiled": _compiled,
+    "four_bit": _four_bit,
     "scaling": _scaling,
     "gpu": _gpu,
     "moe": _moe,

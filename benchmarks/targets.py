@@ -89,6 +89,10 @@ def _recompilations(compiled: Any) -> list[float]:
     return [max(ours["graphs"], ours["graphs_after_a_second_step"])]
 
 
+def _saved_over_nf4(results: Any) -> list[float]:
+    return [results["saved_bytes"]["ours"] / results["saved_bytes"]["PEFT"]]
+
+
 LLAMAS = ("Llama-3.2-1B", "SmolLM2-135M")
 TARGETS = [
     Target("1", "step of a Qwen3-0.6B block / frozen", 1.06, "steps", _step(0.0, "ours / frozen")),
@@ -140,4 +144,9 @@ TARGETS = [
     Target("9", "decoding, merged / base", 1.0, "decode", lambda r: [r["ratios"]["ours, merged / frozen"]], True),
     Target("10", "compiled / eager", 1.0, "compiled", lambda r: [r["ratios"]["ours, compiled / ours"]]),
     Target("10", "graphs of equal compiled blocks", 1, "compiled", _recompilations),
+    Target(
+        "11", "step over NF4 / PEFT on bitsandbytes, SmolLM2", 0.85, "four_bit", lambda r: [r["ratios"]["ours / PEFT"]]
+    ),
+    Target("11", "the same / our step over float32", 1.15, "four_bit", lambda r: [r["ratios"]["ours / ours, float32"]]),
+    Target("11", "saved activations over NF4 / PEFT", 0.56, "four_bit", _saved_over_nf4),
 ]

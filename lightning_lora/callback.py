@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -23,9 +22,16 @@ from lightning_lora.model.side_effects import freeze_statistics
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import is_merged, named_lora_layers, require_injection
 from lightning_lora.model.summary import idle_layers, summary
-from lightning_lora.strategies.shared.refusals import check_averaging, check_launcher, check_readable, check_trainer
+from lightning_lora.strategies.shared.refusals import (
+    check_adalora,
+    check_averaging,
+    check_launcher,
+    check_readable,
+    check_trainer,
+)
 from lightning_lora.strategies.trainer import lightning_cli
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
+from lightning_lora.strategies.trainer.adaptive_ranks import AdaptiveRanks
 from lightning_lora.strategies.trainer.adopted import adopt
 from lightning_lora.strategies.trainer.learning_rate import check_rates
 from lightning_lora.strategies.trainer.starting_point import (
@@ -36,7 +42,7 @@ from lightning_lora.strategies.trainer.starting_point import (
 )
 
 
-class LoRACallback(Callback):
+class LoRACallback(AdaptiveRanks):
     """Freeze the pretrained model, adapt it with LoRA at ``setup``, and make the run's checkpoints adapter-only.
 
     The model may be built in ``__init__`` or in ``configure_model``. Checkpoints resume with ``ckpt_path=`` exactly,
@@ -134,9 +140,11 @@ class LoRACallback(Callback):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         check_trainer(trainer)
         check_averaging(trainer, self)
         check_launcher(trainer, pl_module, self.module)
+        check_adalora(trainer.strategy, self.config)
         strategy, own = adopt(trainer.strategy), frozenset((self.module,))
         beside = strategy.peft_beside
         beside.paths = beside.paths | own if self.save_peft else beside.paths - own
@@ -157,6 +165,7 @@ class LoRACallback(Callback):
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         pl_module.__dict__.pop("configure_model", None)
         lockstep = getattr(trainer.strategy, "lockstep", None)
         if lockstep is not None:
@@ -204,10 +213,12 @@ class LoRACallback(Callback):
             layer.start_dropout()  # from_pretrained leaves models in eval mode: it would be off
             # ranks that share a model share its dropout
             layer.lora_salt = getattr(trainer.strategy, "data_parallel_rank", trainer.global_rank)
+        super().on_train_start(trainer, pl_module)
         _adopted(trainer).position.begin(trainer)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        super().on_train_end(trainer, pl_module)
         _adopted(trainer).position.note_end()
 
     @override
@@ -218,6 +229,7 @@ class LoRACallback(Callback):
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if id(optimizer) in self._checked:
             return
         self._checked.add(id(optimizer))

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from reprlib import Repr
 from typing import Any, Literal
 
+from lightning_lora.adalora import AdaLoRA
+
 Quantization = Literal["nf4", "nf4-dq", "int8"]  # the words of quantize=
 # the values of init, where N stands for a number, and whether they start from the base: model/init.py registers them
 INITS: dict[str, bool] = {}
@@ -80,6 +82,8 @@ class LoRAConfig:
         adapter_dtype: dtype that adapters are created in, and that whatever trains (heads and biases of the base too)
             never falls below: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``, or ``"auto"`` for the dtype
             of each base weight. Heads and biases are cast to the base's dtype where they are read.
+        adalora: start every layer at ``init_r`` and prune the least important ranks while training: see
+            :class:`~lightning_lora.AdaLoRA`. ``r`` is then ``init_r``, and A and B start from N(0, 0.02^2), E at zero.
         fuse: compute layers that read one input, gated MLPs, RMS norms and experts by functions that save less for
             backward, where they are recognised. It changes no result beyond rounding and nothing in a file: ``False``
             runs every module's own code, as to find out whether fusing causes a difference.
@@ -109,12 +113,14 @@ class LoRAConfig:
     init_rng: Literal["name", "peft"] = "name"
     init_seed: int | None = None
     adapter_dtype: str = "float32"
+    adalora: AdaLoRA | None = None
     fuse: bool = True
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
         if self.alpha is not None:
             _check_alpha("alpha", self.alpha)
+        object.__setattr__(self, "adalora", AdaLoRA.of(self.adalora))
         for name, (is_right, error, expected) in _RULES.items():
             if not is_right(getattr(self, name)):
                 raise error(f"{name}={getattr(self, name)!r} must be {expected}")
@@ -134,6 +140,8 @@ class LoRAConfig:
         for is_given, message in _exclusions(self):
             if is_given:
                 raise ValueError(message)
+        if self.adalora is not None:
+            object.__setattr__(self, "r", self.adalora.init_r)
 
     @property
     def starts_from_base(self) -> bool:
@@ -143,6 +151,8 @@ class LoRAConfig:
     def scaling(self, r: int, alpha: float | None) -> float:
         """Return the factor of ``B A`` for a layer of rank ``r``; ``alpha=None`` is twice ``r``."""
         alpha = 2 * r if alpha is None else alpha
+        if self.adalora is not None:
+            return alpha / (r + 1e-5)  # as PEFT divides
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,6 +200,7 @@ def _exclusions(config: LoRAConfig) -> Iterator[tuple[Any, str]]:
         yield given and config.target_parameters, f"{message}target_parameters={config.target_parameters}"
         message += f"init={config.init!r}, which starts from a part of the base: give init='kaiming', 'gaussian' or "
         yield given and config.starts_from_base, f"{message}'orthogonal'"
+    yield from _exclusions_of_adalora(config)
     message = "use_dora=True and lora_bias=True exclude one another, as in PEFT: give one of them"
     yield config.use_dora and config.lora_bias, message
     message = (
@@ -205,6 +216,21 @@ def _exclusions(config: LoRAConfig) -> Iterator[tuple[Any, str]]:
     yield isinstance(targets, str) and (blocks is not None or lists), message
     message = f"layers_pattern={lists!r} says where layers_to_transform counts: give both"
     yield lists and blocks is None, message
+
+
+def _exclusions_of_adalora(config: LoRAConfig) -> Iterator[tuple[Any, str]]:
+    if config.adalora is None:
+        return
+    init_r, names = config.adalora.init_r, ("use_dora", "lora_bias", "use_rslora")
+    own = {"rank_pattern": None, "alpha_pattern": None, "target_parameters": None, "init": "kaiming"}
+    for name, default in {**dict.fromkeys(names, False), **own}.items():
+        value = getattr(config, name)
+        message = (
+            f"adalora= cannot be had with {name}={value!r}: AdaLoRA has its own start, scale and ranks. Leave it out"
+        )
+        yield value != default and bool(value), message
+    message = f"r={config.r} beside AdaLoRA(init_r={init_r}): the rank at the start is init_r. Leave r out"
+    yield config.r not in (LoRAConfig.r, init_r), message
 
 
 def _registered_init(init: object) -> str | None:

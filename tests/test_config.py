@@ -222,10 +222,10 @@ def test_from_dict_fills_in_what_an_older_version_did_not_write() -> None:
 
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_another_kind_of_peft_config_is_named_before_anything_else(as_dict: bool) -> None:
-    theirs: Any = peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"])
+    theirs: Any = peft.VeraConfig(target_modules=["q_proj"])
     theirs = theirs.to_dict() if as_dict else theirs
     with pytest.raises(
-        ValueError, match="^the (AdaLoraConfig|dict) describes a 'ADALORA' adapter; only 'LORA' is read$"
+        ValueError, match="^the (VeraConfig|dict) describes a 'VERA' adapter; only 'LORA' and 'ADALORA' are read$"
     ):
         LoRAConfig.from_peft(theirs)
 

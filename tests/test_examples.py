@@ -90,3 +90,16 @@ def test_an_encoder_split_over_two_processes_has_the_losses_of_one(tmp_path: Pat
     checkpoint = torch.load(tmp_path / "split" / "checkpoints" / "step=4.ckpt", weights_only=True)
     assert all(".lora_" in name for name in checkpoint["state_dict"])
     assert (tmp_path / "split" / "peft" / "adapter_model.safetensors").exists()
+
+
+def test_adaptive_ranks_are_drawn_and_written_both_ways(tmp_path: Path) -> None:
+    output = run_example("adalora.py", 1, tmp_path, "--steps=10")
+    before, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+)", output).groups())
+    assert after < before
+    assert re.search(r"q_proj +average rank [\d.]+, from \d+ to \d+", output)
+    assert (tmp_path / "ranks.png").stat().st_size > 10_000
+    kinds = {
+        name: json.loads((tmp_path / name / "adapter_config.json").read_text())["peft_type"]
+        for name in ("adalora", "lora")
+    }
+    assert kinds == {"adalora": "ADALORA", "lora": "LORA"}

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NUM_BLOCKS = {
     "README.md": 1,
+    "adalora.md": 2,
     "quickstart.md": 1,
     "learning_rate.md": 1,
     "how_it_works.md": 1,
@@ -40,7 +41,7 @@ def test_python_blocks_run_in_order(name: str, tmp_path: Path, monkeypatch: pyte
         if name != "from_peft.md":
             warnings.simplefilter("ignore")  # a loader with too few workers for Lightning's taste
         exec(compile("\n".join(blocks(page)), str(page), "exec"), {"__name__": "page"})
-    written = {"quickstart.md": "adapter", "from_peft.md": "converted"}
+    written = {"quickstart.md": "adapter", "adalora.md": "adalora", "from_peft.md": "converted"}
     if name in written:
         assert (tmp_path / written[name] / "adapter_config.json").exists()
 

@@ -152,6 +152,7 @@ def structure(root: nn.Module) -> dict[str, Any]:
     """Return what two models must share for the same tensors to mean the same: pairs, rows, and what trains whole."""
     return {
         "layers": {name: (pair.r, pair.scaling) for name, pair in named_pairs(root).items()},
+        "prunes_ranks": require_injection(root).config.adalora is not None,
         "token_rows": named_token_rows(root),
         "trained_whole": list(named_trained_whole(root)),
     }

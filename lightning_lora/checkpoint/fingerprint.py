@@ -66,8 +66,10 @@ def _named_base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]
     whole = named_trained_whole(root)
     for name, parameter in root.named_parameters():
         clean = clean_name(name)
-        if id(parameter) not in adapters and clean not in whole and not parameter.requires_grad:
-            yield clean, originals.get(id(parameter), parameter.detach()), parameter
+        values = originals.get(id(parameter), parameter.detach())
+        is_base = id(parameter) not in adapters and clean not in whole and not parameter.requires_grad
+        if is_base and isinstance(values, Tensor):  # not of a merged layer whose weight was quantised
+            yield clean, values, parameter
     for name, module in root.named_modules():
         if isinstance(module, FrozenStatistics):
             for buffer_name, buffer in module.named_buffers(clean_name(name), recurse=False):

@@ -138,6 +138,9 @@ def check_structure(adapter: Mapping[str, Any], root: nn.Module, source: Any) ->
     """
     ours = structure(root)
     _check_same_names("adapted layers", adapter["layers"], ours["layers"], source)
+    if adapter.get("prunes_ranks", False) != ours["prunes_ranks"]:
+        remedy = "leave adalora out" if ours["prunes_ranks"] else "give adalora=AdaLoRA(...)"
+        raise ValueError(f"one of {source} and the model is adapted by AdaLoRA, and the other is not: {remedy}")
     for name, (r, scaling) in adapter["layers"].items():
         own_r, own_scaling = ours["layers"][name]
         if r != own_r:

@@ -40,7 +40,7 @@ def hash_samples(parts: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
         parts: the values, the parameter that they are of, and whether to hash its last row alone.
     """
     sums = [sample_hash(values, like, last_row=last_row) for values, like, last_row in parts]
-    return _summed(sums, [like for _, like, _ in parts])
+    return summed(sums, [like for _, like, _ in parts])
 
 
 def exact_hashes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -49,7 +49,7 @@ def exact_hashes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     All bytes are read, and none is copied but of tensors that are not contiguous. Good for comparing a tensor with
     itself at another time, in one layout. Called on all ranks where some are sharded.
     """
-    hashes = _summed([exact_hash(tensor) for tensor in tensors.values()], list(tensors.values()))
+    hashes = summed([exact_hash(tensor) for tensor in tensors.values()], list(tensors.values()))
     return dict(zip(tensors, hashes.tolist(), strict=True))
 
 
@@ -86,7 +86,7 @@ def _factors(device: torch.device) -> Tensor:
     return (2 * drawn + 1).to(device)
 
 
-def _summed(sums: Sequence[Tensor], likes: Sequence[Tensor]) -> Tensor:
+def summed(sums: Sequence[Tensor], likes: Sequence[Tensor]) -> Tensor:
     """Return the hashes as ``[n]`` int64 on CPU, those of sharded tensors summed over their ranks in one all-reduce."""
     if not sums:
         return torch.empty(0, dtype=torch.int64)

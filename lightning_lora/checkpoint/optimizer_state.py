@@ -6,6 +6,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.checkpoint.packed_optimizer import (
+    WRITTEN_BY,
+    check_packer,
+    is_packed,
+    packer,
+    parts_of,
+    with_packed,
+)
 from lightning_lora.model.names import clean_name, listed
 from lightning_lora.model.spread import as_whole
 from lightning_lora.model.state import injected_roots, named_adapter_parameters, named_trained_whole
@@ -104,8 +112,9 @@ def match_by_name(
     """Return an optimizer state with its entries in the order of ``optimizer``'s parameters, matched by name.
 
     Raises:
-        ValueError: the optimizer has other parameters, or has them in other groups.
+        ValueError: the optimizer has other parameters, has them in other groups, or keeps its state in another form.
     """
+    check_packer(state, optimizer, source)
     own_names = parameter_names(optimizer, names)
     theirs = [[rename(name) for name in group] for group in saved_names]
     if [sorted(group) for group in theirs] != [sorted(group) for group in own_names]:
@@ -130,7 +139,7 @@ def match_by_name(
         if "param_names" in own:
             groups[-1]["param_names"] = own["param_names"]
     entries = {position[name]: state["state"][ids[name]] for name in order if ids[name] in state["state"]}
-    return {**state, "state": entries, "param_groups": groups}
+    return with_packed({**state, "state": entries, "param_groups": groups}, source)
 
 
 def _way_of_stepping(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +156,8 @@ def gathered_state(state: dict[str, Any], optimizer: Optimizer, *, is_zero: bool
         key: _gathered(entry, parameters[key] if isinstance(key, int) else None, is_zero=is_zero)
         for key, entry in state.get("state", {}).items()
     }
-    return {**state, "state": entries} if entries else state
+    written_by = {} if (own := packer(optimizer)) is None else {WRITTEN_BY: own}
+    return {**state, "state": entries, **written_by} if entries else {**state, **written_by}
 
 
 def _gathered(value: Any, parameter: Any, *, is_zero: bool) -> Any:
@@ -155,7 +165,8 @@ def _gathered(value: Any, parameter: Any, *, is_zero: bool) -> Any:
         return {name: _gathered(one, parameter, is_zero=is_zero) for name, one in value.items()}
     if isinstance(value, (list, tuple)):  # LBFGS's past steps
         return type(value)(_gathered(one, parameter, is_zero=is_zero) for one in value)
-    return on_rank_zero(as_whole(value, parameter), is_zero=is_zero)
+    whole = on_rank_zero(as_whole(value, parameter), is_zero=is_zero)
+    return parts_of(whole) if is_packed(whole) else whole
 
 
 def spread_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:

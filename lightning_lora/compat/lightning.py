@@ -182,6 +182,14 @@ def place_of_cli_optimizer() -> tuple[Any, str] | None:
     return None if module is None else _place(module.LightningCLI, "_add_configure_optimizers_method_to_model")
 
 
+def connectors() -> list[Any]:
+    """Return the classes by which Trainer and Fabric check their arguments. Relies on both; without one raises."""
+    return [
+        _lightning("lightning.pytorch.trainer.connectors.accelerator_connector", "_AcceleratorConnector"),
+        _lightning("lightning.fabric.connector", "_Connector"),
+    ]
+
+
 def _place(owner: Any, name: str) -> tuple[Any, str]:
     """Return an owner and a name in it for ``getattr`` and ``setattr``. Without the name raises."""
     _lightning(owner, name)

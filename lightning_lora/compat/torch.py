@@ -1,7 +1,7 @@
 """Private names of torch: autograd, modules, optimizers, activation checkpoints."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +38,18 @@ def is_transformed() -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_transforms_in_graph() -> bool:
     return has_transforms()
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Let ``torch.jit.trace`` take what a block computes for constants. Relies on torch._C; without it raises."""
+    get, put = (private("torch", torch._C, f"_{verb}_tracing_state") for verb in ("get", "set"))
+    state = get()
+    put(None)
+    try:
+        yield
+    finally:
+        put(state)
 
 
 def plain_tensors() -> AbstractContextManager[Any]:

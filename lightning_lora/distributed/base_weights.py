@@ -1,6 +1,6 @@
 """Stream a base that was built on the meta device from safetensors: each rank reads only its slices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.compat.transformers import draw_weights
-from lightning_lora.distributed.base_files import names_in_model, open_slices
+from lightning_lora.distributed.packed_base import PackedBase
+from lightning_lora.distributed.packed_target import packed_targets
 from lightning_lora.layers.trained import as_stored
+from lightning_lora.model.base_files import names_in_model, open_slices
 from lightning_lora.model.families import is_pretrained, name_or_path, resize_advice
 from lightning_lora.model.names import clean_name, is_inside, joined, listed
 from lightning_lora.model.spread import class_name, sharded_parameters
@@ -24,7 +26,8 @@ def materialize(root: nn.Module, source: str | None, device: torch.device) -> No
 
     A rank reads of every tensor only the slice that it holds, so that none ever has the whole base in memory. Where
     transformers renamed or fused what a file holds, its own rules are followed, one fused tensor at a time. Buffers
-    that no file holds, such as rotary frequencies, are computed anew by the module's own code.
+    that no file holds, such as rotary frequencies, are computed anew by the module's own code. Packed weights are
+    quantised from the floating-point values of a file, or read from one that holds them packed.
 
     Args:
         source: a safetensors file, or a directory with one or with ``model.safetensors.index.json``; ``None`` takes
@@ -37,6 +40,7 @@ def materialize(root: nn.Module, source: str | None, device: torch.device) -> No
     """
     injection = require_injection(root)
     empty = {name for name, tensor in _base_tensors(root).items() if tensor.device.type == "meta"}
+    empty |= {name for name, target in packed_targets(root).items() if target.parts["codes"].device.type == "meta"}
     if not empty and source in (None, injection.base_weights):
         return
     source = source or _own_source(root)
@@ -49,7 +53,7 @@ def materialize(root: nn.Module, source: str | None, device: torch.device) -> No
     _compute_buffers(root, empty)
     with open_slices(source) as slices:
         filled, keys = _fill(root, slices), set(slices)
-    _finish(root, (empty or set(_base_tensors(root))) - filled, source, keys)
+    _finish(root, (empty or {*_base_tensors(root), *packed_targets(root)}) - filled, source, keys)
     injection.base_weights = source
 
 
@@ -59,10 +63,14 @@ def _own_source(root: nn.Module) -> str | None:
 
 
 def _base_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Return parameters under all of their names, and buffers; adapters have values already."""
-    adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
+    """Return parameters under all of their names, and buffers, but what packed weights are made of.
+
+    Adapters have values already.
+    """
+    others = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
+    others |= {id(part) for target in packed_targets(root).values() for part in target.parts.values()}
     named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
-    return {clean_name(name): tensor for name, tensor in named if id(tensor) not in adapters}
+    return {clean_name(name): tensor for name, tensor in named if id(tensor) not in others}
 
 
 def _allocate(root: nn.Module, device: torch.device) -> None:
@@ -130,28 +138,35 @@ def _draw(root: nn.Module, name: str, module: nn.Module) -> bool:
 
 def _fill(root: nn.Module, slices: Mapping[str, Any]) -> set[str]:
     """Copy what the slices hold into ``root``; return what was filled, tied tensors under all of their names."""
-    targets = _base_tensors(root)
-    plain, fused = names_in_model(root, slices, targets)
-    filled = {name for name in plain.values() if name in targets}
+    targets, packed = _base_tensors(root), PackedBase(packed_targets(root), slices)
+    plain, fused = names_in_model(root, packed.weights, {**targets, **packed.targets})
+    filled = {name for name in plain.values() if name in targets or name in packed.targets}
     for key, name in plain.items():
-        if name in filled:
-            _copy_slice(root, targets[name], slices[key], name)
+        if name in packed.targets:
+            packed.fill(key, name)
+        elif name in targets:
+            packed.check_floats(key, name)
+            _check_shape(root, targets[name], slices[key].get_shape(), name)
+            _copy_slice(targets[name], slices[key])
     for one in fused:
+        for key, _ in one.parts:
+            packed.check_floats(key, one.name)
         for name, value in one.tensors(root, slices).items():
-            if name in targets:
-                _check_shape(root, targets[name], tuple(value.shape), name)
+            if name in packed.targets:
+                packed.quantize(value, value.shape, name)
+            elif name in targets:
+                _check_shape(root, targets[name], value.shape, name)
                 write(targets[name], value.to(targets[name].dtype))
-                filled.add(name)
-    if unused := [key for key, name in plain.items() if name not in targets]:
+            filled |= {name} & (targets.keys() | packed.targets.keys())
+    packed.finish()
+    if unused := [key for key, name in plain.items() if name not in filled]:
         rank_zero_info(f"base_weights: {class_name(root)} has no place for {listed(unused, 3)}")
-    done = {id(targets[name]) for name in filled}
+    done = {id(targets[name]) for name in filled if name in targets}
     return filled | {name for name, tensor in targets.items() if id(tensor) in done}
 
 
-def _copy_slice(root: nn.Module, target: Tensor, source: Any, name: str) -> None:
+def _copy_slice(target: Tensor, source: Any) -> None:
     """Read this rank's part of one tensor from disk into its place."""
-    shape = tuple(source.get_shape())
-    _check_shape(root, target, shape, name)
     part = local_part(target.detach())
     for box in boxes(target):
         if 0 not in box.shape:
@@ -163,8 +178,8 @@ def _range(start: int, size: int) -> slice:
     return slice(start, start + size)
 
 
-def _check_shape(root: nn.Module, target: Tensor, shape: tuple[int, ...], name: str) -> None:
-    expected = tuple(logical(target).shape)
+def _check_shape(root: nn.Module, target: Tensor, given: Sequence[int], name: str) -> None:
+    expected, shape = tuple(logical(target).shape), tuple(given)
     if shape != expected:
         advice = resize_advice(root, name, shape, expected)
         raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}{advice}")
@@ -174,7 +189,7 @@ def _finish(root: nn.Module, absent: set[str], source: str, keys: set[str]) -> N
     """Draw new heads that are in no base checkpoint; raise ``ValueError`` for anything else that is missing."""
     tensors = _base_tensors(root)
     wanted = absent - {joined(clean_name(n), b) for n, m in root.named_modules() for b in non_persistent_buffers(m)}
-    new = {name.rpartition(".")[0] for name in wanted if tensors[name].requires_grad}
+    new = {name.rpartition(".")[0] for name in wanted if name in tensors and tensors[name].requires_grad}
     for path in sorted(new):
         module = root.get_submodule(path)
         if all(joined(path, name) in wanted for name, _ in module.named_parameters()) and _draw(root, path, module):

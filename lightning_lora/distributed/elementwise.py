@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.checkpoint.packed_optimizer import packer
 from lightning_lora.compat.torch import is_optimizer_hook
 from lightning_lora.ops.sharded import (
     collective_device,
@@ -46,6 +47,12 @@ def check_steps_on_parts(optimizer: Optimizer) -> None:
     spread = [p for group in optimizer.param_groups for p in group["params"] if is_sharded(p)]
     if not spread:
         return
+    if packer(optimizer) is not None:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps its state in blocks of 8 or 4 bits, and some of what it trains is "
+            "spread over ranks, where such a state cannot be gathered into a file: keep what trains whole on every "
+            "rank (shard_adapters=False, fewer modules_to_save), or take AdamW"
+        )
     with isolate_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         verdict, failure = _verdict(optimizer)

@@ -42,9 +42,11 @@ def refuse_other_sizes(module: nn.Module, device: torch.device) -> None:
 def make_equal(root: nn.Module, device: torch.device, group: ProcessGroup | None = None) -> None:
     """Give every rank of ``group``, or of all, its first's base where they differ, as random weights without a seed do.
 
-    Of tensors that are spread over ranks, the ranks of the group must hold the same part.
+    Packed weights are compared by a sample of their bytes. Of tensors that are spread over ranks, the ranks of the
+    group must hold the same part.
     """
-    tensors = [p for p in root.parameters() if p.device.type != "meta" and p.is_floating_point()]
+    has_samples = [p for p in root.parameters() if p.is_floating_point() or p.dtype == torch.uint8]
+    tensors = [p for p in has_samples if p.device.type != "meta"]
     others = differ(torch.stack([sample_hash(one, one) for one in tensors]).to(device), group) if tensors else []
     broadcast_together([tensor for tensor, is_other in zip(tensors, others, strict=True) if is_other], device, group)
 

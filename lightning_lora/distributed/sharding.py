@@ -171,8 +171,17 @@ def _settings(mesh: DeviceMesh, options: ShardingOptions, mixed: Any) -> dict[st
 
 
 def _placement(parameter: nn.Parameter, shard_size: int) -> Shard | None:
-    """Return along which dimension to split: an adapter's A has few rows, and some ranks would get none."""
-    if parameter.ndim > 1 and parameter.shape[0] < shard_size and parameter.shape[1] % shard_size == 0:
+    """Return along which dimension to split: an adapter's A has few rows, and some ranks would get none.
+
+    Packed weights are split between blocks, which are their rows.
+    """
+    is_packed = parameter.dtype == torch.uint8
+    if (
+        not is_packed
+        and parameter.ndim > 1
+        and parameter.shape[0] < shard_size
+        and parameter.shape[1] % shard_size == 0
+    ):
         return Shard(1)
     return None
 

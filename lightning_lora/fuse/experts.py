@@ -20,10 +20,10 @@ from lightning_lora.fuse.gated_mlp import is_watched
 from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.same_code import same_code
+from lightning_lora.ops.autocast import autocast_dtype
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import Gate, KnownGate, OwnGate
 from lightning_lora.ops.experts.records import ExpertWeights
-from lightning_lora.ops.linear import autocast_dtype
 from lightning_lora.ops.sharded import is_dtensor
 
 OWN = "own"  # a gate that is the module's own function

@@ -83,9 +83,9 @@ class LoRAGatedMLP(SwappedModule):
         gate, up, down = self._layers()
         y = lora_gated_mlp(
             enter(gate, x),
-            factors(gate),
-            factors(up),
-            factors(down),
+            factors(gate, x),
+            factors(up, x),
+            factors(down, x),
             activation=self.lora_activation,
             entering=gate.scaled_dropout(),
             leaving=down.scaled_dropout(),

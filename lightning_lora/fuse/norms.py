@@ -11,7 +11,7 @@ from lightning_lora.compat.torch import is_transformed, version_of
 from lightning_lora.fuse.forms import always, form_of
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.class_swap import SwappedModule, swap_class
-from lightning_lora.ops.linear import autocast_dtype
+from lightning_lora.ops.autocast import autocast_dtype
 from lightning_lora.ops.rms_norm import rms_norm
 from lightning_lora.ops.sharded import is_dtensor
 

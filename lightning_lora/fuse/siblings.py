@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_lora.compat.torch import forward_pre_hooks, is_transformed, version_of
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.split import SplitLinear
-from lightning_lora.ops.linear import LinearTensors, autocast_dtype, lora_linears
+from lightning_lora.ops.autocast import autocast_dtype
+from lightning_lora.ops.linear import LinearTensors, StoredLinearTensors, lora_linears
 from lightning_lora.ops.sharded import is_dtensor
 
 # Names of layers of one module that may read one input. A wrong group costs three products that nobody reads.
@@ -199,10 +200,17 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
         return False  # a hook may make the weight
     if not _is_plain(layer) or "forward" in layer.__dict__:
         return False
+    if layer.lora_stored is not None:
+        stored = layer.lora_stored.product(layer, x)
+        return stored is not None and stored.device == x.device and not _is_in_shards(layer)
     weight = layer.weight
     # parents may cast between layers of several dtypes
     is_one_dtype = weight.dtype == x.dtype or autocast_dtype(x) is not None
     return is_one_dtype and not is_dtensor(weight) and weight.device == x.device
+
+
+def _is_in_shards(layer: nn.Module) -> bool:
+    return any(is_dtensor(parameter) for parameter in layer._parameters.values() if parameter is not None)
 
 
 def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
@@ -222,12 +230,13 @@ def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
 def _is_plain(layer: LoRALinear) -> bool:
     """Return True if the layer is W and B A, without a magnitude, bias or start of its own or another forward."""
     mixin, base = type(layer).__bases__[0], layer.lora_base_class
-    return issubclass(base, SplitLinear) or (mixin is LoRALinear and base.forward is nn.Linear.forward)
+    is_product = base.forward is nn.Linear.forward or layer.lora_stored is not None
+    return issubclass(base, SplitLinear) or (mixin is LoRALinear and is_product)
 
 
 def compute_all(x: Tensor, layers: list[LoRALinear], leader: LoRALinear) -> Sequence[Tensor]:
     """Return what each layer's product gives for ``x``, before :func:`leave`."""
-    entered, settings, all_factors = enter(leader, x), leader.scaled_dropout(), [factors(one) for one in layers]
+    entered, settings, all_factors = enter(leader, x), leader.scaled_dropout(), [factors(one, x) for one in layers]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.requires_grad:
         # a backward pass frees no graph before x: callers may run one through each output by itself
         return [lora_linears(entered, [one], settings)[0] for one in all_factors]
@@ -271,7 +280,9 @@ def leave(layer: nn.Module, y: Tensor) -> Tensor:
     return layer.leave(y) if isinstance(layer, SplitLinear) else y
 
 
-def factors(layer: LoRALinear) -> LinearTensors:
-    """Return the tensors of this rank's product."""
+def factors(layer: LoRALinear, x: Tensor) -> LinearTensors:
+    """Return the tensors of this rank's product with ``x``, for which :func:`can_fuse` is true."""
     bias = layer.local_bias() if isinstance(layer, SplitLinear) else layer.bias
+    if layer.lora_stored is not None:
+        return StoredLinearTensors(layer.lora_stored.product(layer, x), bias, layer.lora_A, layer.lora_B)
     return LinearTensors(layer.weight, bias, layer.lora_A, layer.lora_B)

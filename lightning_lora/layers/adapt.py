@@ -7,10 +7,11 @@ and with dropout an empty module ``lora_mode``; names, hooks, ties and tensors o
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.class_swap import restore_class, swap_class
+from lightning_lora.layers.stored import stored_form
 
 L = TypeVar("L", bound=LoRALayer)
 
@@ -27,10 +28,11 @@ def adapt(
     The parameters are real also where the base is on the meta device: they are then on CPU.
     """
     shape_A, shape_B = mixin.shapes(layer, r)
-    more_shapes = mixin.more_shapes(layer)
+    more_shapes = mixin.more_shapes(layer, r)
     adapted = become_lora_layer(layer, mixin, scaling=scaling, dropout=dropout, dtype=dtype)
-    weight = layer._parameters.get(mixin.base_name)
-    like = getattr(layer, mixin.base_name, None) if weight is None else weight
+    like: Any = None if adapted.lora_stored is None else adapted.lora_stored.read(adapted)
+    like = layer._parameters.get(mixin.base_name) if like is None else like
+    like = getattr(layer, mixin.base_name, None) if like is None else like
     register_factors(adapted, like, lora_A=shape_A, lora_B=shape_B, **more_shapes)
     return adapted
 
@@ -39,10 +41,13 @@ def become_lora_layer(
     layer: nn.Module, mixin: type[L], *, scaling: float, dropout: float, dtype: torch.dtype | None, **attributes: Any
 ) -> L:
     """Give ``layer`` the made class, the plain attributes of a :class:`LoRALayer` and ``attributes``; return it."""
+    stored = stored_form(layer, mixin.base_name)
     swap_class(layer, mixin)
     # past nn.Module.__setattr__, which looks for parameters and modules among them
     layer.__dict__.update(lora_scaling=scaling, lora_dropout=dropout, lora_dtype=dtype)
     layer.__dict__.update(lora_active=True, lora_original=None, lora_salt=0, **attributes)
+    if stored is not None:
+        layer.__dict__.update(lora_stored=stored)
     if dropout > 0.0:
         layer.add_module("lora_mode", AdapterMode().train(layer.training))
     assert isinstance(layer, mixin)
@@ -50,9 +55,10 @@ def become_lora_layer(
 
 
 def register_factors(layer: LoRALayer, like: Any, **shapes: tuple[int, ...]) -> None:
-    """Register all-zero adapter parameters of the given shapes, on the device of ``like`` if that is a real tensor."""
-    device = like.device if isinstance(like, Tensor) and like.device.type != "meta" else torch.device("cpu")
-    own = like.dtype if isinstance(like, Tensor) and like.is_floating_point() else torch.float32
+    """Register all-zero adapter parameters of the given shapes, on the device of a weight that is not on meta."""
+    device, dtype = getattr(like, "device", torch.device("meta")), getattr(like, "dtype", torch.float32)
+    device = torch.device("cpu") if device.type == "meta" else device
+    own = dtype if dtype.is_floating_point else torch.float32
     for name, shape in shapes.items():
         values = torch.zeros(shape, device=device, dtype=layer.lora_dtype or own)
         layer.register_parameter(name, nn.Parameter(values))

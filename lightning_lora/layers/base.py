@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule
+from lightning_lora.layers.stored import StoredForm
 from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.ops.weights import merged_weight
 
@@ -53,8 +54,10 @@ class LoRALayer(SwappedModule):
         lora_mode: an empty module whose ``training`` says whether the adapter's dropout is on; only with dropout.
         lora_dtype: the narrowest dtype that the adapter may have, or ``None`` to follow the base.
         lora_active: False while the layer is merged or disabled: the base class's forward then runs.
-        lora_original: the base tensors as they were, on CPU, while the layer is merged; else ``None``.
+        lora_original: the base tensors as they were while the layer is merged, else ``None``: on CPU, or a
+            :class:`~lightning_lora.layers.plain_weight.Former`.
         lora_salt: makes dropout differ between data-parallel ranks that share a seed.
+        lora_stored: how the base weight is read where it is no plain tensor, else ``None``.
     """
 
     base_name: ClassVar[str] = "weight"  # of the base tensor that is adapted
@@ -70,8 +73,9 @@ class LoRALayer(SwappedModule):
     lora_dropout: float
     lora_dtype: torch.dtype | None
     lora_active: bool
-    lora_original: dict[str, Tensor] | None
+    lora_original: dict[str, Any] | None
     lora_salt: int
+    lora_stored: StoredForm | None = None
 
     @property
     def drops(self) -> bool:
@@ -144,7 +148,7 @@ class LoRALayer(SwappedModule):
         return (r, in_features), (out_features, r)
 
     @classmethod
-    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def more_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of adapter parameters beside A and B, by their local names."""
         return {}
 
@@ -189,7 +193,9 @@ class LoRALayer(SwappedModule):
 
     @property
     def base_weight(self) -> Tensor:
-        """The weight of the base as it is stored, also where reading ``weight`` gives the effective one."""
+        """The weight of the base, made dense if need be, also where reading ``weight`` gives the effective one."""
+        if self.lora_stored is not None:
+            return self.lora_stored.dense(self)
         stored = self._parameters.get(self.base_name)
         return getattr(self, self.base_name) if stored is None else stored
 

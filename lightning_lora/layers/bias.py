@@ -1,5 +1,7 @@
 """Adapters with a bias of their own (PEFT's ``lora_bias``): ``y = base(x) + scaling * (B A x + c)``."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -18,7 +20,7 @@ class Biased(LoRALayer):
 
     @classmethod
     @override
-    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def more_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         return {"lora_bias": (cls.features(layer)[1],)}
 
     @override
@@ -46,12 +48,13 @@ class BiasedLinear(Biased, LoRALinear):
     """``nn.Linear``, or a subclass whose own ``forward`` is kept."""
 
     @override
-    def _lora_linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _lora_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         own = self.scaled_bias()
         if weight is None:
             term = super()._lora_linear(x, None, None)
             return term + own.to(term.dtype)
-        return super()._lora_linear(x, weight, (own if bias is None else bias + own).to(weight.dtype))
+        total = own if bias is None else bias + own
+        return super()._lora_linear(x, weight, total.to(weight.dtype) if self.lora_stored is None else total)
 
 
 class BiasedConv1D(BiasedLinear, LoRAConv1D):

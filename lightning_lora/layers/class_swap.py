@@ -25,7 +25,7 @@ class SwappedModule(nn.Module):
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         function, arguments, *state = reduced
         assert function is copyreg.__newobj__, function  # type: ignore[attr-defined]  # missing in the stubs
-        return (_new_object, (_recipe(type(self)), *arguments[1:]), *state)
+        return (_new_object, (recipe(type(self)), *arguments[1:]), *state)
 
 
 M = TypeVar("M")
@@ -60,16 +60,17 @@ def restore_class(module: SwappedModule, *attributes: str) -> None:
     module.__class__ = made.__bases__[1]
 
 
-def _recipe(cls: type) -> Any:
+def recipe(cls: type) -> Any:
     """Return what pickle can write of a class: the class itself, or the two parents that it was made from."""
     made = _MADE_CLASSES.get(cls.__bases__) if len(cls.__bases__) == 2 else None
-    return (cls.__bases__[0], _recipe(cls.__bases__[1])) if made is cls else cls
+    return (cls.__bases__[0], recipe(cls.__bases__[1])) if made is cls else cls
 
 
-def _class_of(recipe: Any) -> type:
-    return lora_class(recipe[0], _class_of(recipe[1])) if isinstance(recipe, tuple) else recipe
+def class_of(parents: Any) -> type:
+    """Return the class of which :func:`recipe` returned the parents."""
+    return lora_class(parents[0], class_of(parents[1])) if isinstance(parents, tuple) else parents
 
 
-def _new_object(recipe: Any, *arguments: Any) -> Any:
-    cls = _class_of(recipe)
+def _new_object(parents: Any, *arguments: Any) -> Any:
+    cls = class_of(parents)
     return cls.__new__(cls, *arguments)

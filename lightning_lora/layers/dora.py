@@ -14,6 +14,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 from lightning_lora.ops.dropout import keep_entries
 from lightning_lora.ops.linear import lora_linear
+from lightning_lora.ops.stored import stored_linear
 from lightning_lora.ops.weights import rescaled, row_norms
 
 
@@ -31,7 +32,7 @@ class DoRA(LoRALayer):
 
     @classmethod
     @override
-    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def more_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         return {"lora_magnitude": (cls.features(layer)[1],)}
 
     def norms(self) -> Tensor:
@@ -68,7 +69,11 @@ class DoRALinear(DoRA, LoRALinear):
         y: Tensor = self.base_forward(input, *args, **kwargs)
         input = keep_entries(input, seed, self.lora_dropout)
         term = lora_linear(input, None, None, *self.factors(), scaling=self.lora_scaling)
-        product = F.linear(input, self.as_matrix(self.base_weight)) + term
+        stored = None if self.lora_stored is None else self.lora_stored.read(self)
+        if stored is None:
+            product = F.linear(input, self.as_matrix(self.base_weight)) + term
+        else:
+            product = stored_linear(input, stored, None) + term
         return torch.addcmul(y + term, product, self.row_ratio() - 1).to(y.dtype)
 
 
@@ -103,7 +108,7 @@ class DoRAConv(DoRA, LoRAConv):
 
     @classmethod
     @override
-    def more_shapes(cls, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def more_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         base: Any = layer
         return {"lora_magnitude": (1, base.out_channels, *(1 for _ in base.kernel_size))}
 

@@ -6,6 +6,7 @@ from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.read_weight import ReadWeight
+from lightning_lora.layers.stored import stored_form
 from lightning_lora.ops.quantized import check_plain
 
 
@@ -28,12 +29,17 @@ class LoRAEmbedding(LoRALayer):
     @classmethod
     @override
     def check(cls, layer: nn.Module) -> None:
-        check_plain("its weight", layer._parameters.get("weight"))
+        form = stored_form(layer)
+        if form is None:
+            check_plain("its weight", layer._parameters.get("weight"))
+        else:
+            form.read(layer)  # raises for what cannot be read
         if getattr(layer, "max_norm", None) is not None:
             raise ValueError("its max_norm rescales the frozen weight in every forward")
         if getattr(layer, "sparse", False):
             raise ValueError("sparse=True asks for sparse gradients, which the adapter's factors do not have")
-        if type(layer).forward is not nn.Embedding.forward and not hasattr(layer, "embed_scale"):
+        is_known = form is not None or type(layer).forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
+        if not is_known:
             raise ValueError(f"{type(layer).__name__} has a forward of its own, which the adapter's term would bypass")
 
     @override

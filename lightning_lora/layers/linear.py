@@ -6,10 +6,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.plain_weight import plain_base
 from lightning_lora.layers.read_weight import ReadWeight
 from lightning_lora.layers.same_code import is_plain_linear
-from lightning_lora.ops.linear import LinearTensors, ScaledDropout, lora_linears
+from lightning_lora.layers.stored import stored_form
+from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linears
 from lightning_lora.ops.quantized import check_plain
+from lightning_lora.ops.stored import stored_linear
 
 
 class LoRALinear(LoRALayer):
@@ -30,33 +33,45 @@ class LoRALinear(LoRALayer):
     @classmethod
     @override
     def check(cls, layer: nn.Module) -> None:
-        if type(layer).forward is nn.Linear.forward:  # a subclass's own knows what its weight is
+        form = stored_form(layer)
+        if form is not None:
+            form.read(layer)  # raises for what cannot be read
+        elif type(layer).forward is nn.Linear.forward:  # a subclass's own knows what its weight is
             check_plain("its weight", layer._parameters.get("weight"))
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_active:
+            stored = None if self.lora_stored is None else self.lora_stored.product(self, input)
+            if stored is not None:  # bitsandbytes' own forward rounds its scales in eval mode, in place
+                return stored_linear(input, stored, self.bias)
             return self.base_forward(input, *args, **kwargs)  # type: ignore[no-any-return]
-        if self.lora_base_class.forward is nn.Linear.forward:
+        is_plain = self.lora_base_class.forward is nn.Linear.forward
+        if is_plain or self.lora_stored is not None:
             y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
             if y is not None:
                 return y  # type: ignore[no-any-return]
-            stored = self._parameters.get("weight")  # what reading it gives may have the update in it
-            return self._lora_linear(input, self.weight if stored is None else stored, self.bias)
+            if self.lora_stored is None:
+                own = self._parameters.get("weight")  # what reading it gives may have the update in it
+                return self._lora_linear(input, self.weight if own is None else own, self.bias)
+            stored = self.lora_stored.product(self, input)
+            if stored is not None:
+                return self._lora_linear(input, stored, self.bias)
         y = self.base_forward(input, *args, **kwargs)
         return y + self._lora_linear(input, None, None).to(y.dtype)  # type: ignore[no-any-return]
 
     @override
     def merge_obstacle(self) -> str | None:
-        if is_plain_linear(self.lora_base_class):
+        if is_plain_linear(plain_base(self.lora_base_class)):
             return None
         return (
             f"{self.lora_base_class.__name__} has a forward of its own, which is not known to be x W^T + b, and then a "
             "changed weight need not give what base plus adapter gives. Keep the adapter unmerged"
         )
 
-    def _lora_linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        layer = LinearTensors(weight, bias, self.lora_A, self.lora_B)
+    def _lora_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        kind = LinearTensors if self.lora_stored is None else StoredLinearTensors
+        layer = kind(weight, bias, self.lora_A, self.lora_B)
         return lora_linears(x, [layer], self.scaled_dropout())[0]
 
     def scaled_dropout(self) -> ScaledDropout:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.stored import stored_form
 
 # the names of layers, seen from the classes whose code reads their weight, on some path or on all
 _READERS = {
@@ -131,6 +132,12 @@ class ReadWeight(LoRALayer):
     and adapter apart, as in any other layer; only there has dropout an input to act on.
     """
 
+    @classmethod
+    @override
+    def check(cls, layer: nn.Module) -> None:
+        check_not_stored(layer)
+        super().check(layer)
+
     def effective_weight(self) -> Tensor:
         """Return ``W + scaling * B A`` while the adapter is active, and else ``W``."""
         return self.merged() if self.reads_effective else self.base_weight
@@ -149,6 +156,15 @@ class ReadWeight(LoRALayer):
         stored: Any = object.__new__(self.lora_base_class)  # a view of this layer by which weight reads as it is stored
         object.__setattr__(stored, "__dict__", self.__dict__)
         return self.lora_base_class.forward(stored, *args, **kwargs)
+
+
+def check_not_stored(layer: nn.Module) -> None:
+    """Raise ``ValueError`` for a layer whose weight others read, and which is no plain tensor."""
+    if stored_form(layer) is not None:
+        raise ValueError(
+            "a module around it reads its weight instead of calling it, which would leave the adapter out, and this "
+            "weight is stored in another form, which cannot include it: load this layer unquantised"
+        )
 
 
 def reader_of(modules: Mapping[str, nn.Module], name: str) -> nn.Module | None:

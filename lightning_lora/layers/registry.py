@@ -5,9 +5,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_lora.layers.adalora import AdaLoRAConv1D, AdaLoRALinear, AdaLoRAReadLinear
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.bias import BiasedConv, BiasedConv1D, BiasedLinear
@@ -22,8 +24,9 @@ from lightning_lora.layers.dora import (
 )
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
-from lightning_lora.layers.read_weight import ReadWeight
+from lightning_lora.layers.read_weight import ReadWeight, check_not_stored
 from lightning_lora.layers.residual import ResidualConv1D, ResidualLinear, ResidualReadLinear
+from lightning_lora.layers.stored import stored_form
 
 # keys are classes, or full names of classes whose package need not be installed
 _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
@@ -76,6 +79,7 @@ DORA: Variants = {
     LoRAConv: DoRAConv,
 }
 BIASED: Variants = {LoRALinear: BiasedLinear, LoRAConv1D: BiasedConv1D, LoRAConv: BiasedConv}
+ADALORA: Variants = {LoRALinear: AdaLoRALinear, LoRAConv1D: AdaLoRAConv1D, LoRAReadLinear: AdaLoRAReadLinear}
 RESIDUAL: Variants = {LoRALinear: ResidualLinear, LoRAConv1D: ResidualConv1D, LoRAReadLinear: ResidualReadLinear}
 
 
@@ -93,18 +97,26 @@ def read_mixin(mixin: type[LoRALayer], layer: nn.Module, reader: nn.Module) -> t
             f"the weight of a {type(layer).__name__} cannot include it: leave it out with exclude_modules"
         )
     weight = layer._parameters.get("weight")
-    is_stored = weight is not None and weight.is_floating_point()
-    return READ[mixin] if is_stored else mixin  # a quantised weight cannot be read as a matrix at all
+    if weight is not None and not weight.is_floating_point():
+        return mixin  # whoever reads it gets no matrix: the layer has to be called
+    check_not_stored(layer)
+    return mixin if weight is None else READ[mixin]
 
 
-def with_options(mixin: type[LoRALayer], layer: nn.Module, *, use_dora: bool, lora_bias: bool) -> type[LoRALayer]:
-    """Return the variant of ``mixin`` with a magnitude or a bias, if an option asks for one.
+def with_options(
+    mixin: type[LoRALayer], layer: nn.Module, *, use_dora: bool = False, lora_bias: bool = False, adalora: bool = False
+) -> type[LoRALayer]:
+    """Return the variant of ``mixin`` with a magnitude, a bias or ranks that can be pruned, if an option asks for it.
 
     Raises:
         ValueError: a layer of this kind cannot have it; the message says why.
     """
     if use_dora:
         return _dora_mixin(mixin, layer)
+    if adalora:
+        if mixin not in ADALORA:
+            raise ValueError(f"{type(layer).__name__} is of a kind whose ranks cannot be pruned; linear layers can be")
+        return ADALORA[mixin]
     if not lora_bias:
         return mixin
     if issubclass(mixin, ReadWeight):
@@ -122,9 +134,30 @@ def _dora_mixin(mixin: type[LoRALayer], layer: Any) -> type[LoRALayer]:
             f"it is a convolution with groups={layer.groups}, whose adapter mixes all input channels, so that there is "
             "no sum W + BA to take norms of"
         )
-    weight: Any = layer._parameters.get("weight")
-    weight = getattr(layer, "weight", None) if weight is None else weight
-    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
-        what = "is on the meta device: load the base first" if getattr(weight, "is_meta", False) else "is quantised"
-        raise ValueError(f"the magnitude starts at the norms of its weight, which {what}")
+    try:
+        dense_weight(layer)
+    except ValueError as error:
+        raise ValueError(f"the magnitude starts at the norms of its weight: {error}") from None
     return DORA[mixin]
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Return the base weight as a floating-point tensor, to start an adapter from.
+
+    Raises:
+        ValueError: there is none; the message says why.
+    """
+    form = stored_form(layer)
+    weight: Any = layer._parameters.get("weight")
+    weight = getattr(layer, "weight", None) if weight is None and form is None else weight
+    if form is not None:
+        stored = form.read(layer)
+        if stored is None or stored.device.type != "meta":
+            return form.dense(layer)
+        weight = torch.empty(stored.shape, device="meta")
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        what = "on the meta device: load the base first" if isinstance(weight, Tensor) else "computed"
+        raise ValueError(f"the weight of this {type(layer).__name__} is {what}")
+    if not weight.is_floating_point():
+        raise ValueError(f"the weight of this {type(layer).__name__} is stored as {weight.dtype}")
+    return weight

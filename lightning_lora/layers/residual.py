@@ -1,12 +1,14 @@
 """PiSSA and OLoRA: adapters that start at a part of the base weight, which itself is not changed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.read_weight import ReadWeight
-from lightning_lora.ops.linear import lora_linear
+from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linears
 
 
 class ResidualLinear(LoRALinear):
@@ -33,10 +35,14 @@ class ResidualLinear(LoRALinear):
         return torch.cat([self.lora_A, self.lora_A0]), torch.cat([self.lora_B, -self.lora_B0], dim=1)
 
     @override
-    def _lora_linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _lora_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        kind, term = (
+            LinearTensors if self.lora_stored is None else StoredLinearTensors,
+            ScaledDropout(self.lora_scaling),
+        )
         if not self.drops:
-            return lora_linear(x, weight, bias, *self.factors(), scaling=self.lora_scaling)
-        start = lora_linear(x, weight, bias, self.lora_A0, -self.lora_B0, scaling=self.lora_scaling)
+            return lora_linears(x, [kind(weight, bias, *self.factors())], term)[0]
+        start = lora_linears(x, [kind(weight, bias, self.lora_A0, -self.lora_B0)], term)[0]
         return start + super()._lora_linear(x, None, None)
 
 

@@ -52,6 +52,14 @@ class Megatron(Family):
             _check_biases(model, adapted)
 
     @override
+    def check_quantization(self, model: nn.Module) -> None:
+        raise ValueError(
+            f"{type(model).__name__} is, or holds, Megatron-core's GPTModel, whose layers multiply by weights of their "
+            "own and are not quantised: quantise the plain Hugging Face model, which strategy='megatron_lora' splits "
+            "by its plan, or leave quantize out"
+        )
+
+    @override
     def load_base(self, model: nn.Module, path: str) -> bool:
         load_hf_weights(model, path)
         return True

@@ -9,6 +9,7 @@ The adapter's term is computed where the base's is, between the base's own colle
 gradient of the whole factor is then one rank's addend of the true one: it is summed once per optimizer step.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,11 @@ from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.quantized import QuantizedLinear
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.megatron.core import collectives
+from lightning_lora.ops.packed import PackedWeight
+from lightning_lora.ops.stored import stored_linear
 
 
 class ParallelLinear(SplitLinear, nn.Linear):
@@ -27,6 +31,20 @@ class ParallelLinear(SplitLinear, nn.Linear):
     @override
     def forward(self, x: Tensor) -> Tensor:
         return self.leave(nn.functional.linear(self.enter(x), self.weight, self.local_bias()))
+
+
+class QuantizedParallelLinear(QuantizedLinear):
+    """Mixin of the same with a packed weight, of which each rank holds whole blocks."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        base: Any = self
+        y: Tensor = base.leave(stored_linear(base.enter(input), self.stored("weight"), base.local_bias()))
+        return y
+
+    @override
+    def whole_form(self, name: str) -> PackedWeight:
+        return replace(self.quantized[name], shape=torch.Size((self.out_features, self.in_features)), place=None)
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -81,7 +99,9 @@ class LoRAParallelLinear(LoRALinear):
             return super(LoRALinear, self).forward(input)  # type: ignore[no-any-return]  # the base's
         y: Tensor | None = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
         if y is None:
-            y = base.leave(self._lora_linear(base.enter(input), self.weight, base.local_bias()))
+            x = base.enter(input)
+            weight = self.weight if self.lora_stored is None else self.lora_stored.product(self, x)
+            y = base.leave(self._lora_linear(x, weight, base.local_bias()))
         return y
 
     @override

@@ -7,14 +7,17 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.class_swap import swap_class
+from lightning_lora.layers.class_swap import lora_class, swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.quantized import QuantizedLinear
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.megatron.packed_parts import check_blocks, keep_packed_part
 from lightning_lora.megatron.parallel_layers import (
     ColumnParallelLinear,
     LoRAParallelLinear,
+    QuantizedParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
@@ -75,12 +78,14 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
             "(DoRA, lora_bias, PiSSA, OLoRA, token rows, a weight that is read): leave the option or layer out, or use "
             "strategy='fsdp_lora'"
         )
-    if not isinstance(layer, LoRALayer) and type(layer).forward is not nn.Linear.forward:
+    if not isinstance(layer, (LoRALayer, QuantizedLinear)) and type(layer).forward is not nn.Linear.forward:
         raise ValueError(f"{name!r} is a {type(layer).__name__} with a forward of its own, which cannot be split")
     size = layer.out_features if kind == "column" else layer.in_features
     if size % ranks:
         side = "out_features" if kind == "column" else "in_features"
         raise ValueError(f"{side}={size} of {name!r} is not divisible by tensor_parallel_size={ranks}")
+    if isinstance(layer, QuantizedLinear):
+        check_blocks(name, layer, kind, ranks)
     adapters = layer.adapter_names if isinstance(layer, LoRALayer) else ()
     trained = [
         local
@@ -95,10 +100,14 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
 
 
 def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> None:
-    base = ColumnParallelLinear if kind == "column" else RowParallelLinear
+    base: Any = ColumnParallelLinear if kind == "column" else RowParallelLinear
     layer.__dict__.update(tp_group=mesh.get_group(), tp_whole_input=is_whole, tp_whole_output=is_whole)
     dim = 0 if kind == "column" else 1
-    keep_part(layer, "weight", mesh, dim)
+    if isinstance(layer, QuantizedLinear):
+        keep_packed_part(layer, mesh, kind)
+        base = lora_class(QuantizedParallelLinear, base)
+    else:
+        keep_part(layer, "weight", mesh, dim)
     if kind == "column" and layer.bias is not None:
         keep_part(layer, "bias", mesh, 0)
     if isinstance(layer, LoRALayer):

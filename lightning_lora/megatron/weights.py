@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.distributed.base_files import open_slices
 from lightning_lora.megatron.core import rank_and_size
 from lightning_lora.megatron.table import HF_TABLE, READINGS, Row, Source, pattern, row_of, split_index
+from lightning_lora.model.base_files import open_slices
 from lightning_lora.model.spread import class_name
 
 

@@ -20,7 +20,7 @@ class QuantizationPlan:
         kind: ``"nf4"``, ``"nf4-dq"`` or ``"int8"``.
         exclude: what was asked to be left out.
         layers: names of the layers, in the order of the model.
-        left_out: linear layers that stay as they are, each with the reason.
+        left_out: linear layers, and stacks of experts' matrices, that stay as they are, each with the reason.
         bytes_before: of the layers' weights.
         bytes_after: of their packed parts.
     """

@@ -40,6 +40,9 @@ class Family:
             adapted: names of the layers to adapt, possibly none.
         """
 
+    def check_quantization(self, model: nn.Module) -> None:
+        """Raise ``ValueError`` for a model of this family, or one that holds such a model, that cannot be quantised."""
+
     def load_base(self, model: nn.Module, path: str) -> bool:
         """Copy a checkpoint's values into a model that is not adapted, if that is how the family is filled."""
         return False

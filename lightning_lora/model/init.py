@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import INITS, LoRAConfig
+from lightning_lora.layers.adalora import AdaLoRALinear
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.bias import Biased
@@ -71,8 +72,10 @@ def _initialize_pair(layer: LoRALayer, pair: Pair, name: str, config: LoRAConfig
     generator = None if like_peft else torch.Generator(device="cpu").manual_seed(_seed(name, config.init_seed))
     if like_peft:
         bias = [layer.lora_bias] if isinstance(layer, Biased) else []
-        _burn([pair.A, pair.B, *bias], normal=not layer.uses_init)
-    function = _function(config.init) if layer.uses_init else _embedding
+        own = [layer.lora_E, pair.B, pair.A.new_empty(1)] if isinstance(layer, AdaLoRALinear) else [pair.B, *bias]
+        _burn([pair.A, *own], normal=not layer.uses_init)
+    not_init = _adalora if isinstance(layer, AdaLoRALinear) else _embedding
+    function = _function(config.init) if layer.uses_init else not_init
     for parameter, value in zip((pair.A, pair.B), function(layer, pair, config.init, generator), strict=True):
         if value is not None:
             value = _as_peft_rounds(value, layer) if like_peft else value
@@ -142,6 +145,11 @@ def _olora(layer: LoRALayer, pair: Pair, _: str, __: Generator) -> Values:
 def _embedding(_: LoRALayer, pair: Pair, __: str, generator: Generator) -> Values:
     """Draw B from N(0, 1) and leave A at zero, as PEFT does for embeddings, whatever the init."""
     return None, _normal(pair.B.shape, 1.0, generator)
+
+
+def _adalora(_: LoRALayer, pair: Pair, __: str, generator: Generator) -> Values:
+    """Draw A and B from N(0, 0.02^2); E is zero."""
+    return _normal(pair.A.shape, 0.02, generator), _normal(pair.B.shape, 0.02, generator)
 
 
 def _base_matrix(layer: LoRALayer) -> Tensor:

@@ -6,11 +6,78 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.plain_weight import stored_kind, stored_names, weight_shape
 from lightning_lora.layers.token_rows import TokenRows
+from lightning_lora.model.merge_layer import Into, merge_values, other_stored
+from lightning_lora.model.merge_receipt import MergeReceipt
+from lightning_lora.model.merged_model import unmerged_layers
+from lightning_lora.model.names import clean_name, joined
+from lightning_lora.model.original_base import OriginalBase, open_original
 from lightning_lora.model.spread import gathered
 from lightning_lora.model.state import first_nonfinite
+from lightning_lora.ops.packed import FORMS
 from lightning_lora.ops.quantized import stored_as
-from lightning_lora.ops.sharded import local_part
+from lightning_lora.ops.sharded import is_sharded, local_part
+
+
+def check_merge(model: nn.Module, root: nn.Module, into: Into) -> None:
+    """Raise ``ValueError`` for adapters of ``root``, inside ``model``, that cannot be merged into ``into``."""
+    layers = unmerged_layers(root)
+    check_mergeable(model, layers)
+    _check_into(root, into)
+    with open_original(root, into.base) as original:
+        if original is not None:
+            original.check(_shapes(root, layers))
+        if into.requantize is not None:
+            _check_kept(layers, into, original)
+
+
+def _check_into(root: nn.Module, into: Into) -> None:
+    if into.dtype is not None and not into.dtype.is_floating_point:
+        raise ValueError(f"dtype={into.dtype} is no floating-point dtype")
+    if into.dtype is not None and any(map(is_sharded, root.parameters())):
+        raise ValueError("dtype: a base in shards keeps its dtype; merge in one process, with load_peft")
+    spread = [
+        n for n, m in root.named_modules() if stored_names(m) and any(map(is_sharded, m.parameters(recurse=False)))
+    ]
+    if spread:
+        raise ValueError(
+            f"cannot merge {spread[0]!r}: it is quantised and in shards. Call save_peft, and in one process merge into "
+            "what load_peft(base, directory) returns"
+        )
+    if into.requantize is None:
+        return
+    if into.requantize not in FORMS:
+        raise ValueError(f"requantize must be one of {', '.join(map(repr, FORMS))}, got {into.requantize!r}")
+    stored = [(m, name) for m in root.modules() for name in stored_names(m)]
+    if not stored:
+        raise ValueError(
+            f"requantize={into.requantize!r}: no weight of {type(root).__name__} is quantised. Merge, and then call "
+            "quantize(model, kind)"
+        )
+
+
+def _shapes(root: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights that are read from original files, by name."""
+    names = {id(module): clean_name(name) for name, module in root.named_modules()}
+    wanted = [(layer, local) for layer in layers.values() for local in layer.base_tensors()]
+    return {
+        joined(names[id(module)], local): tuple(weight_shape(module, local))
+        for module, local in [*wanted, *other_stored(root)]
+    }
+
+
+def _check_kept(layers: Mapping[str, LoRALayer], into: Into, original: OriginalBase | None) -> None:
+    quantised = {n: one for n, one in layers.items() if any(stored_kind(one, local) for local in one.base_tensors())}
+    receipts = [merge_values(name, layer, into, original)[1] for name, layer in quantised.items()]
+    total = MergeReceipt(str(into.base), tuple(receipts)).total
+    if total.kept < 0.5:
+        worst = min(receipts, key=lambda one: one.kept)
+        raise ValueError(
+            f"requantize={into.requantize!r} would keep {100 * total.kept:.1f} % of the update, and of {worst.name!r} "
+            f"{100 * worst.kept:.1f} %: the update is smaller than the steps of that form. Merge without requantize, "
+            "into plain weights, or over the original ones: base='path/of/the/base'"
+        )
 
 
 def check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
@@ -23,8 +90,9 @@ def check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         if not layer.lora_active:
             raise ValueError(f"cannot merge {name!r} inside disabled(model): leave the block first")
-        for weight in layer.base_tensors().values():
-            _check_writable(model, name, layer, weight, holders)
+        for local, weight in layer.base_tensors().items():
+            if stored_kind(layer, local) is None:
+                _check_writable(model, name, layer, weight, holders)
         with gathered(layer):
             if first_nonfinite(dict(layer.named_adapter_tensors())) is not None:
                 raise ValueError(f"cannot merge {name!r}: its adapter holds NaN or infinity (a diverged run?)")

@@ -166,7 +166,7 @@ def _num_parameters(pair: LayerPlan, module: nn.Module, part: Part, config: LoRA
         except ValueError as error:
             raise ValueError(f"{pair.name!r} cannot be adapted: {error}") from None
         dimensions = len(shapes[0])
-        total = sum(map(math.prod, (*shapes, *pair.mixin.more_shapes(module).values())))
+        total = sum(map(math.prod, (*shapes, *pair.mixin.more_shapes(module, r).values())))
     if pair.mixin.uses_init and config.init == "orthogonal" and (r % 2 or dimensions > 2):
         what = f"r={r}" if dimensions == 2 else f"factors of {dimensions} dimensions"
         raise ValueError(

@@ -18,9 +18,9 @@ from lightning_lora.model.base_form import (
     plain_exclusion,
     quantization_of,
 )
-from lightning_lora.model.families import output_head
+from lightning_lora.model.families import families_in, output_head
 from lightning_lora.model.matching import check_hits, hits
-from lightning_lora.model.names import clean_name, is_inside, listed
+from lightning_lora.model.names import clean_name, is_inside, joined, listed
 from lightning_lora.model.trained_base import new_heads
 from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.packed import FORMS
@@ -31,10 +31,10 @@ ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers beside a mod
 def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> QuantizationPlan:
     """Quantise the linear layers of ``model`` in place: each holds packed bytes that are made dense when it is used.
 
-    Left as they are: the output head, new task heads, routers of experts, weights that two modules share, layers whose
-    weight another module reads, and what ``exclude`` names. Codes and bytes are those of bitsandbytes, which need not
-    be installed; :meth:`torch.nn.Module.state_dict` has its keys, and ``load_state_dict`` takes them and floating-point
-    weights.
+    Left as they are: fused experts, which are 3-D parameters of a module, the output head, new task heads, routers of
+    experts, weights that two modules share, layers whose weight another module reads, and what ``exclude`` names. Codes
+    and bytes are those of bitsandbytes, which need not be installed; :meth:`torch.nn.Module.state_dict` has its keys,
+    and ``load_state_dict`` takes them and floating-point weights.
 
     Args:
         kind: ``"nf4"``, 4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, arXiv 2305.14314), 4.5 bits a weight;
@@ -95,6 +95,8 @@ def plan_quantization(
     check_kind(kind)
     modules = _modules(model)
     check_not_foreign(modules)
+    for family in families_in(model):
+        family.check_quantization(model)
     for name, module in modules.items():
         if isinstance(module, QuantizedModule):
             raise ValueError(f"{name!r} is quantised: quantise a base once, from its floating-point weights")
@@ -104,6 +106,7 @@ def plan_quantization(
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     left_out = _left_out(model, modules, linear, exclude, keep or {})
     layers = tuple(name for name in linear if name not in left_out)
+    left_out |= _stacks(modules)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantise" + (f": {left_out}" if left_out else "")
@@ -156,6 +159,16 @@ def _reason(modules: Mapping[str, nn.Module], name: str) -> str | None:
     if isinstance(modules.get(parent), nn.MultiheadAttention) or reader_of(modules, name) is not None:
         return "another module reads its weight"
     return None
+
+
+def _stacks(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the parameters that stack the matrices of several experts, each with the reason why it is left."""
+    return {
+        joined(name, local): "stack of experts' matrices"
+        for name, module in modules.items()
+        for local, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and not type(module).__module__.startswith("torch.nn.")
+    }
 
 
 def _paths(name: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.compat.torch import compiled_module
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, Pair
+from lightning_lora.layers.adalora import AdaLoRALinear
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.layer_plan import Plan
@@ -31,6 +32,8 @@ class Injection:
         source: the file that the adapters started from, if any.
         base_weights: where the base was read from after it was built without values, if it was.
         fingerprint: of the base, from when it was spread over ranks, if it is.
+        merged: what :func:`~lightning_lora.unmerge` gives back, while the adapters are merged.
+        total_step: number of optimizer steps of the run, once AdaLoRA prunes in one.
     """
 
     plan: Plan
@@ -40,6 +43,8 @@ class Injection:
     source: str | None = None
     base_weights: str | None = None
     fingerprint: dict[str, Any] | None = None
+    merged: Any = None  # merged_model.MergedModel
+    total_step: int | None = None
 
     @property
     def config(self) -> LoRAConfig:
@@ -135,6 +140,9 @@ def has_trained(root: nn.Module) -> bool:
         with gathered(layer):
             if isinstance(layer, ResidualLinear):
                 if not (torch.equal(layer.lora_A, layer.lora_A0) and torch.equal(layer.lora_B, layer.lora_B0)):
+                    return True
+            elif isinstance(layer, AdaLoRALinear):
+                if bool(layer.lora_E.any()):
                     return True
             elif any(bool(pair.B.any()) and bool(pair.A.any()) for pair in layer.pairs().values()):
                 return True

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.adalora import AdaLoRALinear
 from lightning_lora.layers.quantized import num_parameters
 from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.matching import is_all_linear, left_out_towers
@@ -120,7 +121,7 @@ def idle_layers(root: nn.Module, optimizer: Optimizer) -> str | None:
         for name, layer in named_lora_layers(root).items()
         if name not in skipped
         and any(id(p) in held for _, p in layer.named_adapter_tensors())
-        and all(p.grad is None for _, p in layer.named_adapter_tensors())
+        and all(p.grad is None for p in _given_gradients(layer))
     ]
     if not idle:
         return None
@@ -178,3 +179,8 @@ def say_left_out(directory: Any, names: list[str], where: str) -> None:
             f"{directory} holds the adapter alone: no PEFT directory has a place for what trains outside the adapted "
             f"model, {listed(names)}. {where}"
         )
+
+
+def _given_gradients(layer: LoRALayer) -> list[nn.Parameter]:
+    """Return an adapter's tensors whose gradients come from its output alone: AdaLoRA's loss term gives A and B one."""
+    return [layer.lora_E] if isinstance(layer, AdaLoRALinear) else [p for _, p in layer.named_adapter_tensors()]

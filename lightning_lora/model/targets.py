@@ -10,7 +10,8 @@ from lightning_lora.layers import LoRALayer, mixin_for, read_mixin, with_options
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import sizes_of_parameter
 from lightning_lora.layers.read_weight import check_rescaled, reader_of
-from lightning_lora.layers.registry import RESIDUAL
+from lightning_lora.layers.registry import RESIDUAL, dense_weight
+from lightning_lora.layers.stored import stored_form
 from lightning_lora.model.families import families_in
 from lightning_lora.model.matching import all_linear, check_hits, check_indices, hits, is_all_linear, is_target
 from lightning_lora.model.names import clean_name, is_inside_any, joined, named_modules, nearest_names
@@ -160,12 +161,13 @@ def choose_mixin(modules: Mapping[str, nn.Module], name: str, config: LoRAConfig
         except ValueError as error:
             raise ValueError(f"{name!r} cannot be adapted: {error}") from None
     try:
-        mixin = with_options(mixin, layer, use_dora=config.use_dora, lora_bias=config.lora_bias)
+        options = {"use_dora": config.use_dora, "lora_bias": config.lora_bias, "adalora": config.adalora is not None}
+        mixin = with_options(mixin, layer, **options)
     except ValueError as error:
-        option = "use_dora" if config.use_dora else "lora_bias"
+        option = next(name for name, is_given in options.items() if is_given)
+        given, instead = (option, "leave it out") if option == "adalora" else (f"{option}=True", f"give {option}=False")
         raise ValueError(
-            f"{name!r} cannot be adapted with {option}=True: {error}. Leave the layer out with exclude_modules, or "
-            f"give {option}=False"
+            f"{name!r} cannot be adapted with {given}: {error}. Leave the layer out with exclude_modules, or {instead}"
         ) from None
     starts_from_base = config.starts_from_base and mixin.uses_init
     return _starting_from_base(mixin, name, layer, config) if starts_from_base else mixin
@@ -173,13 +175,16 @@ def choose_mixin(modules: Mapping[str, nn.Module], name: str, config: LoRAConfig
 
 def _starting_from_base(mixin: type[LoRALayer], name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALayer]:
     """Return the counterpart of ``mixin`` that subtracts its start in the product, after checking the weight."""
-    residual, weight = RESIDUAL.get(mixin), layer._parameters.get("weight")
-    if residual is None or weight is None or weight.is_meta or not weight.is_floating_point():
-        why = "its weight is on the meta device" if weight is not None and weight.is_meta else type(layer).__name__
+    residual = RESIDUAL.get(mixin)
+    try:
+        if residual is None or (layer._parameters.get("weight") is None and stored_form(layer) is None):
+            raise ValueError(type(layer).__name__)
+        weight = dense_weight(layer)
+    except ValueError as error:
         raise ValueError(
             f"init={config.init!r} starts from the weights of linear layers, and {name!r} has none to start from "
-            f"({why}): load the base first, or leave the layer out with exclude_modules"
-        )
+            f"({error}): load the base first, or leave the layer out with exclude_modules"
+        ) from None
     if not torch.isfinite(weight).all():
         raise ValueError(
             f"init={config.init!r} starts from the weight of {name!r}, which holds NaN or infinity: load another base, "

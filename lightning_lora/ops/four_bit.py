@@ -94,24 +94,34 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes.view(-1)[: len(scales)], nested, offset
 
 
-def dense_scales(codes: Tensor, nested: Tensor, offset: Tensor, first: int = 0) -> Tensor:
+def dense_scales(codes: Tensor, nested: Tensor, offset: Tensor, place: tuple[int, int, int] | None = None) -> Tensor:
     """Return the scales ``[blocks]``, float32, that :func:`quantize_scales` rounded.
 
     Args:
         codes: ``[blocks]``, uint8.
         nested: the scales of each 256 codes of the whole tensor.
-        first: where ``codes`` begin in the whole tensor.
+        place: where ``codes`` lie in the whole tensor, if they are a part of it: the first of them, how many lie
+            together, and how far it is from the first of those to the first of the next.
     """
-    positions = torch.arange(first, first + len(codes), device=codes.device) // SCALES_BLOCK
-    return dynamic_levels(codes.device)[codes.to(torch.int32)] * nested[positions] + offset
+    positions = torch.arange(len(codes), device=codes.device)
+    if place is not None:
+        first, together, stride = place
+        positions = first + positions // together * stride + positions % together
+    levels: Tensor = dynamic_levels(codes.device)[codes.to(torch.int32)]
+    return levels * nested[positions // SCALES_BLOCK] + offset
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def dynamic_levels(device: torch.device) -> Tensor:
     """Return the 256 levels of the signed dynamic type (Dettmers 2015, arXiv 1511.04561), sorted, ``[256]``, float32.
 
     Seven decades; the i-th has ``2^i`` levels of each sign, the middles of equal parts of 0.1 to 1.
     """
+    return _dynamic_levels(device)
+
+
+@functools.cache
+def _dynamic_levels(device: torch.device) -> Tensor:
     levels = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
@@ -126,9 +136,14 @@ def code_values(kind: str, device: torch.device) -> Tensor:
     return torch.tensor(CODES[kind], dtype=torch.float32, device=device)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """Return the two values of each byte, ``[256]``: two float32 numbers seen as one float64."""
+    return _pairs_of(kind, device)
+
+
+@functools.cache
+def _pairs_of(kind: str, device: torch.device) -> Tensor:
     values = code_values(kind, device)
     return torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1).view(torch.float64).view(-1)
 

@@ -16,16 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.compat.torch import is_transformed
+from lightning_lora.ops.autocast import autocast_dtype
 from lightning_lora.ops.linear import (
     LinearTensors,
     ScaledDropout,
-    autocast_dtype,
+    StoredLinearTensors,
     backward_of_linears,
     cast_as_autocast,
     forward_of_linears,
     plain_linears,
     reshape_like,
 )
+from lightning_lora.ops.stored import apart, dense_again, dense_like, together
 
 
 class Activation(NamedTuple):
@@ -83,6 +85,8 @@ def lora_gated_mlp(
     act = ACTIVATIONS[activation]
     if is_transformed():
         return _plain_gated_mlp(x, layers, act, entering, leaving)
+    if gate.is_stored or up.is_stored or down.is_stored:
+        entering = entering._replace(has_stored=True)
     y: Tensor = _GatedMLP.apply(x, act, entering, leaving, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
     return y
 
@@ -102,10 +106,14 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, act: Activation, entering: ScaledDropout, leaving: ScaledDropout, *tensors: Any
     ) -> Tensor:
-        (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), tensors[:8], entering)
-        (y,), h_out = forward_of_linears(act.forward(e).mul_(g), tensors[8:], leaving)
-        ctx.act, ctx.entering, ctx.leaving = act, entering, leaving
+        dense = dense_like if entering.has_stored else None
+        (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), tensors[:8], entering, dense)
+        (y,), h_out = forward_of_linears(act.forward(e).mul_(g), tensors[8:], leaving, dense)
+        ctx.act, ctx.entering, ctx.leaving, ctx.stored = act, entering, leaving, None
         ctx.set_materialize_grads(False)
+        if entering.has_stored:
+            ctx.stored, weights = apart(tensors[::4])
+            tensors = tuple(weights[i // 4] if i % 4 == 0 else one for i, one in enumerate(tensors))
         ctx.save_for_backward(x, entering.seed, leaving.seed, e, g, h_in, h_out, *tensors)
         return reshape_like(x, y)
 
@@ -114,21 +122,27 @@ class _GatedMLP(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         x, seed_in, seed_out, e, g, h_in, h_out, *tensors = ctx.saved_tensors
+        dense = None
+        if ctx.stored is not None:
+            tensors[::4], dense = together(ctx.stored, tensors[::4]), dense_again
         entering, leaving = ctx.entering._replace(seed=seed_in), ctx.leaving._replace(seed=seed_out)
         if torch.is_grad_enabled():
-            layers = [LinearTensors(*tensors[i : i + 4]) for i in (0, 4, 8)]
+            kind = LinearTensors if dense is None else StoredLinearTensors
+            layers = [kind(*tensors[i : i + 4]) for i in (0, 4, 8)]
             y = _plain_gated_mlp(x, layers, ctx.act, entering, leaving)
             return differentiable_gradients(ctx, y, [x, None, None, None, *tensors], grad)
         need_x, _, _, _, *needs = ctx.needs_input_grad
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         opened = ctx.act.forward(e)
         h = opened * g  # [T, intermediate]
-        grad_h, of_down = backward_of_linears(h, [grad], tensors[8:], h_out, leaving, needs[8:], need_x=True)
+        grad_h, of_down = backward_of_linears(
+            h, [grad], tensors[8:], h_out, leaving, needs[8:], need_x=True, dense=dense
+        )
         assert grad_h is not None
         grad_g = opened.mul_(grad_h)
         grad_e = ctx.act.backward_into(grad_h, grad_h.mul_(g), e)
         grad_x, of_both = backward_of_linears(
-            rows, [grad_e, grad_g], tensors[:8], h_in, entering, needs[:8], need_x=need_x
+            rows, [grad_e, grad_g], tensors[:8], h_in, entering, needs[:8], need_x=need_x, dense=dense
         )
         return None if grad_x is None else grad_x.view(x.shape), None, None, None, *of_both, *of_down
 

@@ -14,25 +14,39 @@ that it is given.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.compat.torch import is_transformed, unsafe_view
+from lightning_lora.ops.autocast import autocast_dtype
 from lightning_lora.ops.dropout import keep_mask
+from lightning_lora.ops.stored import apart, dense_again, dense_like, together
 
 
-class LinearTensors(NamedTuple):
-    """The tensors of one adapted linear layer; ``weight`` is ``None`` for the adapter's term alone."""
-
-    weight: Any  # Tensor | None, [out, in]
+class _LinearTensors(NamedTuple):
+    weight: Any  # Tensor | StoredWeight | None, [out, in]
     bias: Any  # Tensor | None, [out]
     lora_A: Any  # Tensor, [r, in]
     lora_B: Any  # Tensor, [out, r]
+
+
+class LinearTensors(_LinearTensors):
+    """The tensors of one adapted linear layer; ``weight`` is ``None`` for the adapter's term alone."""
+
+    __slots__ = ()
+    is_stored: ClassVar[bool] = False
+
+
+class StoredLinearTensors(LinearTensors):
+    """The same with a :class:`~lightning_lora.ops.stored.StoredWeight`, or with ``None``."""
+
+    __slots__ = ()
+    is_stored: ClassVar[bool] = True
 
 
 class ScaledDropout(NamedTuple):
@@ -43,6 +57,7 @@ class ScaledDropout(NamedTuple):
     seed: Tensor | None = None
     columns: tuple[int, int] | None = None
     first_row: int = 0
+    has_stored: bool = False  # whether a weight is a StoredWeight: said by the functions that take the layers
 
     @property
     def factor(self) -> float:
@@ -101,7 +116,8 @@ def lora_linear(
 def lora_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> Sequence[Tensor]:
     """Return ``x W_i^T + b_i + scaling * dropout(x) A_i^T B_i^T`` for every layer i, with one product for all A's.
 
-    Saved for backward are ``x`` and the r numbers per token of each layer.
+    Saved for backward are ``x`` and the r numbers per token of each layer. A weight that is stored in another form is
+    made dense in the dtype of the product, and again in backward if x needs a gradient.
 
     Args:
         x: ``[..., in_features]``.
@@ -116,16 +132,11 @@ def lora_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDro
             return lora_linears(*cast_as_autocast(x, layers, dtype), settings)
     if is_transformed():
         return plain_linears(x, layers, settings)
+    for layer in layers:
+        if layer.is_stored:
+            settings = settings._replace(has_stored=True)
     outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, settings, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
     return outputs
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast computes with on the device of ``x``; ``None`` while autocast is off."""
-    device_type = x.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
 
 
 def cast_as_autocast(
@@ -141,7 +152,12 @@ def cast_as_autocast(
     def cast(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(dtype)
 
-    return x.to(dtype), [layer._replace(weight=cast(layer.weight), bias=cast(layer.bias)) for layer in layers]
+    return x.to(dtype), [
+        layer._replace(bias=cast(layer.bias))  # a stored weight is made dense in the dtype of x
+        if layer.is_stored
+        else layer._replace(weight=cast(layer.weight), bias=cast(layer.bias))
+        for layer in layers
+    ]
 
 
 def plain_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDropout) -> list[Tensor]:
@@ -150,7 +166,10 @@ def plain_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDr
     mask = None if settings.seed is None else settings.mask(rows, rows.shape[1])
     entering = x if mask is None else (rows * mask).view(x.shape)
     outputs = []
-    for weight, bias, lora_A, lora_B in layers:
+    for layer in layers:
+        weight, bias, lora_A, lora_B = layer
+        if layer.is_stored and weight is not None:
+            weight, bias = dense_like(weight, x), None if bias is None else bias.to(x.dtype)
         h = F.linear(entering, lora_A.to(x.dtype)) * settings.factor
         y = F.linear(h, lora_B.to(x.dtype))
         outputs.append(y if weight is None else F.linear(x, weight, bias) + y)
@@ -166,14 +185,18 @@ class _LoRALinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: ScaledDropout, *tensors: Any) -> tuple[Tensor, ...]:
-        outputs, h = forward_of_linears(x.reshape(-1, x.shape[-1]), tensors, settings)
+        dense = dense_like if settings.has_stored else None
+        outputs, h = forward_of_linears(x.reshape(-1, x.shape[-1]), tensors, settings, dense)
         need_x, _, *needs = ctx.needs_input_grad
         needs_h = any(needs[3::4])  # by the gradient of a B
         needs_rows = needs_h or any(needs[2::4]) or any(needs[::4])
         saved, nothing = list(tensors), [None] * len(outputs)
         saved[1::4] = nothing  # biases
+        ctx.stored = None
         if not need_x:
             saved[::4] = nothing  # weights
+        elif settings.has_stored:
+            ctx.stored, saved[::4] = apart(saved[::4])
         ctx.save_for_backward(x if needs_rows else None, h if needs_h else None, settings.seed, *saved)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.x_shape = settings, x.shape
@@ -183,6 +206,9 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h, seed, *tensors = ctx.saved_tensors
         need_x, _, *needs = ctx.needs_input_grad
+        dense = None
+        if ctx.stored is not None:
+            tensors[::4], dense = together(ctx.stored, tensors[::4]), dense_again
         grad_x, found = backward_of_linears(
             None if x is None else x.reshape(-1, x.shape[-1]),
             [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads],
@@ -191,6 +217,7 @@ class _LoRALinears(torch.autograd.Function):
             ctx.settings if seed is None else ctx.settings._replace(seed=seed),
             needs,
             need_x=need_x,
+            dense=dense,
         )
         return None if grad_x is None else grad_x.view(ctx.x_shape), None, *found
 
@@ -201,12 +228,18 @@ def reshape_like(x: Tensor, y: Tensor) -> Tensor:
     return y if x.ndim == 2 else unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
-def forward_of_linears(rows: Tensor, tensors: Sequence[Any], settings: ScaledDropout) -> tuple[list[Tensor], Tensor]:
+Dense = Callable[[Any, Tensor], Tensor]
+
+
+def forward_of_linears(
+    rows: Tensor, tensors: Sequence[Any], settings: ScaledDropout, dense: Dense | None = None
+) -> tuple[list[Tensor], Tensor]:
     """Return the outputs ``[T, out_i]`` and ``h = mask * x [A_1; ...; A_n]^T``, ``[T, sum of ranks]``.
 
     Args:
         rows: x as ``[T, in]``.
         tensors: the four :class:`LinearTensors` of each layer, all layers in a row.
+        dense: makes each weight a tensor, one at a time; ``None`` where all of them are.
     """
     weights, biases, As, Bs = tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4]
     factor, entering = settings.factor, rows
@@ -216,6 +249,8 @@ def forward_of_linears(rows: Tensor, tensors: Sequence[Any], settings: ScaledDro
     outputs = []
     for weight, bias, B, part in zip(weights, biases, Bs, _split_by_rank(h, 1, As), strict=True):
         B = B.to(rows.dtype).t()
+        if dense is not None and weight is not None:
+            weight, bias = dense(weight, rows), None if bias is None else bias.to(rows.dtype)
         if weight is None:
             y = scaled_mm(part, B, factor)
         elif rows.device.type in ADAPTER_FIRST:
@@ -236,6 +271,7 @@ def backward_of_linears(
     needs: Sequence[bool],
     *,
     need_x: bool,
+    dense: Dense | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradient of x, ``[T, in]``, and the gradients of each layer's four tensors, all layers in a row.
 
@@ -245,6 +281,7 @@ def backward_of_linears(
         tensors: those of :func:`forward_of_linears`.
         h: what :func:`forward_of_linears` returned; may be ``None`` when no B needs a gradient.
         needs: whether each of ``tensors`` needs a gradient.
+        dense: as in :func:`forward_of_linears`.
     """
     found: list[Tensor | None] = [None] * len(tensors)
     used = [i for i, grad in enumerate(grads) if grad is not None]
@@ -262,7 +299,8 @@ def backward_of_linears(
     if need_x or need_A:
         v = _inner_gradients(given, [tensors[4 * i + 3] for i in used])  # [T, sum of ranks]
         if need_x:
-            grad_x = _grad_input(given, [tensors[4 * i] for i in used], v, _stacked(reached).to(v.dtype), factor, mask)
+            weights = [tensors[4 * i] for i in used]
+            grad_x = _grad_input(given, weights, v, _stacked(reached).to(v.dtype), factor, mask, dense)
         if need_A:
             grads_A = _split_by_rank(scaled_mm(v.t(), entering, factor, As[0].dtype), 0, reached)
     if recomputes_h:
@@ -328,7 +366,13 @@ ADAPTER_FIRST = {"cuda"}
 
 
 def _grad_input(
-    grads: Sequence[Tensor], weights: Sequence[Any], v: Tensor, A: Tensor, factor: float, mask: Tensor | None
+    grads: Sequence[Tensor],
+    weights: Sequence[Any],
+    v: Tensor,
+    A: Tensor,
+    factor: float,
+    mask: Tensor | None,
+    dense: Dense | None,
 ) -> Tensor:
     """Return ``sum_i dy_i W_i + factor * mask * (v A)``, ``[T, in]``, accumulated in one buffer.
 
@@ -339,13 +383,14 @@ def _grad_input(
     products = [(grad, weight) for grad, weight in zip(grads, weights, strict=True) if weight is not None]
     adds_adapter_last = products and mask is None and v.device.type not in ADAPTER_FIRST
     if adds_adapter_last:
-        total = torch.mm(*products.pop(0))
+        grad, weight = products.pop(0)
+        total = torch.mm(grad, weight if dense is None else dense(weight, grad))
     else:
         total = scaled_mm(v, A, factor)
         if mask is not None:
             total.mul_(mask)
     for grad, weight in products:
-        total.addmm_(grad, weight)
+        total.addmm_(grad, weight if dense is None else dense(weight, grad))
     return total.addmm_(v, A, alpha=factor) if adds_adapter_last else total
 
 

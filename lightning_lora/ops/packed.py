@@ -8,12 +8,13 @@ and shards of FSDP2 end on block borders.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from lightning_lora.ops.four_bit import (
+    BLOCK,
     BYTES,
     SCALES_BLOCK,
     dense_4bit,
@@ -22,21 +23,7 @@ from lightning_lora.ops.four_bit import (
     quantize_4bit,
     quantize_scales,
 )
-
-
-class StoredWeight(Protocol):
-    """What is multiplied as a matrix and stored in another form."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return the values in ``dtype``, in memory of their own."""
-        ...
+from lightning_lora.ops.stored import copy_after
 
 
 @dataclass(frozen=True)
@@ -48,13 +35,17 @@ class PackedWeight:
             and what belongs to the whole weight.
         shape: of the weight.
         dtype: that the weight had.
+        place: of a part of a weight, where its blocks lie in the whole: the first of them, how many lie together, and
+            how far it is from the first of those to the first of the next.
     """
 
     tensors: Mapping[str, Tensor]
     shape: torch.Size
     dtype: torch.dtype
+    place: tuple[int, int, int] | None = None
 
     kind: ClassVar[str]  # the word of ``quantize=``
+    whole_parts: ClassVar[tuple[str, ...]] = ()  # names of the parts that belong to the whole weight
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +60,26 @@ class PackedWeight:
     @classmethod
     def pack(cls, weight: Tensor) -> dict[str, Tensor]:
         """Return the parts of a weight."""
+        codes, scales = cls.pack_blocks(weight, cls.block_size(weight.shape))
+        return {"codes": codes, **cls.pack_scales(scales)}
+
+    @classmethod
+    def block_size(cls, shape: torch.Size) -> int:
+        """Return how many consecutive values of a weight of ``shape`` share a scale."""
         raise NotImplementedError
+
+    @classmethod
+    def pack_blocks(cls, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """Return the codes and the scales ``[blocks]``, float32, of whole blocks of values, in a tensor of any shape.
+
+        Only the last block of a weight may be short.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def pack_scales(cls, scales: Tensor) -> dict[str, Tensor]:
+        """Return the parts that hold the scales, ``[blocks]``: of the whole weight if there are ``whole_parts``."""
+        return {"scales": as_bytes(scales)}
 
     @classmethod
     def sizes(cls, shape: torch.Size) -> dict[str, tuple[int, ...]]:
@@ -79,6 +89,10 @@ class PackedWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the values in ``dtype``, computed in float32 and rounded once."""
         raise NotImplementedError
+
+    def after(self, grad: Tensor) -> Self:
+        """Return a copy that torch.compile cannot make before ``grad``."""
+        return replace(self, tensors={name: copy_after(part, grad) for name, part in self.tensors.items()})
 
     def is_finite(self) -> bool:
         """Return False if the weight held NaN or infinity, which a scale keeps."""
@@ -95,9 +109,12 @@ class NF4(PackedWeight):
     kind = "nf4"
 
     @classmethod
-    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
-        codes, scales = quantize_4bit(weight, "nf4")
-        return {"codes": codes, "scales": as_bytes(scales)}
+    def block_size(cls, shape: torch.Size) -> int:
+        return BLOCK
+
+    @classmethod
+    def pack_blocks(cls, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        return quantize_4bit(values, "nf4")
 
     @classmethod
     def sizes(cls, shape: torch.Size) -> dict[str, tuple[int, ...]]:
@@ -117,17 +134,12 @@ class NF4Double(NF4):
     """NF4 with double quantisation: ``scales [blocks, 1]``, ``nested [blocks / 256, 4]``, ``offset [4]``; 4.13 bits."""
 
     kind = "nf4-dq"
+    whole_parts = ("nested", "offset")
 
     @classmethod
-    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
-        codes, scales = quantize_4bit(weight, "nf4")
-        scale_codes, nested, offset = quantize_scales(scales)
-        return {
-            "codes": codes,
-            "scales": scale_codes[:, None],
-            "nested": as_bytes(nested),
-            "offset": as_bytes(offset[None])[0],
-        }
+    def pack_scales(cls, scales: Tensor) -> dict[str, Tensor]:
+        codes, nested, offset = quantize_scales(scales)
+        return {"scales": codes[:, None], "nested": as_bytes(nested), "offset": as_bytes(offset[None])[0]}
 
     @classmethod
     def sizes(cls, shape: torch.Size) -> dict[str, tuple[int, ...]]:
@@ -141,7 +153,7 @@ class NF4Double(NF4):
 
     def block_scales(self) -> Tensor:
         nested, offset = floats(self.tensors["nested"]), floats(self.tensors["offset"][None])
-        return dense_scales(self.tensors["scales"].view(-1), nested, offset)
+        return dense_scales(self.tensors["scales"].view(-1), nested, offset, self.place)
 
     def is_finite(self) -> bool:
         return bool(torch.isfinite(floats(self.tensors["offset"][None])).all())
@@ -157,11 +169,15 @@ class Int8(PackedWeight):
     kind = "int8"
 
     @classmethod
-    def pack(cls, weight: Tensor) -> dict[str, Tensor]:
-        rows = weight.reshape(-1, weight.shape[-1]).float()
+    def block_size(cls, shape: torch.Size) -> int:
+        return shape[-1]
+
+    @classmethod
+    def pack_blocks(cls, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        rows = values.reshape(-1, block_size).float()
         scales = rows.abs().amax(dim=1)
         codes = torch.round(rows * (127.0 / scales.clamp_min(torch.finfo(torch.float32).tiny))[:, None])
-        return {"codes": codes.to(torch.int8).view(torch.uint8), "scales": as_bytes(scales)}
+        return codes.to(torch.int8).view(torch.uint8), scales
 
     @classmethod
     def sizes(cls, shape: torch.Size) -> dict[str, tuple[int, ...]]:
@@ -185,30 +201,3 @@ def as_bytes(values: Tensor) -> Tensor:
 def floats(parts: Tensor) -> Tensor:
     """Return the numbers ``[n]``, float32, of which :func:`as_bytes` returned the bytes."""
     return parts.contiguous().view(torch.float32).view(-1)
-
-
-class _StoredLinear(torch.autograd.Function):
-    """``x W^T + b`` for a frozen W that is made dense again for the gradient of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
-        ctx.stored, ctx.has_bias = stored, bias is not None
-        return torch.nn.functional.linear(x, stored.dense(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad @ ctx.stored.dense(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias
-
-
-def stored_linear(x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
-    """Return ``x W^T + b`` in the dtype of ``x``; saved for backward is nothing but the stored form of W.
-
-    Args:
-        x: ``[..., in_features]``.
-        stored: of shape ``[out_features, in_features]``.
-        bias: ``[out_features]`` or ``None``.
-    """
-    y: Tensor = _StoredLinear.apply(x, stored, bias)  # type: ignore[no-untyped-call]
-    return y

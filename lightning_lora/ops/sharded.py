@@ -60,6 +60,27 @@ def whole(tensor: Any) -> Tensor:
     return full
 
 
+def gathered_like(part: Tensor, like: Any) -> Tensor:
+    """Return the whole ``[n]`` of this rank's ``part``, which is split as the first dimension of ``like`` is.
+
+    All-gathered over the mesh of ``like``: call on all ranks.
+    """
+    if not is_sharded(like):
+        return part
+    part = part.to(collective_device(like))
+    described = logical(like)
+    if described is not like:
+        mesh, _, stripes = like.lora_split
+        pieces = [torch.empty_like(part) for _ in range(mesh.size())]
+        torch.distributed.all_gather(pieces, part, group=mesh.get_group())
+        pieces = [piece.view(stripes, -1) for piece in pieces]
+        return torch.cat(pieces, dim=1).view(-1).to(local_part(like).device)
+    placed = DTensor.from_local(
+        part, described.device_mesh, described.placements, run_check=False, shape=described.shape[:1], stride=(1,)
+    )
+    return placed.full_tensor().to(local_part(like).device)
+
+
 def local_part(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor, sharing its storage and without a guard."""
     part: Tensor = tensor.to_local() if is_dtensor(tensor) else bare(tensor)

@@ -6,14 +6,20 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
+from lightning_lora.adalora import AdaLoRA
 from lightning_lora.checkpoint.storage import Location, location
 from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.model.matching import pattern_value
 
 V = TypeVar("V")
 CONFIG_NAME = "adapter_config.json"
+KINDS = ("LORA", "ADALORA")
+ADALORA_FIELDS = tuple(field.name for field in fields(AdaLoRA))
+# what PEFT's AdaLoRA leaves unread, or uses for what it has pruned
+_UNREAD_BY_ADALORA = ("r", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias")
 # initialisations that change the base weights in training, so that the tensors belong to the changed base
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # fields that change what an adapter computes and have no counterpart here
@@ -88,8 +94,8 @@ def anchored(values: Mapping[str, V], default: V) -> tuple[V, dict[str, V]]:
 
 def checked(config: dict[str, Any], path: Location) -> dict[str, Any]:
     """Return PEFT's config after checking that it is of a kind that is read here, with fields of the right kinds."""
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} describes a {config.get('peft_type')!r} adapter; only 'LORA' is read")
+    if config.get("peft_type") not in KINDS:
+        raise ValueError(f"{path} describes a {config.get('peft_type')!r} adapter; only 'LORA' and 'ADALORA' are read")
     for used in _unsupported(config):
         raise ValueError(f"{path} uses {used}, which is not supported")
     init = config.get("init_lora_weights", True)
@@ -119,10 +125,10 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
 def from_peft(config: Any) -> LoRAConfig:
     """Return the settings of a ``peft.LoraConfig``, of its ``to_dict()``, or of a PEFT directory."""
     values = _values(config)
-    kind = getattr(values.get("peft_type", "LORA"), "value", values.get("peft_type", "LORA"))
-    if kind != "LORA":
+    kind = kind_of(values)
+    if kind not in KINDS:
         given = str(config) if isinstance(config, (str, os.PathLike)) else f"the {type(config).__name__}"
-        raise ValueError(f"{given} describes a {brief(kind)} adapter; only 'LORA' is read")
+        raise ValueError(f"{given} describes a {brief(kind)} adapter; only 'LORA' and 'ADALORA' are read")
     for used in _unsupported(values):
         raise ValueError(f"PEFT's {used} is not supported")
     init = values.get("init_lora_weights", True)
@@ -130,14 +136,30 @@ def from_peft(config: Any) -> LoRAConfig:
         raise ValueError(f"PEFT's init_lora_weights={init!r} is not supported")
     if values.get("target_modules") is None and not values.get("target_parameters"):
         raise ValueError("target_modules=None leaves the targets to PEFT's table of models: name them")
-    same = {name: values[name] for name in _SAME_NAMES if values.get(name) is not None}
+    is_adalora = kind == "ADALORA"
+    unread = _UNREAD_BY_ADALORA if is_adalora else ()
+    same = {name: values[name] for name in _SAME_NAMES if values.get(name) is not None and name not in unread}
     return LoRAConfig(
         **{"target_modules": [], **same},
         alpha=values.get("lora_alpha", 8),
         dropout=values.get("lora_dropout", 0.0),
-        init="kaiming" if init is True else init,
+        init="kaiming" if init is True or is_adalora else init,
         init_rng="peft",
+        adalora=adalora_of(values),
     )
+
+
+def kind_of(config: Mapping[str, Any]) -> Any:
+    """Return ``peft_type``, which is a string in files and a member of an enumeration in PEFT's configs."""
+    kind = config.get("peft_type", "LORA")
+    return getattr(kind, "value", kind)
+
+
+def adalora_of(config: Mapping[str, Any]) -> AdaLoRA | None:
+    """Return the settings of AdaLoRA in PEFT's config; ``None`` if it is of LoRA."""
+    if kind_of(config) != "ADALORA":
+        return None
+    return AdaLoRA(**{name: config[name] for name in ADALORA_FIELDS if config.get(name) is not None})
 
 
 def _values(config: Any) -> dict[str, Any]:
@@ -151,7 +173,17 @@ def _values(config: Any) -> dict[str, Any]:
 
 
 def to_peft(config: LoRAConfig) -> dict[str, Any]:
-    """Return keyword arguments for ``peft.LoraConfig`` that mean the same adapter."""
+    """Return keyword arguments for ``peft.LoraConfig``, or ``peft.AdaLoraConfig``, that mean the same adapter.
+
+    Raises:
+        ValueError: AdaLoRA's number of steps is left to the Trainer.
+    """
+    if config.adalora is not None:
+        if config.adalora.total_step is None:
+            raise ValueError("peft.AdaLoraConfig needs the number of steps: give AdaLoRA(total_step=...)")
+        same = {name: getattr(config, name) for name in _SAME_NAMES if name not in _UNREAD_BY_ADALORA}
+        alpha = 2 * config.r if config.alpha is None else config.alpha
+        return {**same, "lora_alpha": alpha, "lora_dropout": config.dropout, **asdict(config.adalora)}
     alphas: dict[str, float] = dict(config.alpha_pattern or {})
     if config.alpha is None:  # an alpha of the user's own counts, and comes first
         alphas |= {key: 2 * r for key, r in (config.rank_pattern or {}).items() if key not in alphas}

@@ -8,6 +8,7 @@ from torch import nn
 from lightning_lora.checkpoint.file import PARTS
 from lightning_lora.checkpoint.fingerprint import renamed
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.adalora import AdaLoRALinear
 from lightning_lora.layers.convolution import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.parameters import LoRAParameters
@@ -16,6 +17,7 @@ from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.families import family_of
 from lightning_lora.model.names import clean_name, is_inside
 from lightning_lora.model.state import named_lora_layers, named_pairs, named_trained_whole, require_injection
+from lightning_lora.peft.card import forms_of
 from lightning_lora.peft.layout import PREFIX, is_projection
 from lightning_lora.peft.written import modules_trained_whole, peft_config
 
@@ -55,7 +57,10 @@ def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any
     return {
         "config": peft_config(root, modules),
         "entries": _entries(root, modules, beside),
-        "metadata": {"base": {**base, "hashes": base["hashes"].tolist()}},
+        "metadata": {
+            "base": {**base, "hashes": base["hashes"].tolist()},
+            **({"trained_over": forms} if (forms := forms_of(root)) else {}),
+        },
     }
 
 
@@ -105,7 +110,8 @@ def _check_experts(root: nn.Module, view: nn.Module) -> str | None:
 
 def _entries(root: nn.Module, modules: list[str], beside: list[str]) -> list[Entry]:
     layers = named_lora_layers(root)
-    entries = [entry for name, layer in layers.items() for entry in _layer_entries(name, layer, layers)]
+    r = require_injection(root).config.r
+    entries = [entry for name, layer in layers.items() for entry in _layer_entries(name, layer, layers, r)]
     whole = {id(parameter): name for name, parameter in named_trained_whole(root).items()}
     stored = {clean_name(name) for name in root.state_dict(keep_vars=True)}  # some buffers are not
     for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
@@ -127,12 +133,14 @@ def _lies_in(owner: str, modules: Iterable[str]) -> bool:
     return any(is_inside(owner, module) for module in modules)
 
 
-def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer]) -> list[Entry]:
+def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer], r: int) -> list[Entry]:
     if isinstance(layer, TokenRows):
         key = f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
         return [] if layer.lora_is_twin else [(key, "plain", [f"{name}.lora_rows"])]
     if isinstance(layer, LoRAParameters):
         return _parameter_entries(name, layer)
+    if isinstance(layer, AdaLoRALinear):
+        return _adalora_entries(name, layer, r)
     name_there = _name_there(name, layers)
     kind, suffix = ("embedding_", "") if isinstance(layer, LoRAEmbedding) else ("", ".weight")
     more = {"lora_magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
@@ -149,6 +157,13 @@ def _layer_entries(name: str, layer: LoRALayer, layers: Mapping[str, LoRALayer])
             layout = f"half_{layout}"
         entries.append((f"{PREFIX}{name_there}.lora_{kind}{x}{suffix}", layout, names))
     return entries
+
+
+def _adalora_entries(name: str, layer: AdaLoRALinear, init_r: int) -> list[Entry]:
+    """Return the entries of one layer; PEFT's have one rank, whatever their size."""
+    dims = {"A": 0, "B": 1, "E": 0}
+    layouts = {x: "plain" if layer.r == init_r else f"padded_{dim}_{init_r}" for x, dim in dims.items()}
+    return [(f"{PREFIX}{name}.lora_{x}", layout, [f"{name}.lora_{x}"]) for x, layout in layouts.items()]
 
 
 def _name_there(name: str, layers: Mapping[str, LoRALayer]) -> str:

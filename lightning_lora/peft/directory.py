@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_lora.checkpoint.atomic_io import write_atomically
 from lightning_lora.checkpoint.storage import Location, RemotePath, location
 from lightning_lora.model.state import OnNonfinite, check_finite
-from lightning_lora.peft.config import CONFIG_NAME, read_json
+from lightning_lora.peft.config import CONFIG_NAME, kind_of, read_json
 from lightning_lora.peft.layout import Key, parse_key
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -44,7 +44,7 @@ class Adapter:
         config: PEFT's config.
         metadata: what lightning_lora recorded beside them.
         keys: what each tensor is, by its key.
-        factors: A and B in PEFT's layout, and ``magnitude`` or ``bias`` where there is one, by the layer's name;
+        factors: A and B in PEFT's layout, and ``E``, ``magnitude`` or ``bias`` where there is one, by the layer's name;
             ``base_layer`` parts stay in it.
         rows: rows of embeddings that trained, by the embedding's name.
         trained: base tensors that trained, by name.
@@ -105,10 +105,12 @@ def sorted_tensors(files: Files, source: Any) -> Adapter:
         if ".original_module." in key:  # the untrained twin of a module that trained
             continue
         kind, name, _ = adapter.keys[key] = parse_key(key)
+        if kind == "E" and kind_of(files.config) != "ADALORA":
+            raise ValueError(f"{source}: tensor {key!r} is AdaLoRA's, and the config is not. Is a file damaged?")
         if not isinstance(value, Tensor) or (kind != "trained" and not value.is_floating_point()):
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{source} is damaged: {key!r} is {found}, expected a floating-point tensor")
-        if kind in ("A", "B", "magnitude", "bias"):
+        if kind in ("A", "B", "E", "magnitude", "bias"):
             adapter.factors.setdefault(name, {})[kind] = value
         elif kind == "trained":
             adapter.trained[parse_key(_without_wrapper(key, files.tensors)).name] = value

@@ -127,10 +127,11 @@ def _check_layer(
         )
     more = {f"lora_{part}": tuple(value.shape) for part, value in pair.items() if part not in "AB"}
     try:
-        mixin = with_options(mixin, module, use_dora="lora_magnitude" in more, lora_bias="lora_bias" in more)
+        asked = {field: f"lora_{part}" in more for part, field, _ in _OPTIONAL}
+        mixin = with_options(mixin, module, adalora="lora_E" in more, **asked)
     except ValueError as error:
         raise ValueError(f"{source} adapts {layer!r} with {', '.join(more)}: {error}") from None
-    if more != (expected := mixin.more_shapes(module)):
+    if more != (expected := mixin.more_shapes(module, A.shape[0])):
         raise ValueError(f"{source} adapts {layer!r} with {more}, the model has {expected}: another base model?")
 
 

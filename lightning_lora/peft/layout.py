@@ -12,6 +12,7 @@ from lightning_lora.model.names import clean_name
 PREFIX = "base_model.model."
 _KEY = re.compile(
     r"(?P<layer>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<factor>[AB])|(?P<magnitude>lora_magnitude_vector)"
+    r"|(?P<values>lora_E)"
     r"|(?P<rows>token_adapter\.trainable_tokens_delta))(?P<adapter>\.(?!weight$|bias$)[^.]+)?(?P<end>\.weight|\.bias)?"
 )
 
@@ -20,9 +21,9 @@ class Key(NamedTuple):
     """What a tensor is, by its key alone.
 
     Attributes:
-        kind: ``"A"``, ``"B"``, ``"magnitude"`` or ``"bias"`` of an adapted layer, ``"rows"`` of an embedding that
-            train, a ``"base"`` tensor that did not train, a base tensor that is ``"trained"``, or ``"variant"``: of
-            another method.
+        kind: ``"A"``, ``"B"``, ``"E"``, ``"magnitude"`` or ``"bias"`` of an adapted layer, ``"rows"`` of an embedding
+            that train, a ``"base"`` tensor that did not train, a base tensor that is ``"trained"``, or ``"variant"``:
+            of another method.
         name: of the layer, or of the base tensor, without PEFT's prefix.
         plain: the key without the adapter's name, which some tools leave in it.
     """
@@ -42,6 +43,8 @@ def parse_key(key: str) -> Key:
             kind = match["factor"]
         elif match["factor"] == "B" and match["end"] == ".bias":
             kind = "bias"
+        elif match["values"] and match["end"] is None:
+            kind = "E"
         elif match["magnitude"] or match["rows"]:
             kind = "magnitude" if match["magnitude"] else "rows"
         end = match["end"] or ""
@@ -59,7 +62,8 @@ def laid_out(layout: str, tensors: Sequence[Tensor]) -> Tensor:
     ``"experts_B"`` makes ``[E, out, r]`` rank-major columns ``[out, r E]``. ``"residual_A"`` and ``"residual_B"`` put
     an adapter and its start under one another, ``[A; A0]`` and ``[B, -B0]``: the difference from the original base.
     ``"rows_<first>_<count>_<all>"`` takes so many rows from the first on of every ``all``: q of a stack of q, k and v.
-    ``"half_<layout>"`` is half of that, for what PEFT adds twice: see :func:`times_added`.
+    ``"padded_<dim>_<size>"`` has zeros at the end of a dimension, up to a size. ``"half_<layout>"`` is half of it, for
+    what PEFT adds twice: see :func:`times_added`.
     """
     first = tensors[0]
     if layout.startswith("half_"):
@@ -72,6 +76,11 @@ def laid_out(layout: str, tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([first, tensors[1]])
     if layout == "residual_B":
         return torch.cat([first, -tensors[1]], dim=1)
+    if layout.startswith("padded_"):
+        dim, size = map(int, layout.split("_")[1:])
+        shape = list(first.shape)
+        shape[dim] = size - shape[dim]
+        return torch.cat([first, first.new_zeros(shape)], dim=dim)
     if layout.startswith("rows_"):
         start, count, group = map(int, layout.split("_")[1:])
         return first.view(-1, group, *first.shape[1:])[:, start : start + count].flatten(0, 1).contiguous()

@@ -17,8 +17,9 @@ from lightning_lora.model.families import Family, family_of
 from lightning_lora.model.inject import inject_anew, remove
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import OnNonfinite, check_finite, require_injection
+from lightning_lora.peft.adalora import with_all_ranks
 from lightning_lora.peft.base_tensors import check_trained, named_tensors
-from lightning_lora.peft.config import CONFIG_NAME, checked
+from lightning_lora.peft.config import CONFIG_NAME, checked, kind_of
 from lightning_lora.peft.diffusers import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.peft.directory import Adapter, read_files, sorted_tensors
 from lightning_lora.peft.fit import named_by_layer
@@ -57,7 +58,9 @@ def load_peft(
     is_diffusers = (directory / DIFFUSERS_NAME).is_file() and not (directory / CONFIG_NAME).is_file()
     files = read_diffusers(directory, component) if is_diffusers else read_files(directory)
     config = checked(files.config, directory / (DIFFUSERS_NAME if is_diffusers else CONFIG_NAME))
-    adapter = sorted_tensors(files._replace(config=config), directory)
+    files = files._replace(config=config)
+    files = with_all_ranks(files, directory) if kind_of(config) == "ADALORA" else files
+    adapter = sorted_tensors(files, directory)
     check_finite(files.tensors, directory, on_nonfinite)
     recorded = files.metadata.get("base") if check_base else None
     recorded = recorded and {**recorded, "hashes": torch.tensor(recorded["hashes"])}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.peft.config import CHANGES_BASE, VARIANTS, rank_of, scaling_of
+from lightning_lora.peft.config import CHANGES_BASE, VARIANTS, kind_of, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter, Files, sorted_tensors
 from lightning_lora.peft.layout import PREFIX, laid_out, unstacked
 
@@ -148,7 +148,8 @@ def _pad(factor: Tensor, dim: int, rank: int) -> Tensor:
 
 def _check_config(config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise ValueError(f"peft_type={config['peft_type']!r}: expected a LoRA adapter. {_MERGE}")
+        remedy = "Write it with save_peft(model, directory, as_lora=True)." if kind_of(config) == "ADALORA" else _MERGE
+        raise ValueError(f"peft_type={config['peft_type']!r}: expected a LoRA adapter. {remedy}")
     for field in _BEYOND_FACTORS:
         if config.get(field, "none") not in ("none", None, False, [], {}, ""):
             raise ValueError(f"{field}={config[field]!r}: a portable adapter holds the factors of LoRA alone. {_MERGE}")

@@ -15,6 +15,9 @@ from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import OnNonfinite, check_not_disabled, injected_roots, require_root
 from lightning_lora.model.summary import outside_names, say_left_out, trained_outside
 from lightning_lora.ops.sharded import is_sharded, whole
+from lightning_lora.peft.adalora import as_lora as adalora_as_lora
+from lightning_lora.peft.card import write_card
+from lightning_lora.peft.config import kind_of
 from lightning_lora.peft.describe import describe_for_peft
 from lightning_lora.peft.directory import Files, write_directory
 from lightning_lora.peft.layout import laid_out, parse_key
@@ -26,6 +29,7 @@ def save_peft(
     directory: str | os.PathLike[str],
     *,
     portable: bool = False,
+    as_lora: bool = False,
     tokenizer: Any = None,
     on_nonfinite: OnNonfinite = "error",
 ) -> None:
@@ -45,7 +49,9 @@ def save_peft(
     Args:
         directory: a local one or a URL that fsspec knows, such as ``"s3://bucket/adapter"``.
         portable: for readers that know one rank and one scale, such as vLLM, SGLang and llama.cpp: pad every layer with
-            zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``.
+            zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``. A ``README.md``, if there is
+            none, says which base it is for, and in which form that was quantised when the adapter was trained.
+        as_lora: write an AdaLoRA adapter as plain LoRA without its pruned ranks; others are plain as they are.
         tokenizer: saved beside the adapter with its ``save_pretrained``; ``None`` takes ``model.tokenizer`` if there is
             one.
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
@@ -67,7 +73,9 @@ def save_peft(
     failure: Exception | None = None
     if not spread or torch.distributed.get_rank() == 0:
         try:
-            write_described(description, named, directory, portable=portable, on_nonfinite=on_nonfinite)
+            write_described(
+                description, named, directory, portable=portable, as_lora=as_lora, on_nonfinite=on_nonfinite
+            )
             write_tokenizer(getattr(model, "tokenizer", None) if tokenizer is None else tokenizer, directory)
         except Exception as error:
             if not spread:
@@ -84,6 +92,7 @@ def convert(
     directory: str | os.PathLike[str],
     *,
     portable: bool = False,
+    as_lora: bool = False,
     on_nonfinite: OnNonfinite = "error",
 ) -> None:
     """Turn an adapter checkpoint into a PEFT directory, with neither the base nor the model's code at hand.
@@ -93,7 +102,7 @@ def convert(
     Args:
         checkpoint: a file of Trainer, Fabric or ``torch.save(adapter_checkpoint(model), path)``. It and the directory
             may be URLs.
-        portable: as in :func:`save_peft`.
+        portable, as_lora: as in :func:`save_peft`.
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
@@ -108,7 +117,9 @@ def convert(
             "into their models and call save_peft on each"
         )
     adapter = adapters[0]
-    write_adapter(content, adapter, directory, checkpoint, portable=portable, on_nonfinite=on_nonfinite)
+    write_adapter(
+        content, adapter, directory, checkpoint, portable=portable, as_lora=as_lora, on_nonfinite=on_nonfinite
+    )
     outside = outside_names(content[adapter["state_key"]], adapter["root"])
     say_left_out(directory, outside, f"It is in {checkpoint}, under {adapter['state_key']!r}")
 
@@ -120,6 +131,7 @@ def write_adapter(
     source: Any,
     *,
     portable: bool = False,
+    as_lora: bool = False,
     on_nonfinite: OnNonfinite = "error",
 ) -> None:
     """Write one adapter of a checkpoint's content as a PEFT directory.
@@ -135,7 +147,7 @@ def write_adapter(
     prefix = f"{adapter['root']}." if adapter["root"] else ""
     state = checkpoint[adapter["state_key"]]
     named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    write_described(description, named, directory, portable=portable, on_nonfinite=on_nonfinite)
+    write_described(description, named, directory, portable=portable, as_lora=as_lora, on_nonfinite=on_nonfinite)
 
 
 def write_described(
@@ -144,6 +156,7 @@ def write_described(
     directory: str | os.PathLike[str],
     *,
     portable: bool,
+    as_lora: bool,
     on_nonfinite: OnNonfinite,
 ) -> None:
     """Write a directory from what :func:`describe_for_peft` returned and the model's tensors by name.
@@ -171,9 +184,13 @@ def write_described(
         tensors[key] = value.clone() if shared else value
         seen.add(value.data_ptr())
     config = description["config"]
+    if kind_of(config) == "ADALORA" and (portable or as_lora):
+        config, tensors = adalora_as_lora(config, tensors, keep_layers=portable)
     if portable:
         config, tensors = make_portable(config, tensors, _parameters_by_layer(description["entries"]))
     write_directory(directory, Files(config, tensors, description["metadata"]), on_nonfinite=on_nonfinite)
+    if portable:
+        write_card(directory, config, description["metadata"])
 
 
 def _parameters_by_layer(entries: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str, str]:

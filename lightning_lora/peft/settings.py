@@ -13,7 +13,7 @@ from lightning_lora.model.families import resize_advice
 from lightning_lora.model.matching import hits, is_all_linear, layer_index, pattern_value
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.targets import select_layers, select_parameters
-from lightning_lora.peft.config import divisor, rank_of, scaling_of
+from lightning_lora.peft.config import adalora_of, divisor, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter
 from lightning_lora.peft.layout import is_projection
 
@@ -42,6 +42,7 @@ def settings_of(
         modules_to_save=whole,
         bias=given.get("bias") or "none",
         **options,
+        adalora=adalora_of(given),
         adapter_dtype="float64" if any(p["A"].dtype == torch.float64 for p in pairs.values()) else "float32",
     )
     described = set(select_layers(model, config, whole)) if config.target_modules else set()

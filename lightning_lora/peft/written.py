@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.compat.transformers import revision
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.parameters import LoRAParameters
@@ -14,7 +16,13 @@ from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.families import name_or_path
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import named_lora_layers, named_pairs, named_token_rows, require_injection
+from lightning_lora.model.state import (
+    Injection,
+    named_lora_layers,
+    named_pairs,
+    named_token_rows,
+    require_injection,
+)
 from lightning_lora.peft.config import anchored, divisor
 from lightning_lora.peft.layout import is_projection
 
@@ -43,7 +51,7 @@ def peft_config(root: nn.Module, trained_whole: list[str]) -> dict[str, Any]:
     r, rank_pattern = anchored(ranks, config.r)
     alpha, alpha_pattern = anchored(alphas, _as_integer(config.alpha or 2 * config.r))
     modules, parameters = _targets(root, layers)
-    return {
+    written = {
         "peft_type": "LORA",
         "task_type": _task_type(root, trained_whole),
         "base_model_name_or_path": name_or_path(root),
@@ -66,6 +74,24 @@ def peft_config(root: nn.Module, trained_whole: list[str]) -> dict[str, Any]:
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
         **dict.fromkeys(("layers_to_transform", "layers_pattern")),
+    }
+    return written if config.adalora is None else {**written, **_adalora_fields(injection)}
+
+
+def _adalora_fields(injection: Injection) -> dict[str, Any]:
+    """Return the fields that differ for AdaLoRA, which has one scale, and its ranks in the tensors."""
+    config = injection.config
+    assert config.adalora is not None
+    # PEFT wants a number of steps, and reads it where it goes on training
+    steps = injection.total_step or config.adalora.tinit + config.adalora.tfinal + 1
+    return {
+        "peft_type": "ADALORA",
+        **asdict(config.adalora),
+        "total_step": config.adalora.total_step or steps,
+        "r": LoRAConfig.r,  # PEFT warns of any other
+        "lora_alpha": _as_integer(config.alpha or 2 * config.r),
+        "rank_pattern": None,
+        "alpha_pattern": {},
     }
 
 

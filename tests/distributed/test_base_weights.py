@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_lora import LoRAConfig, inject
-from lightning_lora.distributed.base_files import open_slices
 from lightning_lora.distributed.base_weights import materialize
+from lightning_lora.model.base_files import open_slices
 from tests import models
 from tests.distributed.hand_written import GPT, Positions
 from tests.distributed.ranks import on_ranks

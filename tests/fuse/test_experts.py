@@ -24,7 +24,7 @@ from lightning_lora import LoRAConfig, inject, load_peft, merge, remove, save_pe
 from lightning_lora.fuse.experts import LoRAExperts
 from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.parameters import LoRAParameters
-from lightning_lora.model.merge import disabled
+from lightning_lora.model.disabled import disabled
 from lightning_lora.ops.experts import grouped
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import KnownGate, OwnGate

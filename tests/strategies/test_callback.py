@@ -606,8 +606,8 @@ class TestPrecision:
 
     def test_plugins_that_replace_linears_are_refused(self, tmp_path: Path) -> None:
         run = trainer(tmp_path, LoRACallback(r=4))
-        run.strategy.precision_plugin.__class__ = type("BitsandbytesPrecision", (type(run.precision_plugin),), {})
-        with pytest.raises(ValueError, match="BitsandbytesPrecision replaces the linear layers"):
+        run.strategy.precision_plugin.__class__ = type("TransformerEnginePrecision", (type(run.precision_plugin),), {})
+        with pytest.raises(ValueError, match="TransformerEnginePrecision replaces the linear layers"):
             run.fit(LanguageModule(), loader())
 
 

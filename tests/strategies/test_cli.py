@@ -9,7 +9,7 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lora import LoRACallback, LoRAConfig, named_adapter_parameters
+from lightning_lora import AdaLoRA, LoRACallback, LoRAConfig, named_adapter_parameters
 from lightning_lora.model.base_form import quantization_of
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer
@@ -229,3 +229,16 @@ def test_without_adapters_the_command_line_is_lightnings_own(tmp_path: Path, mon
     (optimizer,) = cli.trainer.optimizers
     assert cli.model.configure_optimizers() is optimizer
     assert len(optimizer.param_groups[0]["params"]) == len(list(cli.model.parameters()))
+
+
+def test_adaptive_ranks_come_from_yaml_and_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "given.yaml").write_text(
+        CONFIG.replace("rank_pattern: {q_proj: 2}", "adalora: {target_r: 2, init_r: 3}").replace("r: 4", "alpha: 6")
+    )
+    cli = command(tmp_path, monkeypatch, ["fit", "--config", "given.yaml"])
+    (callback,) = [one for one in cli.trainer.callbacks if isinstance(one, LoRACallback)]
+    assert callback.config.adalora == AdaLoRA(target_r=2, init_r=3)
+    assert callback.rank_history()[0] == [1, 2, 3, 4]
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    arguments = written["trainer"]["callbacks"][0]["init_args"]
+    assert LoRACallback(**arguments).config == callback.config

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.autocast import autocast_dtype
 from lightning_lora.ops.cross_entropy.parallel import agree, loss_and_weight, place, refuse_create_graph
 from lightning_lora.ops.cross_entropy.tiles import Head, over_tiles
-from lightning_lora.ops.linear import autocast_dtype
 
 _PARTS = 26  # what is subtracted at once of the rows
 

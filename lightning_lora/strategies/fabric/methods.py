@@ -17,6 +17,7 @@ from lightning_lora.compat.lightning import unwrapped
 from lightning_lora.model.state import injected_roots
 from lightning_lora.model.wrapping import at_injection, wrap
 from lightning_lora.strategies.fabric.adapter_only import adapted_modules, adopt_fabric
+from lightning_lora.strategies.shared.bitsandbytes_precision import check_precision, convert_under_adapters
 
 
 @at_injection
@@ -40,6 +41,10 @@ def _adopting(method: Any) -> Any:
     def adopting(self: Fabric, *args: Any, **kwargs: Any) -> Any:
         if any(_has_adapters(unwrapped(value)) for value in (*args, *kwargs.values())):
             adopt_fabric(self.strategy)
+        if method.__name__ in ("setup", "setup_module"):
+            module = unwrapped(args[0] if args else kwargs["module"])
+            check_precision(self.strategy, self.strategy.precision)
+            convert_under_adapters(self.strategy.precision, module)
         if getattr(self.strategy, "shards", False) and method.__name__ in ("setup", "setup_module"):
             module = args[0] if args else kwargs["module"]
             if any(parameter.is_meta for parameter in module.parameters()):

@@ -29,9 +29,11 @@ class AdapterCheckpoints(ABC):  # noqa: B024  # a mixin
 
     Attributes:
         shards: whether the strategy spreads the model over ranks, so that reading it takes all of them.
+        splits_adapters: whether it spreads the adapters over ranks, too.
     """
 
     shards: bool = False
+    splits_adapters: bool = False
     _reductions: tuple[Reduction, ...] = ()  # of the models under DDP
 
     @property

@@ -64,6 +64,7 @@ class FSDPRanks(Sharded):
             compile=compile,
             cpu_offload=cpu_offload,
         )
+        self.splits_adapters = shard_adapters
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._trained_in_shards: set[int] = set()

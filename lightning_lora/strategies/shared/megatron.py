@@ -45,6 +45,7 @@ class MegatronRanks(Sharded):
     """Mixin of the strategies for Trainer and Fabric: their options, the ranks as groups, placing a model on them."""
 
     strategy_name = "megatron_lora"
+    splits_adapters = True
 
     def __init__(
         self,

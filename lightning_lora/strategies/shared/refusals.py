@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from torch import Tensor, nn
 
 from lightning_lora.compat.lightning import is_forking
+from lightning_lora.config import LoRAConfig
 from lightning_lora.model.families import find_root
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.ops.sharded import is_sharded
-
-_REPLACING_PRECISIONS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
+from lightning_lora.strategies.shared.bitsandbytes_precision import check_precision
 
 
 def check_served(strategy: object, served: tuple[type[Any], ...]) -> None:
@@ -102,10 +102,21 @@ def check_trainer(trainer: "pl.Trainer") -> None:
             "package lightning: write `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`"
         )
     precision = type(trainer.precision_plugin).__name__
-    if precision in _REPLACING_PRECISIONS:
+    check_precision(trainer.strategy, trainer.precision_plugin)
+    if precision == "TransformerEnginePrecision":
         raise ValueError(
             f"{precision} replaces the linear layers that adapters sit in and is not supported. Use "
             'precision="bf16-true" for a frozen base in half the memory, or "bf16-mixed"'
+        )
+
+
+def check_adalora(strategy: Any, config: LoRAConfig) -> None:
+    """Raise ``ValueError`` for AdaLoRA under a strategy that splits factors, whose ranks are scored as a whole."""
+    if config.adalora is not None and getattr(strategy, "splits_adapters", False):
+        raise ValueError(
+            f"AdaLoRA scores whole factors, and {type(strategy).__name__} spreads them over ranks "
+            "(tensor parallelism, or shard_adapters=True): use 'ddp', or 'fsdp_lora' with shard_adapters=False, or "
+            "leave adalora out"
         )
 
 

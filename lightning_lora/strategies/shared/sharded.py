@@ -9,9 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.distributed.gradients import GradientReducer
-from lightning_lora.model.state import injected_roots
+from lightning_lora.model.state import injected_roots, require_injection
 from lightning_lora.strategies.shared.adapter_only import AdapterCheckpoints
 from lightning_lora.strategies.shared.launched import Launched
+from lightning_lora.strategies.shared.refusals import check_adalora
 
 
 class Sharded(Launched, AdapterCheckpoints):
@@ -63,6 +64,8 @@ class Sharded(Launched, AdapterCheckpoints):
                 "no adapters: add LoRACallback(...) to the Trainer's callbacks, or call inject(model, LoRAConfig(...)) "
                 "first"
             )
+        for root in injected_roots(model).values():
+            check_adalora(self, require_injection(root).config)
 
     def _watch(self, model: nn.Module) -> None:
         """Average the gradients of a placed model from here on."""

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_lora.distributed.ddp import share_buffers_again, share_buffers_once
 from lightning_lora.strategies.shared.adapter_only import adopt_class
+from lightning_lora.strategies.shared.bitsandbytes_precision import convert_under_adapters
 from lightning_lora.strategies.shared.refusals import check_has_values, check_reader, check_whole, first_on_meta
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
 from lightning_lora.strategies.trainer.lockstep import Lockstep
@@ -28,6 +29,7 @@ class AdoptedStrategy(AdapterOnly):
     def setup(self, trainer: "pl.Trainer") -> None:
         self.lockstep = Lockstep(trainer)
         log_adapters(trainer)
+        convert_under_adapters(self.precision_plugin, self._adapted_module())
         super().setup(trainer)
 
     @override

@@ -34,7 +34,7 @@ def open_slices(source: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
             found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
             if twice := sorted(found.keys() & slices.keys()):
-                raise ValueError(f"base_weights: several files in {source} hold {twice[0]!r}; give one of them")
+                raise ValueError(f"several files in {source} hold {twice[0]!r}; give one of them")
             slices |= found
         yield slices
 
@@ -51,7 +51,7 @@ def _files(path: Path) -> list[Path]:
         return [path / name for name in names]
     files = [file for file in [path / "model.safetensors"] if file.is_file()] or sorted(path.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"base_weights: no safetensors at {path}; give a .safetensors file or their directory")
+        raise FileNotFoundError(f"no safetensors at {path}; give a .safetensors file or their directory")
     return files
 
 
@@ -77,7 +77,7 @@ class Fused:
 
 
 def names_in_model(
-    root: nn.Module, keys: Collection[str], targets: Mapping[str, Tensor]
+    root: nn.Module, keys: Collection[str], targets: Mapping[str, Any]
 ) -> tuple[dict[str, str], list[Fused]]:
     """Return for the keys of a file the names in the model: of what is copied as it is, and of what is converted.
 

@@ -1,0 +1,204 @@
+"""Put plain parameters in the place of weights that are stored in another form, and put those back.
+
+The forms are those of :mod:`lightning_lora.layers.stored` where the layer is a linear one without them: the packed
+weights of :class:`QuantizedModule`, bitsandbytes' layers, torchao's weights.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.class_swap import class_of, recipe
+from lightning_lora.layers.quantized import ROW_PARTS, QuantizedLinear, QuantizedModule
+from lightning_lora.layers.stored import stored_form
+from lightning_lora.ops.packed import PackedWeight
+from lightning_lora.ops.sharded import is_dtensor, logical
+from lightning_lora.ops.stored import StoredWeight
+
+_BITSANDBYTES = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
+_OF_FORMS = ("quantized", "origins", "lora_stored")  # what a module keeps about the forms of its weights
+
+
+@dataclass
+class Former:
+    """A weight as it was stored, and the class of its module, while another weight stands in its place."""
+
+    module: nn.Module
+    name: str
+    stored: Any  # a PackedWeight on CPU, or the parameter
+    parents: Any  # of the module's class
+    order: tuple[str, ...]  # of its parameters
+    attributes: dict[str, Any]  # that the module kept about its forms
+
+    def put_back(self) -> None:
+        """Give the module the stored weight and its class back, on the device of what stood in their place."""
+        module, name = self.module, self.name
+        packed = isinstance(module, QuantizedModule) and name in module.quantized
+        device = module.stored(name).device if packed else module.get_parameter(name).device  # type: ignore[operator]
+        if packed:
+            _drop_parts(module, name)
+        else:
+            del module._parameters[name]
+        module.__class__ = class_of(self.parents)
+        module.__dict__.update(self.attributes)
+        if isinstance(self.stored, PackedWeight):
+            _hold_parts(module, name, self.stored.to(device))
+        else:
+            module._parameters[name] = self.stored if self.stored.device == device else self.stored.to(device)
+        _sort(module, self.order)
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' linear layers."""
+    return _bitsandbytes_base(type(module)) is not None
+
+
+def stored_names(module: nn.Module) -> list[str]:
+    """Return the names of the weights that a module itself stores in another form."""
+    packed = list(module.quantized) if isinstance(module, QuantizedModule) else []
+    return packed or [name for name in ("weight",) if _handle(module, name) is not None]
+
+
+def stored_kind(module: nn.Module, name: str) -> str | None:
+    """Return the form that a weight is stored in, in a word; ``None`` for a plain parameter, or none."""
+    handle: Any = _handle(module, name)
+    return None if handle is None else str(getattr(handle, "kind", type(module._parameters.get(name)).__name__))
+
+
+def weight_dtype(module: nn.Module, name: str) -> torch.dtype:
+    """Return the dtype of a weight, or the one that it had before it was stored in another form."""
+    handle = _handle(module, name)
+    if handle is None:
+        return module._parameters[name].dtype  # type: ignore[union-attr]  # it is there
+    if is_bitsandbytes(module) and stored_kind(module, name) == "int8":
+        bias = module._parameters.get("bias")
+        return torch.float16 if bias is None else bias.dtype  # LLM.int8's own
+    return handle.dtype
+
+
+def weight_shape(module: nn.Module, name: str) -> torch.Size:
+    """Return the shape of a weight, also of one that is stored in another form."""
+    handle = _handle(module, name)
+    shape: torch.Size = logical(module._parameters[name]).shape if handle is None else handle.shape
+    return shape
+
+
+def dense_weight(module: nn.Module, name: str) -> Tensor:
+    """Return the values of a weight, plain or stored in another form, in float32 or wider."""
+    handle = _handle(module, name)
+    if handle is not None:
+        return handle.dense(torch.promote_types(handle.dtype, torch.float32))
+    weight = module._parameters[name]
+    assert weight is not None
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def put_plain(module: nn.Module, name: str, values: Tensor) -> Former:
+    """Put a frozen plain parameter in the place of a weight that is stored in another form, in place."""
+    former = _take(module, name)
+    module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    _sort(module, (name, *former.order))
+    return former
+
+
+def put_packed(module: nn.Module, name: str, packed: PackedWeight) -> Former:
+    """Put a packed weight in the place of a linear layer's that is stored in another form, in place."""
+    former = _take(module, name)
+    if not isinstance(module, QuantizedModule):
+        module.__class__ = class_of(_with_mixin(recipe(type(module))))
+        module.__dict__["quantized"] = {}
+    _hold_parts(module, name, packed)
+    return former
+
+
+def plain_base(cls: type) -> type:
+    """Return the class that a layer has with a plain weight: without the mixin of packed weights, ``nn.Linear`` for
+    bitsandbytes' layers.
+    """
+    return class_of(_plain(recipe(cls)))
+
+
+@contextmanager
+def reading(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module's code read other values of its own parameters inside the block."""
+    former, attributes = dict(module._parameters), {name: module.__dict__.pop(name) for name in _kept(module)}
+    module._parameters.update({n: nn.Parameter(value, requires_grad=False) for n, value in values.items()})
+    try:
+        yield
+    finally:
+        module._parameters.clear()
+        module._parameters.update(former)
+        module.__dict__.update(attributes)
+
+
+def _kept(module: nn.Module) -> list[str]:
+    return [name for name in _OF_FORMS if name in module.__dict__]
+
+
+def _handle(module: nn.Module, name: str) -> StoredWeight | None:
+    """Return what makes a weight dense; ``None`` for a plain parameter, or none."""
+    if isinstance(module, QuantizedModule):
+        return module.stored(name) if name in module.quantized else None
+    weight = module._parameters.get(name)
+    if name != "weight" or weight is None or is_dtensor(weight):
+        return None
+    form = stored_form(module)
+    return None if form is None else form.read(module)
+
+
+def _take(module: nn.Module, name: str) -> Former:
+    """Take a stored weight out of a module, which gets the class that it has with plain weights only."""
+    former = Former(module, name, None, recipe(type(module)), tuple(module._parameters), {})
+    if isinstance(module, QuantizedModule) and name in module.quantized:
+        former.stored = module.stored(name).to(torch.device("cpu"))
+        _drop_parts(module, name)
+        if module.quantized:
+            return former
+    else:
+        former.stored = module._parameters.pop(name)
+    former.attributes = {one: module.__dict__.pop(one) for one in _kept(module)}
+    module.__class__ = class_of(_plain(former.parents))
+    return former
+
+
+def _drop_parts(module: Any, name: str) -> None:
+    empty = module.quantized.pop(name)
+    for part in type(empty).sizes(empty.shape):
+        delattr(module, f"{name}_{part}")
+
+
+def _hold_parts(module: Any, name: str, stored: PackedWeight) -> None:
+    module.__dict__.setdefault("quantized", {})[name] = type(stored)({}, stored.shape, stored.dtype)
+    for part, tensor in stored.tensors.items():
+        if part in ROW_PARTS:
+            module.register_parameter(f"{name}_{part}", nn.Parameter(tensor, requires_grad=False))
+        else:
+            module.register_buffer(f"{name}_{part}", tensor)
+
+
+def _sort(module: nn.Module, order: tuple[str, ...]) -> None:
+    """Give the parameters of a module an order; what it does not name stays behind."""
+    parameters = dict(module._parameters)
+    module._parameters.clear()
+    module._parameters.update({name: parameters.pop(name) for name in order if name in parameters} | parameters)
+
+
+def _plain(parents: Any) -> Any:
+    """Return a class's recipe without forms of weights in it."""
+    if isinstance(parents, tuple):
+        mixin, base = parents
+        return _plain(base) if issubclass(mixin, QuantizedModule) else (mixin, _plain(base))
+    return _bitsandbytes_base(parents) or parents
+
+
+def _with_mixin(parents: Any) -> Any:
+    return (parents[0], _with_mixin(parents[1])) if isinstance(parents, tuple) else (QuantizedLinear, parents)
+
+
+def _bitsandbytes_base(cls: type) -> type | None:
+    names = {f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__}
+    return None if names.isdisjoint(_BITSANDBYTES) else nn.Linear

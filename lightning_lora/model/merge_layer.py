@@ -1,0 +1,120 @@
+"""Compute what a merge writes into one layer, and what it does to the layer's update."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import Quantization
+from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.plain_weight import dense_weight, reading, stored_kind, stored_names, weight_dtype
+from lightning_lora.model.merge_receipt import LayerReceipt
+from lightning_lora.model.names import joined
+from lightning_lora.model.original_base import OriginalBase
+from lightning_lora.model.spread import gathered
+from lightning_lora.ops.packed import FORMS, PackedWeight
+
+CHUNK = 2**26  # elements of which the norms are taken at once: a stack of experts is large
+
+
+@dataclass(frozen=True)
+class Into:
+    """What adapters are merged into.
+
+    Attributes:
+        base: ``"trained"``: the weights that the adapter was trained over, made dense; or the path of the original
+            ones.
+        dtype: of the merged weights; ``None`` is the one that each weight had.
+        requantize: the form in which weights that were quantised are stored again; ``None`` is a plain parameter.
+    """
+
+    base: str | os.PathLike[str] = "trained"
+    dtype: torch.dtype | None = None
+    requantize: Quantization | None = None
+
+    def form(self, module: nn.Module, name: str) -> tuple[Quantization | None, torch.dtype]:
+        """Return how a merged weight is stored: packed or not, and its dtype."""
+        is_stored = stored_kind(module, name) is not None
+        return self.requantize if is_stored else None, self.dtype or weight_dtype(module, name)
+
+
+Merged = Tensor | PackedWeight
+
+
+@torch.no_grad()
+def merge_values(
+    name: str, layer: LoRALayer, into: Into, original: OriginalBase | None
+) -> tuple[dict[str, Merged], LayerReceipt]:
+    """Return what a merge writes into the layer called ``name``, by local name, and its receipt.
+
+    A sharded layer is gathered: call on all ranks.
+    """
+    values: dict[str, Merged] = {}
+    norms = _Norms(moved=original is not None)
+    with gathered(layer):
+        trained = {local: dense_weight(layer, local) for local in layer.base_tensors()}
+        base = trained if original is None else _read(name, trained, original)
+        with reading(layer, base):
+            sums = layer.merged_tensors()
+        for local, exact in sums.items():
+            kind, dtype = into.form(layer, local)
+            values[local], after = as_stored(exact, kind, dtype)
+            before = base[local] if after is exact else as_stored(base[local], kind, dtype)[1]
+            norms.add(trained[local], base[local], exact, before, after)
+    first, dtype = into.form(layer, next(iter(sums)))
+    return values, norms.receipt(name, first or str(dtype).removeprefix("torch."))
+
+
+def as_stored(values: Tensor, kind: Quantization | None, dtype: torch.dtype) -> tuple[Merged, Tensor]:
+    """Return values as they are stored in a form, and the plain numbers that this holds."""
+    if kind is None:
+        plain = values.to(dtype)
+        return plain, plain
+    packed = FORMS[kind](FORMS[kind].pack(values), values.shape, dtype)
+    return packed, packed.dense(values.dtype)
+
+
+def other_stored(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules and names of weights that are stored in another form and have no adapter."""
+    for module in list(root.modules()):
+        adapted = module.base_tensors() if isinstance(module, LoRALayer) else {}
+        for name in stored_names(module):
+            if name not in adapted:
+                yield module, name
+
+
+def _read(name: str, trained: Mapping[str, Tensor], original: OriginalBase) -> dict[str, Tensor]:
+    return {local: original.read(joined(name, local)).to(like) for local, like in trained.items()}
+
+
+class _Norms:
+    """Sums the squares of a layer's tensors."""
+
+    def __init__(self, *, moved: bool) -> None:
+        self.moved = moved
+        self.squares = dict.fromkeys(("weight", "update", "base", "rounding"), 0.0)
+        self.kept = 0.0
+
+    def add(self, trained: Tensor, base: Tensor, exact: Tensor, before: Tensor, after: Tensor) -> None:
+        """Add one weight: as it was trained over, as it is merged into, the exact sum, and both of these as stored."""
+        tensors = (trained, base, exact, before, after)
+        parts = -(-exact.numel() // CHUNK)
+        for w, b, e, old, new in zip(*(tensor.chunk(parts) for tensor in tensors), strict=True):
+            update = e - b
+            self._square("weight", w)
+            self._square("update", update)
+            if self.moved:
+                self._square("base", b - w)
+            if new.dtype != e.dtype or old is not b:
+                self._square("rounding", new - e)
+            self.kept += float((new.to(e.dtype) - old).flatten().dot(update.flatten()))
+
+    def receipt(self, name: str, form: str) -> LayerReceipt:
+        norms = {key: square**0.5 for key, square in self.squares.items()}
+        base = norms["base"] if self.moved else None
+        return LayerReceipt(name, form, norms["weight"], norms["update"], base, norms["rounding"], self.kept)
+
+    def _square(self, key: str, values: Tensor) -> None:
+        self.squares[key] += float(torch.linalg.vector_norm(values)) ** 2

@@ -1,0 +1,112 @@
+""":class:`StoredWeight`, a weight that is no plain tensor: it is made dense each time that it is multiplied by.
+
+Functions that take one keep its stored form for backward, and make it dense again there, one weight at a time, when x
+needs a gradient.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.compat.torch import is_transformed, untraced
+from lightning_lora.ops.autocast import autocast_dtype
+
+
+class StoredWeight(Protocol):
+    """What is multiplied as a matrix and stored in another form.
+
+    Attributes:
+        shape: ``[out_features, in_features]``.
+        dtype: that the weight has as a tensor.
+        device: where it is made dense.
+    """
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the values in ``dtype``, in memory of their own."""
+        ...
+
+
+def dense_like(weight: Any, like: Tensor) -> Tensor:
+    """Return a weight, a tensor or a :class:`StoredWeight`, as a tensor of the dtype of ``like``."""
+    if isinstance(weight, Tensor):
+        return weight.to(like.dtype)
+    with untraced() if torch.jit.is_tracing() else nullcontext():  # it cannot record views of bytes as numbers
+        dense: Tensor = weight.dense(like.dtype)
+    return dense
+
+
+def dense_again(weight: Any, grad: Tensor) -> Tensor:
+    """Return the same in backward, for a gradient of the output.
+
+    torch.compile would keep the dense weight of forward, which is equal. A :class:`StoredWeight` with a method
+    ``after`` is made dense from copies of its parts, which exist only once ``grad`` does.
+    """
+    if torch.compiler.is_compiling() and hasattr(weight, "after"):
+        weight = weight.after(grad)
+    return dense_like(weight, grad)
+
+
+@torch.library.custom_op("lightning_lora::copy_after", mutates_args=())
+def copy_after(part: Tensor, grad: Tensor) -> Tensor:
+    """Return a copy of ``part`` that torch.compile cannot make before ``grad``."""
+    return part.clone()
+
+
+@copy_after.register_fake
+def _(part: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(part)
+
+
+def apart(weights: Sequence[Any]) -> tuple[list[Any], list[Tensor | None]]:
+    """Return the :class:`StoredWeight`s and the tensors among weights, each list with ``None`` for the others."""
+    stored = [None if weight is None or isinstance(weight, Tensor) else weight for weight in weights]
+    return stored, [weight if one is None else None for one, weight in zip(stored, weights, strict=True)]
+
+
+def together(stored: Sequence[Any], tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Return the weights of which :func:`apart` returned the two lists."""
+    return [tensor if one is None else one for one, tensor in zip(stored, tensors, strict=True)]
+
+
+class _StoredLinear(torch.autograd.Function):
+    """``x W^T + b`` for a frozen W that is made dense again for the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
+        ctx.stored = stored
+        return F.linear(x, dense_like(stored, x), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad @ dense_again(ctx.stored, grad) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias
+
+
+def stored_linear(x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + b`` in the dtype of ``x``, or in autocast's; kept for backward is the stored form of W alone.
+
+    Args:
+        x: ``[..., in_features]``.
+        stored: of shape ``[out_features, in_features]``.
+        bias: ``[out_features]`` or ``None``.
+    """
+    dtype = autocast_dtype(x)
+    x = x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if is_transformed():
+            return F.linear(x, dense_like(stored, x), bias)
+        y: Tensor = _StoredLinear.apply(x, stored, bias)  # type: ignore[no-untyped-call]
+        return y

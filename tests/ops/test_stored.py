@@ -1,0 +1,157 @@
+"""The functions of adapted linear layers over weights in 4 and 8 bits: derivatives of all kinds, transforms, graphs."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.ops.gated_mlp import lora_gated_mlp
+from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linears
+from lightning_lora.ops.packed import FORMS
+from lightning_lora.ops.stored import stored_linear
+
+KINDS = pytest.mark.parametrize("kind", FORMS)
+TERM, DROPPED = ScaledDropout(2.0), ScaledDropout(2.0, 0.3, torch.tensor(7))
+TERMS = pytest.mark.parametrize("term", [TERM, DROPPED], ids=["plain", "dropout"])
+
+
+def record(kind: str | None, in_features: int, out_features: int, seed: int) -> LinearTensors:
+    """Return float64 tensors of a layer; its weight is packed, or with ``None`` a tensor."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+    weight = draw(out_features, in_features)
+    own = (
+        draw(out_features).requires_grad_(),
+        draw(3, in_features).requires_grad_(),
+        draw(out_features, 3).requires_grad_(),
+    )
+    return LinearTensors(weight, *own) if kind is None else StoredLinearTensors(FORMS[kind].quantize(weight), *own)
+
+
+def dense(layer: LinearTensors) -> LinearTensors:
+    """Return the record with its weight as a tensor."""
+    weight = layer.weight if isinstance(layer.weight, Tensor) else layer.weight.dense(torch.float64)
+    return LinearTensors(weight, *layer[1:])
+
+
+def math(x: Tensor, layer: LinearTensors, term: ScaledDropout) -> Tensor:
+    weight, bias, A, B = dense(layer)
+    entering = x if term.seed is None else x * term.mask(x, x.shape[1])
+    return x @ weight.T + bias + term.factor * entering @ A.T @ B.T
+
+
+def leaves(*layers: LinearTensors) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in layer[1:]]
+
+
+def draw_x() -> Tensor:
+    return torch.randn(5, 16, generator=torch.Generator().manual_seed(9), dtype=torch.float64).requires_grad_()
+
+
+@KINDS
+@TERMS
+def test_layers_over_packed_weights_and_over_tensors_go_together(kind: str, term: ScaledDropout) -> None:
+    x, layers = draw_x(), [record(kind, 16, 8, 1), record(None, 16, 12, 2), record(kind, 16, 8, 3)]
+    outputs = lora_linears(x, layers, term)
+    expected = [math(x, layer, term) for layer in layers]
+    inputs = [x, *leaves(*layers)]
+    got = torch.autograd.grad(sum(y.square().sum() for y in outputs), inputs)
+    wanted = torch.autograd.grad(sum(y.square().sum() for y in expected), inputs)
+    for one, other in zip([*outputs, *got], [*expected, *wanted], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@KINDS
+@TERMS
+def test_a_gated_mlp_over_packed_weights(kind: str, term: ScaledDropout) -> None:
+    x, layers = draw_x(), [record(kind, 16, 24, 1), record(kind, 16, 24, 2), record(None, 24, 16, 3)]
+    y = lora_gated_mlp(x, *layers, activation="silu", entering=term, leaving=TERM)
+    expected = math(F.silu(math(x, layers[0], term)) * math(x, layers[1], term), layers[2], TERM)
+    inputs = [x, *leaves(*layers)]
+    torch.testing.assert_close(y, expected)
+    got, wanted = (torch.autograd.grad(one.square().sum(), inputs) for one in (y, expected))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@KINDS
+def test_second_derivatives(kind: str) -> None:
+    one, gated = record(kind, 16, 16, 1), [record(kind, 16, 24, 1), record(kind, 16, 24, 2), record(kind, 24, 16, 3)]
+
+    def twice(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs))
+
+    x = draw_x()
+    h, expected = lora_linears(x, [one], TERM)[0], math(x, one, TERM)
+    y = lora_gated_mlp(h, *gated, activation="silu", entering=TERM, leaving=TERM)
+    e, g = (math(expected, layer, TERM) for layer in gated[:2])
+    inputs = [x, *leaves(one, *gated)]
+    for got, wanted in zip(twice(y, inputs), twice(math(F.silu(e) * g, gated[2], TERM), inputs), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@KINDS
+def test_the_base_alone_is_differentiable_twice(kind: str) -> None:
+    x, layer = draw_x(), record(kind, 16, 8, 1)
+    assert torch.autograd.gradcheck(lambda x, b: stored_linear(x, layer.weight, b), (x, layer.bias))
+    assert torch.autograd.gradgradcheck(lambda x, b: stored_linear(x, layer.weight, b), (x, layer.bias))
+
+
+@KINDS
+@pytest.mark.parametrize("transform", ["func", "forward mode", "trace"])
+def test_transforms(kind: str, transform: str) -> None:
+    x, layer = draw_x().detach(), record(kind, 16, 8, 1)
+    layer = layer._replace(bias=layer.bias.detach(), lora_A=layer.lora_A.detach(), lora_B=layer.lora_B.detach())
+
+    plain = dense(layer)
+
+    def ours(x: Tensor) -> Tensor:
+        return lora_linears(x, [layer], TERM)[0].square() + stored_linear(x, layer.weight, None)
+
+    def expected(x: Tensor) -> Tensor:
+        return math(x, plain, TERM).square() + x @ plain.weight.T
+
+    def run(function: Any) -> Tensor:
+        if transform == "func":
+            return torch.func.vmap(torch.func.jacrev(lambda row: function(row[None])[0]))(x)
+        if transform == "forward mode":
+            return torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+        return torch.jit.trace(function, (x,), check_trace=False)(x + 1)
+
+    torch.testing.assert_close(run(ours), run(expected))
+
+
+@KINDS
+def test_autocast_makes_the_weight_dense_in_its_dtype(kind: str) -> None:
+    x, layer = draw_x().float(), record(kind, 16, 8, 1)
+    layer = StoredLinearTensors(layer.weight, *(tensor.detach().float() for tensor in layer[1:]))
+    plain = LinearTensors(layer.weight.dense(torch.bfloat16), *layer[1:])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = lora_linears(x, [layer], TERM)[0], lora_linears(x, [plain], TERM)[0]
+        base = stored_linear(x, layer.weight, layer.bias)
+    assert torch.equal(y, expected)
+    assert torch.equal(base, F.linear(x.bfloat16(), plain.weight, layer.bias.bfloat16()))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@KINDS
+def test_a_compiled_step_is_one_graph_that_keeps_no_dense_weight(kind: str) -> None:
+    layers = [record(kind, 16, 8, 1), record(kind, 16, 12, 2)]
+    x = draw_x()
+
+    def run(x: Tensor) -> Tensor:
+        return torch.cat(lora_linears(x, layers, TERM), dim=1).sin()
+
+    saved: list[Tensor] = []
+    torch.compiler.reset()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+    inputs = [x, *leaves(*layers)]
+    expected = torch.cat([math(x, layer, TERM) for layer in layers], dim=1).sin()
+    got, wanted = (torch.autograd.grad(one.sum(), inputs) for one in (y, expected))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not {(8, 16), (12, 16), (16, 8), (16, 12)} & {tuple(t.shape) for t in saved}
