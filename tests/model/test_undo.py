@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, inject, remove
 from tests import models
 
-MODULE = importlib.import_module("lightning_lora.model.inject")  # the package has the function under this name
+MODULE = importlib.import_module("lightning_lora.model.apply")  # the package has the function under this name
 
 
 class Everything(nn.Module):
