@@ -69,14 +69,14 @@ def stored_kind(module: nn.Module, name: str) -> str | None:
     return None if handle is None else str(getattr(handle, "kind", type(module._parameters.get(name)).__name__))
 
 
-def weight_dtype(module: nn.Module, name: str) -> torch.dtype:
-    """Return the dtype of a weight, or the one that it had before it was stored in another form."""
+def weight_dtype(module: nn.Module, name: str) -> torch.dtype | None:
+    """Return the dtype that a weight has, or had before it was stored in another form; ``None`` if it does not say."""
     handle = _handle(module, name)
     if handle is None:
         return module._parameters[name].dtype  # type: ignore[union-attr]  # it is there
     if is_bitsandbytes(module) and stored_kind(module, name) == "int8":
         bias = module._parameters.get("bias")
-        return torch.float16 if bias is None else bias.dtype  # LLM.int8's own
+        return None if bias is None else bias.dtype
     return handle.dtype
 
 
