@@ -2,6 +2,7 @@
 
 What makes it LoRA is one line, ``LoRACallback(r=8)``; the LightningModule and the LightningDataModule are plain ones.
 The run stops early, resumes from its own adapter-only checkpoint, is merged, and travels through a PEFT directory.
+With ``--quantize nf4`` the frozen base takes 4 bits a weight.
 """
 
 import argparse
@@ -123,10 +124,11 @@ def main() -> None:
 
     report.stage(f"Train for {options.steps} of {total_steps} steps")
     writer, trainer = DefinitionWriter(str(base), total_steps), new_trainer(options, data, losses, options.steps)
+    num_base = sum(parameter.numel() for parameter in writer.model.parameters())
     before = evaluate(writer, trainer, data)
     trainer.fit(writer, data)
     checkpoint = Path(trainer.checkpoint_callback.best_model_path)
-    report.sizes(writer.model, checkpoint, base / "model.safetensors")
+    report.sizes(num_base, writer.model, checkpoint, base / "model.safetensors")
 
     report.stage(f"Resume from {checkpoint.name} with a new model and a new Trainer")
     writer, trainer = DefinitionWriter(str(base), total_steps), new_trainer(options, data, losses, total_steps)
@@ -134,13 +136,15 @@ def main() -> None:
     after = evaluate(writer, trainer, data)
     report.comparison(data.held_out, before, after)
 
-    report.stage("Merge, and export as a PEFT directory")
+    report.stage("Merge, and export as a PEFT directory" if options.quantize is None else "Export as a PEFT directory")
     prompt = data.collate(data.held_out[:4])
     adapted = logits(writer.model, prompt)
-    with merged(writer.model):
-        report.equal("Merged", logits(writer.model, prompt), adapted)
+    if options.quantize is None:
+        with merged(writer.model):
+            report.equal("Merged", logits(writer.model, prompt), adapted)
     save_peft(writer.model, options.output / "peft")
-    fresh = load_peft(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), options.output / "peft")
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    load_peft(fresh, options.output / "peft", quantize=options.quantize)
     report.equal("Read back from the PEFT directory", logits(fresh, prompt), adapted)
 
     report.plot(losses.losses, before.perplexity, after.perplexity, resumed_at=options.steps)
@@ -154,7 +158,7 @@ def new_trainer(options: argparse.Namespace, data: Definitions, losses: LossHist
     folder = options.output / "checkpoints"
     checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=every, enable_version_counter=False)
     return L.Trainer(
-        callbacks=[LoRACallback(r=8), checkpoint, losses],
+        callbacks=[LoRACallback(r=8, quantize=options.quantize), checkpoint, losses],
         max_steps=max_steps,
         max_epochs=max_epochs,
         limit_train_batches=total_steps,  # gives the progress bar its length
@@ -181,6 +185,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="optimizer steps before the run stops (32)")
     parser.add_argument("--resume-steps", type=int, default=8, help="steps after it has resumed (8)")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("outputs"), help="folder for results")
+    parser.add_argument("--quantize", choices=["nf4", "nf4-dq", "int8"], help="form of the frozen base (as it is)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="random Llama of 2 layers: offline, in seconds")
     return parser.parse_args()

@@ -50,12 +50,17 @@ class Report:
     def stage(self, title: str) -> None:
         self.console.rule(f"[bold]{title}[/bold]  {monotonic() - self.start:.0f} s", align="left")
 
-    def sizes(self, model: nn.Module, checkpoint: Path, weights: Path) -> None:
-        trainable = sum(parameter.numel() for _, parameter in named_adapter_parameters(model))
-        total = sum(parameter.numel() for parameter in model.parameters())
-        table = Table("", "parameters", "file", "size")
-        table.add_row("base, frozen", f"{total - trainable:,}", weights.name, megabytes(weights))
-        table.add_row("adapters, trained", f"{trainable:,}", checkpoint.name, megabytes(checkpoint))
+    def sizes(self, num_base: int, model: nn.Module, checkpoint: Path, weights: Path) -> None:
+        adapters = [parameter for _, parameter in named_adapter_parameters(model)]
+        trainable, trained_bytes = (
+            sum(values) for values in zip(*((p.numel(), p.nbytes) for p in adapters), strict=True)
+        )
+        total, base_bytes = num_base + trainable, sum(p.nbytes for p in model.parameters()) - trained_bytes
+        table = Table("", "parameters", "in memory", "file", "size")
+        table.add_row("base, frozen", f"{num_base:,}", size(base_bytes), weights.name, megabytes(weights))
+        table.add_row(
+            "adapters, trained", f"{trainable:,}", size(trained_bytes), checkpoint.name, megabytes(checkpoint)
+        )
         self.console.print(table)
         self.console.print(
             f"{trainable / total:.1%} of all parameters train; the checkpoint holds their Adam moments too."
@@ -113,7 +118,11 @@ def tidy_output() -> None:
 
 
 def megabytes(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.1f} MB"
+    return size(path.stat().st_size)
+
+
+def size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
 
 
 def one_line(text: str) -> str:

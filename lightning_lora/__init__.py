@@ -21,14 +21,17 @@ from lightning_lora.fuse.gated_mlp import register_gated_mlp
 from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.megatron.models import gpt_model
 from lightning_lora.megatron.weights import load_hf_weights
+from lightning_lora.model.apply import apply
+from lightning_lora.model.base_form import QuantizationPlan
 from lightning_lora.model.disabled import disabled
-from lightning_lora.model.inject import apply, inject, remove
+from lightning_lora.model.inject import inject, remove
 from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.loss import linear_cross_entropy
 from lightning_lora.model.merge import merge, merge_receipt, merged, unmerge
 from lightning_lora.model.merge_receipt import LayerReceipt, MergeReceipt
 from lightning_lora.model.parameter_groups import parameter_groups
 from lightning_lora.model.plan import plan
+from lightning_lora.model.quantize import quantize
 from lightning_lora.model.state import named_adapter_parameters
 from lightning_lora.peft.combine import combine
 from lightning_lora.peft.load import load_peft
@@ -50,6 +53,7 @@ __all__ = [
     "MegatronLoRAStrategy",
     "MergeReceipt",
     "Plan",
+    "QuantizationPlan",
     "adapter_checkpoint",
     "adapter_state_dict",
     "apply",
@@ -69,6 +73,7 @@ __all__ = [
     "named_adapter_parameters",
     "parameter_groups",
     "plan",
+    "quantize",
     "register_gated_mlp",
     "register_stored_weight",
     "remove",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint.frozen import look_for_moved
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.model.base_form import check_kind
 from lightning_lora.model.families import find_root, let_gradients_through_checkpointed_blocks
 from lightning_lora.model.parameter_groups import check_number
 from lightning_lora.model.side_effects import freeze_statistics
@@ -26,7 +28,12 @@ from lightning_lora.strategies.trainer import lightning_cli
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
 from lightning_lora.strategies.trainer.adopted import adopt
 from lightning_lora.strategies.trainer.learning_rate import check_rates
-from lightning_lora.strategies.trainer.starting_point import adapt_module, check_built_in_time, configure_then_adapt
+from lightning_lora.strategies.trainer.starting_point import (
+    Start,
+    adapt_module,
+    check_built_in_time,
+    configure_then_adapt,
+)
 
 
 class LoRACallback(Callback):
@@ -54,6 +61,11 @@ class LoRACallback(Callback):
         lora_plus_ratio: how many times faster B learns than A in the optimizer that LightningCLI builds from its
             arguments (``--optimizer=AdamW``). In ``configure_optimizers`` write
             :func:`~lightning_lora.parameter_groups` instead.
+        quantize: quantise the frozen base before it is adapted, as :func:`~lightning_lora.quantize` does: ``"nf4"``,
+            ``"nf4-dq"`` or ``"int8"``. Files do not depend on it: an adapter that was trained over one form of a base
+            is read over any other, and a line says so.
+        quantize_exclude: modules of the base that are not quantised, by the rules of ``target_modules``. The output
+            head and what trains whole never are.
 
     Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`. LightningCLI writes all of them into its YAML
     and gives all of them back, so that from there a field at its default counts as not given.
@@ -83,6 +95,8 @@ class LoRACallback(Callback):
         strict_idle: bool = False,
         on_nonfinite: Literal["error", "warn"] | None = None,
         lora_plus_ratio: float | None = None,
+        quantize: Quantization | None = None,
+        quantize_exclude: str | Sequence[str] | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and not isinstance(config, LoRAConfig):
@@ -105,6 +119,11 @@ class LoRACallback(Callback):
         if lora_plus_ratio is not None:
             check_number("lora_plus_ratio", lora_plus_ratio)
         self.lora_plus_ratio = lora_plus_ratio
+        if quantize is not None:
+            check_kind(quantize)
+        elif quantize_exclude is not None:
+            raise ValueError(f"quantize_exclude={quantize_exclude!r} needs quantize='nf4', 'nf4-dq' or 'int8'")
+        self._quantization = {"quantize": quantize, "quantize_exclude": quantize_exclude}
         self._checked: set[int] = set()
         lightning_cli.install(LoRACallback)
 
@@ -123,19 +142,14 @@ class LoRACallback(Callback):
         beside.paths = beside.paths | own if self.save_peft else beside.paths - own
         strategy.on_nonfinite = self.on_nonfinite
         self._checked = set()
+        start = Start(self._given, self.module, self.init_from, self.on_nonfinite or "error", self._quantization)
         if is_overridden("configure_model", pl_module):
             # built later, and perhaps by another callback: whoever calls it gets the adapted model
             pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
-                configure_then_adapt,
-                pl_module.configure_model,
-                pl_module,
-                self._given,
-                self.module,
-                self.init_from,
-                self.on_nonfinite or "error",
+                configure_then_adapt, pl_module.configure_model, pl_module, start
             )
         else:
-            adapt_module(pl_module, self._given, self.module, self.init_from, self.on_nonfinite or "error")
+            adapt_module(pl_module, start)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:

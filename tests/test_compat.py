@@ -564,7 +564,11 @@ def test_a_command_line_says_the_settings_of_its_optimizer(
                 parser.add_optimizer_args(torch.optim.AdamW)
 
     monkeypatch.setattr(sys, "argv", ["cli"])
-    options = [*(["--optimizer=AdamW"] if names_a_class else []), "--optimizer.lr=0.25", "--trainer.accelerator=cpu"]
+    options = [
+        *(["--optimizer=torch.optim.AdamW"] if names_a_class else []),
+        "--optimizer.lr=0.25",
+        "--trainer.accelerator=cpu",
+    ]
     with pytest.warns(match="will be overridden by"):
         cli = Command(BoringModel, run=False, args=options, seed_everything_default=1)
     settings = of_lightning.cli_optimizer_settings(cli, None)
@@ -602,6 +606,7 @@ def test_experts_of_transformers_say_how_they_compute() -> None:
     assert transformers.experts_implementation(SimpleNamespace(_experts_implementation="grouped_mm")) == "grouped_mm"
     experts = Qwen3MoeExperts(config)
     assert transformers.experts_gate(experts)(torch.ones(1, 4)).shape == (1, 2)
+    assert transformers.experts_have_gate(experts)
 
 
 def test_megatron_core_has_what_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,10 @@ def test_a_name_that_users_try_is_answered_with_what_to_write(maker, theirs, val
 def test_our_ratio_in_the_wrong_place_is_answered_with_the_right_one() -> None:
     with pytest.raises(TypeError, match=r"^'lora_plus_ratio' is no field of LoRAConfig: write AdamW\(parameter_groups"):
         LoRAConfig(lora_plus_ratio=16)
+    with pytest.raises(
+        TypeError, match=r"^'quantize' is no field of LoRAConfig: write quantize='nf4' in LoRACallback or"
+    ):
+        LoRAConfig(quantize="nf4")
 
 
 def test_an_unknown_field_is_pythons_own_error() -> None:

@@ -21,6 +21,23 @@ def test_quickstart_trains_resumes_merges_and_exports(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 8
 
 
+def test_quickstart_runs_over_a_base_in_4_bits(tmp_path: Path) -> None:
+    output = run_example("quickstart.py", 1, tmp_path, "--steps=4", "--resume-steps=2", "--quantize=nf4")
+    assert "base in nf4: 14 linear layers" in output
+    assert "Read back from the PEFT directory: logits differ by at most 0.0e+00" in output
+    (checkpoint,) = (tmp_path / "checkpoints").glob("step=6*.ckpt")
+    assert all(".lora_" in name for name in torch.load(checkpoint, weights_only=True)["state_dict"])
+
+
+def test_qlora_goes_on_over_the_float_base(tmp_path: Path) -> None:
+    output = run_example("qlora.py", 1, tmp_path, "--steps=4")
+    assert "Base in nf4-dq: 14 linear layers" in output
+    assert "trained over nf4-dq, loaded over float32" in output
+    before, halfway, after = map(float, re.search(r"perplexity ([\d.]+) -> ([\d.]+) .* -> ([\d.]+)", output).groups())
+    assert after < halfway < before
+    assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+
+
 def run_example(name: str, num_processes: int, directory: Path, *arguments: str) -> str:
     """Return what the first process of an example writes that torchrun has started."""
     directory.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ NUM_BLOCKS = {
     "how_it_works.md": 1,
     "performance.md": 1,
     "from_peft.md": 10,
+    "quantization.md": 2,
 }
 
 

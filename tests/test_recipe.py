@@ -14,7 +14,16 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_lora import LoRACallback, LoRAConfig, MegatronLoRAStrategy, inject, load_peft, named_adapter_parameters
+from lightning_lora import (
+    FSDPLoRAStrategy,
+    LoRACallback,
+    LoRAConfig,
+    MegatronLoRAStrategy,
+    inject,
+    load_peft,
+    named_adapter_parameters,
+    plan,
+)
 from lightning_lora.megatron.tensor_parallel import split
 from lightning_lora.megatron.tp_plan import plan_of
 from lightning_lora.ops.sharded import is_sharded, logical
@@ -128,6 +137,34 @@ def test_the_yaml_makes_the_run_that_it_describes(base: Path, monkeypatch: pytes
     assert lora.config == LoRAConfig(r=8)
     assert lora.save_peft
     assert cli.datamodule.tokenizer.name_or_path == str(base)
+
+
+def test_the_70b_recipe_plans_a_base_of_35_gb(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    recipe = imported("qwen3_4b")
+    settings = ["--trainer.accelerator=cpu", f"--model.base={base}"]
+    monkeypatch.setattr(sys, "argv", ["qwen3_4b.py", f"--config={EXAMPLES / 'llama_70b.yaml'}", *settings])
+    cli = recipe.CLI(recipe.CompletionWriter, recipe.Completions, run=False)
+    assert isinstance(cli.trainer.strategy, FSDPLoRAStrategy)
+    lora = next(callback for callback in cli.trainer.callbacks if isinstance(callback, LoRACallback))
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128256,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    decided = plan(model, lora.config, quantize="nf4-dq")
+    print(decided)
+    line = "base in nf4-dq: 560 linear layers, 136,902.1 -> 35,311.8 MB; as before: lm_head (output head)"
+    assert line in capsys.readouterr().out
+    weights = 80 * (8192 * (8192 + 1024 + 1024 + 8192) + 3 * 8192 * 28672)
+    scales = weights // 64
+    assert decided.quantization.bytes_before == 2 * weights
+    # half a byte, a byte for each 64, four for each 256 of those (whole in every layer) and for each layer
+    assert decided.quantization.bytes_after == weights // 2 + scales + 4 * scales // 256 + 4 * 560
 
 
 def test_only_the_completion_is_learned_and_a_long_prompt_is_cut(base: Path) -> None:

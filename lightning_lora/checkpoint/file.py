@@ -14,6 +14,7 @@ from lightning_lora.checkpoint.all_ranks import meet
 from lightning_lora.checkpoint.fingerprint import fingerprint, without
 from lightning_lora.compat.torch import non_persistent_buffers
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.model.families import is_pretrained
 from lightning_lora.model.names import clean_name, is_inside_any, joined
 from lightning_lora.model.side_effects import FrozenStatistics
@@ -112,8 +113,8 @@ def trained_tensors(module: nn.Module, also: Collection[int] = ()) -> "OrderedDi
 
 
 def named_persistent_buffers(owner: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the module's own buffers that its ``state_dict`` holds."""
-    hidden = non_persistent_buffers(owner)
+    """Return the module's own buffers that its ``state_dict`` holds under their names."""
+    hidden = non_persistent_buffers(owner) | set(owner.part_names() if isinstance(owner, QuantizedModule) else ())
     return [(name, buffer) for name, buffer in owner._buffers.items() if buffer is not None and name not in hidden]
 
 
@@ -159,11 +160,14 @@ def structure(root: nn.Module) -> dict[str, Any]:
 def other_state(module: nn.Module) -> dict[str, Any]:
     """Return what a state dict holds besides tensors of modules: extra state, persistent states of metrics.
 
-    The pretrained models' own, such as a quantised base's, is left out.
+    The pretrained models' own, and packed weights, are left out.
     """
-    tensors, pretrained = named_tensors(module), _pretrained_paths(module)
+    tensors, base = named_tensors(module), _pretrained_paths(module)
+    for path, owner in module.named_modules():
+        if isinstance(owner, QuantizedModule):
+            base += [joined(clean_name(path), name) for name in owner.state_names()]
     state = {clean_name(name): value for name, value in module.state_dict().items()}
-    return {n: value for n, value in state.items() if n not in tensors and not is_inside_any(n, pretrained)}
+    return {n: value for n, value in state.items() if n not in tensors and not is_inside_any(n, base)}
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

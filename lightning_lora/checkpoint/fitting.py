@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_lora.checkpoint.comparison import compare_base
 from lightning_lora.checkpoint.file import SECTION, adapters_in, named_tensors, other_state, structure, trained_tensors
-from lightning_lora.checkpoint.fingerprint import first_difference
 from lightning_lora.checkpoint.reading import adapters_by_path, renaming, section_of
 from lightning_lora.model.families import resize_advice
 from lightning_lora.model.names import clean_name, is_inside, listed
@@ -93,14 +94,16 @@ def fitting_tensors(
 
 
 def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> None:
-    """Raise ``ValueError`` where ``root`` is not the base whose fingerprint the file has."""
-    difference = first_difference(root, recorded)
-    if difference is not None:
+    """Raise ``ValueError`` where ``root`` is not the base that the file knows; say where it has another form."""
+    found = compare_base(root, recorded)
+    if found.values is not None:
         origin = f" ({recorded['source']})" if recorded["source"] else ""
         raise ValueError(
-            f"{source} was trained on another base model{origin}: {difference}. Load the base that the adapter was "
+            f"{source} was trained on another base model{origin}: {found.values}. Load the base that the adapter was "
             "trained on"
         )
+    if found.form is not None:
+        rank_zero_info(f"{source}: {found.form}")
 
 
 def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:

@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from lightning_lora.checkpoint.comparison import first_other_name
 from lightning_lora.checkpoint.file import named_persistent_buffers, trained_tensors
-from lightning_lora.checkpoint.fingerprint import first_other_name
 from lightning_lora.checkpoint.hashes import exact_hashes, sampled
 from lightning_lora.model.families import family_of
 from lightning_lora.model.names import clean_name, joined

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.quantized import stored_as, wraps_tensors
-from lightning_lora.ops.sharded import boxes, collective_device, is_sharded, local_part, logical, shard_group
+from lightning_lora.ops.sample_hash import MULTIPLIER, dtype_name, sample_hash
+from lightning_lora.ops.sharded import collective_device, is_sharded, local_part, shard_group
 
-_NUM_SAMPLES = 64
-_MULTIPLIER = 0x1E3779B97F4A7C15
-_MASK = 2**62 - 1
 _CHUNK = 2**18
 
 
@@ -35,11 +33,6 @@ def has_floats(values: Tensor, like: Tensor) -> bool:
     return stored_as(values) is None and not values.is_meta and like.numel() > 0
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """Return the name of a tensor's dtype, such as ``"bfloat16"``."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def hash_samples(parts: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
     """Return the hashes of up to 64 values of each tensor, ``[n]`` int64 on CPU. Called on all ranks if any is sharded.
 
@@ -48,48 +41,6 @@ def hash_samples(parts: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
     """
     sums = [sample_hash(values, like, last_row=last_row) for values, like, last_row in parts]
     return _summed(sums, [like for _, like, _ in parts])
-
-
-def sample_hash(tensor: Tensor, like: Tensor, *, last_row: bool = False) -> Tensor:
-    """Return a scalar int64 on CPU: this rank's addend to the hash of the whole tensor, or of its last row.
-
-    Args:
-        tensor: the values, or this rank's part of them.
-        like: the parameter itself, which says what part of the whole that is.
-    """
-    like = logical(like)
-    size = like.numel() // like.shape[0] if last_row else like.numel()
-    count = min(size, _NUM_SAMPLES)
-    step = size // count
-    # one position in each stride, not at the same place in all of them
-    positions = torch.arange(count) * step + torch.arange(count) * 0x9E3779B1 % step
-    here = positions + (like.numel() - size)
-    values = local_part(tensor.detach())
-    if is_sharded(like):
-        mine, here = _inside(here, like)
-        positions = positions[mine]
-    if len(positions) == 0:
-        return torch.zeros((), dtype=torch.int64)
-    bits = torch.take(values, here.to(values.device)).to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
-    keys = (positions.to(values.device) + 1) * _MULTIPLIER
-    mixed = (keys ^ (bits * 0x2545F4914F6CDD1D)) & _MASK
-    mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
-    return ((mixed & _MASK) >> 20).sum().cpu()
-
-
-def _inside(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which flat positions of the whole tensor lie in this rank's part, and where they are in it."""
-    mine = torch.zeros_like(positions, dtype=torch.bool)
-    place = torch.zeros_like(positions)
-    local_shape = local_part(like).shape
-    for box in boxes(like):
-        own = [i - start for i, start in zip(torch.unravel_index(positions, like.shape), box.offset, strict=True)]
-        here = torch.stack([(i >= 0) & (i < size) for i, size in zip(own, box.shape, strict=True)]).all(0)
-        flat = torch.zeros_like(positions)
-        for i, start, size in zip(own, box.local_offset, local_shape, strict=True):
-            flat = flat * size + i + start
-        mine, place = mine | here, torch.where(here, flat, place)
-    return mine, place[mine]
 
 
 def exact_hashes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -122,7 +73,7 @@ def exact_hash(tensor: Tensor) -> Tensor:
         for numbers in (chunk.long(), chunk.long() >> 32):
             own = factors[: len(numbers)]
             # on CPU in one pass over the memory; other devices have no dot product of integers
-            total = total * _MULTIPLIER + (numbers.dot(own) if numbers.is_cpu else (numbers * own).sum())
+            total = total * MULTIPLIER + (numbers.dot(own) if numbers.is_cpu else (numbers * own).sum())
     rank = torch.distributed.get_rank() if is_sharded(tensor) else 0
     # addends of other ranks: each is multiplied by numbers of its own
     return (total * factors[rank] + (total >> 32) * factors[-1 - rank]).cpu()

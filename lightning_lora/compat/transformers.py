@@ -48,6 +48,11 @@ def experts_gate(module: Any) -> Any:
     return private("transformers", module, "_apply_gate")
 
 
+def experts_have_gate(module: Any) -> bool:
+    """Return True if experts multiply by a gate. Relies on their record; without it (transformers 5.0) all do."""
+    return bool(getattr(module, "has_gate", True))
+
+
 def is_expert_parallel(module: nn.Module) -> bool:
     """Whether transformers spread experts over ranks. Relies on its mark; without it none are."""
     return bool(vars(module).get("_is_expert_parallel", False))

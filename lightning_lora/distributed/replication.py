@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_lora.checkpoint.hashes import exact_hash, sample_hash
+from lightning_lora.checkpoint.hashes import exact_hash
 from lightning_lora.model.names import clean_name, is_inside_any, joined
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import injected_roots, require_injection
+from lightning_lora.ops.sample_hash import sample_hash
 from lightning_lora.ops.sharded import collective_device, is_sharded, local_part
 
 _BROADCAST_NUMEL = 2**26

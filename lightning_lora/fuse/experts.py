@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.compat.torch import has_global_hooks, is_transformed
-from lightning_lora.compat.transformers import experts_gate, experts_implementation, is_expert_parallel
+from lightning_lora.compat.transformers import (
+    experts_gate,
+    experts_have_gate,
+    experts_implementation,
+    is_expert_parallel,
+)
 from lightning_lora.fuse.expert_forms import LOOPS, OWN_ACTIVATIONS, OWN_GATES, default_gate
 from lightning_lora.fuse.forms import activation_name
 from lightning_lora.fuse.gated_mlp import is_watched
@@ -99,7 +104,7 @@ class LoRAExperts(LoRAParameters):
         if known != OWN:
             return KnownGate(known)
         module: Any = self
-        return OwnGate(experts_gate(module) if module.has_gate else module.act_fn)
+        return OwnGate(experts_gate(module) if experts_have_gate(module) else module.act_fn)
 
     def _base(self, name: str) -> Tensor:
         weight = self._parameters[name]  # past __getattr__, which gives the one with the update
@@ -134,7 +139,7 @@ def _names_of(module: LoRAParameters) -> Names | None:
     transformers_moe = sys.modules.get(_DISPATCHER)
     if transformers_moe is None or getattr(base.forward, "__globals__", None) is not vars(transformers_moe):
         return None  # its class was not decorated with transformers' use_experts_implementation
-    opening = "gate_up_proj" if module.has_gate else "up_proj"
+    opening = "gate_up_proj" if experts_have_gate(module) else "up_proj"
     names = Names(opening, "down_proj", (f"{opening}_bias", "down_proj_bias") if module.has_bias else ())
     found = [name for name in module._parameters if name not in module.tensor_names]
     adapts_matrices = module.lora_parts.keys() <= {names.opening, names.closing}
@@ -157,7 +162,7 @@ def gate_of(module: Any) -> str | None:
     is_pure = activation is None or known is not None or kind in OWN_ACTIVATIONS
     if not is_pure or not _computes_the_formula(base, implementation, module):
         return None
-    if not module.has_gate:
+    if not experts_have_gate(module):
         return OWN
     if same_code(experts_gate(base), default_gate):
         return known or OWN
@@ -174,4 +179,4 @@ def _computes_the_formula(base: Any, implementation: str, module: Any) -> bool:
         return False
     is_same_gate = loop.has_own_gate or same_code(experts_gate(base), default_gate)
     layout = bool(module.is_transposed), bool(module.has_bias)
-    return module.has_gate and is_same_gate and layout == (loop.is_transposed, loop.has_bias)
+    return experts_have_gate(module) and is_same_gate and layout == (loop.is_transposed, loop.has_bias)

@@ -55,7 +55,9 @@ def restore_class(module: SwappedModule, *attributes: str) -> None:
     """Give a module the class back that :func:`swap_class` took, and delete ``attributes`` of the mixin's."""
     for name in attributes:
         del module.__dict__[name]
-    module.__class__ = type(module).__bases__[1]  # the reverse of the swap
+    # the first that was made: FSDP2 may have put a class of its own before it
+    made = next(cls for cls in type(module).__mro__ if cls in _MADE_CLASSES.values())
+    module.__class__ = made.__bases__[1]
 
 
 def recipe(cls: type) -> Any:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
-from lightning_lora.layers.quantized_state import read_parts, state_of
+from lightning_lora.layers.quantized_state import check_entries, read_parts, scales_name, state_of
 from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.ops.packed import FORMS, PackedWeight
+from lightning_lora.ops.sample_hash import dtype_name, sample_hash
+from lightning_lora.ops.sharded import is_sharded, logical
 from lightning_lora.ops.stored import stored_linear
 
 ROW_PARTS = ("codes", "scales")  # parts whose first dimension counts blocks: FSDP2 shards them
@@ -26,6 +28,8 @@ class QuantizedModule(SwappedModule):
     Attributes:
         quantized: the form, shape and dtype of every packed parameter, by its name: a :class:`PackedWeight` without
             tensors.
+        origins: the :func:`sample_hash` and the dtype of the weight that each packed one was made from, where it had
+            values.
     """
 
     class_prefix: ClassVar[str] = "Quantized"
@@ -33,12 +37,27 @@ class QuantizedModule(SwappedModule):
 
     quantized_base_class: ClassVar[type[nn.Module]]
     quantized: dict[str, PackedWeight]
+    origins: dict[str, tuple[int, str]]
 
     def stored(self, name: str) -> PackedWeight:
         """Return the packed parameter called ``name``, made of the parts that the module holds."""
         empty = self.quantized[name]
         parts = {part: getattr(self, f"{name}_{part}") for part in type(empty).sizes(empty.shape)}
         return type(empty)(parts, empty.shape, empty.dtype)
+
+    def part_names(self) -> list[str]:
+        """Return the names of the parameters and buffers that packed parameters are made of."""
+        return [f"{name}_{part}" for name, one in self.quantized.items() for part in type(one).sizes(one.shape)]
+
+    def state_names(self) -> list[str]:
+        """Return the names that packed parameters have in a state dict; other entries have a dot and more behind."""
+        return [*self.quantized, *map(scales_name, self.quantized)]
+
+    def dense_in(self, state_dict: Mapping[str, Any], prefix: str, name: str) -> Tensor:
+        """Return the dense value that the parameter ``name`` will have once ``state_dict`` is loaded."""
+        stored = self.stored(name)
+        parts = read_parts(stored, dict(state_dict), prefix + name) or stored.tensors
+        return type(stored)(parts, stored.shape, stored.dtype).dense(stored.dtype)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("quantized", ()):
@@ -66,8 +85,13 @@ class QuantizedModule(SwappedModule):
     @override
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name, empty in self.quantized.items():
+            value = state_dict.get(prefix + name)
             parts = read_parts(empty, state_dict, prefix + name)
             state_dict |= {f"{prefix}{name}_{part}": tensor for part, tensor in parts.items()}
+            if not all(_same_values(getattr(self, f"{name}_{part}"), tensor) for part, tensor in parts.items()):
+                self.origins.pop(name, None)
+            if parts and value.is_floating_point():
+                self.origins |= _origin_of(name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
@@ -101,15 +125,33 @@ def quantize_parameters(module: nn.Module, names: Mapping[str, str], mixin: type
     Args:
         names: the word of ``quantize=``, by the name of each parameter.
     """
+    origins: dict[str, tuple[int, str]] = {}
+    for name in names:
+        origins |= _origin_of(name, module.get_parameter(name).detach())
     packed = {name: FORMS[kind].quantize(module.get_parameter(name)) for name, kind in names.items()}
-    hold(module, packed, mixin)
+    hold(module, packed, mixin, origins)
 
 
-def hold(module: nn.Module, packed: Mapping[str, PackedWeight], mixin: type[QuantizedModule]) -> None:
-    """Put packed weights in the place of the parameters of their names."""
+def _origin_of(name: str, weight: Tensor) -> dict[str, tuple[int, str]]:
+    return {} if weight.is_meta else {name: (int(sample_hash(weight, weight)), dtype_name(weight))}
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    is_whole = not (one.is_meta or other.is_meta or is_sharded(one) or is_sharded(other))
+    return is_whole and torch.equal(one, other.to(one.device))
+
+
+def hold(
+    module: nn.Module,
+    packed: Mapping[str, PackedWeight],
+    mixin: type[QuantizedModule],
+    origins: Mapping[str, tuple[int, str]] | None = None,
+) -> None:
+    """Put packed weights in the place of the parameters of their names, made from weights of these hashes."""
     swap_class(module, mixin)
     assert isinstance(module, QuantizedModule)
     module.quantized = {}
+    module.origins = dict(origins or {})
     for name, stored in packed.items():
         del module._parameters[name]
         module.quantized[name] = type(stored)({}, stored.shape, stored.dtype)
@@ -126,6 +168,37 @@ def dequantize_parameters(module: QuantizedModule) -> None:
     for name, empty in module.quantized.items():
         for part in type(empty).sizes(empty.shape):
             delattr(module, f"{name}_{part}")
-    restore_class(module, "quantized")
+    restore_class(module, "quantized", "origins")
     for name, parameter in dense.items():
         module.register_parameter(name, parameter)
+
+
+def check_state(
+    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any
+) -> None:
+    """Check the packed weights of a state dict before ``load_state_dict`` copies anything: a hook of the model.
+
+    Raises:
+        ValueError: an entry does not fit, or with ``strict`` a weight is missing.
+    """
+    missing = []
+    for path, module in model.named_modules():
+        for name, empty in module.quantized.items() if isinstance(module, QuantizedModule) else ():
+            key = f"{prefix}{path}.{name}" if path else prefix + name
+            if key in state_dict:
+                check_entries(empty, state_dict, key)
+            else:
+                missing.append(key)
+    if missing and strict:
+        raise ValueError(
+            f"the state dict lacks {len(missing)} quantised weights, {missing[0]!r} the first: is the file truncated? "
+            "Load all files of the checkpoint"
+        )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of a model's parameters, where a packed one counts as the weight that it stands for."""
+    holders = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    parts = {id(getattr(module, name)) for module in holders for name in module.part_names()}
+    packed = sum(stored.shape.numel() for module in holders for stored in module.quantized.values())
+    return packed + sum(int(logical(p).numel()) for p in model.parameters() if id(p) not in parts)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.four_bit import BLOCK, BYTES, SCALES_BLOCK, code_values, dynamic_levels, num_blocks
+from lightning_lora.ops.four_bit import BLOCK, BYTES, CODES, SCALES_BLOCK, code_values, dynamic_levels, num_blocks
 from lightning_lora.ops.packed import FORMS, Int8, NF4Double, PackedWeight, as_bytes, floats
 
 STATE = "quant_state.bitsandbytes__"
+_ENTRIES = ["absmax", "quant_map", "nested_absmax", "nested_quant_map", *(f"{STATE}{code}" for code in CODES)]
 ZERO_CODES = 0x77  # two codes of the value 0 in NF4
 
 
@@ -27,7 +28,10 @@ def state_of(stored: PackedWeight, name: str) -> dict[str, Tensor]:
         codes = parts["codes"].view(torch.int8).view(stored.shape)
         return {name: codes, scales_name(name): floats(parts["scales"])}
     numel, device = stored.shape.numel(), stored.device
-    entries = {name: parts["codes"].reshape(-1, 1)[: -(-numel // 2)], f"{name}.quant_map": code_values("nf4", device)}
+    entries = {
+        name: parts["codes"].reshape(-1, 1)[: -(-numel // 2)],
+        f"{name}.quant_map": code_values("nf4", device).clone(),
+    }
     facts: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": BLOCK,
@@ -37,7 +41,7 @@ def state_of(stored: PackedWeight, name: str) -> dict[str, Tensor]:
     if isinstance(stored, NF4Double):
         entries[f"{name}.absmax"] = parts["scales"].view(-1)
         entries[f"{name}.nested_absmax"] = floats(parts["nested"])
-        entries[f"{name}.nested_quant_map"] = dynamic_levels(device)
+        entries[f"{name}.nested_quant_map"] = dynamic_levels(device).clone()
         facts |= {"nested_blocksize": SCALES_BLOCK, "nested_dtype": "float32"}
         facts["nested_offset"] = floats(parts["offset"][None]).item() if device.type != "meta" else 0.0
     else:
@@ -75,6 +79,17 @@ def read_parts(empty: PackedWeight, state: MutableMapping[str, Any], name: str) 
             raise ValueError(_refusal(name, f"it holds {weight.dtype} without scales", "int8 and SCB"))
         return _checked(empty, {"codes": weight.view(torch.uint8), "scales": as_bytes(parts["scales"])}, name)
     return _checked(empty, _four_bit_parts(empty, weight, state, name), name)
+
+
+def check_entries(empty: PackedWeight, state: Mapping[str, Any], name: str) -> None:
+    """Raise ``ValueError`` where :func:`read_parts` would, and take nothing out of the state dict."""
+    weight = state[name]
+    if weight.is_floating_point() and weight.shape == empty.shape:
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise ValueError(_not_finite(name))
+        return
+    keys = [name, scales_name(name), *(f"{name}.{entry}" for entry in _ENTRIES)]
+    read_parts(empty, {key: state[key] for key in keys if key in state}, name)
 
 
 def _four_bit_parts(
@@ -116,8 +131,12 @@ def _checked(empty: PackedWeight, parts: Mapping[str, Tensor], name: str) -> Map
 
 def _finite(stored: PackedWeight, name: str) -> PackedWeight:
     if not stored.is_finite():
-        raise ValueError(f"{name!r} holds NaN or infinity, which cannot be quantised: load a base without them")
+        raise ValueError(_not_finite(name))
     return stored
+
+
+def _not_finite(name: str) -> str:
+    return f"{name!r} holds NaN or infinity, which cannot be quantised: load a base without them"
 
 
 def _refusal(name: str, given: str, expected: str) -> str:

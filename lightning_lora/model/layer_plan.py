@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.model.base_form import QuantizationPlan
 from lightning_lora.model.names import listed
 
 
@@ -69,6 +70,7 @@ class Plan(Sequence[LayerPlan]):
         trained_whole: names of the modules, and of parameters that a model holds itself, that train whole.
         trained: names and sizes of the base parameters that train: those of ``trained_whole``, and biases.
         capped: ranks of the layers that are smaller than the rank that was asked for, by name.
+        quantization: what of the base is quantised first, if it was asked for.
         model_name: name of the model's class.
         num_base: number of the model's own parameters.
         model: the model, until the plan is applied.
@@ -80,6 +82,7 @@ class Plan(Sequence[LayerPlan]):
     trained_whole: tuple[str, ...] = ()
     trained: Mapping[str, int] = field(default_factory=dict, hash=False)
     capped: Mapping[str, int] = field(default_factory=dict, hash=False)
+    quantization: QuantizationPlan | None = None
     model_name: str = ""
     num_base: int = 0
     model: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -143,4 +146,6 @@ class Plan(Sequence[LayerPlan]):
         ]
         if self.trained:
             lines.append(f"  trained whole: {listed(list(self.trained))} ({sum(self.trained.values()):,} parameters)")
+        if self.quantization is not None:
+            lines.append(f"  base in {self.quantization}")
         return "\n".join([*lines, *([f"  {self.capped_ranks}"] if self.capped else [])])

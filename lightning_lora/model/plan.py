@@ -1,32 +1,41 @@
 """Decide what an injection will do to a model, and check all of it, before anything is changed."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALayer
+from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import LoRAParameters
-from lightning_lora.layers.split import SplitLinear
+from lightning_lora.layers.quantized import num_parameters
 from lightning_lora.layers.token_rows import check_rows
+from lightning_lora.model.base_form import QuantizationPlan, check_form, quantization_of
 from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
 from lightning_lora.model.matching import check_patterns, is_all_linear, pattern_value
 from lightning_lora.model.names import named_modules
-from lightning_lora.model.state import injection_of, uncompiled
+from lightning_lora.model.quantize import plan_quantization
+from lightning_lora.model.state import uncompiled
 from lightning_lora.model.targets import Chosen, choose_mixin, select_layers, select_parameters
 from lightning_lora.model.trained_base import base_that_trains, new_heads, select_token_rows, select_trained_whole
+from lightning_lora.model.untouched import check_untouched
 
 
-def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: bool = True) -> Plan:
+def plan(
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    quantize: Quantization | None = None,
+    quantize_exclude: str | Sequence[str] | None = None,
+    check_ranks: bool = True,
+) -> Plan:
     """Decide and check all that :func:`~lightning_lora.inject` would do to ``model``, and change nothing.
 
     Args:
         config: ``None`` is ``LoRAConfig()``.
+        quantize, quantize_exclude: as in :func:`~lightning_lora.inject`; the plan says the bytes of the base.
         check_ranks: refuse a rank above a layer's size; files of PEFT may hold such ranks.
 
     Returns:
@@ -55,7 +64,7 @@ def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: boo
         hint = ": write LoRAConfig.from_peft(config)" if hasattr(config, "peft_type") else ""
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{hint}")
     model = uncompiled(model)
-    _check_untouched(model)
+    check_untouched(model)
     to_save = config.modules_to_save
     trained_whole = new_heads(model) if to_save is None else select_trained_whole(model, to_save)
     layers = select_layers(model, config, trained_whole)
@@ -73,10 +82,23 @@ def plan(model: nn.Module, config: LoRAConfig | None = None, *, check_ranks: boo
     adapted = [modules[name] for name in {layer for layer, _ in (layers | parameters).values()}]
     adapted += [module for table, tied, _ in tables.values() for module in (table, *tied)]
     trained = base_that_trains(model, trained_whole, adapted, config.bias)
-    num_base = sum(parameter.numel() for parameter in model.parameters())
-    return Plan(
-        config, pairs, tuple(rows), tuple(trained_whole), trained, capped, type(model).__name__, num_base, model
-    )
+    keep = dict.fromkeys(trained_whole, "trains whole")
+    keep |= dict.fromkeys((layer for layer, _ in parameters.values()), "adapted by target_parameters")
+    keep |= {names[one]: "rows of it train" for table, tied, _ in tables.values() for one in (table, *tied)}
+    quantization = None if quantize is None else _plan_base(model, quantize, quantize_exclude, keep)
+    about = (quantization, type(model).__name__, num_parameters(model), model)
+    return Plan(config, pairs, tuple(rows), tuple(trained_whole), trained, capped, *about)
+
+
+def _plan_base(
+    model: nn.Module, kind: Quantization, exclude: str | Sequence[str] | None, keep: Mapping[str, str]
+) -> QuantizationPlan:
+    """Return how the base will be quantised, or how it was by an earlier run with the same settings."""
+    former = quantization_of(model)
+    if former is None:
+        return plan_quantization(model, kind, exclude=exclude, keep=keep)
+    check_form(former, kind, exclude)
+    return former
 
 
 def _check_apart(
@@ -172,29 +194,3 @@ def _check_rank(pair: LayerPlan) -> None:
             f"it its own rank with rank_pattern={{{pair.name!r}: {size}}}, train it whole with modules_to_save, or "
             "leave it out with exclude_modules"
         )
-
-
-def _check_untouched(model: nn.Module) -> None:
-    """Raise ``ValueError`` for a model that is adapted already, split over ranks, or has parameters without a size."""
-    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
-    theirs = () if peft_layers is None else (peft_layers.BaseTuner, peft_layers.BaseTunerLayer)
-    for name, module in model.named_modules():
-        for local, parameter in module._parameters.items():
-            if nn.parameter.is_lazy(parameter):
-                lazy = f"{name}.{local}"
-                raise ValueError(f"{lazy!r} has no size yet (a lazy module): run one batch through the model first")
-        if isinstance(module, SplitLinear):
-            raise ValueError(
-                f"{name!r} was split over ranks by a former run under 'megatron_lora', and an adapter would be put in "
-                "whole: build the model anew"
-            )
-        if isinstance(module, LoRALayer) or injection_of(module) is not None:
-            raise ValueError(
-                f"{name or type(model).__name__!r} is already adapted, as part of another model: call remove on "
-                "it first"
-            )
-        if isinstance(module, theirs):
-            raise ValueError(
-                f"{type(model).__name__} is already wrapped by PEFT (at {name or 'the top'!r}): pass the base model, "
-                "peft_model.unload(); adapters that PEFT saved are read by load_peft(model, directory)"
-            )

@@ -1,54 +1,31 @@
 """Quantise a frozen base in place: its linear layers hold 4 or 8 bits a weight, before adapters are put in."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from lightning_lora.compat.torch import compiled_module, remove_load_hook
 from lightning_lora.config import Quantization
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, quantize_parameters
+from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, check_state, quantize_parameters
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.same_code import is_plain_linear
+from lightning_lora.model.base_form import (
+    QuantizationPlan,
+    check_kind,
+    check_not_foreign,
+    plain_exclusion,
+    quantization_of,
+)
 from lightning_lora.model.families import output_head
 from lightning_lora.model.matching import check_hits, hits
-from lightning_lora.model.names import clean_name, is_inside_any, joined, listed
+from lightning_lora.model.names import clean_name, is_inside, joined, listed
 from lightning_lora.model.trained_base import new_heads
+from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.packed import FORMS
-from lightning_lora.ops.quantized import stored_as
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers beside a module called "experts"
-
-
-@dataclass(frozen=True)
-class QuantizationPlan:
-    """What :func:`quantize` will pack.
-
-    Attributes:
-        kind: ``"nf4"``, ``"nf4-dq"`` or ``"int8"``.
-        layers: names of the layers, in the order of the model.
-        left_out: linear layers, and stacks of experts' matrices, that stay as they are, each with the reason.
-        bytes_before: of the layers' weights.
-        bytes_after: of their packed parts.
-    """
-
-    kind: Quantization
-    layers: tuple[str, ...]
-    left_out: Mapping[str, str]
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        stay = "".join(
-            f"; not {listed([name for name, why in self.left_out.items() if why == reason])} ({reason})"
-            for reason in dict.fromkeys(self.left_out.values())
-        )
-        return (
-            f"{self.kind}: {len(self.layers)} linear layers, {self.bytes_before / 1e6:,.1f} -> "
-            f"{self.bytes_after / 1e6:,.1f} MB{stay}"
-        )
 
 
 def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> QuantizationPlan:
@@ -72,22 +49,52 @@ def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[st
             weight holds NaN or infinity. Nothing is changed then.
     """
     decided = plan_quantization(model, kind, exclude=exclude)
+    apply_quantization(model, decided)
+    return decided
+
+
+def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
+    """Quantise the layers of a plan in place, one after another; a model that the plan was applied to stays as it is.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity. Nothing is changed then.
+    """
+    if quantization_of(model) is not None:
+        return
+    model = compiled_module(model) or model
     modules = _modules(model)
     bad = [name for name in decided.layers if not _is_finite(modules[name])]
     if bad:
         raise ValueError(f"{listed(bad)} hold NaN or infinity, which cannot be quantised: load a base without them")
     for name in decided.layers:
-        quantize_parameters(modules[name], {"weight": kind}, QuantizedLinear)
-    return decided
+        quantize_parameters(modules[name], {"weight": decided.kind}, QuantizedLinear)
+    run_at_injection()
+    model.register_load_state_dict_pre_hook(check_state)
+    model.lora_quantization = decided  # type: ignore[assignment]  # a plain attribute
+
+
+def check_packed_last(model: nn.Module) -> None:
+    """Let ``load_state_dict`` of a quantised model check packed weights after its other hooks have filled some in."""
+    if quantization_of(model) is not None:
+        remove_load_hook(model, check_state)
+        model.register_load_state_dict_pre_hook(check_state)
 
 
 def plan_quantization(
-    model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None
+    model: nn.Module,
+    kind: Quantization,
+    *,
+    exclude: str | Sequence[str] | None = None,
+    keep: Mapping[str, str] | None = None,
 ) -> QuantizationPlan:
-    """Decide and check what :func:`quantize` would pack, and change nothing. The model may be on the meta device."""
-    if kind not in FORMS:
-        raise ValueError(f"quantize must be one of {', '.join(map(repr, get_args(Quantization)))}, got {kind!r}")
+    """Decide and check what :func:`quantize` would pack, and change nothing. The model may be on the meta device.
+
+    Args:
+        keep: modules that stay as they are, each with the reason.
+    """
+    check_kind(kind)
     modules = _modules(model)
+    check_not_foreign(modules)
     for name, module in modules.items():
         if isinstance(module, QuantizedModule):
             raise ValueError(f"{name!r} is quantised: quantise a base once, from its floating-point weights")
@@ -95,7 +102,7 @@ def plan_quantization(
             raise ValueError(f"{name!r} is adapted: quantise the base before adapters are put in")
     check_hits("quantize_exclude", exclude, modules, type(model).__name__)
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    left_out = {name: why for name in linear if (why := _reason(model, modules, name, exclude)) is not None}
+    left_out = _left_out(model, modules, linear, exclude, keep or {})
     layers = tuple(name for name in linear if name not in left_out)
     left_out |= _stacks(modules)
     if not layers:
@@ -106,6 +113,7 @@ def plan_quantization(
     sizes = [FORMS[kind].sizes(weight.shape) for weight in weights]
     return QuantizationPlan(
         kind,
+        plain_exclusion(exclude),
         layers,
         left_out,
         bytes_before=sum(weight.numel() * weight.element_size() for weight in weights),
@@ -113,23 +121,37 @@ def plan_quantization(
     )
 
 
-def _reason(model: nn.Module, modules: Mapping[str, nn.Module], name: str, exclude: Any) -> str | None:
-    """Return why a linear layer is left as it is, or ``None``."""
+def _left_out(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    linear: Iterable[str],
+    exclude: str | Sequence[str] | None,
+    keep: Mapping[str, str],
+) -> dict[str, str]:
+    """Return the linear layers that are left as they are, each with the reason."""
+    kept = dict.fromkeys(new_heads(model), "new task head") | dict(keep)
+    heads = {id(head) for module in (model, *modules.values()) if (head := output_head(module)) is not None}
+    left_out = {}
+    for name in linear:
+        parent = name.rpartition(".")[0]
+        within = next((why for path, why in kept.items() if is_inside(name, path)), None)
+        if hits(exclude, name) or any(hits(exclude, path) for path in _paths(parent)):
+            left_out[name] = "excluded"
+        elif id(modules[name]) in heads:
+            left_out[name] = "output head"
+        elif (why := within or _reason(modules, name)) is not None:
+            left_out[name] = why
+    return left_out
+
+
+def _reason(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Return why a linear layer cannot be packed for what it is and where, or ``None``."""
     layer, (parent, _, local) = modules[name], name.rpartition(".")
     weight = layer._parameters.get("weight")
-    if hits(exclude, name) or any(hits(exclude, path) for path in _paths(parent)):
-        return "excluded"
-    if layer is output_head(model) or any(layer is output_head(m) for m in modules.values()):
-        return "output head"
-    if is_inside_any(name, new_heads(model)):
-        return "new task head"
     if local in ROUTERS and f"{parent}.experts".lstrip(".") in modules:
         return "router"
     if not is_plain_linear(type(layer)) or weight is None:
         return "has a forward of its own"
-    kind = stored_as(weight)
-    if kind is not None:
-        return f"stored as {kind}"
     if sum(weight is other for module in modules.values() for other in module._parameters.values()) > 1:
         return "shares its weight"
     if isinstance(modules.get(parent), nn.MultiheadAttention) or reader_of(modules, name) is not None:

@@ -12,6 +12,7 @@ from lightning_lora.compat.torch import batch_norm_class
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.dora import DoRA
+from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.model.names import clean_name, is_inside_any, joined
 from lightning_lora.model.state import Injection, injection_of, is_merged, named_trained_whole, require_injection
 from lightning_lora.ops.weights import row_norms
@@ -156,6 +157,8 @@ def _restart_magnitudes(root: nn.Module, state_dict: dict[str, Any], prefix: str
         weight = state_dict.get(f"{prefix}{joined(name, 'weight')}")
         if not isinstance(layer, DoRA) or not isinstance(weight, Tensor) or not layer.is_at_start():
             continue
+        if isinstance(layer, QuantizedModule):
+            weight = layer.dense_in(state_dict, f"{prefix}{name}." if name else prefix, "weight")
         matrix = layer.as_matrix(weight.to(layer.base_weight))
         norms = row_norms(matrix, *layer.factors(), layer.lora_scaling)
         state_dict[f"{prefix}{joined(name, 'lora_magnitude')}"] = norms.view_as(layer.lora_magnitude)

@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.quantized import num_parameters
+from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.matching import is_all_linear, left_out_towers
 from lightning_lora.model.names import clean_name, is_inside, joined, listed, named_modules
 from lightning_lora.model.spread import class_name
@@ -36,6 +38,8 @@ def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
         *([_line("outside", "outside_parameters", count, outside)] if count["outside_parameters"] else []),
         _line("frozen", "frozen_parameters", count),
     ]
+    if (base := quantization_of(root)) is not None:
+        lines.append(f"  base in {base}")
     towers = left_out_towers(root) if is_all_linear(plan.config.target_modules) else {}
     if towers:
         left = ", ".join(f"{name} ({number} linear layers)" for name, number in towers.items())
@@ -73,7 +77,7 @@ def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:
     adapters = _numel(p for _, p in named_adapter_parameters(root))
     whole = _numel(named_trained_whole(root).values())
     trainable = _numel(p for p in pl_module.parameters() if p.requires_grad)
-    total = _numel(pl_module.parameters())
+    total = num_parameters(pl_module)
     return {
         "adapter_parameters": adapters,
         "whole_parameters": whole,

@@ -18,6 +18,7 @@ from lightning_lora.compat.torch import checkpoint_frame
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.spread import WHAT_TO_WRITE, class_name
+from lightning_lora.model.written_config import quantization_in_config
 from lightning_lora.ops.sharded import is_part
 
 _WRAPPED: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (owner, name) -> (its former value, ours)
@@ -142,7 +143,8 @@ def guard_save_pretrained() -> None:
 
     While the adapters are merged or disabled, the model is written as it computes; without their tensors, if the method
     takes ``state_dict=``. While they are active, and of a model that is spread over ranks, it is an error that says
-    what to write instead. A model without adapters, and a ``state_dict=`` without any, is written as ever.
+    what to write instead. A model without adapters, and a ``state_dict=`` without any, is written as ever; of a base
+    that is quantised the config says so.
     """
     for module, name in _WRITERS.items():
         if (cls := getattr(sys.modules.get(module), name, None)) is not None:
@@ -160,7 +162,8 @@ def _looking_for_adapters(method: Any) -> Any:
         state = _without_adapters(self, call.arguments.get("state_dict"))
         if state is not None and "state_dict" in signature.parameters:
             call.arguments["state_dict"] = state
-        return method(*call.args, **call.kwargs)
+        with quantization_in_config(self):
+            return method(*call.args, **call.kwargs)
 
     return save_pretrained
 

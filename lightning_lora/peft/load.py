@@ -1,19 +1,23 @@
 """``load_peft``: load a PEFT directory into a model, after checking the base tensors that it holds."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import nn
 
-from lightning_lora.checkpoint.fingerprint import fingerprint, first_difference, first_other_value, renamed
+from lightning_lora.checkpoint.comparison import compare_base, first_other_value
+from lightning_lora.checkpoint.fingerprint import fingerprint, renamed
 from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
-from lightning_lora.model.families import Family, family_of, resize_advice
+from lightning_lora.config import Quantization
+from lightning_lora.model.families import Family, family_of
 from lightning_lora.model.inject import inject_anew, remove
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import OnNonfinite, check_finite, require_injection
+from lightning_lora.peft.base_tensors import check_trained, named_tensors
 from lightning_lora.peft.config import CONFIG_NAME, checked
 from lightning_lora.peft.diffusers import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.peft.directory import Adapter, read_files, sorted_tensors
@@ -28,6 +32,8 @@ def load_peft(
     check_base: bool = True,
     component: str | None = None,
     on_nonfinite: OnNonfinite = "error",
+    quantize: Quantization | None = None,
+    quantize_exclude: str | Sequence[str] | None = None,
 ) -> nn.Module:
     """Adapt ``model`` as a PEFT directory describes, in place, and load its tensors. Returns the same object.
 
@@ -40,6 +46,7 @@ def load_peft(
             such as ``"unet"`` or ``"text_encoder"``; not needed where it holds one.
         check_base: compare the model with the fingerprint of the base that :func:`save_peft` left in the file.
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
+        quantize, quantize_exclude: quantise the base first, as in :func:`~lightning_lora.inject`.
 
     Raises:
         FileNotFoundError: the directory, its config or its tensors are missing.
@@ -54,23 +61,24 @@ def load_peft(
     check_finite(files.tensors, directory, on_nonfinite)
     recorded = files.metadata.get("base") if check_base else None
     recorded = recorded and {**recorded, "hashes": torch.tensor(recorded["hashes"])}
+    quantization = {"quantize": quantize, "quantize_exclude": quantize_exclude}
     family = family_of(model)
     skeleton = None if family is None else family.skeleton(model)
     if family is not None and skeleton is not None:
-        _load_by_skeleton(model, family, skeleton, adapter, recorded)
+        _load_by_skeleton(model, family, skeleton, adapter, recorded, **quantization)
     else:
-        _load(model, adapter, recorded)
+        _load(model, adapter, recorded, **quantization)
     return model
 
 
-def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -> None:
+def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None, **quantization: Any) -> None:
     """Check that the adapter fits, adapt the model as it says, and copy its tensors."""
     modules = {clean_name(name): module for name, module in model.named_modules()}
     _set_copies_apart(adapter, modules)
     _check_ties(model, adapter, modules)
     tensors = named_by_layer(adapter, modules, model)
-    tails = _check_trained(model, adapter)
-    inject_anew(model, settings_of(model, adapter, tensors, modules), check_ranks=False)
+    tails = check_trained(model, adapter)
+    inject_anew(model, settings_of(model, adapter, tensors, modules), check_ranks=False, **quantization)
     untold = _untrained_values(model, adapter)
     if untold:
         remove(model)
@@ -79,18 +87,26 @@ def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -
             "does not train. Is a file damaged, or from another PEFT?"
         )
     if recorded is not None:
-        _refuse_base(model, adapter.source, recorded, first_difference(model, recorded))
+        found = compare_base(model, recorded)
+        _refuse_base(model, adapter.source, recorded, found.values)
+        if found.form is not None:
+            rank_zero_info(f"{adapter.source}: {found.form}")
     copy_tensors(tensors | adapter.trained, model)
     for target, first, rows in tails:
         target[first:].copy_(rows)
 
 
 def _load_by_skeleton(
-    model: nn.Module, family: Family, skeleton: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None
+    model: nn.Module,
+    family: Family,
+    skeleton: nn.Module,
+    adapter: Adapter,
+    recorded: dict[str, Any] | None,
+    **quantization: Any,
 ) -> None:
     """Load an adapter that names other layers than ``model`` does, by way of a skeleton of those."""
     _load(skeleton, adapter, None)
-    inject_anew(model, require_injection(skeleton).config, check_ranks=False)
+    inject_anew(model, require_injection(skeleton).config, check_ranks=False, **quantization)
     if recorded is not None:
         own = renamed(fingerprint(model), family.peft_name)
         _refuse_base(model, adapter.source, recorded, first_other_value(own, recorded))
@@ -139,46 +155,10 @@ def _check_ties(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Mod
             adapter.base.pop(name, None)
 
 
-def _check_trained(model: nn.Module, adapter: Adapter) -> list[tuple[Tensor, int, Tensor]]:
-    """Check the base tensors in a directory: those that trained must fit, untrained copies must be the model's own.
-
-    Returns:
-        ``(table, first row, rows)`` for every embedding whose copy differs in its last rows: rows that were added.
-    """
-    own = _named_tensors(model)
-    for name, value in (adapter.trained | adapter.base).items():
-        if name not in own:
-            raise ValueError(
-                f"{adapter.source} holds {name!r}, which {type(model).__name__} lacks: another base model?"
-            )
-        if value.shape != own[name].shape:
-            hint = resize_advice(model, name, value.shape, own[name].shape)
-            raise ValueError(
-                f"{adapter.source} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}{hint}"
-            )
-        if value.is_floating_point() != own[name].is_floating_point():  # a batch normalisation counts its batches
-            raise ValueError(f"{adapter.source} has {value.dtype} for {name!r}, the model has {own[name].dtype}")
-    tails: list[tuple[Tensor, int, Tensor]] = []
-    for name, value in adapter.base.items():
-        if own[name].device.type == "meta":
-            continue
-        differs = value.bfloat16() != own[name].detach().cpu().bfloat16()
-        if not bool(differs.any()):
-            continue
-        first = int(differs.flatten(1).any(1).nonzero()[0]) if value.ndim > 1 else 0
-        if first < value.shape[0] // 2:
-            raise ValueError(
-                f"{adapter.source} brings its own base tensor {name!r}, which differs from the model's (a trained "
-                "embedding, or another base): load that base first"
-            )
-        tails.append((own[name].detach(), first, value[first:]))
-    return tails
-
-
 def _untrained_values(model: nn.Module, adapter: Adapter) -> list[str]:
     """Return the base tensors that a file brings and the adapted model does not train, where they differ from it."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    whole, own = require_injection(model).trained_whole, _named_tensors(model)
+    whole, own = require_injection(model).trained_whole, named_tensors(model)
     return [
         name
         for name, value in adapter.trained.items()
@@ -186,10 +166,6 @@ def _untrained_values(model: nn.Module, adapter: Adapter) -> list[str]:
         and not any(name.startswith(f"{module}.") for module in whole)
         and not is_value(value, own[name])
     ]
-
-
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
 
 
 def _is_whole(owner: str, adapter: Adapter) -> bool:

@@ -21,7 +21,7 @@ _START = (
     "leave it out: this start is not built in. Take init='pissa' or 'olora', or let PEFT make the start, save the "
     "adapter there for the original base, and begin with LoRACallback(init_from=directory)"
 )
-_PLACE = "in LoRACallback, in inject(model, config, ...) or in the strategy"
+_PLACE = "in LoRACallback or in inject(model, config, ...)"
 _ADALORA = "write LoRACallback(adalora=AdaLoRA({name}={value}, ...))"
 _PEFT = {
     "task_type": "leave it out: a new task head trains by itself, and modules_to_save names others",
@@ -64,10 +64,14 @@ _BITSANDBYTES = {
     "llm_int8_skip_modules": f"write quantize_exclude={{value}} {_PLACE}",
     "quantization_config": f"give it to from_pretrained, or write quantize='nf4' {_PLACE}",
 }
+_OF_THE_BASE = {
+    name: f"write {name}={{value}} {_PLACE}: it says how the base is stored"
+    for name in ("quantize", "quantize_exclude")
+}
 _OTHERS = dict.fromkeys(("lora_plus_lr_ratio", "lorap_lr_ratio"), _RATIO)
 _SOURCES: Mapping[str, Mapping[str, str]] = {
     "PEFT's name": _PEFT, "bitsandbytes' name": _BITSANDBYTES, "a name of LoRA+ elsewhere": _OTHERS,
-    "no field of LoRAConfig": {"lora_plus_ratio": _RATIO},
+    "no field of LoRAConfig": {"lora_plus_ratio": _RATIO} | _OF_THE_BASE,
 }  # fmt: skip
 
 

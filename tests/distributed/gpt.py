@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_lora import MegatronLoRAStrategy, named_adapter_parameters
 from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
+from lightning_lora.megatron import cpu
 from lightning_lora.megatron.family import Megatron
 from lightning_lora.megatron.models import gpt_model
 from lightning_lora.megatron.weights import load_hf_weights
@@ -165,4 +166,5 @@ def launched(size: int, **options: Any) -> Fabric:
     strategy = FabricStrategy(tensor_parallel_size=size, **options)
     fabric = Fabric(accelerator="cpu", devices=rank_of()[1], strategy=strategy)
     fabric.launch()
+    cpu.install()  # for tests that run layers after the strategy is gone
     return fabric

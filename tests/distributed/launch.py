@@ -56,7 +56,7 @@ def run(
         "arguments": arguments,
         "environments": [{**kept, **(environment or {}), **own} for own in variables],
         "outputs": list(map(str, outputs)),
-        "fresh": fresh or "FRESH_RANKS" in os.environ,  # which a torch needs that cannot train in a forked process
+        "fresh": fresh,
         "folder": str(folder),
         "module": module,
     }

@@ -62,7 +62,7 @@ def adapters_after(cls: type, directory: Path, *arguments: str) -> dict[str, Ten
             "--trainer.use_distributed_sampler=false",
             "--trainer.callbacks+=lightning_lora.LoRACallback",
             "--trainer.callbacks.r=4",
-            "--optimizer=AdamW",
+            "--optimizer=torch.optim.AdamW",
             "--optimizer.lr=0.01",
             "--optimizer.eps=0.0001",
             "--lr_scheduler=StepLR",

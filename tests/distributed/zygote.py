@@ -34,7 +34,8 @@ PRELOADED = (
 
 
 def serve() -> None:
-    torch.set_num_threads(1)
+    # OMP_NUM_THREADS is 1. torch.set_num_threads(1) here would make a thread pool. Torch's autograd threads of a forked
+    # rank, eight with Megatron-core on torch 2.14, then replace it all at once, and one that finds none aborts the rank.
     for name in PRELOADED:
         importlib.import_module(name)
     with warnings.catch_warnings(), contextlib.suppress(ImportError):  # tests that need it say what is missing

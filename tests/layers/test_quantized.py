@@ -25,7 +25,9 @@ def quantized(kind: str, features: tuple[int, int] = (128, 96), *, bias: bool = 
 
 @pytest.fixture
 def bitsandbytes():
-    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    import bitsandbytes  # takes a second
+
+    return bitsandbytes
 
 
 @pytest.mark.parametrize("kind", KINDS)

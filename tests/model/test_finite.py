@@ -30,8 +30,8 @@ BROKEN = "layers.1.mlp.up_proj.lora_B"
 NAMED = rf"{BROKEN}(\.weight)?' holds NaN or infinity"
 
 
-def broken(value: float = torch.nan, **config: Any) -> nn.Module:
-    model = inject(models.llama(), LoRAConfig(r=2, **config))
+def broken(value: float = torch.nan, quantize: Any = None, **config: Any) -> nn.Module:
+    model = inject(models.llama(), LoRAConfig(r=2, **config), quantize=quantize)
     with torch.no_grad():
         model.get_parameter(f"model.{BROKEN}")[3, 1] = value
     return model
@@ -57,10 +57,12 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_save_peft_writes_nothing(tmp_path: Path, value: float) -> None:
+def test_save_peft_writes_nothing(tmp_path: Path, value: float, quantize: Any, portable: bool) -> None:
     with pytest.raises(ValueError, match=NAMED):
-        save_peft(broken(value), tmp_path / "peft")
+        save_peft(broken(value, quantize), tmp_path / "peft", portable=portable)
     assert not (tmp_path / "peft").exists()
 
 
@@ -91,8 +93,10 @@ def fit(**settings: Any) -> Callable[[Path], Any]:
     return lambda files: trainer(files, LoRACallback(r=2, **settings)).fit(LanguageModule(), loader())
 
 
-def resume(files: Path) -> None:
-    trainer(files, LoRACallback(r=2), max_epochs=2).fit(LanguageModule(), loader(), ckpt_path=files / "last.ckpt")
+def resume(files: Path, **lora: Any) -> None:
+    trainer(files, LoRACallback(r=2, **lora), max_epochs=2).fit(
+        LanguageModule(), loader(), ckpt_path=files / "last.ckpt"
+    )
 
 
 def load_with_fabric(files: Path) -> None:
@@ -115,8 +119,11 @@ READERS = {
     "checkpoint": lambda files: load_state(files, "plain.ckpt"),
     "state": lambda files: load_state(files, None),
     "convert": lambda files: convert(files / "plain.ckpt", files / "out"),
+    "convert_portable": lambda files: convert(files / "plain.ckpt", files / "out", portable=True),
     "combine": lambda files: combine([files / "peft"], None, files / "out"),
     "fabric": load_with_fabric,
+    "resume_quantised": lambda files: resume(files, quantize="nf4"),
+    "load_peft_quantised": lambda files: load_peft(models.llama(), files / "peft", quantize="nf4"),
 }
 
 

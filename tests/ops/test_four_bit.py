@@ -1,5 +1,6 @@
 """4-bit codes: bit for bit bitsandbytes' own, in codes, scales and dense values."""
 
+import bitsandbytes.functional as functional
 import pytest
 import torch
 
@@ -14,7 +15,6 @@ from lightning_lora.ops.four_bit import (
     quantize_scales,
 )
 
-functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 CPU = torch.device("cpu")
 # whole blocks, short last blocks, an odd number of values, less than a block
 SHAPES = [(64, 64), (96, 128), (7, 13), (1, 1), (3, 576), (1, 127)]

@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRACallback, LoRAConfig, named_adapter_parameters
+from lightning_lora.model.base_form import quantization_of
 from tests import models
 from tests.runs import LanguageModule, loader, same_adapters, trainer
 
@@ -67,6 +68,17 @@ def test_yaml_configures_the_callback_and_is_written_back(tmp_path: Path, monkey
     written = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]["trainer"]["callbacks"][0]
     again = yaml.safe_load(CONFIG)["trainer"]["callbacks"][0]
     assert written["class_path"] == again["class_path"]
+    assert again["init_args"].items() <= written["init_args"].items()
+
+
+def test_yaml_quantises_the_base_and_is_written_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = CONFIG + "        quantize: nf4-dq\n        quantize_exclude: [o_proj]\n"
+    (tmp_path / "input.yaml").write_text(text + f"  default_root_dir: {tmp_path}\n")
+    cli = command(tmp_path, monkeypatch, ["fit", "--config", "input.yaml"])
+    base = quantization_of(cli.model.model)
+    assert (base.kind, base.exclude, len(base.layers)) == ("nf4-dq", ("o_proj",), 12)
+    written = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]["trainer"]["callbacks"][0]
+    again = yaml.safe_load(text)["trainer"]["callbacks"][0]
     assert again["init_args"].items() <= written["init_args"].items()
 
 
@@ -166,7 +178,7 @@ def test_an_optimizer_and_scheduler_of_the_command_line_train_the_adapters(
     def run(*more: str) -> LightningCLI:
         arguments = [f"--model={__name__}.{name}", *ARGUMENTS, f"--trainer.default_root_dir={tmp_path}", *more]
         arguments += ["--model.layers=2"] if name == "Chosen" else []
-        optimizer = ["--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=StepLR"]
+        optimizer = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", "--lr_scheduler=StepLR"]
         schedule = ["--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
         return LightningCLI(
             Base, Data, subclass_mode_model=True, seed_everything_default=0, args=["fit", *arguments, *optimizer, *schedule],
@@ -202,7 +214,7 @@ def test_an_optimizer_with_state_from_the_start_and_a_plateau_are_built_for_the_
         val_dataloader = train_dataloader
 
     monkeypatch.setattr(sys, "argv", ["cli"])
-    more = ["--optimizer=Adagrad", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
+    more = ["--optimizer=torch.optim.Adagrad", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss"]
     cli = LightningCLI(
         Validated, seed_everything_default=0, args=["fit", *ARGUMENTS, f"--trainer.default_root_dir={tmp_path}", *more]
     )
@@ -212,7 +224,7 @@ def test_an_optimizer_with_state_from_the_start_and_a_plateau_are_built_for_the_
 
 def test_without_adapters_the_command_line_is_lightnings_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["cli"])
-    arguments = ["fit", *ARGUMENTS[:-2], f"--trainer.default_root_dir={tmp_path}", "--optimizer=SGD"]
+    arguments = ["fit", *ARGUMENTS[:-2], f"--trainer.default_root_dir={tmp_path}", "--optimizer=torch.optim.SGD"]
     cli = LightningCLI(Plain, Data, seed_everything_default=0, args=arguments)
     (optimizer,) = cli.trainer.optimizers
     assert cli.model.configure_optimizers() is optimizer

@@ -284,7 +284,7 @@ def command(directory: Path, monkeypatch: pytest.MonkeyPatch, *more: str, model:
 
 
 def test_the_command_lines_optimizer_gets_the_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = ["--optimizer=AdamW", "--optimizer.lr=0.001", "--optimizer.weight_decay=0.1"]
+    optimizer = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.001", "--optimizer.weight_decay=0.1"]
     ratio = "--trainer.callbacks.lora_plus_ratio=8"
     schedule = ["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
     cli = command(tmp_path, monkeypatch, *optimizer, ratio, *schedule)
@@ -306,7 +306,7 @@ def test_the_command_lines_optimizer_gets_the_groups(tmp_path: Path, monkeypatch
 
 def test_the_ratio_is_written_into_the_yaml_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ratio = "--trainer.callbacks.lora_plus_ratio=4"
-    first = command(tmp_path / "first", monkeypatch, "--optimizer=AdamW", ratio)
+    first = command(tmp_path / "first", monkeypatch, "--optimizer=torch.optim.AdamW", ratio)
     content = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
     assert content["trainer"]["callbacks"][0]["init_args"]["lora_plus_ratio"] == 4.0
     monkeypatch.setattr(sys, "argv", ["cli"])
@@ -332,7 +332,7 @@ def test_two_callbacks_with_two_ratios_are_refused(tmp_path: Path, monkeypatch: 
         "--trainer.callbacks.module=model.model.layers.1", "--trainer.callbacks.lora_plus_ratio=4",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"share its optimizer; they ask for lora_plus_ratio=\[4.0, 8.0\]"):
-        command(tmp_path, monkeypatch, "--optimizer=AdamW", *second)
+        command(tmp_path, monkeypatch, "--optimizer=torch.optim.AdamW", *second)
 
 
 @pytest.mark.parametrize("ratio", [0, -2.0, float("inf")])

@@ -132,7 +132,7 @@ def make_mesh(device: torch.device, world_size: int, replicate_size: int) -> Dev
     if "ignored_params" not in inspect.signature(fully_shard).parameters or not hasattr(
         FSDPModule, "set_unshard_in_backward"
     ):
-        raise ValueError(f"'fsdp_lora' needs a newer torch than {torch.__version__}; 2.13 is what it is tested with")
+        raise ValueError(f"'fsdp_lora' needs a newer torch than {torch.__version__}; it is tested with 2.12 to 2.14")
     if world_size % replicate_size:
         raise ValueError(f"replicate_size={replicate_size} does not divide the {world_size} ranks")
     if replicate_size == 1:

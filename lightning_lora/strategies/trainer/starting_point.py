@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -19,40 +20,48 @@ from lightning_lora.model.state import OnNonfinite, has_trained, injection_of, n
 from lightning_lora.peft.load import load_peft
 
 
-def configure_then_adapt(
-    configure_model: Callable[[], None],
-    pl_module: nn.Module,
-    given: dict[str, Any],
-    path: str | None,
-    init_from: str | None,
-    on_nonfinite: OnNonfinite,
-) -> None:
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        given: settings that replace the defaults, or those of the file; what the file holds must fit them.
+        path: name of the pretrained model, as ``LoRACallback(module=...)``.
+        init_from: the file or directory with the adapters that the run starts from.
+        on_nonfinite: what to do about an adapter there that holds NaN or infinity.
+        quantization: ``quantize`` and ``quantize_exclude`` of :func:`~lightning_lora.inject`.
+    """
+
+    given: dict[str, Any]
+    path: str | None
+    init_from: str | None
+    on_nonfinite: OnNonfinite
+    quantization: dict[str, Any]
+
+
+def configure_then_adapt(configure_model: Callable[[], None], pl_module: nn.Module, start: Start) -> None:
     """Stand in for ``configure_model``: build, then adapt."""
     configure_model()
-    source = None if init_from is None else _read_base_first(pl_module, path)
-    adapt_module(pl_module, given, path, init_from, on_nonfinite)
+    source = None if start.init_from is None else _read_base_first(pl_module, start.path)
+    adapt_module(pl_module, start)
     if source is not None:
-        require_injection(find_root(pl_module, path)[1]).base_weights = source
+        require_injection(find_root(pl_module, start.path)[1]).base_weights = source
 
 
-def adapt_module(
-    pl_module: nn.Module, given: dict[str, Any], path: str | None, init_from: str | None, on_nonfinite: OnNonfinite
-) -> None:
-    """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is.
-
-    Args:
-        given: settings that replace the defaults, or those of the file; what the file holds must fit them.
-    """
-    root_path, root = find_root(pl_module, path)
-    injection = injection_of(root)
+def adapt_module(pl_module: nn.Module, start: Start) -> None:
+    """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is."""
+    root_path, root = find_root(pl_module, start.path)
+    injection, init_from = injection_of(root), start.init_from
     if init_from is None and injection is None:
-        inject_anew(root, LoRAConfig(**given), check_ranks=True)  # the first lines of the run say what inject would
+        # the first lines of the run say what inject would
+        inject_anew(root, LoRAConfig(**start.given), check_ranks=True, **start.quantization)
         return
     if init_from is None:
-        inject(root, LoRAConfig(**given))  # an error where it was adapted otherwise
+        inject(root, LoRAConfig(**start.given), **start.quantization)  # an error where it was adapted otherwise
         return
     if injection is not None and injection.source == init_from:
-        inject(root, dataclasses.replace(injection.config, **given))  # an error where it was adapted otherwise
+        config = dataclasses.replace(injection.config, **start.given)
+        inject(root, config, **start.quantization)  # an error where it was adapted otherwise
         return
     if injection is not None:
         if has_trained(root):
@@ -62,9 +71,9 @@ def adapt_module(
             )
         remove(root)
     if location(init_from).is_dir():
-        _adapt_from_directory(root, given, init_from, on_nonfinite)
+        _adapt_from_directory(root, start, init_from)
     else:
-        _adapt_from_checkpoint(root, root_path, given, init_from, on_nonfinite)
+        _adapt_from_checkpoint(root, root_path, start, init_from)
     injection = require_injection(root)
     injection.source = init_from
     own = LoRAConfig().to_dict()
@@ -72,25 +81,23 @@ def adapt_module(
     rank_zero_info(f"LoRA starts from {init_from}: {', '.join(changed) or 'all settings at their defaults'}")
 
 
-def _adapt_from_checkpoint(
-    root: nn.Module, root_path: str, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite
-) -> None:
-    """Adapt ``root`` with the file's config, in which ``given`` replaces settings, and copy the weights inside it."""
+def _adapt_from_checkpoint(root: nn.Module, root_path: str, start: Start, path: str) -> None:
+    """Adapt ``root`` with the file's config, in which settings are replaced, and copy the weights inside it."""
     checkpoint, config = one_adapter(read_checkpoint(path), root_path, path)
-    inject_anew(root, dataclasses.replace(config, **given), check_ranks=False)
+    inject_anew(root, dataclasses.replace(config, **start.given), check_ranks=False, **start.quantization)
     try:
-        tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=on_nonfinite)
+        tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=start.on_nonfinite)
     except ValueError:
         remove(root)
         raise
     copy_tensors(tensors, root)
 
 
-def _adapt_from_directory(root: nn.Module, given: dict[str, Any], path: str, on_nonfinite: OnNonfinite) -> None:
-    """Adapt ``root`` as a PEFT directory says, or with other settings ``given`` if its tensors fit them."""
-    load_peft(root, path, on_nonfinite=on_nonfinite)
+def _adapt_from_directory(root: nn.Module, start: Start, path: str) -> None:
+    """Adapt ``root`` as a PEFT directory says, or with other settings if its tensors fit them."""
+    load_peft(root, path, on_nonfinite=start.on_nonfinite, **start.quantization)
     config = require_injection(root).config
-    wanted = dataclasses.replace(config, **given)
+    wanted = dataclasses.replace(config, **start.given)
     if wanted == config:
         return
     described = structure(root)

@@ -1,0 +1,83 @@
+"""Find the quantised weights of a base: their forms, their codes, and the hash of what they were made from."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.quantized import QuantizedModule
+from lightning_lora.model.merged_model import formers_of
+from lightning_lora.model.names import clean_name, joined
+from lightning_lora.ops.packed import Int8, PackedWeight
+from lightning_lora.ops.quantized import stored_as, wraps_tensors
+from lightning_lora.ops.sample_hash import dtype_name
+from lightning_lora.ops.sharded import local_part
+
+
+class Packed(NamedTuple):
+    """A quantised weight.
+
+    Attributes:
+        form: the word of ``quantize=``; of another package's, the type or dtype that it is stored in.
+        codes: its codes, or this rank's part of them.
+        like: the stored tensor that they are of.
+    """
+
+    form: str
+    codes: Tensor
+    like: Tensor
+
+
+def packed_weights(root: nn.Module) -> dict[str, Packed]:
+    """Return the quantised weights of ``root`` that have values, by the name of the weight."""
+    found = {}
+    for path, module in root.named_modules():
+        if isinstance(module, QuantizedModule):
+            for name, empty in module.quantized.items():
+                like = getattr(module, f"{name}_codes")
+                codes = local_part(like.detach())
+                codes = codes.view(torch.int8) if isinstance(empty, Int8) else codes
+                found[joined(clean_name(path), name)] = Packed(empty.kind, codes, like)
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and stored_as(parameter) is not None:
+                codes = _codes(parameter)
+                found[joined(clean_name(path), name)] = Packed(_form(parameter), codes, codes)
+    for name, former in formers_of(root).items():
+        codes = former.stored.tensors["codes"] if isinstance(former.stored, PackedWeight) else _codes(former.stored)
+        form = former.stored.kind if isinstance(former.stored, PackedWeight) else _form(former.stored)
+        found[name] = Packed(form, codes.view(torch.int8) if form == "int8" else codes, codes)
+    return {name: one for name, one in found.items() if not one.codes.is_meta and one.like.numel() > 0}
+
+
+def origins_of(root: nn.Module) -> dict[str, tuple[int, str]]:
+    """Return the hash and the dtype of the weight that a packed one was made from, where it had values, by name."""
+    present = {
+        joined(clean_name(path), name): origin
+        for path, module in root.named_modules()
+        if isinstance(module, QuantizedModule)
+        for name, origin in module.origins.items()
+    }
+    return present | {name: one.origin for name, one in formers_of(root).items() if one.origin is not None}
+
+
+def packed_in(fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the packed weights of a fingerprint, as ``{name: (form, hash)}``; older ones have none."""
+    packed: Mapping[str, Any] = fingerprint.get("packed", {})
+    return packed
+
+
+def _codes(parameter: Tensor) -> Tensor:
+    """Return the first plain tensor that a quantised parameter is made of."""
+    while wraps_tensors(parameter):
+        parameter = getattr(parameter, parameter.__tensor_flatten__()[0][0])  # type: ignore[attr-defined]
+    return parameter.detach()
+
+
+def _form(parameter: Any) -> str:
+    """Return the name of another package's form: of bitsandbytes' weights that of their codes."""
+    kind: str | None = getattr(getattr(parameter, "quant_state", None), "quant_type", None)
+    if kind is not None:
+        return kind
+    return type(parameter).__name__ if wraps_tensors(parameter) else dtype_name(parameter)

@@ -1,0 +1,48 @@
+"""Compare the base tensors that a PEFT directory holds with a model's own."""
+
+from torch import Tensor, nn
+
+from lightning_lora.model.families import resize_advice
+from lightning_lora.model.names import clean_name
+from lightning_lora.peft.directory import Adapter
+
+
+def check_trained(model: nn.Module, adapter: Adapter) -> list[tuple[Tensor, int, Tensor]]:
+    """Check the base tensors in a directory: those that trained must fit, untrained copies must be the model's own.
+
+    Returns:
+        ``(table, first row, rows)`` for every embedding whose copy differs in its last rows: rows that were added.
+    """
+    own = named_tensors(model)
+    for name, value in (adapter.trained | adapter.base).items():
+        if name not in own:
+            raise ValueError(
+                f"{adapter.source} holds {name!r}, which {type(model).__name__} lacks: another base model?"
+            )
+        if value.shape != own[name].shape:
+            hint = resize_advice(model, name, value.shape, own[name].shape)
+            raise ValueError(
+                f"{adapter.source} has {tuple(value.shape)} for {name!r}, the model has {tuple(own[name].shape)}{hint}"
+            )
+        if value.is_floating_point() != own[name].is_floating_point():  # a batch normalisation counts its batches
+            raise ValueError(f"{adapter.source} has {value.dtype} for {name!r}, the model has {own[name].dtype}")
+    tails: list[tuple[Tensor, int, Tensor]] = []
+    for name, value in adapter.base.items():
+        if own[name].device.type == "meta":
+            continue
+        differs = value.bfloat16() != own[name].detach().cpu().bfloat16()
+        if not bool(differs.any()):
+            continue
+        first = int(differs.flatten(1).any(1).nonzero()[0]) if value.ndim > 1 else 0
+        if first < value.shape[0] // 2:
+            raise ValueError(
+                f"{adapter.source} brings its own base tensor {name!r}, which differs from the model's (a trained "
+                "embedding, or another base): load that base first"
+            )
+        tails.append((own[name].detach(), first, value[first:]))
+    return tails
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters under all of their clean names, and buffers."""
+    return {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
