@@ -537,6 +537,9 @@ def test_places_that_are_wrapped_are_called() -> None:
         of_lightning.place_of_restore_model(),
     ):  # fmt: skip
         assert callable(getattr(*place))
+    trainers, fabrics = of_lightning.connectors()
+    assert isinstance(pl.Trainer(accelerator="cpu", logger=False)._accelerator_connector, trainers)
+    assert isinstance(Fabric(accelerator="cpu")._connector, fabrics)
     file, keys = io.BytesIO(), []
     module = BoringModel()
     torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": pl.__version__}, file)

@@ -31,6 +31,6 @@ def check_plain(what: str, tensor: Any) -> None:
     if kind is not None:
         raise ValueError(
             f"{what} is stored as {kind}, and gradients through it and merging need floating-point numbers: load the "
-            "base unquantised, in bfloat16 for half the memory, or leave it out with quantize_exclude. How a linear layer's "
-            "weight is read can be said with register_stored_weight"
+            "base unquantised, in bfloat16 for half the memory, or leave it out with quantize_exclude. How the weight "
+            "of a linear layer is read can be said with register_stored_weight"
         )

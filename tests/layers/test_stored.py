@@ -223,7 +223,17 @@ def test_tokens_are_generated(kind: str) -> None:
         assert torch.equal(tokens[:, -1], model(tokens[:, :-1]).logits[:, -1].argmax(-1))
 
 
-@FORMS
+def test_merging_a_layer_that_holds_no_weight_is_refused() -> None:
+    model = stored.adapted(stored.stored_llama("registered"))
+    before = gradients(model)
+    with pytest.raises(
+        ValueError, match=r"cannot merge 'model\.layers\.0\.self_attn\.q_proj': 'weight' is not a stored"
+    ):
+        merge(model)
+    assert_same(gradients(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in stored.ALL if kind != "registered"])
 @torch.no_grad()
 def test_merging_gives_the_adapted_models_outputs_and_unmerging_the_stored_weights(kind: str) -> None:
     model = stored.adapted(stored.stored_llama(kind))
