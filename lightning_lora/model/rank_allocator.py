@@ -22,8 +22,8 @@ class RankAllocator:
     """Prunes the ranks of an adapted model's layers over a run of ``total_step`` optimizer steps.
 
     ``LoRACallback`` makes one and calls it. In a loop of your own, call :meth:`add_regularizer` before the optimizer's
-    step, and before gradients are clipped, and :meth:`after_step` after it, while the gradients are still there. Ranks
-    of a data-parallel run hold the same factors and gradients, and compute the same: nothing is communicated.
+    step, and before gradients are clipped, and :meth:`after_step` after it, while the gradients are still there. All
+    processes of a data-parallel run have the same factors and gradients, and compute the same: nothing is communicated.
 
     Args:
         root: a model that was adapted with ``LoRAConfig(adalora=...)``.

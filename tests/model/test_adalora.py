@@ -451,3 +451,14 @@ def test_the_groups_of_lora_plus_have_E_beside_A() -> None:
     for layer in named_lora_layers(model).values():
         assert {id(layer.lora_A), id(layer.lora_E)} <= groups["A"]
         assert id(layer.lora_B) in groups["B"]
+
+
+def test_narrow_factors_are_scored_in_float32() -> None:
+    loop = Loop(adapted(init_rng="name", adapter_dtype="bfloat16"))
+    losses = [loop.step(batch) for batch in batches()]
+    assert losses[-1] < losses[0]
+    assert sum(map(sum, loop.zeros().values())) == 3 * 8
+    assert all(layer.lora_A.dtype == torch.bfloat16 for layer in loop.allocator.layers.values())
+    half = Loop(adapted(init_rng="name", adapter_dtype="bfloat16", tinit=5))
+    half.step(batches()[0])
+    assert all(scores.dtype == torch.float32 for scores in half.allocator.scores().values())
