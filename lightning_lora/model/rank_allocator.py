@@ -152,11 +152,20 @@ class RankAllocator:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: it is of other layers, or of other ranks.
+            ValueError: it is of other layers, sizes or steps. Nothing is changed then.
         """
         differing = self.layers.keys() ^ state["layers"].keys()
         if differing:
             raise ValueError(f"the state of AdaLoRA is of other layers: only one of both has {min(differing)!r}")
+        if state["total_step"] != self.total_step:
+            raise ValueError(f"the state of AdaLoRA is of total_step={state['total_step']}, not {self.total_step}")
+        for name, layer in self.layers.items():
+            for key, value in state["layers"][name].items():
+                expected = (layer.r,) if key == "kept" else tuple(getattr(layer, key.partition(" ")[2]).shape)
+                if tuple(value.shape) != expected:
+                    raise ValueError(
+                        f"the state of AdaLoRA has {tuple(value.shape)} for {key!r} of {name!r}, the layer {expected}"
+                    )
         for alike in self._alike:
             alike.load([state["layers"][name] for name in alike.layers])
         self.step, self.is_regularized = state["step"], False

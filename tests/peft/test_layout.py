@@ -20,7 +20,6 @@ KEYS = {
     "_orig_mod.q.lora_A.weight": ("A", "q"),
     "q.lora_A": ("variant", "q"),
     "q.lora_E": ("E", "q"),
-    "q.lora_E.default": ("E", "q"),
     "q.lora_E.weight": ("variant", "q"),
     "embed.lora_embedding_A.weight": ("variant", "embed"),
 }
