@@ -20,7 +20,12 @@ from lightning_lora.ops.sharded import is_dtensor, logical
 from lightning_lora.ops.stored import StoredWeight
 
 _BITSANDBYTES = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
-_OF_FORMS = ("quantized", "origins", "lora_stored")  # what a module keeps about the forms of its weights
+_OF_FORMS = (
+    "quantized",
+    "origins",
+    "quantized_experts",
+    "lora_stored",
+)  # what a module keeps about the forms of its weights
 
 
 @dataclass
