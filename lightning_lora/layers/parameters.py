@@ -9,7 +9,8 @@ from typing_extensions import override
 from lightning_lora.layers.adapt import become_lora_layer, register_factors
 from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.factored import FactoredWeight
-from lightning_lora.layers.quantized import own_parameters
+from lightning_lora.layers.quantized import QuantizedModule
+from lightning_lora.ops.packed import PackedWeight
 from lightning_lora.ops.packed_stack import PackedStack
 from lightning_lora.ops.quantized import check_plain
 from lightning_lora.ops.sharded import is_sharded
@@ -86,6 +87,16 @@ class LoRAParameters(LoRALayer):
         if weight.ndim == 3 and self.lora_transposed:
             return merged_weight(weight.transpose(1, 2), pair.A, pair.B, pair.scaling).transpose(1, 2)
         return merged_weight(weight, pair.A, pair.B, pair.scaling)
+
+
+def own_parameters(module: nn.Module) -> dict[str, Tensor | PackedWeight]:
+    """Return a module's own parameters by name, packed ones in the place of their parts."""
+    found: dict[str, Tensor | PackedWeight] = {n: p for n, p in module._parameters.items() if p is not None}
+    if isinstance(module, QuantizedModule):
+        for name in module.part_names():
+            found.pop(name, None)
+        found |= {name: module.stored(name) for name in module.quantized}
+    return found
 
 
 def sizes_of_parameter(module: nn.Module, name: str) -> tuple[int, int, int]:

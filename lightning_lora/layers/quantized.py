@@ -208,16 +208,6 @@ def check_state(
         )
 
 
-def own_parameters(module: nn.Module) -> dict[str, Tensor | PackedWeight]:
-    """Return a module's own parameters by name, packed ones in the place of their parts."""
-    found: dict[str, Tensor | PackedWeight] = {n: p for n, p in module._parameters.items() if p is not None}
-    if isinstance(module, QuantizedModule):
-        for name in module.part_names():
-            found.pop(name, None)
-        found |= {name: module.stored(name) for name in module.quantized}
-    return found
-
-
 def num_parameters(model: nn.Module) -> int:
     """Return the number of a model's parameters, where a packed one counts as the weight that it stands for."""
     holders = [module for module in model.modules() if isinstance(module, QuantizedModule)]

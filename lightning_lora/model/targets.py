@@ -8,8 +8,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.layers import LoRALayer, mixin_for, read_mixin, with_options
 from lightning_lora.layers.base import Part
-from lightning_lora.layers.parameters import sizes_of_parameter
-from lightning_lora.layers.quantized import own_parameters
+from lightning_lora.layers.parameters import own_parameters, sizes_of_parameter
 from lightning_lora.layers.read_weight import check_rescaled, reader_of
 from lightning_lora.layers.registry import RESIDUAL, dense_weight
 from lightning_lora.layers.stored import stored_form

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
-from lightning_lora.layers.parameters import sizes_of_parameter
-from lightning_lora.layers.quantized import own_parameters
+from lightning_lora.layers.parameters import own_parameters, sizes_of_parameter
 from lightning_lora.model.families import resize_advice
 from lightning_lora.peft.config import divisor, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter

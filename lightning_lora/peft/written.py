@@ -11,8 +11,7 @@ from lightning_lora.compat.transformers import revision
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
-from lightning_lora.layers.parameters import LoRAParameters
-from lightning_lora.layers.quantized import own_parameters
+from lightning_lora.layers.parameters import LoRAParameters, own_parameters
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.families import name_or_path

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from lightning_lora import (
@@ -274,6 +276,22 @@ def test_second_derivatives_are_those_over_dense_values() -> None:
         torch.testing.assert_close(one / other.abs().max(), other / other.abs().max(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same(reentrant: bool) -> None:
+    model = packed("qwen3_moe", "nf4-dq")
+    x, index, weights = inputs_of(model)
+    experts = experts_of(model)
+    factors = [experts.lora_A_gate_up_proj, experts.lora_B_down_proj]
+    gradients = []
+    for call in (experts, lambda *args: checkpoint(experts, *args, use_reentrant=reentrant)):
+        for tensor in (x, weights, *factors):
+            tensor.grad = None
+        call(x, index, weights).square().sum().backward()
+        gradients.append([tensor.grad for tensor in (x, weights, *factors)])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_compute_the_same(again: Any) -> None:
     model = packed("qwen3_moe", "nf4-dq")
@@ -301,10 +319,19 @@ def test_a_plan_counts_the_stacks_and_their_bytes() -> None:
     assert decided.bytes_after == sum(getattr(m, name).nbytes for m in holders for name in m.part_names())
 
 
-def test_a_large_mixture_takes_less_than_a_third_of_bfloat16() -> None:
-    base, _ = mixture(hidden=256, intermediate=128)
-    decided = plan_quantization(base.bfloat16(), "nf4-dq")
-    assert decided.bytes_after < 0.28 * decided.bytes_before
+@pytest.mark.parametrize(("kind", "expected"), [("nf4", 16_817_061_888), ("nf4-dq", 15_422_940_288)])
+def test_bytes_of_qwen3_30b_a3b(kind: Any, expected: int) -> None:
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "vocab_size": 151_936}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 48}
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads)).bfloat16()
+    decided = plan_quantization(model, kind)
+    attention = 2048 * 128 * (2 * 32 + 2 * 4)
+    values = 48 * (attention + 128 * 3 * 2048 * 768)
+    assert decided.bytes_before == 2 * values
+    # each block of 64: 32 bytes of codes and 4 of its scale, or one, and 4 for 256 of these; an offset for each weight
+    scales = 4 * values // 64 if kind == "nf4" else values // 64 + 4 * values // (64 * 256) + 4 * 48 * 6
+    assert decided.bytes_after == values // 2 + scales == expected
 
 
 def test_what_is_left_whole_has_a_reason() -> None:
@@ -373,6 +400,17 @@ def test_merging_gives_the_trained_function_and_unmerging_the_bytes(kind: Any) -
     assert type(experts_of(plain)) is type(experts_of(build("qwen3_moe")))
 
 
+@pytest.mark.parametrize("how", ["adapted", "not adapted"])
+def test_merging_into_the_original_gives_what_the_adapter_adds_to_it(tmp_path: Any, how: str) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path)
+    model = packed("qwen3_moe", "nf4", how=how).eval()
+    expected = inject(build("qwen3_moe"), config(how)).eval()
+    models.fill_adapters(expected)
+    ids = models.token_ids()
+    logits = merge(model, base=tmp_path)(input_ids=ids).logits
+    torch.testing.assert_close(logits, expected(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+
 def test_merging_makes_experts_without_adapters_plain_too() -> None:
     model, ids = packed("qwen3_moe", "nf4", how="not adapted").eval(), models.token_ids()
     expected = model(input_ids=ids).logits
@@ -406,7 +444,7 @@ def test_disabled_and_remove_give_the_quantised_base() -> None:
     assert torch.equal(model(input_ids=ids).logits, packed("qwen3_moe", "nf4")(input_ids=ids).logits)
 
 
-def test_the_base_is_known_by_the_values_that_were_packed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_base_is_known_by_the_values_that_were_packed() -> None:
     model = packed("qwen3_moe", "nf4-dq")
     file = adapter_checkpoint(model)
     assert {name for name in file["state_dict"] if "experts" in name}
