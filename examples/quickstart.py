@@ -136,12 +136,11 @@ def main() -> None:
     after = evaluate(writer, trainer, data)
     report.comparison(data.held_out, before, after)
 
-    report.stage("Merge, and export as a PEFT directory" if options.quantize is None else "Export as a PEFT directory")
+    report.stage("Merge, and export as a PEFT directory")
     prompt = data.collate(data.held_out[:4])
     adapted = logits(writer.model, prompt)
-    if options.quantize is None:
-        with merged(writer.model):
-            report.equal("Merged", logits(writer.model, prompt), adapted)
+    with merged(writer.model):
+        report.equal("Merged", logits(writer.model, prompt), adapted)
     save_peft(writer.model, options.output / "peft")
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     load_peft(fresh, options.output / "peft", quantize=options.quantize)

@@ -1,7 +1,7 @@
 """:class:`AdaLoRA`: how many ranks the layers share at each step of a run; a frozen record that checks itself."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -80,6 +80,16 @@ class AdaLoRA:
         if unknown:
             raise TypeError(f"adalora has no settings {unknown}; it has {', '.join(names)}")
         return cls(**value)
+
+    def exclusions(self, config: Any) -> Iterator[tuple[bool, str]]:
+        """Yield the fields of a LoRAConfig that AdaLoRA excludes: (is one given, message)."""
+        own = {"rank_pattern": None, "alpha_pattern": None, "target_parameters": None, "init": "kaiming"}
+        for name, default in {**own, **dict.fromkeys(("use_dora", "lora_bias", "use_rslora"), False)}.items():
+            value = getattr(config, name)
+            message = f"adalora cannot be had with {name}={value!r}: AdaLoRA has its own start, scale and ranks"
+            yield bool(value) and value != default, f"{message}. Leave it out"
+        message = f"r={config.r} beside AdaLoRA(init_r={self.init_r}): layers start at init_r. Leave r out"
+        yield config.r not in (type(config).r, self.init_r), message
 
     def last_pruning(self, total_step: int) -> int:
         """Return the step after which the ranks stay as they are, in a run of ``total_step`` steps.

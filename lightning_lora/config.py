@@ -200,7 +200,8 @@ def _exclusions(config: LoRAConfig) -> Iterator[tuple[Any, str]]:
         yield given and config.target_parameters, f"{message}target_parameters={config.target_parameters}"
         message += f"init={config.init!r}, which starts from a part of the base: give init='kaiming', 'gaussian' or "
         yield given and config.starts_from_base, f"{message}'orthogonal'"
-    yield from _exclusions_of_adalora(config)
+    if config.adalora is not None:
+        yield from config.adalora.exclusions(config)
     message = "use_dora=True and lora_bias=True exclude one another, as in PEFT: give one of them"
     yield config.use_dora and config.lora_bias, message
     message = (
@@ -216,21 +217,6 @@ def _exclusions(config: LoRAConfig) -> Iterator[tuple[Any, str]]:
     yield isinstance(targets, str) and (blocks is not None or lists), message
     message = f"layers_pattern={lists!r} says where layers_to_transform counts: give both"
     yield lists and blocks is None, message
-
-
-def _exclusions_of_adalora(config: LoRAConfig) -> Iterator[tuple[Any, str]]:
-    if config.adalora is None:
-        return
-    init_r, names = config.adalora.init_r, ("use_dora", "lora_bias", "use_rslora")
-    own = {"rank_pattern": None, "alpha_pattern": None, "target_parameters": None, "init": "kaiming"}
-    for name, default in {**dict.fromkeys(names, False), **own}.items():
-        value = getattr(config, name)
-        message = (
-            f"adalora= cannot be had with {name}={value!r}: AdaLoRA has its own start, scale and ranks. Leave it out"
-        )
-        yield value != default and bool(value), message
-    message = f"r={config.r} beside AdaLoRA(init_r={init_r}): the rank at the start is init_r. Leave r out"
-    yield config.r not in (LoRAConfig.r, init_r), message
 
 
 def _registered_init(init: object) -> str | None:

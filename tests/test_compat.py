@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_lora.compat import distributed, megatron, transformers
+from lightning_lora.compat import bitsandbytes, distributed, megatron, transformers
 from lightning_lora.compat import lightning as of_lightning
 from lightning_lora.compat import torch as of_torch
 from lightning_lora.compat.lookup import private
@@ -34,7 +34,7 @@ from lightning_lora.megatron.core import megatron_core
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "lightning_lora"
-ROOMS = (distributed, megatron, transformers, of_lightning, of_torch)
+ROOMS = (bitsandbytes, distributed, megatron, transformers, of_lightning, of_torch)
 # nn.Module's dictionaries and extension points; what namedtuples document; os._exit; ends of names of ours
 PUBLIC = {
     "_parameters",
@@ -176,6 +176,32 @@ def test_transforms_and_forward_mode_are_noticed() -> None:
     assert seen == [(True, True), (False, True)]
     assert not of_torch.has_transforms()
     assert not of_torch.is_transformed()
+
+
+def test_what_is_computed_untraced_is_a_constant_of_the_trace() -> None:
+    def double(x: Tensor) -> Tensor:
+        with of_torch.untraced():
+            two = torch.ones(2).sum()
+        return x * two
+
+    traced = torch.jit.trace(double, (torch.ones(3),))
+    assert "aten::sum" not in str(traced.graph)
+    assert traced(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_bitsandbytes_undoes_its_order_for_cpus_with_bfloat16_instructions() -> None:
+    layers = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
+    with torch.compiler.set_stance("force_eager"):
+        layer = layers.Linear4bit(128, 64, quant_type="nf4", compress_statistics=False).to("cpu").eval()
+        codes = layer.weight.data.clone()
+        functional = sys.modules["bitsandbytes.functional"]
+        layer.weight.data, state = functional._convert_weight_packed_for_cpu(
+            layer.weight.data, layer.weight.quant_state
+        )
+        assert state.packing_format_for_cpu
+        bitsandbytes.unpack_from_cpu_format(layer.weight, state)
+    assert torch.equal(layer.weight.data.view(-1), codes.view(-1))
+    assert not layer.weight.quant_state.packing_format_for_cpu
 
 
 def test_plain_tensors_lifts_subclasses() -> None:
@@ -511,6 +537,9 @@ def test_places_that_are_wrapped_are_called() -> None:
         of_lightning.place_of_restore_model(),
     ):  # fmt: skip
         assert callable(getattr(*place))
+    trainers, fabrics = of_lightning.connectors()
+    assert isinstance(pl.Trainer(accelerator="cpu", logger=False)._accelerator_connector, trainers)
+    assert isinstance(Fabric(accelerator="cpu")._connector, fabrics)
     file, keys = io.BytesIO(), []
     module = BoringModel()
     torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": pl.__version__}, file)

@@ -17,7 +17,7 @@ NUM_BLOCKS = {
     "learning_rate.md": 1,
     "how_it_works.md": 1,
     "performance.md": 1,
-    "from_peft.md": 10,
+    "from_peft.md": 11,
     "quantization.md": 2,
 }
 

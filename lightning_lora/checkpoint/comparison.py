@@ -41,17 +41,15 @@ def _first_difference(root: nn.Module, own: Mapping[str, Any], recorded: Mapping
     lacking = next((name for name in [*recorded["names"], *packed_in(recorded)] if name not in there), None)
     if lacking is not None:
         return f"its base has a tensor {lacking!r}, which this model lacks"
-    others, num_compared = _other_names(own, recorded)
-    tables = recorded.get("embeddings", {})
-    is_resized = any(tables[name][0] != rows for name, (rows, *_) in own["embeddings"].items() if name in tables)
-    if 2 * len(others) > num_compared and not is_resized:
-        return first_other_value(own, recorded)
     # a resize changes what has a row for each of an embedding's, as a head has. Only where all else is the same was the
     # base resized; another base has other embeddings too
     rows = {number for number, *_ in own["embeddings"].values()}
     resizable = {name for name, tensor in named.items() if tensor.ndim > 0 and logical(tensor).shape[0] in rows}
     difference = first_other_value(own, recorded, skipped=resizable)
-    if difference is None:
+    tables = recorded.get("embeddings", {})
+    is_resized = any(tables[name][0] != number for name, (number, *_) in own["embeddings"].items() if name in tables)
+    others, num_compared = _other_names(own, recorded)
+    if difference is None and (is_resized or 2 * len(others) <= num_compared):
         difference = _resized(own["embeddings"], tables)
     return first_other_value(own, recorded) if difference is None else difference
 

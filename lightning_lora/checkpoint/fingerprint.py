@@ -62,7 +62,10 @@ def _named_base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]
         id(layer._parameters[name]): original
         for layer in layers
         for name, original in (layer.lora_original or {}).items()
+        if name in layer._parameters
     }
+    state = require_injection(root).merged
+    originals |= {id(parameter): values for parameter, values in (() if state is None else state.cast)}
     whole = named_trained_whole(root)
     for name, parameter in root.named_parameters():
         clean = clean_name(name)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.quantized import QuantizedModule
+from lightning_lora.model.merged_model import formers_of
 from lightning_lora.model.names import clean_name, joined
-from lightning_lora.ops.packed import Int8
+from lightning_lora.ops.packed import Int8, PackedWeight
 from lightning_lora.ops.quantized import stored_as, wraps_tensors
 from lightning_lora.ops.sample_hash import dtype_name
-from lightning_lora.ops.sharded import local_part
+from lightning_lora.ops.sharded import is_sharded, local_part
 
 
 class Packed(NamedTuple):
@@ -41,19 +42,25 @@ def packed_weights(root: nn.Module) -> dict[str, Packed]:
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and stored_as(parameter) is not None:
-                codes = _codes(parameter)
-                found[joined(clean_name(path), name)] = Packed(_form(parameter), codes, codes)
+                codes = _codes(local_part(parameter.detach()))
+                like = parameter if is_sharded(parameter) else codes
+                found[joined(clean_name(path), name)] = Packed(_form(parameter, module), codes, like)
+    for name, former in formers_of(root).items():
+        codes = former.stored.tensors["codes"] if isinstance(former.stored, PackedWeight) else _codes(former.stored)
+        form = former.stored.kind if isinstance(former.stored, PackedWeight) else _form(former.stored)
+        found[name] = Packed(form, codes.view(torch.int8) if form == "int8" else codes, codes)
     return {name: one for name, one in found.items() if not one.codes.is_meta and one.like.numel() > 0}
 
 
 def origins_of(root: nn.Module) -> dict[str, tuple[int, str]]:
     """Return the hash and the dtype of the weight that a packed one was made from, where it had values, by name."""
-    return {
+    present = {
         joined(clean_name(path), name): origin
         for path, module in root.named_modules()
         if isinstance(module, QuantizedModule)
         for name, origin in module.origins.items()
     }
+    return present | {name: one.origin for name, one in formers_of(root).items() if one.origin is not None}
 
 
 def packed_in(fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -63,15 +70,18 @@ def packed_in(fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _codes(parameter: Tensor) -> Tensor:
-    """Return the first plain tensor that a quantised parameter is made of."""
+    """Return the first plain tensor that a quantised parameter is made of, as integers."""
     while wraps_tensors(parameter):
         parameter = getattr(parameter, parameter.__tensor_flatten__()[0][0])  # type: ignore[attr-defined]
-    return parameter.detach()
+    codes = parameter.detach()
+    return codes.view(torch.uint8) if codes.is_floating_point() else codes
 
 
-def _form(parameter: Any) -> str:
+def _form(parameter: Any, module: nn.Module | None = None) -> str:
     """Return the name of another package's form: of bitsandbytes' weights that of their codes."""
-    kind: str | None = getattr(getattr(parameter, "quant_state", None), "quant_type", None)
+    state = getattr(parameter, "quant_state", None) or getattr(module, "quant_state", None)  # shards lose the first
+    kind: str | None = getattr(state, "quant_type", None)
     if kind is not None:
         return kind
-    return type(parameter).__name__ if wraps_tensors(parameter) else dtype_name(parameter)
+    is_wrapped = wraps_tensors(parameter) and not is_sharded(parameter)
+    return type(parameter).__name__ if is_wrapped else dtype_name(parameter)

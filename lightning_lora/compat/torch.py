@@ -1,7 +1,8 @@
 """Private names of torch: autograd, modules, optimizers, activation checkpoints."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def _has_transforms_in_graph() -> bool:
     return has_transforms()
 
 
-@contextmanager
+@contextlib.contextmanager
 def untraced() -> Iterator[None]:
     """Let ``torch.jit.trace`` take what a block computes for constants. Relies on torch._C; without it raises."""
     get, put = (private("torch", torch._C, f"_{verb}_tracing_state") for verb in ("get", "set"))

@@ -15,8 +15,15 @@ from torch.distributed.tensor import Shard
 from lightning_lora.checkpoint.fingerprint import remember_fingerprint
 from lightning_lora.compat.distributed import make_fsdp_root
 from lightning_lora.distributed.base_weights import materialize
+from lightning_lora.distributed.bitsandbytes import check_bitsandbytes, move_scales, scales_of, store_as_bytes
 from lightning_lora.distributed.blocks import wrap_blocks
-from lightning_lora.distributed.replication import broadcast_replicated, make_equal, move_to, refuse_other_sizes
+from lightning_lora.distributed.replication import (
+    broadcast_replicated,
+    broadcast_together,
+    make_equal,
+    move_to,
+    refuse_other_sizes,
+)
 from lightning_lora.distributed.sharded_gradients import count_unused_as_zero
 from lightning_lora.distributed.units import Units, find_units
 from lightning_lora.model.names import clean_name, is_inside
@@ -80,7 +87,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
     refuse_other_sizes(module, device)
     for path, root in roots.items():
         _check_served(root)
+        check_bitsandbytes(root)
         if not any(isinstance(part, FSDPModule) for part in root.modules()):
+            store_as_bytes(root)
             make_equal(root, device)
             units = find_units(
                 root,
@@ -98,7 +107,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Sh
         materialize(root, options.base_weights, torch.device("cpu") if options.cpu_offload else device)
         _keep_parts_of_originals(root)
     move_to(module, device)
+    move_scales(module, device)
     broadcast_replicated(module, device)
+    broadcast_together(scales_of(module), device)
     for root in roots.values():
         if isinstance(root, FSDPModule):
             make_fsdp_root(root)
@@ -126,7 +137,7 @@ def shards_summary(module: nn.Module) -> str:
     for root in injected_roots(module).values():
         units = Counter(class_name(part) for part in root.modules() if sharded_parameters(part))
         base = [parameter for parameter in root.parameters() if not parameter.requires_grad]
-        held, total = sum(local_part(p).numel() for p in base), sum(p.numel() for p in base)
+        held, total = sum(local_part(p).nbytes for p in base), sum(p.nbytes for p in base)
         names = ", ".join(f"{name} x{number}" if number > 1 else name for name, number in units.items()) or "nothing"
         lines.append(
             f"{class_name(root)} in shards: {names}; this rank holds {100 * held / max(total, 1):.0f} % of the base"

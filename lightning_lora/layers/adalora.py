@@ -1,11 +1,13 @@
 """AdaLoRA's layers: ``y = base(x) + scaling * dropout(x) (E * A)^T B^T``, with ranks that can be pruned."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.read_weight import ReadWeight
-from lightning_lora.ops.linear import LinearTensors, lora_linears
+from lightning_lora.ops.linear import LinearTensors, StoredLinearTensors, lora_linears
 
 
 class AdaLoRALinear(LoRALinear):
@@ -29,8 +31,9 @@ class AdaLoRALinear(LoRALinear):
         return self.lora_A * self.lora_E, self.lora_B
 
     @override
-    def _lora_linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return lora_linears(x, [LinearTensors(weight, bias, *self.factors())], self.scaled_dropout())[0]
+    def _lora_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        kind = LinearTensors if self.lora_stored is None else StoredLinearTensors
+        return lora_linears(x, [kind(weight, bias, *self.factors())], self.scaled_dropout())[0]
 
 
 class AdaLoRAConv1D(AdaLoRALinear, LoRAConv1D):

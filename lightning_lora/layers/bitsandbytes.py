@@ -68,8 +68,9 @@ def read_4bit(layer: nn.Module) -> FourBitWeight | None:
         return None
     if getattr(state, "packing_format_for_cpu", False):
         state = unpack_from_cpu_format(weight, state)
-    nested = None if state.state2 is None else (state.state2.absmax, state.state2.code, state.offset)
-    nested_block = 0 if state.state2 is None else state.state2.blocksize
+    second = getattr(state, "state2", None)
+    nested = None if second is None else (second.absmax, second.code, state.offset)
+    nested_block = 0 if second is None else second.blocksize
     return FourBitWeight(
         weight, state.absmax, nested, nested_block, state.blocksize, state.quant_type, state.shape, state.dtype
     )

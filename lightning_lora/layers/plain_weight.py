@@ -20,12 +20,6 @@ from lightning_lora.ops.sharded import is_dtensor, logical
 from lightning_lora.ops.stored import StoredWeight
 
 _BITSANDBYTES = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
-_OF_FORMS = (
-    "quantized",
-    "origins",
-    "quantized_experts",
-    "lora_stored",
-)  # what a module keeps about the forms of its weights
 
 
 @dataclass
@@ -37,7 +31,9 @@ class Former:
     stored: Any  # a PackedWeight on CPU, or the parameter
     parents: Any  # of the module's class
     order: tuple[str, ...]  # of its parameters
-    attributes: dict[str, Any]  # that the module kept about its forms
+    reader: Any  # the lora_stored of the layer
+    origin: tuple[int, str] | None  # the hash of what a packed weight was made from
+    attributes: dict[str, Any]  # what else the class kept on the module
 
     def put_back(self) -> None:
         """Give the module the stored weight and its class back, on the device of what stood in their place."""
@@ -49,9 +45,11 @@ class Former:
         else:
             del module._parameters[name]
         module.__class__ = class_of(self.parents)
+        if self.reader is not None:
+            module.__dict__["lora_stored"] = self.reader
         module.__dict__.update(self.attributes)
         if isinstance(self.stored, PackedWeight):
-            _hold_parts(module, name, self.stored.to(device))
+            _hold_parts(module, name, self.stored.to(device), self.origin)
         else:
             module._parameters[name] = self.stored if self.stored.device == device else self.stored.to(device)
         _sort(module, self.order)
@@ -74,14 +72,14 @@ def stored_kind(module: nn.Module, name: str) -> str | None:
     return None if handle is None else str(getattr(handle, "kind", type(module._parameters.get(name)).__name__))
 
 
-def weight_dtype(module: nn.Module, name: str) -> torch.dtype:
-    """Return the dtype of a weight, or the one that it had before it was stored in another form."""
+def weight_dtype(module: nn.Module, name: str) -> torch.dtype | None:
+    """Return the dtype that a weight has, or had before it was stored in another form; ``None`` if it does not say."""
     handle = _handle(module, name)
     if handle is None:
         return module._parameters[name].dtype  # type: ignore[union-attr]  # it is there
     if is_bitsandbytes(module) and stored_kind(module, name) == "int8":
         bias = module._parameters.get("bias")
-        return torch.float16 if bias is None else bias.dtype  # LLM.int8's own
+        return None if bias is None else bias.dtype
     return handle.dtype
 
 
@@ -115,8 +113,7 @@ def put_packed(module: nn.Module, name: str, packed: PackedWeight) -> Former:
     former = _take(module, name)
     if not isinstance(module, QuantizedModule):
         module.__class__ = class_of(_with_mixin(recipe(type(module))))
-        module.__dict__["quantized"] = {}
-    _hold_parts(module, name, packed)
+    _hold_parts(module, name, packed, None)
     return former
 
 
@@ -130,18 +127,15 @@ def plain_base(cls: type) -> type:
 @contextmanager
 def reading(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Let a module's code read other values of its own parameters inside the block."""
-    former, attributes = dict(module._parameters), {name: module.__dict__.pop(name) for name in _kept(module)}
+    former, reader = dict(module._parameters), module.__dict__.pop("lora_stored", None)
     module._parameters.update({n: nn.Parameter(value, requires_grad=False) for n, value in values.items()})
     try:
         yield
     finally:
         module._parameters.clear()
         module._parameters.update(former)
-        module.__dict__.update(attributes)
-
-
-def _kept(module: nn.Module) -> list[str]:
-    return [name for name in _OF_FORMS if name in module.__dict__]
+        if reader is not None:
+            module.__dict__["lora_stored"] = reader
 
 
 def _handle(module: nn.Module, name: str) -> StoredWeight | None:
@@ -157,15 +151,17 @@ def _handle(module: nn.Module, name: str) -> StoredWeight | None:
 
 def _take(module: nn.Module, name: str) -> Former:
     """Take a stored weight out of a module, which gets the class that it has with plain weights only."""
-    former = Former(module, name, None, recipe(type(module)), tuple(module._parameters), {})
+    reader = module.__dict__.pop("lora_stored", None)
+    former = Former(module, name, None, recipe(type(module)), tuple(module._parameters), reader, None, {})
     if isinstance(module, QuantizedModule) and name in module.quantized:
-        former.stored = module.stored(name).to(torch.device("cpu"))
+        former.stored, former.origin = module.stored(name).to(torch.device("cpu")), module.origins.pop(name, None)
         _drop_parts(module, name)
         if module.quantized:
             return former
+        former.attributes = {one: module.__dict__.pop(one) for one in module.form_attributes}
+        del former.attributes["quantized"], former.attributes["origins"]
     else:
         former.stored = module._parameters.pop(name)
-    former.attributes = {one: module.__dict__.pop(one) for one in _kept(module)}
     module.__class__ = class_of(_plain(former.parents))
     return former
 
@@ -176,8 +172,9 @@ def _drop_parts(module: Any, name: str) -> None:
         delattr(module, f"{name}_{part}")
 
 
-def _hold_parts(module: Any, name: str, stored: PackedWeight) -> None:
+def _hold_parts(module: Any, name: str, stored: PackedWeight, origin: tuple[int, str] | None) -> None:
     module.__dict__.setdefault("quantized", {})[name] = type(stored)({}, stored.shape, stored.dtype)
+    module.__dict__.setdefault("origins", {}).update({} if origin is None else {name: origin})
     for part, tensor in stored.tensors.items():
         if part in ROW_PARTS:
             module.register_parameter(f"{name}_{part}", nn.Parameter(tensor, requires_grad=False))

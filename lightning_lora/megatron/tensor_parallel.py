@@ -12,6 +12,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.quantized import QuantizedLinear
 from lightning_lora.layers.split import SplitLinear
+from lightning_lora.layers.stored import stored_form
 from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.megatron.packed_parts import check_blocks, keep_packed_part
 from lightning_lora.megatron.parallel_layers import (
@@ -84,6 +85,11 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
     if size % ranks:
         side = "out_features" if kind == "column" else "in_features"
         raise ValueError(f"{side}={size} of {name!r} is not divisible by tensor_parallel_size={ranks}")
+    if stored_form(layer) is not None and not isinstance(layer, QuantizedLinear):
+        raise ValueError(
+            f"the weight of {name!r} is stored as {type(layer._parameters.get('weight')).__name__}, which cannot be "
+            "split into parts: load the base in 16 bits and give quantize='nf4', or use strategy='fsdp_lora'"
+        )
     if isinstance(layer, QuantizedLinear):
         check_blocks(name, layer, kind, ranks)
     adapters = layer.adapter_names if isinstance(layer, LoRALayer) else ()

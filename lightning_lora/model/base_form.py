@@ -84,7 +84,8 @@ def check_not_foreign(modules: Mapping[str, nn.Module]) -> None:
             where, what = name or type(module).__name__, f"transformers' quantization_config ({method})"
             break
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        package = type(module).__module__.partition(".")[0]
+        packages = [type(one).__module__.partition(".")[0] for one in (weight, module) if one is not None]
+        package = next((one for one in packages if one != "torch"), "torch")
         if package == "bitsandbytes" or (weight is not None and stored_as(weight) is not None):
             stored = "" if weight is None else f", stored as {stored_as(weight) or weight.dtype}"
             where, what = name, f"{type(module).__name__} of {package}{stored}"

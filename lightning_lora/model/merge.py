@@ -117,10 +117,10 @@ def _merge(model: nn.Module, into: Into, *, remove: bool = False) -> MergeReceip
     reshard(model)
     unmerged = {path: root for path, root in roots.items() if unmerged_layers(root)}
     for root in unmerged.values():
-        check_merge(model, root, into)
+        check_merge(model, root, into.of(root))
     receipts: list[LayerReceipt] = []
     for path, root in unmerged.items():
-        done = merge_layers(root, into)
+        done = merge_layers(root, into.of(root))
         receipts += [LayerReceipt(**{**vars(one), "name": joined(path, one.name)}) for one in done]
         _RECEIPTS[root] = MergeReceipt(str(into.base), tuple(done))
     reshard(model)

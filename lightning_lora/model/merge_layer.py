@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lightning_lora.model.merge_receipt import LayerReceipt
 from lightning_lora.model.names import joined
 from lightning_lora.model.original_base import OriginalBase
 from lightning_lora.model.spread import gathered
+from lightning_lora.model.state import named_lora_layers
 from lightning_lora.ops.packed import FORMS, PackedWeight
 
 CHUNK = 2**26  # elements of which the norms are taken at once: a stack of experts is large
@@ -27,17 +28,26 @@ class Into:
         base: ``"trained"``: the weights that the adapter was trained over, made dense; or the path of the original
             ones.
         dtype: of the merged weights; ``None`` is the one that each weight had.
+        fallback: of weights that do not say which dtype they had.
         requantize: the form in which weights that were quantised are stored again; ``None`` is a plain parameter.
     """
 
     base: str | os.PathLike[str] = "trained"
     dtype: torch.dtype | None = None
     requantize: Quantization | None = None
+    fallback: torch.dtype = torch.float32
+
+    def of(self, root: nn.Module) -> "Into":
+        """Return the same for one model, whose other frozen parameters say the dtype where a weight does not."""
+        adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
+        frozen = [p for p in root.parameters() if p.is_floating_point() and not p.requires_grad]
+        dtypes = (p.dtype for p in frozen if id(p) not in adapters)
+        return replace(self, fallback=next(dtypes, torch.float32))
 
     def form(self, module: nn.Module, name: str) -> tuple[Quantization | None, torch.dtype]:
         """Return how a merged weight is stored: packed or not, and its dtype."""
         is_stored = stored_kind(module, name) is not None
-        return self.requantize if is_stored else None, self.dtype or weight_dtype(module, name)
+        return self.requantize if is_stored else None, self.dtype or weight_dtype(module, name) or self.fallback
 
 
 Merged = Tensor | PackedWeight

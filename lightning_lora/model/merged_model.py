@@ -1,6 +1,6 @@
 """Merge the layers of one model, and keep what is needed to undo it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import convert_parameter
 from lightning_lora.layers.plain_weight import Former, dense_weight, put_packed, put_plain, stored_kind
 from lightning_lora.layers.trained import KeptWide
+from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.merge_layer import Into, Merged, as_stored, merge_values, other_stored
 from lightning_lora.model.merge_receipt import LayerReceipt
 from lightning_lora.model.names import clean_name, joined
@@ -69,8 +70,7 @@ def merge_layers(root: nn.Module, into: Into) -> list[LayerReceipt]:
     if into.dtype is not None:
         adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
         _cast_others(root, state, into.dtype, adapters | kept.keys())
-    if into.requantize is None:
-        _forget_quantizer(root, state)
+    _note_form(root, into, state)
     require_injection(root).merged = state
     return receipts
 
@@ -127,6 +127,15 @@ def _make_others_plain(root: nn.Module, into: Into, state: MergedModel, original
         state.formers.append(put(module, name, stored))  # type: ignore[arg-type]  # each takes its own
 
 
+def formers_of(root: nn.Module) -> dict[str, Former]:
+    """Return by name the weights in whose place others stand while a root is merged, as they were stored."""
+    state = require_injection(root).merged
+    own = [one for layer in named_lora_layers(root).values() for one in (layer.lora_original or {}).values()]
+    formers = [one for one in own if isinstance(one, Former)] + ([] if state is None else state.formers)
+    names = {id(module): clean_name(name) for name, module in root.named_modules()}
+    return {joined(names[id(one.module)], one.name): one for one in formers}
+
+
 def _cast_others(root: nn.Module, state: MergedModel, dtype: torch.dtype, left: set[int]) -> None:
     """Cast the frozen parameters of a model to ``dtype`` in place, and let those that train be read in it.
 
@@ -145,8 +154,15 @@ def _cast_others(root: nn.Module, state: MergedModel, dtype: torch.dtype, left: 
             module.__dict__["_lora_read_dtypes"] = dict.fromkeys(dtypes, dtype)
 
 
-def _forget_quantizer(root: nn.Module, state: MergedModel) -> None:
-    """Take off what transformers notes on a quantised model, so that ``save_pretrained`` writes a plain one."""
+def _note_form(root: nn.Module, into: Into, state: MergedModel) -> None:
+    """Take off the notes that a model is quantised, so that ``save_pretrained`` writes a plain one, or change them."""
+    plan = quantization_of(root)
+    if plan is not None:
+        state.attributes.append((root, "lora_quantization", root.__dict__.pop("lora_quantization")))
+    if into.requantize is not None:
+        if plan is not None:
+            root.__dict__["lora_quantization"] = replace(plan, kind=into.requantize)
+        return
     for module in root.modules():
         if "hf_quantizer" in module.__dict__:
             config: Any = module.config

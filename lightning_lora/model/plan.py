@@ -12,7 +12,7 @@ from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.quantized import num_parameters
 from lightning_lora.layers.token_rows import check_rows
-from lightning_lora.model.base_form import QuantizationPlan, check_form, quantization_of
+from lightning_lora.model.base_form import QuantizationPlan, check_form, check_not_foreign, quantization_of
 from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
 from lightning_lora.model.matching import check_patterns, is_all_linear, pattern_value
 from lightning_lora.model.names import named_modules
@@ -65,6 +65,8 @@ def plan(
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}{hint}")
     model = uncompiled(model)
     check_untouched(model)
+    if quantize is not None:
+        check_not_foreign(named_modules(model))
     to_save = config.modules_to_save
     trained_whole = new_heads(model) if to_save is None else select_trained_whole(model, to_save)
     layers = select_layers(model, config, trained_whole)

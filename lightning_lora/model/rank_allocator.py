@@ -22,8 +22,8 @@ class RankAllocator:
     """Prunes the ranks of an adapted model's layers over a run of ``total_step`` optimizer steps.
 
     ``LoRACallback`` makes one and calls it. In a loop of your own, call :meth:`add_regularizer` before the optimizer's
-    step, and before gradients are clipped, and :meth:`after_step` after it, while the gradients are still there. Ranks
-    of a data-parallel run hold the same factors and gradients, and compute the same: nothing is communicated.
+    step, and before gradients are clipped, and :meth:`after_step` after it, while the gradients are still there. All
+    processes of a data-parallel run have the same factors and gradients, and compute the same: nothing is communicated.
 
     Args:
         root: a model that was adapted with ``LoRAConfig(adalora=...)``.
@@ -152,11 +152,20 @@ class RankAllocator:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: it is of other layers, or of other ranks.
+            ValueError: it is of other layers, sizes or steps. Nothing is changed then.
         """
         differing = self.layers.keys() ^ state["layers"].keys()
         if differing:
             raise ValueError(f"the state of AdaLoRA is of other layers: only one of both has {min(differing)!r}")
+        if state["total_step"] != self.total_step:
+            raise ValueError(f"the state of AdaLoRA is of total_step={state['total_step']}, not {self.total_step}")
+        for name, layer in self.layers.items():
+            for key, value in state["layers"][name].items():
+                expected = (layer.r,) if key == "kept" else tuple(getattr(layer, key.partition(" ")[2]).shape)
+                if tuple(value.shape) != expected:
+                    raise ValueError(
+                        f"the state of AdaLoRA has {tuple(value.shape)} for {key!r} of {name!r}, the layer {expected}"
+                    )
         for alike in self._alike:
             alike.load([state["layers"][name] for name in alike.layers])
         self.step, self.is_regularized = state["step"], False

@@ -10,11 +10,14 @@ from lightning_lora.ops.sharded import is_dtensor
 def stored_as(tensor: Tensor) -> str | None:
     """Return the dtype or the class that a quantised tensor is stored in; ``None`` for floating-point numbers.
 
-    torchao's tensors wrap integers and scales, and report a floating-point dtype.
+    torchao's tensors wrap integers and scales, and report a floating-point dtype. bitsandbytes' hold codes that may be
+    seen as numbers of one.
     """
     if wraps_tensors(tensor) and not is_dtensor(tensor):
         return type(tensor).__name__
-    return None if tensor.is_floating_point() else str(tensor.dtype)
+    if tensor.is_floating_point():
+        return None if getattr(tensor, "quant_state", None) is None else type(tensor).__name__
+    return str(tensor.dtype)
 
 
 def wraps_tensors(tensor: Tensor) -> bool:
@@ -28,5 +31,6 @@ def check_plain(what: str, tensor: Any) -> None:
     if kind is not None:
         raise ValueError(
             f"{what} is stored as {kind}, and gradients through it and merging need floating-point numbers: load the "
-            "base unquantised, in bfloat16 for half the memory, or leave it out with quantize_exclude"
+            "base unquantised, in bfloat16 for half the memory, or leave it out with quantize_exclude. How the weight "
+            "of a linear layer is read can be said with register_stored_weight"
         )

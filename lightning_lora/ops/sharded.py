@@ -67,18 +67,16 @@ def gathered_like(part: Tensor, like: Any) -> Tensor:
     """
     if not is_sharded(like):
         return part
-    part = part.to(collective_device(like))
-    described = logical(like)
-    if described is not like:
-        mesh, _, stripes = like.lora_split
-        pieces = [torch.empty_like(part) for _ in range(mesh.size())]
-        torch.distributed.all_gather(pieces, part, group=mesh.get_group())
-        pieces = [piece.view(stripes, -1) for piece in pieces]
-        return torch.cat(pieces, dim=1).view(-1).to(local_part(like).device)
-    placed = DTensor.from_local(
-        part, described.device_mesh, described.placements, run_check=False, shape=described.shape[:1], stride=(1,)
-    )
-    return placed.full_tensor().to(local_part(like).device)
+    own = part.to(collective_device(like))
+    if is_dtensor(like):
+        placed = DTensor.from_local(
+            own, like.device_mesh, like.placements, run_check=False, shape=like.shape[:1], stride=(1,)
+        )
+        return placed.full_tensor().to(part.device)
+    mesh, _, stripes = like.lora_split
+    pieces = [torch.empty_like(own) for _ in range(mesh.size())]
+    torch.distributed.all_gather(pieces, own, group=mesh.get_group())
+    return torch.cat([piece.view(stripes, -1) for piece in pieces], dim=1).view(-1).to(part.device)
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -148,8 +148,9 @@ def _pad(factor: Tensor, dim: int, rank: int) -> Tensor:
 
 def _check_config(config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        remedy = "Write it with save_peft(model, directory, as_lora=True)." if kind_of(config) == "ADALORA" else _MERGE
-        raise ValueError(f"peft_type={config['peft_type']!r}: expected a LoRA adapter. {remedy}")
+        is_adalora = kind_of(config) == "ADALORA"
+        written = "Load it, and write it with save_peft(model, directory, as_lora=True). Or: " if is_adalora else ""
+        raise ValueError(f"peft_type={config['peft_type']!r}: expected a LoRA adapter. {written}{_MERGE}")
     for field in _BEYOND_FACTORS:
         if config.get(field, "none") not in ("none", None, False, [], {}, ""):
             raise ValueError(f"{field}={config[field]!r}: a portable adapter holds the factors of LoRA alone. {_MERGE}")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_lora import (
     LoRAConfig,
@@ -222,7 +223,17 @@ def test_tokens_are_generated(kind: str) -> None:
         assert torch.equal(tokens[:, -1], model(tokens[:, :-1]).logits[:, -1].argmax(-1))
 
 
-@FORMS
+def test_merging_a_layer_that_holds_no_weight_is_refused() -> None:
+    model = stored.adapted(stored.stored_llama("registered"))
+    before = gradients(model)
+    with pytest.raises(
+        ValueError, match=r"cannot merge 'model\.layers\.0\.self_attn\.q_proj': 'weight' is not a stored"
+    ):
+        merge(model)
+    assert_same(gradients(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in stored.ALL if kind != "registered"])
 @torch.no_grad()
 def test_merging_gives_the_adapted_models_outputs_and_unmerging_the_stored_weights(kind: str) -> None:
     model = stored.adapted(stored.stored_llama(kind))
@@ -232,6 +243,29 @@ def test_merging_gives_the_adapted_models_outputs_and_unmerging_the_stored_weigh
     torch.testing.assert_close(merged_logits, expected, rtol=1e-3, atol=0.05 if "int8" in kind else 1e-4)
     assert all(type(layer.weight) is nn.Parameter for layer in named_lora_layers(model).values())
     assert torch.equal(unmerge(model)(IDS).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad:UserWarning")
+def test_a_compiled_step_is_one_graph_that_keeps_as_much_as_over_floats() -> None:
+    kind = "bnb-nf4-dq"
+    model = stored.adapted(stored.stored_llama(kind))
+    dense = stored.adapted(stored.dense_llama(model, kind))
+    expected, kept, graphs = gradients(model), {}, {}
+    for name, one in {"stored": model, "dense": dense}.items():
+        saved: list[Tensor] = []
+        graphs[name] = CompileCounterWithBackend("aot_eager")
+        torch.compiler.reset()
+        with torch.compiler.set_stance("default"):
+            compiled = torch.compile(one, backend=graphs[name])
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+                y = compiled(IDS, use_cache=False).logits
+        kept[name] = sum(t.numel() * t.element_size() for t in saved if not isinstance(t, nn.Parameter))
+        one.zero_grad()
+        y.square().mean().backward()
+        got = y.detach(), {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+        assert_same(got, expected, rtol=1e-4, atol=1e-6)
+    assert graphs["stored"].frame_count == graphs["dense"].frame_count == 1
+    assert kept["stored"] < kept["dense"] + 64 * 64 * 4  # less than one dense weight besides
 
 
 @pytest.mark.parametrize("kind", stored.BITSANDBYTES)

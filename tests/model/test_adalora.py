@@ -252,6 +252,22 @@ def test_a_state_goes_on_exactly_where_it_was_taken() -> None:
     assert straight.allocator.history() == again.allocator.history()
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, "is of other layers"),
+        ({"total_step": 30}, "is of total_step=24, not 30"),
+        ({"init_r": 5}, r"has \(6, 32\) for 'S lora_A' of 'model.layers.0.self_attn.q_proj', the layer \(5, 32\)"),
+    ],
+)
+def test_a_state_of_another_schedule_is_refused(other: dict[str, Any], message: str) -> None:
+    loop, another = Loop(adapted(tinit=4)), Loop(adapted(**{"tinit": 4, **other}))
+    loop.step(batches()[0])
+    with pytest.raises(ValueError, match=message):
+        another.allocator.load_state_dict(loop.allocator.state_dict())
+    assert another.allocator.step == 0
+
+
 def test_equal_ranks_at_start_and_end_prune_nothing() -> None:
     loop = Loop(adapted(init_r=4, target_r=4))
     losses = [loop.step(batch) for batch in batches()]
@@ -451,3 +467,14 @@ def test_the_groups_of_lora_plus_have_E_beside_A() -> None:
     for layer in named_lora_layers(model).values():
         assert {id(layer.lora_A), id(layer.lora_E)} <= groups["A"]
         assert id(layer.lora_B) in groups["B"]
+
+
+def test_narrow_factors_are_scored_in_float32() -> None:
+    loop = Loop(adapted(init_rng="name", adapter_dtype="bfloat16"))
+    losses = [loop.step(batch) for batch in batches()]
+    assert losses[-1] < losses[0]
+    assert sum(map(sum, loop.zeros().values())) == 3 * 8
+    assert all(layer.lora_A.dtype == torch.bfloat16 for layer in loop.allocator.layers.values())
+    half = Loop(adapted(init_rng="name", adapter_dtype="bfloat16", tinit=5))
+    half.step(batches()[0])
+    assert all(scores.dtype == torch.float32 for scores in half.allocator.scores().values())

@@ -18,6 +18,8 @@ from lightning_lora import (
     merged,
     unmerge,
 )
+from lightning_lora.checkpoint.fingerprint import fingerprint
+from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.quantize import quantize
 from tests import models
 
@@ -257,3 +259,20 @@ def test_the_first_line_of_the_receipt_is_logged_but_not_by_the_context(caplog):
         merge(model)
     assert "merged 14 layers into the trained base" in caplog.text
     assert isinstance(merge_receipt(model), MergeReceipt)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"requantize": "int8"}], ids=["", "dtype", "int8"])
+@pytest.mark.parametrize("config", [{}, CONFIGS["two layers"]], ids=["all", "two layers"])
+def test_a_merged_model_has_the_fingerprint_of_its_base(options, config):
+    model = adapted("nf4", scale=10.0, **config)
+    before = fingerprint(model)
+    plan = quantization_of(model)
+    merge(model, **options)
+    after = fingerprint(model)
+    hashes = [dict(zip(one["names"], one["hashes"].tolist(), strict=True)) for one in (before, after)]
+    assert hashes[0] == hashes[1]
+    assert before["packed"] == after["packed"]
+    assert getattr(quantization_of(model), "kind", None) == options.get("requantize")
+    unmerge(model)
+    assert quantization_of(model) is plan
+    assert torch.equal(fingerprint(model)["hashes"], before["hashes"])

@@ -226,6 +226,13 @@ class TestBadInput:
             inject(model, CONFIG, quantize="nf4")
         assert type(model[0]) is nn.Linear
 
+    def test_a_weight_of_torchao(self):
+        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        model = nn.Sequential(nn.Linear(64, 64))
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        with pytest.raises(ValueError, match="'0' is quantised already, by Linear of torchao, stored as Int8Tensor"):
+            inject(model, CONFIG, quantize="nf4")
+
     def test_a_weight_of_integers(self):
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         model[1].weight = nn.Parameter(torch.ones(64, 64, dtype=torch.int8), requires_grad=False)

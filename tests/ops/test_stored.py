@@ -1,6 +1,7 @@
 """The functions of adapted linear layers over weights in 4 and 8 bits: derivatives of all kinds, transforms, graphs."""
 
-from typing import Any
+import weakref
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -74,6 +75,32 @@ def test_a_gated_mlp_over_packed_weights(kind: str, term: ScaledDropout) -> None
     got, wanted = (torch.autograd.grad(one.square().sum(), inputs) for one in (y, expected))
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Watched:
+    """A weight that says how many of its kind are dense at the time that another is asked for."""
+
+    dtype, device = torch.float64, torch.device("cpu")
+    alive: ClassVar[weakref.WeakSet[Tensor]] = weakref.WeakSet()
+    most: ClassVar[int] = 0
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.shape = weight, weight.shape
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        dense = self.weight.to(dtype, copy=True)
+        Watched.alive.add(dense)
+        Watched.most = max(Watched.most, len(Watched.alive))
+        return dense
+
+
+def test_one_weight_at_a_time_is_dense() -> None:
+    layers = [record(None, 16, 16, seed) for seed in range(3)]
+    layers = [StoredLinearTensors(Watched(layer.weight), *layer[1:]) for layer in layers]
+    outputs = lora_linears(draw_x(), layers, DROPPED)
+    sum(y.sum() for y in outputs).backward()
+    lora_gated_mlp(draw_x(), *layers, activation="silu", entering=TERM, leaving=TERM).sum().backward()
+    assert Watched.most == 1
 
 
 @KINDS

@@ -19,7 +19,8 @@ KEYS = {
     "mha.base_layer.out_proj.lora_B.weight": ("B", "mha.base_layer.out_proj"),
     "_orig_mod.q.lora_A.weight": ("A", "q"),
     "q.lora_A": ("variant", "q"),
-    "q.lora_E": ("variant", "q.lora_E"),
+    "q.lora_E": ("E", "q"),
+    "q.lora_E.weight": ("variant", "q"),
     "embed.lora_embedding_A.weight": ("variant", "embed"),
 }
 
