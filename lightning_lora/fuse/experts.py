@@ -69,11 +69,16 @@ class FusedExperts(nn.Module):
 
     def _is_of_one_dtype(self, x: Tensor) -> bool:
         opening, closing = map(self._dtype_of, self.recognised.names.matrices)
-        return opening == closing and (opening == x.dtype or self._dtype(x) != x.dtype)
+        is_cast = isinstance(self, QuantizedModule) or opening == x.dtype or self._dtype(x) != x.dtype
+        return opening == closing and is_cast
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """Return what the products run in; autocast casts for none that are grouped, those take the weight's dtype."""
-        if implementation_of(self) == GROUPED:
+        """Return what the products run in; autocast casts for none that are grouped, those take the weight's dtype.
+
+        Packed matrices are made dense in the dtype of x, which FSDP2 casts with what it gathers, and not bytes.
+        """
+        is_packed = isinstance(self, QuantizedModule)
+        if implementation_of(self) == GROUPED and not (is_packed and autocast_dtype(x) is None):
             return self._dtype_of(self.recognised.names.opening)
         return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
 

@@ -34,8 +34,8 @@ class QuantizedMixture(Quantized):
         return build(self.family).train()
 
 
-def run(kind: str, family: str, strategy: Any = "auto", how: str = "adapted") -> dict[str, Any]:
-    return train(QuantizedMixture(kind, family), strategy, lora=CONFIGS[how])
+def run(kind: str, family: str, strategy: Any = "auto", how: str = "adapted", **settings: Any) -> dict[str, Any]:
+    return train(QuantizedMixture(kind, family), strategy, lora=CONFIGS[how], **settings)
 
 
 RUNS = [("nf4", "qwen3_moe", "adapted"), ("nf4-dq", "gpt_oss", "adapted"), ("int8", "qwen3_moe", "not adapted")]
@@ -52,6 +52,15 @@ def test_three_steps_in_shards_are_those_of_one_process(single: list[dict[str, A
         found = run(kind, family, FSDPLoRAStrategy(**SHARDED), how)
         for what in ("losses", "gradients", "adapters", "stored", "seen"):
             torch.testing.assert_close(found[what], expected[what], **EXACT)
+
+
+@on_ranks(2)
+def test_mixed_precision_leaves_the_packed_bytes_alone(single: list[dict[str, Any]]) -> None:
+    kind, family, how = RUNS[0]
+    found = run(kind, family, FSDPLoRAStrategy(**SHARDED), how, precision="bf16-mixed")
+    for what in ("stored", "seen"):
+        torch.testing.assert_close(found[what], single[0]["stored"], **EXACT)
+    torch.testing.assert_close(found["losses"], single[0]["losses"], rtol=5e-3, atol=5e-3)  # bfloat16 has 8 bits
 
 
 @on_ranks(2)

@@ -265,6 +265,17 @@ def test_autocast_runs_the_products_of_the_loop_in_its_dtype() -> None:
         torch.testing.assert_close(one / other.abs().max(), other / other.abs().max(), rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_products_run_in_the_dtype_of_x_as_over_a_base_that_is_cast_to_it(implementation: str) -> None:
+    """FSDP2's mixed precision casts x and what it gathers, other than bytes."""
+    model, twin = (one("qwen3_moe", "nf4", implementation) for one in (packed, over_same_values))
+    inputs = inputs_of(model, torch.bfloat16)
+    found = results(experts_of(model), inputs)
+    assert found[0].dtype == torch.bfloat16
+    for one, other in zip(found, results(experts_of(twin.bfloat16()), inputs), strict=True):
+        torch.testing.assert_close(one / other.abs().max(), other / other.abs().max(), rtol=0, atol=2e-2)
+
+
 def test_second_derivatives_are_those_over_dense_values() -> None:
     found = []
     for model in (packed("qwen3_moe", "nf4"), over_same_values("qwen3_moe", "nf4")):
