@@ -179,8 +179,7 @@ def fill_from_packed(target: PackedTarget, entries: Mapping[str, Any], name: str
 def _blocks_on_disk(target: PackedTarget, source: Any, begin: int, end: int) -> Tensor:
     """Return the codes of some blocks, ``[blocks, bytes of a block]``."""
     if target.form is Int8:
-        codes: Tensor = source[begin:end].view(torch.uint8)
-        return codes
+        return _rows(source, target.empty.shape, begin, end).view(torch.uint8)
     size = source.get_shape()[0]
     held = source[min(begin * BYTES, size) : min(end * BYTES, size)].reshape(-1)
     return nn.functional.pad(held, (0, (end - begin) * BYTES - len(held)), value=ZERO_CODES).view(-1, BYTES)

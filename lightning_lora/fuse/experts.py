@@ -1,78 +1,65 @@
-"""Compute modules of fused experts in one function, adapters included: :class:`LoRAExperts`."""
+"""Compute modules of fused experts in one function: :class:`LoRAExperts`, and :class:`QuantizedExperts`."""
 
-import sys
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.compat.torch import has_global_hooks, is_transformed
-from lightning_lora.compat.transformers import (
-    experts_gate,
-    experts_have_gate,
-    experts_implementation,
-    is_expert_parallel,
-)
-from lightning_lora.fuse.expert_forms import LOOPS, OWN_ACTIVATIONS, OWN_GATES, default_gate
-from lightning_lora.fuse.forms import activation_name
+from lightning_lora.compat.transformers import experts_gate, experts_have_gate, is_expert_parallel
+from lightning_lora.fuse.expert_kinds import GROUPED, OWN, Recognised, gate_of, implementation_of, recognise
 from lightning_lora.fuse.gated_mlp import is_watched
+from lightning_lora.layers.base import Pair
 from lightning_lora.layers.class_swap import swap_class
 from lightning_lora.layers.parameters import LoRAParameters
-from lightning_lora.layers.same_code import same_code
+from lightning_lora.layers.quantized import QuantizedModule, quantize_parameters
 from lightning_lora.ops.autocast import autocast_dtype
 from lightning_lora.ops.experts.function import lora_experts
 from lightning_lora.ops.experts.gates import Gate, KnownGate, OwnGate
 from lightning_lora.ops.experts.records import ExpertWeights
+from lightning_lora.ops.packed_stack import PackedStack
 from lightning_lora.ops.sharded import is_dtensor
 
-OWN = "own"  # a gate that is the module's own function
-GROUPED = "grouped_mm"
-_DISPATCHER = "transformers.integrations.moe"
-_FUNCTIONS = {GROUPED: "grouped_mm_experts_forward", "batched_mm": "batched_mm_experts_forward"}  # of that module
 
-
-class Names(NamedTuple):
-    """The names of the base's tensors; those of biases may be missing."""
-
-    opening: str
-    closing: str
-    biases: tuple[str, ...]
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        return (self.opening, self.closing, *self.biases)
-
-
-class LoRAExperts(LoRAParameters):
+class FusedExperts(nn.Module):
     """Mixin of experts ``sum_k w_k down_e(G(gate_up_e(x)))``, whose forward and backward are one function.
 
     Fusing is skipped, and the base's own ``forward`` runs, on weights that keep the factors apart, where a hook sees a
     child, the base trains, weights are in shards, or torch traces or transforms the code.
     """
 
-    lora_names: Names
-    lora_gates: dict[str, str | None]  # by implementation: an activation, OWN, or None where the formula is another
+    record: ClassVar[str]  # the attribute that holds what is known of the experts
+    written_class: ClassVar[str]  # the attribute that holds the class that transformers or the user wrote
 
-    @override
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_fused(args, kwargs):
-            return super().forward(*args, **kwargs)
+    @property
+    def recognised(self) -> Recognised:
+        """What is known of the experts."""
+        known: Recognised = self.__dict__[self.record]
+        return known
+
+    def fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the output, computed in one function, or ``None`` where the base's own code has to run."""
+        pairs = self.pairs() if isinstance(self, LoRAParameters) and self.lora_active else {}
+        if not self._is_fused(args, kwargs, pairs):
+            return None
         x, index, weights = args
-        opening, closing = self._stack(self.lora_names.opening), self._stack(self.lora_names.closing)
+        opening, closing = (self._stack(name, pairs.get(name)) for name in self.recognised.names.matrices)
         return lora_experts(x, index, weights, opening, closing, self._gate(), dtype=self._dtype(x))
 
-    def _is_fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if len(args) != 3 or kwargs or not self.lora_active or not all(_is_plain(one) for one in args):
+    def _is_fused(self, args: tuple[Any, ...], kwargs: dict[str, Any], pairs: dict[str, Pair]) -> bool:
+        if len(args) != 3 or kwargs or not all(_is_plain(one) for one in args):
             return False
         x, index, weights = args
-        base = [self._parameters.get(name) for name in self.lora_names.all]
-        own: list[Any] = [*base, *(self._parameters.get(name) for name in self.adapter_names)]
+        names = self.recognised.names
+        base = [tensor for name in names.all for tensor in self._tensors(name)]
+        own: list[Any] = [*base, *(factor for pair in pairs.values() for factor in (pair.A, pair.B))]
         return (
             x.device.type in ("cpu", "cuda")
             and (x.ndim, index.ndim, index.shape) == (2, 2, weights.shape)
             and all(_is_plain(one) and one.device == x.device for one in own)
             and not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in base))
+            and pairs.keys() <= set(names.matrices)
             and self._is_of_one_dtype(x)
             and not is_expert_parallel(self)
             and not (is_transformed() or has_global_hooks())
@@ -81,22 +68,27 @@ class LoRAExperts(LoRAParameters):
         )
 
     def _is_of_one_dtype(self, x: Tensor) -> bool:
-        opening, closing = (self._base(name).dtype for name in self.lora_names[:2])
-        return opening == closing and (opening == x.dtype or self._dtype(x) != x.dtype)
+        opening, closing = map(self._dtype_of, self.recognised.names.matrices)
+        is_cast = isinstance(self, QuantizedModule) or opening == x.dtype or self._dtype(x) != x.dtype
+        return opening == closing and is_cast
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """Return what the products run in; autocast casts for none that are grouped, those take the weight's dtype."""
-        if implementation_of(self) == GROUPED:
-            return self._base(self.lora_names.opening).dtype
+        """Return what the products run in; autocast casts for none that are grouped, those take the weight's dtype.
+
+        Packed matrices are made dense in the dtype of x, which FSDP2 casts with what it gathers, and not bytes.
+        """
+        is_packed = isinstance(self, QuantizedModule)
+        if implementation_of(self) == GROUPED and not (is_packed and autocast_dtype(x) is None):
+            return self._dtype_of(self.recognised.names.opening)
         return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
 
     def _known_gate(self) -> str | None:
-        implementation = implementation_of(self)
-        if implementation not in self.lora_gates:  # the model was set to another one since
+        implementation, gates = implementation_of(self), self.recognised.gates
+        if implementation not in gates:  # the model was set to another one since
             if torch.compiler.is_compiling():
                 return None
-            self.lora_gates[implementation] = gate_of(self)
-        return self.lora_gates[implementation]
+            gates[implementation] = gate_of(self, getattr(self, self.written_class))
+        return gates[implementation]
 
     def _gate(self) -> Gate:
         known = self._known_gate()
@@ -106,15 +98,51 @@ class LoRAExperts(LoRAParameters):
         module: Any = self
         return OwnGate(experts_gate(module) if experts_have_gate(module) else module.act_fn)
 
-    def _base(self, name: str) -> Tensor:
-        weight = self._parameters[name]  # past __getattr__, which gives the one with the update
-        assert weight is not None
-        return weight
+    def _tensors(self, name: str) -> list[Tensor | None]:
+        """Return the tensors that a base's one is made of: past ``__getattr__``, which gives the one with an update."""
+        if isinstance(self, QuantizedModule) and name in self.quantized:
+            return list(self.stored(name).tensors.values())
+        return [self._parameters.get(name)]
 
-    def _stack(self, name: str) -> ExpertWeights:
-        weight, bias, pair = self._base(name), self._parameters.get(f"{name}_bias"), self.pairs().get(name)
-        weight = weight.mT if self.lora_transposed else weight
-        return ExpertWeights(weight, bias, *((None, None, 1.0) if pair is None else (pair.A, pair.B, pair.scaling)))
+    def _dtype_of(self, name: str) -> torch.dtype:
+        if isinstance(self, QuantizedModule) and name in self.quantized:
+            return self.quantized[name].dtype
+        [tensor] = self._tensors(name)
+        assert tensor is not None
+        return tensor.dtype
+
+    def _stack(self, name: str, pair: Pair | None) -> ExpertWeights:
+        weight: Any = self._parameters.get(name)
+        if isinstance(self, QuantizedModule) and name in self.quantized:
+            weight = PackedStack(self.stored(name))
+        weight = weight.mT if getattr(self, "is_transposed", False) else weight
+        factors = (None, None, 1.0) if pair is None else (pair.A, pair.B, pair.scaling)
+        return ExpertWeights(weight, self._parameters.get(f"{name}_bias"), *factors)
+
+
+class LoRAExperts(FusedExperts, LoRAParameters):
+    """Mixin of adapted experts over plain weights."""
+
+    record = "lora_experts"
+    written_class = "lora_base_class"
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = self.fused(args, kwargs) if self.lora_active else None
+        return super().forward(*args, **kwargs) if y is None else y
+
+
+class QuantizedExperts(FusedExperts, QuantizedModule):
+    """Mixin of experts with packed matrices, adapted or not: one at a time is made dense, and again in backward."""
+
+    record = "quantized_experts"
+    written_class = "quantized_base_class"
+    form_attributes = (*QuantizedModule.form_attributes, "quantized_experts")
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = self.fused(args, kwargs)
+        return super().forward(*args, **kwargs) if y is None else y
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -124,59 +152,16 @@ def _is_plain(tensor: Any) -> bool:
 
 def fuse_experts(module: nn.Module) -> None:
     """Give adapted experts that are recognised the class that computes them together."""
-    if not isinstance(module, LoRAParameters) or isinstance(module, LoRAExperts):
+    if not isinstance(module, LoRAParameters) or isinstance(module, FusedExperts):
         return
-    names = _names_of(module)
-    gate = None if names is None else gate_of(module)
-    if gate is not None:
+    own = [name for name in module._parameters if name not in module.tensor_names]
+    known = recognise(module, module.lora_base_class, own)
+    if known is not None and module.lora_parts.keys() <= set(known.names.matrices):
         swap_class(module, LoRAExperts, module.lora_base_class)
-        module.__dict__.update(lora_names=names, lora_gates={implementation_of(module): gate})
+        module.__dict__["lora_experts"] = known
 
 
-def _names_of(module: LoRAParameters) -> Names | None:
-    """Return which tensor of a module is which, by transformers' convention, if it has these tensors and no others."""
-    base: Any = module.lora_base_class
-    transformers_moe = sys.modules.get(_DISPATCHER)
-    if transformers_moe is None or getattr(base.forward, "__globals__", None) is not vars(transformers_moe):
-        return None  # its class was not decorated with transformers' use_experts_implementation
-    opening = "gate_up_proj" if experts_have_gate(module) else "up_proj"
-    names = Names(opening, "down_proj", (f"{opening}_bias", "down_proj_bias") if module.has_bias else ())
-    found = [name for name in module._parameters if name not in module.tensor_names]
-    adapts_matrices = module.lora_parts.keys() <= {names.opening, names.closing}
-    has_more = module.__dict__.get("has_post_expert_norm", False)
-    return names if sorted(found) == sorted(names.all) and adapts_matrices and not has_more else None
-
-
-def implementation_of(module: nn.Module) -> str:
-    """Return the name of the implementation that a module is set to."""
-    config: Any = module.config
-    return experts_implementation(config)
-
-
-def gate_of(module: Any) -> str | None:
-    """Return the activation in ``G = act(a) * b``, or :data:`OWN`; ``None`` where the code is not a written form's."""
-    base, implementation = module.lora_base_class, implementation_of(module)
-    activation = getattr(module, "act_fn", None)
-    known = None if activation is None else activation_name(activation)
-    kind = f"{type(activation).__module__}.{type(activation).__qualname__}"
-    is_pure = activation is None or known is not None or kind in OWN_ACTIVATIONS
-    if not is_pure or not _computes_the_formula(base, implementation, module):
-        return None
-    if not experts_have_gate(module):
-        return OWN
-    if same_code(experts_gate(base), default_gate):
-        return known or OWN
-    return OWN if any(same_code(experts_gate(base), gate) for gate in OWN_GATES) else None
-
-
-def _computes_the_formula(base: Any, implementation: str, module: Any) -> bool:
-    """Return True if an implementation is transformers' own function, or a class's loop that is a written form."""
-    if implementation in _FUNCTIONS:
-        moe: Any = sys.modules[_DISPATCHER]
-        return moe.ALL_EXPERTS_FUNCTIONS.get(implementation) is getattr(moe, _FUNCTIONS[implementation])
-    loop = next((LOOPS[form] for form in LOOPS if same_code(getattr(base.forward, "__wrapped__", None), form)), None)
-    if implementation != "eager" or loop is None:
-        return False
-    is_same_gate = loop.has_own_gate or same_code(experts_gate(base), default_gate)
-    layout = bool(module.is_transposed), bool(module.has_bias)
-    return experts_have_gate(module) and is_same_gate and layout == (loop.is_transposed, loop.has_bias)
+def quantize_experts(module: nn.Module, known: Recognised, kind: str) -> None:
+    """Pack the matrices of experts in place, each by itself."""
+    quantize_parameters(module, dict.fromkeys(known.names.matrices, kind), QuantizedExperts)
+    module.__dict__["quantized_experts"] = known

@@ -9,6 +9,9 @@ from typing_extensions import override
 from lightning_lora.layers.adapt import become_lora_layer, register_factors
 from lightning_lora.layers.base import LoRALayer, Pair
 from lightning_lora.layers.factored import FactoredWeight
+from lightning_lora.layers.quantized import QuantizedModule
+from lightning_lora.ops.packed import PackedWeight
+from lightning_lora.ops.packed_stack import PackedStack
 from lightning_lora.ops.quantized import check_plain
 from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.ops.weights import merged_weight
@@ -36,6 +39,9 @@ class LoRAParameters(LoRALayer):
             return value  # also in shards, between forwards: FSDP2 looks for its own parameter here
         pair = self.pairs()[name]
         A, B, scaling = pair.A, pair.B, pair.scaling
+        if isinstance(value, PackedStack):
+            left, right = (A.transpose(1, 2), B.transpose(1, 2)) if self.lora_transposed else (B, A)
+            return value.with_update(left, right, scaling)
         if value.ndim == 3 and self.lora_transposed:
             return FactoredWeight.of(value, A.transpose(1, 2), B.transpose(1, 2), scaling)
         return FactoredWeight.of(value, B, A, scaling)
@@ -46,16 +52,17 @@ class LoRAParameters(LoRALayer):
         cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
     ) -> "LoRAParameters":
         module, dtype = modules[name], options["dtype"]
-        ordered = {part: pairs[part] for part in module._parameters if part in pairs}
+        own = own_parameters(module)
+        ordered = {part: pairs[part] for part in own if part in pairs}
         sizes = {part: sizes_of_parameter(module, part) for part in ordered}
         names = tuple(f"lora_{factor}_{part}" for part in ordered for factor in "AB")
         adapted = become_lora_layer(
             module, cls, scaling=1.0, dropout=0.0, dtype=dtype, adapter_names=names, lora_parts=ordered
         )
         for part, (r, _) in ordered.items():
-            like: Any = module._parameters[part]
+            like = own[part]
             experts, in_features, out_features = sizes[part]
-            stack = (experts,) if like.ndim == 3 else ()
+            stack = (experts,) if len(like.shape) == 3 else ()
             shapes = {f"lora_A_{part}": (*stack, r, in_features), f"lora_B_{part}": (*stack, out_features, r)}
             register_factors(adapted, like, **shapes)
         return adapted
@@ -82,14 +89,28 @@ class LoRAParameters(LoRALayer):
         return merged_weight(weight, pair.A, pair.B, pair.scaling)
 
 
+def own_parameters(module: nn.Module) -> dict[str, Tensor | PackedWeight]:
+    """Return a module's own parameters by name, packed ones in the place of their parts."""
+    found: dict[str, Tensor | PackedWeight] = {n: p for n, p in module._parameters.items() if p is not None}
+    if isinstance(module, QuantizedModule):
+        for name in module.part_names():
+            found.pop(name, None)
+        found |= {name: module.stored(name) for name in module.quantized}
+    return found
+
+
 def sizes_of_parameter(module: nn.Module, name: str) -> tuple[int, int, int]:
     """Return ``(experts, in_features, out_features)`` of a parameter; a matrix counts as one expert.
 
     Raises:
         ValueError: it has other than two or three dimensions, or is quantised.
     """
-    check_plain(f"parameter {name!r}", module.get_parameter(name))
-    shape = tuple(module.get_parameter(name).shape)
+    parameter = own_parameters(module)[name]
+    shape = tuple(parameter.shape)
+    if isinstance(parameter, Tensor):
+        check_plain(f"parameter {name!r}", parameter)
+    elif len(shape) == 2:
+        raise ValueError(f"parameter {name!r} is packed as {parameter.kind}: name its layer in target_modules")
     if len(shape) == 2:
         return 1, shape[1], shape[0]
     if len(shape) != 3:

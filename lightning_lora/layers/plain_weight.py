@@ -33,6 +33,7 @@ class Former:
     order: tuple[str, ...]  # of its parameters
     reader: Any  # the lora_stored of the layer
     origin: tuple[int, str] | None  # the hash of what a packed weight was made from
+    attributes: dict[str, Any]  # what else the class kept on the module
 
     def put_back(self) -> None:
         """Give the module the stored weight and its class back, on the device of what stood in their place."""
@@ -46,6 +47,7 @@ class Former:
         module.__class__ = class_of(self.parents)
         if self.reader is not None:
             module.__dict__["lora_stored"] = self.reader
+        module.__dict__.update(self.attributes)
         if isinstance(self.stored, PackedWeight):
             _hold_parts(module, name, self.stored.to(device), self.origin)
         else:
@@ -150,13 +152,14 @@ def _handle(module: nn.Module, name: str) -> StoredWeight | None:
 def _take(module: nn.Module, name: str) -> Former:
     """Take a stored weight out of a module, which gets the class that it has with plain weights only."""
     reader = module.__dict__.pop("lora_stored", None)
-    former = Former(module, name, None, recipe(type(module)), tuple(module._parameters), reader, None)
+    former = Former(module, name, None, recipe(type(module)), tuple(module._parameters), reader, None, {})
     if isinstance(module, QuantizedModule) and name in module.quantized:
         former.stored, former.origin = module.stored(name).to(torch.device("cpu")), module.origins.pop(name, None)
         _drop_parts(module, name)
         if module.quantized:
             return former
-        del module.__dict__["quantized"], module.__dict__["origins"]
+        former.attributes = {one: module.__dict__.pop(one) for one in module.form_attributes}
+        del former.attributes["quantized"], former.attributes["origins"]
     else:
         former.stored = module._parameters.pop(name)
     module.__class__ = class_of(_plain(former.parents))

@@ -1,7 +1,8 @@
 """:class:`QuantizedModule` holds parameters packed in 4 or 8 bits; :class:`QuantizedLinear` multiplies by one.
 
 A packed parameter is no parameter of its module any more: the module holds its parts, ``weight_codes``,
-``weight_scales`` and others, and reading ``weight`` returns a dense copy. The state dict has bitsandbytes' keys.
+``weight_scales`` and others, and reading ``weight`` returns a dense copy, of a matrix, or a :class:`PackedStack`. The
+state dict has bitsandbytes' keys.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_
 from lightning_lora.layers.quantized_state import check_entries, read_parts, scales_name, state_of
 from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.ops.packed import FORMS, PackedWeight
+from lightning_lora.ops.packed_stack import PackedStack
 from lightning_lora.ops.sample_hash import dtype_name, sample_hash
 from lightning_lora.ops.sharded import is_sharded, logical
 from lightning_lora.ops.stored import stored_linear
@@ -35,6 +37,7 @@ class QuantizedModule(SwappedModule):
 
     class_prefix: ClassVar[str] = "Quantized"
     base_attribute: ClassVar[str] = "quantized_base_class"
+    form_attributes: ClassVar[tuple[str, ...]] = ("quantized", "origins")  # what a module keeps about its forms
 
     quantized_base_class: ClassVar[type[nn.Module]]
     quantized: dict[str, PackedWeight]
@@ -67,7 +70,7 @@ class QuantizedModule(SwappedModule):
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("quantized", ()):
             stored = self.stored(name)
-            return stored.dense(stored.dtype)
+            return stored.dense(stored.dtype) if len(stored.shape) == 2 else PackedStack(stored)
         return super().__getattr__(name)
 
     @override
@@ -172,11 +175,12 @@ def hold(
 
 def dequantize_parameters(module: QuantizedModule) -> None:
     """Put dense parameters in the place of the packed ones, in place."""
-    dense = {name: nn.Parameter(getattr(module, name), requires_grad=False) for name in module.quantized}
+    stored = {name: module.stored(name) for name in module.quantized}
+    dense = {name: nn.Parameter(one.dense(one.dtype), requires_grad=False) for name, one in stored.items()}
     for name, empty in module.quantized.items():
         for part in type(empty).sizes(empty.shape):
             delattr(module, f"{name}_{part}")
-    restore_class(module, "quantized", "origins")
+    restore_class(module, *module.form_attributes)
     for name, parameter in dense.items():
         module.register_parameter(name, parameter)
 

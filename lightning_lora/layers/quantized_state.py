@@ -77,7 +77,10 @@ def read_parts(empty: PackedWeight, state: MutableMapping[str, Any], name: str) 
         state.pop(f"{name}_format", None)
         if weight.dtype != torch.int8 or parts["scales"] is None:
             raise ValueError(_refusal(name, f"it holds {weight.dtype} without scales", "int8 and SCB"))
-        return _checked(empty, {"codes": weight.view(torch.uint8), "scales": as_bytes(parts["scales"])}, name)
+        if weight.shape != empty.shape:
+            raise ValueError(_refusal(name, f"its shape is {list(weight.shape)}", f"{list(empty.shape)}"))
+        codes = weight.view(torch.uint8).flatten(0, -2)
+        return _checked(empty, {"codes": codes, "scales": as_bytes(parts["scales"])}, name)
     return _checked(empty, _four_bit_parts(empty, weight, state, name), name)
 
 

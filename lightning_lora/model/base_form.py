@@ -20,14 +20,16 @@ class QuantizationPlan:
         kind: ``"nf4"``, ``"nf4-dq"`` or ``"int8"``.
         exclude: what was asked to be left out.
         layers: names of the layers, in the order of the model.
+        stacks: names of the parameters that stack the matrices of experts, in the order of the model.
         left_out: linear layers, and stacks of experts' matrices, that stay as they are, each with the reason.
-        bytes_before: of the layers' weights.
+        bytes_before: of the layers' weights and the stacks.
         bytes_after: of their packed parts.
     """
 
     kind: Quantization
     exclude: str | tuple[str, ...] | None
     layers: tuple[str, ...]
+    stacks: tuple[str, ...]
     left_out: Mapping[str, str] = field(hash=False)
     bytes_before: int
     bytes_after: int
@@ -37,8 +39,9 @@ class QuantizationPlan:
             f"; as before: {listed([name for name, why in self.left_out.items() if why == reason])} ({reason})"
             for reason in dict.fromkeys(self.left_out.values())
         )
+        stacks = f" and {len(self.stacks)} stacks of experts' matrices" if self.stacks else ""
         return (
-            f"{self.kind}: {len(self.layers)} linear layers, {self.bytes_before / 1e6:,.1f} -> "
+            f"{self.kind}: {len(self.layers)} linear layers{stacks}, {self.bytes_before / 1e6:,.1f} -> "
             f"{self.bytes_after / 1e6:,.1f} MB{stay}"
         )
 

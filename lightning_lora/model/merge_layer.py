@@ -90,7 +90,7 @@ def other_stored(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yield the modules and names of weights that are stored in another form and have no adapter."""
     for module in list(root.modules()):
         adapted = module.base_tensors() if isinstance(module, LoRALayer) else {}
-        for name in stored_names(module):
+        for name in reversed(stored_names(module)):  # each is put before those that the module has
             if name not in adapted:
                 yield module, name
 

@@ -42,7 +42,7 @@ class MergedModel:
 
     def undo(self) -> None:
         """Give back what was changed."""
-        for former in self.formers:
+        for former in reversed(self.formers):
             former.put_back()
         for parameter, values in self.cast:
             parameter.data = values.to(parameter.device)
@@ -78,7 +78,7 @@ def merge_layers(root: nn.Module, into: Into) -> list[LayerReceipt]:
 def unmerge_layers(root: nn.Module, state: MergedModel) -> None:
     """Give the weights of all layers back, bit for bit, and undo what else a merge changed."""
     for layer in named_lora_layers(root).values():
-        for name, original in (layer.lora_original or {}).items():
+        for name, original in reversed((layer.lora_original or {}).items()):
             if isinstance(original, Former):
                 original.put_back()
                 continue
@@ -94,7 +94,7 @@ def unmerge_layers(root: nn.Module, state: MergedModel) -> None:
 def _write(layer: LoRALayer, values: dict[str, Merged], kept: dict[int, Tensor]) -> None:
     """Write merged weights into a layer; ``kept`` holds the tensors merged so far, of which layers may share one."""
     originals: dict[str, Tensor | Former] = {}
-    for name, value in values.items():
+    for name, value in reversed(values.items()):  # each is put before those that a module has
         if isinstance(value, PackedWeight):
             originals[name] = put_packed(layer, name, value)
         elif stored_kind(layer, name) is not None:

@@ -85,7 +85,8 @@ def plan(
     adapted += [module for table, tied, _ in tables.values() for module in (table, *tied)]
     trained = base_that_trains(model, trained_whole, adapted, config.bias)
     keep = dict.fromkeys(trained_whole, "trains whole")
-    keep |= dict.fromkeys((layer for layer, _ in parameters.values()), "adapted by target_parameters")
+    own = [layer for layer, _ in parameters.values() if isinstance(modules[layer], nn.Linear)]
+    keep |= dict.fromkeys(own, "adapted by target_parameters")
     keep |= {names[one]: "rows of it train" for table, tied, _ in tables.values() for one in (table, *tied)}
     quantization = None if quantize is None else _plan_base(model, quantize, quantize_exclude, keep)
     about = (quantization, type(model).__name__, num_parameters(model), model)

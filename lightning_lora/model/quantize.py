@@ -1,12 +1,13 @@
-"""Quantise a frozen base in place: its linear layers hold 4 or 8 bits a weight, before adapters are put in."""
+"""Quantise a frozen base in place, before adapters are put in: linear layers and experts hold 4 or 8 bits a weight."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.compat.torch import compiled_module, remove_load_hook
 from lightning_lora.config import Quantization
+from lightning_lora.fuse.experts import quantize_experts
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, check_state, quantize_parameters
 from lightning_lora.layers.read_weight import reader_of
@@ -19,8 +20,9 @@ from lightning_lora.model.base_form import (
     quantization_of,
 )
 from lightning_lora.model.families import families_in, output_head
-from lightning_lora.model.matching import check_hits, hits
-from lightning_lora.model.names import clean_name, is_inside, joined, listed
+from lightning_lora.model.matching import check_hits
+from lightning_lora.model.names import clean_name, is_inside, listed
+from lightning_lora.model.stacks import find_stacks, is_excluded, known_experts
 from lightning_lora.model.trained_base import new_heads
 from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.packed import FORMS
@@ -31,7 +33,8 @@ ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers beside a mod
 def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> QuantizationPlan:
     """Quantise the linear layers of ``model`` in place: each holds packed bytes that are made dense when it is used.
 
-    Left as they are: fused experts, which are 3-D parameters of a module, the output head, new task heads, routers of
+    So do the matrices of fused experts, which are 3-D parameters of a module, where the module computes what
+    transformers' experts do. Left as they are: other 3-D parameters, the output head, new task heads, routers of
     experts, weights that two modules share, layers whose weight another module reads, and what ``exclude`` names. Codes
     and bytes are those of bitsandbytes, which need not be installed; :meth:`torch.nn.Module.state_dict` has its keys,
     and ``load_state_dict`` takes them and floating-point weights.
@@ -63,11 +66,16 @@ def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
         return
     model = compiled_module(model) or model
     modules = _modules(model)
-    bad = [name for name in decided.layers if not _is_finite(modules[name])]
+    weights = {name: f"{name}.weight" for name in decided.layers} | {name: name for name in decided.stacks}
+    bad = [name for name, weight in weights.items() if not _is_finite(_parameter(modules, weight))]
     if bad:
         raise ValueError(f"{listed(bad)} hold NaN or infinity, which cannot be quantised: load a base without them")
     for name in decided.layers:
         quantize_parameters(modules[name], {"weight": decided.kind}, QuantizedLinear)
+    for name in dict.fromkeys(stack.rpartition(".")[0] for stack in decided.stacks):
+        known = known_experts(modules[name])
+        assert known is not None
+        quantize_experts(modules[name], known, decided.kind)
     run_at_injection()
     model.register_load_state_dict_pre_hook(check_state)
     model.lora_quantization = decided  # type: ignore[assignment]  # a plain attribute
@@ -106,17 +114,19 @@ def plan_quantization(
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     left_out = _left_out(model, modules, linear, exclude, keep or {})
     layers = tuple(name for name in linear if name not in left_out)
-    left_out |= _stacks(modules)
-    if not layers:
+    stacks = find_stacks(modules, FORMS[kind], exclude, keep or {})
+    left_out |= stacks.left_out
+    if not layers and not stacks.packed:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantise" + (f": {left_out}" if left_out else "")
         )
-    weights = [modules[name].get_parameter("weight") for name in layers]
+    weights = [_parameter(modules, name) for name in (*(f"{layer}.weight" for layer in layers), *stacks.packed)]
     sizes = [FORMS[kind].sizes(weight.shape) for weight in weights]
     return QuantizationPlan(
         kind,
         plain_exclusion(exclude),
         layers,
+        stacks.packed,
         left_out,
         bytes_before=sum(weight.numel() * weight.element_size() for weight in weights),
         bytes_after=sum(torch.Size(shape).numel() for parts in sizes for shape in parts.values()),
@@ -135,9 +145,8 @@ def _left_out(
     heads = {id(head) for module in (model, *modules.values()) if (head := output_head(module)) is not None}
     left_out = {}
     for name in linear:
-        parent = name.rpartition(".")[0]
         within = next((why for path, why in kept.items() if is_inside(name, path)), None)
-        if hits(exclude, name) or any(hits(exclude, path) for path in _paths(parent)):
+        if is_excluded(exclude, name):
             left_out[name] = "excluded"
         elif id(modules[name]) in heads:
             left_out[name] = "output head"
@@ -161,23 +170,12 @@ def _reason(modules: Mapping[str, nn.Module], name: str) -> str | None:
     return None
 
 
-def _stacks(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return the parameters that stack the matrices of several experts, each with the reason why it is left."""
-    return {
-        joined(name, local): "stack of experts' matrices"
-        for name, module in modules.items()
-        for local, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and not type(module).__module__.startswith("torch.nn.")
-    }
+def _parameter(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
+    path, _, local = name.rpartition(".")
+    return modules[path].get_parameter(local)
 
 
-def _paths(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _is_finite(layer: nn.Module) -> bool:
-    weight = layer.get_parameter("weight")
+def _is_finite(weight: Tensor) -> bool:
     return weight.device.type == "meta" or bool(torch.isfinite(weight).all())
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig, brief
 from lightning_lora.layers import LoRALayer, mixin_for, read_mixin, with_options
 from lightning_lora.layers.base import Part
-from lightning_lora.layers.parameters import sizes_of_parameter
+from lightning_lora.layers.parameters import own_parameters, sizes_of_parameter
 from lightning_lora.layers.read_weight import check_rescaled, reader_of
 from lightning_lora.layers.registry import RESIDUAL, dense_weight
 from lightning_lora.layers.stored import stored_form
@@ -104,7 +104,7 @@ def select_parameters(model: nn.Module, config: LoRAConfig) -> Chosen:
     found: Chosen = {}
     hit: set[str] = set()
     for module_name, module in named_modules(model).items():
-        for local in module._parameters:
+        for local in own_parameters(module):
             name = joined(module_name, local)
             entries = [entry for entry in wanted if name == entry or name.endswith(f".{entry}")]
             if entries and not hits(config.exclude_modules, module_name):

@@ -21,6 +21,13 @@ def quantization_in_config(model: nn.Module) -> Iterator[None]:
     if packed is None or config is None:
         yield
         return
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule) and any(len(one.shape) == 3 for one in module.quantized.values()):
+            raise ValueError(
+                f"{name!r} holds packed matrices of experts, which bitsandbytes' checkpoints have no form for: save "
+                "model.state_dict(), or save_peft(model, directory) for an adapter, or leave the experts whole with "
+                "quantize_exclude"
+            )
     (stored, *_) = packed.quantized.values()
     plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, QuantizedModule)]
     config.quantization_config = _bitsandbytes_config(stored, plain)

@@ -106,7 +106,9 @@ def dense_scales(codes: Tensor, nested: Tensor, offset: Tensor, place: tuple[int
     positions = torch.arange(len(codes), device=codes.device)
     if place is not None:
         first, together, stride = place
-        positions = first + positions // together * stride + positions % together
+        if together < stride:
+            positions = positions // together * stride + positions % together
+        positions = positions + first
     levels: Tensor = dynamic_levels(codes.device)[codes.to(torch.int32)]
     return levels * nested[positions // SCALES_BLOCK] + offset
 

@@ -60,8 +60,11 @@ class PackedWeight:
     @classmethod
     def pack(cls, weight: Tensor) -> dict[str, Tensor]:
         """Return the parts of a weight."""
-        codes, scales = cls.pack_blocks(weight, cls.block_size(weight.shape))
-        return {"codes": codes, **cls.pack_scales(scales)}
+        size = cls.block_size(weight.shape)
+        # a stack of matrices one by one: each takes some times its size while it is packed
+        parts = weight.unbind() if weight.ndim == 3 and weight.shape[1:].numel() % size == 0 else (weight,)
+        codes, scales = zip(*(cls.pack_blocks(part, size) for part in parts), strict=True)
+        return {"codes": torch.cat(codes), **cls.pack_scales(torch.cat(scales))}
 
     @classmethod
     def block_size(cls, shape: torch.Size) -> int:

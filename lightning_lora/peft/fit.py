@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import mixin_for, with_options
 from lightning_lora.layers.convolution import LoRAConv
-from lightning_lora.layers.parameters import sizes_of_parameter
+from lightning_lora.layers.parameters import own_parameters, sizes_of_parameter
 from lightning_lora.model.families import resize_advice
 from lightning_lora.peft.config import divisor, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter
@@ -76,7 +76,7 @@ def _owner(
         return layer, layer, None
     parts = [
         local
-        for local in module._parameters
+        for local in own_parameters(module)
         if any(f"{layer}.{local}" == entry or f"{layer}.{local}".endswith(f".{entry}") for entry in wanted)
     ]
     if depth >= len(parts):
@@ -96,7 +96,7 @@ def _parameter_pair(pair: dict[str, Tensor], module: nn.Module, part: str, adapt
             f"{adapts} A {tuple(A.shape)} and B {tuple(B.shape)}, the model has {experts} x {in_features} -> "
             f"{out_features}: another base model?"
         )
-    is_matrix = module.get_parameter(part).ndim == 2
+    is_matrix = len(own_parameters(module)[part].shape) == 2
     return pair if is_matrix else dict(zip("AB", unstacked(A, B, A.shape[0] // experts), strict=True))
 
 
@@ -148,7 +148,7 @@ def _fuse_experts(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
             continue
         container = match["container"]
         container = container if container in modules else container.replace(".block_sparse_moe.", ".mlp.")
-        if container in modules and "gate_up_proj" in modules[container]._parameters:
+        if container in modules and "gate_up_proj" in own_parameters(modules[container]):
             if set(pair) != {"A", "B"}:
                 more = f"{path!r} with more than A and B, which fused experts cannot have"
                 raise ValueError(f"{adapter.source} adapts {more}")
@@ -157,7 +157,7 @@ def _fuse_experts(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
             by_index[int(match["index"])] = pair["A"], pair["B"], scaling
             del adapter.factors[path]
     for container, parts in groups.items():
-        num_experts = modules[container].get_parameter("gate_up_proj").shape[0]
+        num_experts = own_parameters(modules[container])["gate_up_proj"].shape[0]
         stacked = {part: _stack(parts[part], num_experts, f"{container}.*.{part}", adapter.source) for part in parts}
         _fuse_one(adapter, container, stacked)
 

@@ -11,7 +11,7 @@ from lightning_lora.compat.transformers import revision
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
-from lightning_lora.layers.parameters import LoRAParameters
+from lightning_lora.layers.parameters import LoRAParameters, own_parameters
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
 from lightning_lora.model.families import name_or_path
@@ -98,9 +98,9 @@ def _adalora_fields(injection: Injection) -> dict[str, Any]:
 def _targets(root: nn.Module, layers: Mapping[str, LoRALayer]) -> tuple[list[str], list[str]]:
     """Return the names of adapted modules and of adapted parameters, as PEFT has to be told them."""
     fused = any(
-        parameter is not None and parameter.ndim == 3 and local == "gate_up_proj"
+        len(parameter.shape) == 3 and local == "gate_up_proj"
         for module in root.modules()
-        for local, parameter in module._parameters.items()
+        for local, parameter in own_parameters(module).items()
     )
     modules: list[str] = []
     parameters: list[str] = []

@@ -33,19 +33,28 @@ class Quantized(Recorded):
         return models.llama()
 
     def look(self, name: str, layer: Any) -> None:
-        self.seen |= {f"{name}.{part}": tensor.clone() for part, tensor in layer.stored("weight").tensors.items()}
+        self.seen |= {key: tensor.clone() for key, tensor in parts_of(name, layer).items()}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {clean_name(name): module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
 
 
+def parts_of(name: str, layer: Any) -> dict[str, Tensor]:
+    """Return the parts of a layer's packed weights; those of ``weight`` have the name of the layer."""
+    return {
+        f"{name}.{part}" if local == "weight" else f"{name}.{local}.{part}": tensor
+        for local in layer.quantized
+        for part, tensor in layer.stored(local).tensors.items()
+    }
+
+
 def packed_bytes(model: nn.Module) -> dict[str, Tensor]:
     """Return the parts of every packed weight, whole. Called on all ranks."""
     return {
-        f"{name}.{part}": whole(tensor).detach().clone()
+        key: whole(tensor).detach().clone()
         for name, layer in quantized_layers(model).items()
-        for part, tensor in layer.stored("weight").tensors.items()
+        for key, tensor in parts_of(name, layer).items()
     }
 
 

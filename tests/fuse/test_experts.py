@@ -263,7 +263,7 @@ def assert_same(found: list[Tensor], wanted: list[Tensor], **tolerance: float) -
 def test_families_are_recognised_and_give_what_their_own_code_gives(name: str, implementation: str) -> None:
     experts = experts_of(adapted(name, implementation))
     inputs = inputs_of(experts)
-    assert experts.lora_gates == {implementation: "own" if name == "gpt_oss" else "silu"}
+    assert experts.recognised.gates == {implementation: "own" if name == "gpt_oss" else "silu"}
     assert is_fused(experts, inputs)
     assert not is_fused(unfused(experts), inputs)
     assert_same(results(experts, inputs), results(unfused(experts), inputs))
@@ -275,7 +275,7 @@ def test_an_implementation_that_is_set_later_is_looked_at_then() -> None:
     inputs = inputs_of(experts)
     model.set_experts_implementation("batched_mm")
     assert is_fused(experts, inputs)
-    assert experts.lora_gates == {"eager": "silu", "batched_mm": "silu"}
+    assert experts.recognised.gates == {"eager": "silu", "batched_mm": "silu"}
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -359,7 +359,7 @@ def test_a_custom_class_is_recognised_with_a_gate_in_a_text_of_transformers() ->
 
     experts = held(use_experts_implementation(Own))
     inputs = inputs_of(experts)
-    assert experts.lora_gates == {"eager": "own"}
+    assert experts.recognised.gates == {"eager": "own"}
     assert is_fused(experts, inputs)
     assert_same(results(experts, inputs), results(unfused(experts), inputs))
 
@@ -515,7 +515,7 @@ def test_no_gradient_is_wanted(name: str) -> None:
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-6, atol=1e-7)
-    assert experts.lora_gates
+    assert experts.recognised.gates
 
 
 def test_merging_disabling_copying_and_removing() -> None:

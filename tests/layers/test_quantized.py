@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora.layers.quantized import QuantizedLinear, dequantize_parameters, quantize_parameters
-from lightning_lora.model.quantize import plan_quantization
 
 KINDS = ["nf4", "nf4-dq", "int8"]
 SIZES = [(128, 96), (80, 24), (7, 5)]  # whole blocks in a row, blocks over row ends, less than a block
@@ -219,21 +218,3 @@ class TestRefusals:
     def test_double_quantisation_is_not_read_as_plain(self):
         with pytest.raises(ValueError, match="with double quantisation"):
             quantized("nf4").load_state_dict(quantized("nf4-dq").state_dict())
-
-
-def test_a_plan_names_the_stacks_of_experts_that_it_leaves():
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 4, "head_dim": 8}
-    config = Qwen3MoeConfig(
-        **sizes,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-        num_experts_per_tok=2,
-    )
-    plan = plan_quantization(Qwen3MoeForCausalLM(config), "nf4")
-    experts = {name for name, why in plan.left_out.items() if why == "stack of experts' matrices"}
-    assert experts == {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"}
-    assert "gate_up_proj" in str(plan)

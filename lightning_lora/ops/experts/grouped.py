@@ -30,6 +30,7 @@ def dispatch(tokens: Tensor, groups: Groups) -> Tensor:
 
 def forward(rows: Tensor, groups: Groups, layer: ExpertWeights) -> tuple[Tensor, Tensor | None]:
     """Return ``y = x W_e^T + scaling * u B_e^T``, ``[S, out]``, and ``u = x A_e^T``, ``[S, r]`` with r rounded up."""
+    assert isinstance(layer.weight, Tensor)
     dtype = rows.dtype
     y = _product(rows, layer.weight.to(dtype).mT, groups)
     if layer.lora_A is None or layer.lora_B is None:
@@ -51,6 +52,7 @@ def backward(
     """Return what :func:`lightning_lora.ops.experts.loop.backward` does."""
     need_x, need_A, need_B = needs
     dx = dA = dB = None
+    assert isinstance(layer.weight, Tensor)
     if need_x:
         dx = _product(grad, layer.weight.to(grad.dtype), groups)
     if layer.lora_A is None or layer.lora_B is None:

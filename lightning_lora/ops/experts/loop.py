@@ -2,7 +2,8 @@
 
 An expert's rows and weights stay in the cache while its products run, tokens are gathered an expert at a time, and r
 comes first in the products of rank r, as in
-:func:`~lightning_lora.ops.linear.skinny_mm`. Experts without rows cost nothing.
+:func:`~lightning_lora.ops.linear.skinny_mm`. Experts without rows cost nothing. A packed matrix is made dense for its
+product alone.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.experts.records import ExpertWeights, Gradients, Groups
+from lightning_lora.ops.packed_stack import PackedStack
+from lightning_lora.ops.stored import dense_like
 
 
 class DispatchedRows:
@@ -46,11 +49,11 @@ def forward(rows: Tensor | DispatchedRows, groups: Groups, layer: ExpertWeights)
     counts: Any = groups.counts
     W, A, B, factor = layer.weight, layer.lora_A, layer.lora_B, layer.scaling
     num_rows, dtype = rows.shape[0], rows.dtype
-    y = W.new_empty(num_rows, W.shape[1], dtype=dtype)
-    u = None if A is None else W.new_empty(A.shape[1], num_rows, dtype=dtype)
+    y = torch.empty(num_rows, W.shape[1], dtype=dtype, device=W.device)
+    u = None if A is None else y.new_empty(A.shape[1], num_rows)
     for x, w_t, out, h, h_t, a, b_t in zip(
         _rows(counts, rows),
-        _weights(counts, W.mT, dtype),
+        _matrices(counts, W.mT),
         _rows(counts, y),
         _columns(counts, u),
         _rows(counts, None if u is None else u.t()),
@@ -58,7 +61,7 @@ def forward(rows: Tensor | DispatchedRows, groups: Groups, layer: ExpertWeights)
         _matrices(counts, None if B is None else B.to(dtype).mT),
         strict=False,
     ):
-        torch.mm(x, w_t, out=out)
+        torch.mm(x, dense_like(w_t, x), out=out)
         if h is not None:
             torch.mm(a, x.t(), out=h)
             out.addmm_(h_t, b_t, alpha=factor)
@@ -84,7 +87,7 @@ def backward(
     counts: Any = groups.counts
     W, A, B, factor = layer.weight, layer.lora_A, layer.lora_B, layer.scaling
     num_rows, dtype = grad.shape[0], grad.dtype
-    like = W.new_empty(0, dtype=dtype)
+    like = torch.empty(0, dtype=dtype, device=W.device)
     v = like.new_empty(A.shape[1], num_rows) if A is not None and (need_x or need_A) else None
     dx = like.new_empty(rows.shape) if need_x else None
     dA = _zeros(counts, like, A.shape) if A is not None and need_A else None
@@ -93,7 +96,7 @@ def backward(
         _rows(counts, grad),
         _rows(counts, rows) if dA is not None else repeat(None),
         _rows(counts, dx),
-        _weights(counts, W, dtype),
+        _matrices(counts, W),
         _columns(counts, u),
         _columns(counts, v),
         _rows(counts, None if v is None else v.t()),
@@ -107,7 +110,7 @@ def backward(
         if v_e is not None:
             torch.mm(b_t, g.t(), out=v_e)
         if to_x is not None:
-            torch.mm(g, w, out=to_x)
+            torch.mm(g, dense_like(w, g), out=to_x)
             if v_t is not None:
                 to_x.addmm_(v_t, a, alpha=factor)
         if to_A is not None:
@@ -135,20 +138,14 @@ def _columns(counts: Sequence[int], tensor: Tensor | None) -> Iterable[Any]:
     return repeat(None) if tensor is None else _with_rows(counts, tensor.split(counts, 1))
 
 
-def _matrices(counts: Sequence[int], stacked: Tensor | None) -> Iterable[Any]:
+def _matrices(counts: Sequence[int], stacked: Tensor | PackedStack | None) -> Iterable[Any]:
     """Return the matrix of each expert that has rows."""
     return repeat(None) if stacked is None else _with_rows(counts, stacked.unbind())
 
 
-def _with_rows(counts: Sequence[int], parts: Sequence[Tensor]) -> Iterable[Tensor]:
+def _with_rows(counts: Sequence[int], parts: Sequence[Any]) -> Iterable[Any]:
     """Return those that belong to experts that have rows."""
     return parts if all(counts) else compress(parts, counts)
-
-
-def _weights(counts: Sequence[int], stacked: Tensor, dtype: torch.dtype) -> Iterable[Any]:
-    """Return the matrix of each expert that has rows, in another dtype one at a time."""
-    parts = _matrices(counts, stacked)
-    return parts if stacked.dtype == dtype else (part.to(dtype) for part in parts)
 
 
 def _zeros(counts: Sequence[int], like: Tensor, shape: torch.Size) -> Tensor:

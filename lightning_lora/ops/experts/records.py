@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.ops.packed_stack import PackedStack
+
 
 class Groups(NamedTuple):
     """``S = T * k`` rows, each a token for one of its ``k`` experts, sorted by expert.
@@ -56,14 +58,14 @@ class ExpertWeights(NamedTuple):
     """The tensors of one linear layer per expert; there may be no adapter, and no bias.
 
     Attributes:
-        weight: ``[experts, out, in]``, of any strides.
+        weight: ``[experts, out, in]``, of any strides, or packed.
         bias: ``[experts, out]``.
         lora_A: ``[experts, r, in]``.
         lora_B: ``[experts, out, r]``.
         scaling: factor of the adapter's term.
     """
 
-    weight: Tensor
+    weight: Tensor | PackedStack
     bias: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None

@@ -3,6 +3,7 @@
 The operators read the numbers of rows when they run, so that no graph depends on these.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,12 +12,21 @@ from torch import Tensor
 
 from lightning_lora.ops.experts import grouped
 from lightning_lora.ops.experts.records import ExpertWeights, Groups
+from lightning_lora.ops.packed import FORMS
+from lightning_lora.ops.packed_stack import PackedStack
+from lightning_lora.ops.stored import dense_like
 
 
 def product(rows: Tensor, groups: Groups, layer: ExpertWeights) -> Tensor:
     """Return ``x W_e^T + b_e + scaling * (x A_e^T) B_e^T``, ``[S, out]``, of rows ``[S, in]`` sorted by expert."""
     dtype = rows.dtype
-    y: Tensor = _product(rows, layer.weight.to(dtype).mT, groups.ends)
+    weight = layer.weight
+    y: Tensor
+    if isinstance(weight, Tensor):
+        y = _product(rows, weight.to(dtype).mT, groups.ends)
+    else:
+        parts, described = weight.stored.tensors, (weight.stored.kind, str(weight.dtype))
+        y = _packed_product(rows, *_ordered(parts), groups.ends, *described, weight.stored.shape, not weight.transposed)
     if layer.bias is not None:
         y = y + layer.bias.to(dtype)[groups.experts()]
     if layer.lora_A is None or layer.lora_B is None:
@@ -70,6 +80,67 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _product.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("lightning_lora::packed_expert_products", mutates_args=())
+def _packed_product(
+    rows: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    ends: Tensor,
+    kind: str,
+    dtype: str,
+    shape: list[int],
+    transposed: bool,
+) -> Tensor:
+    """Return each row times its expert's matrix of a packed stack of ``shape``: ``[S, in]`` to ``[S, out]``."""
+    found = {"codes": codes, "scales": scales, "nested": nested, "offset": offset}
+    parts = {name: part for name, part in found.items() if part is not None}
+    stored = FORMS[kind](parts, torch.Size(shape), getattr(torch, dtype.removeprefix("torch.")))
+    stack = PackedStack(stored, transposed=transposed)
+    y = rows.new_empty(rows.shape[0], stack.shape[2])
+    for matrix, (start, end) in zip(stack.unbind(), _spans(ends), strict=True):
+        if start < end:
+            torch.mm(rows[start:end], dense_like(matrix, rows), out=y[start:end])
+    return y
+
+
+@_packed_product.register_fake
+def _(
+    rows: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    ends: Tensor,
+    kind: str,
+    dtype: str,
+    shape: list[int],
+    transposed: bool,
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], shape[1] if transposed else shape[2])
+
+
+def _setup_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *tensors = inputs[:6]
+    ctx.save_for_backward(*tensors)
+    *ctx.described, ctx.transposed = inputs[6:]
+
+
+def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_rows = None
+    if ctx.needs_input_grad[0]:
+        grad_rows = _packed_product(grad, *ctx.saved_tensors, *ctx.described, not ctx.transposed)
+    return grad_rows, *[None] * 9
+
+
+_packed_product.register_autograd(_packed_backward, setup_context=_setup_packed)
+
+
+def _ordered(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return parts["codes"], parts["scales"], parts.get("nested"), parts.get("offset")
 
 
 def _spans(ends: Tensor) -> list[tuple[int, int]]:
