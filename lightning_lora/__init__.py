@@ -3,10 +3,10 @@
 Importing this package registers the strategies ``"fsdp_lora"`` and ``"megatron_lora"`` with Trainer and Fabric, and
 wraps what reads a file: ``LightningModule.load_from_checkpoint`` adapts the new module if the file holds adapters, and
 Fabric's ``load`` and ``load_raw`` and the Trainer's restoring refuse such a file for a model without adapters, where
-Lightning may drop them. The errors by which Lightning refuses ``BitsandbytesPrecision`` say what to write instead. The
-first model that is adapted wraps Fabric's ``setup`` and ``save``, ``save_pretrained`` and activation checkpoints; the
-first :class:`LoRACallback` wraps how LightningCLI builds an optimizer. Without adapters all of these behave as ever,
-and :func:`lightning_lora.model.wrapping.unwrap_all` puts them back.
+Lightning may drop them. The first model that is adapted wraps Fabric's ``setup`` and ``save``, ``save_pretrained`` and
+activation checkpoints; the first :class:`LoRACallback` wraps how LightningCLI builds an optimizer. Either lets the
+errors by which Lightning refuses ``BitsandbytesPrecision`` say what to write instead. Without adapters all of these
+behave as ever, and :func:`lightning_lora.model.wrapping.unwrap_all` puts them back.
 """
 
 from lightning.fabric.strategies import STRATEGY_REGISTRY
@@ -40,7 +40,6 @@ from lightning_lora.peft.load import load_peft
 from lightning_lora.peft.readers import check_portable
 from lightning_lora.peft.save import convert, save_peft
 from lightning_lora.strategies.fabric.methods import wrap_loading
-from lightning_lora.strategies.shared.bitsandbytes_precision import wrap_connectors
 from lightning_lora.strategies.trainer.fsdp import FSDPLoRAStrategy
 from lightning_lora.strategies.trainer.megatron import MegatronLoRAStrategy
 from lightning_lora.strategies.trainer.without_callback import wrap_load_from_checkpoint, wrap_restore_model
@@ -92,6 +91,5 @@ StrategyRegistry.register("megatron_lora", MegatronLoRAStrategy, _MEGATRON, over
 STRATEGY_REGISTRY.register("fsdp_lora", fabric.FSDPLoRAStrategy, _FSDP, override=True)
 STRATEGY_REGISTRY.register("megatron_lora", fabric.MegatronLoRAStrategy, _MEGATRON, override=True)
 wrap_load_from_checkpoint()
-wrap_connectors()
 wrap_restore_model()
 wrap_loading()

@@ -22,6 +22,7 @@ from lightning_lora.model.side_effects import freeze_statistics
 from lightning_lora.model.spread import class_name
 from lightning_lora.model.state import is_merged, named_lora_layers, require_injection
 from lightning_lora.model.summary import idle_layers, summary
+from lightning_lora.strategies.shared.bitsandbytes_precision import wrap_connectors
 from lightning_lora.strategies.shared.refusals import (
     check_adalora,
     check_averaging,
@@ -132,6 +133,7 @@ class LoRACallback(AdaptiveRanks):
         self._quantization = {"quantize": quantize, "quantize_exclude": quantize_exclude}
         self._checked: set[int] = set()
         lightning_cli.install(LoRACallback)
+        wrap_connectors()
 
     @property
     @override

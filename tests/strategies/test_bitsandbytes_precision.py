@@ -144,13 +144,18 @@ def test_starting_values_and_trained_values_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: pl.Trainer(accelerator="cpu", plugins=plugin(), logger=False), RuntimeError, "only supported on CUDA"),
+        (
+            lambda: pl.Trainer(accelerator="cpu", plugins=plugin(), callbacks=LoRACallback(), logger=False),
+            RuntimeError,
+            "only supported on CUDA",
+        ),
         (lambda: Fabric(accelerator="cpu", plugins=FabricPlugin("nf4")), RuntimeError, "only supported on CUDA"),
         (lambda: TrainerPlugin("int9"), KeyError, "int9"),
     ],
     ids=["trainer", "fabric", "other"],
 )
 def test_where_lightning_refuses_the_plugin_the_error_says_what_to_write(make: Any, error: type, match: str) -> None:
+    inject(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoRAConfig(r=1, target_modules=["0"]))  # as before Fabric
     with pytest.raises(error, match=match) as caught:
         make()
     assert ('LoRACallback(quantize="nf4")' in str(caught.value)) == (error is RuntimeError)

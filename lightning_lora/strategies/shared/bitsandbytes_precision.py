@@ -22,7 +22,7 @@ from lightning_lora.model.state import (
     named_trained_whole,
     require_injection,
 )
-from lightning_lora.model.wrapping import wrap
+from lightning_lora.model.wrapping import at_injection, wrap
 
 INSTEAD = (
     "lightning_lora quantises the frozen base by itself, on any device, in shards too: leave the plugin out and write "
@@ -87,6 +87,7 @@ class _TakenOut:
         root.lora_injection = dataclasses.replace(require_injection(root), **own)  # type: ignore[assignment]
 
 
+@at_injection
 def wrap_connectors() -> None:
     """Let the errors by which Lightning refuses the plugin (CPU, FSDP) say what to write instead."""
     for connector in connectors():
