@@ -196,6 +196,24 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own(duplicate):
     assert not torch.equal(logits(model), expected)  # still merged: another order of sums
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [{}, CONFIGS["two layers"]], ids=["all", "two layers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_while_merged_is_that_of_the_packed_weights_too(kind, config, dtype):
+    model, expected = adapted(kind, **config), adapted(kind, **config).to(dtype)
+    unmerge(merge(model).to(dtype))
+    assert torch.equal(logits(model), logits(expected))
+    assert torch.equal(logits(merge(model)), logits(merge(expected)))
+
+
+def test_a_cast_of_a_model_that_was_merged_into_another_dtype_is_undone_with_it():
+    model = adapted("nf4")
+    expected = logits(model)
+    unmerge(merge(model, dtype=torch.bfloat16).half())
+    assert torch.equal(logits(model), expected)
+    assert logits(merge(model)).dtype == torch.float32
+
+
 def test_merged_and_disabled_switch_between_the_functions():
     model = adapted("nf4")
     expected = logits(model)
