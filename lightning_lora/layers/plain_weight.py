@@ -6,7 +6,7 @@ weights of :class:`QuantizedModule`, bitsandbytes' layers, torchao's weights.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,12 +34,14 @@ class Former:
     reader: Any  # the lora_stored of the layer
     origin: tuple[int, str] | None  # the hash of what a packed weight was made from
     attributes: dict[str, Any]  # what else the class kept on the module
+    put_as: torch.dtype  # of what was put in its place
 
     def put_back(self) -> None:
         """Give the module the stored weight and its class back, on the device of what stood in their place."""
         module, name = self.module, self.name
         packed = isinstance(module, QuantizedModule) and name in module.quantized
-        device = module.stored(name).device if packed else module.get_parameter(name).device  # type: ignore[operator]
+        there: Any = module.stored(name) if packed else module.get_parameter(name)  # type: ignore[operator]
+        device = there.device
         if packed:
             _drop_parts(module, name)
         else:
@@ -49,7 +51,9 @@ class Former:
             module.__dict__["lora_stored"] = self.reader
         module.__dict__.update(self.attributes)
         if isinstance(self.stored, PackedWeight):
-            _hold_parts(module, name, self.stored.to(device), self.origin)
+            # half() and others may have cast what stood there
+            dtype = there.dtype if self.put_as == self.stored.dtype else self.stored.dtype
+            _hold_parts(module, name, replace(self.stored.to(device), dtype=dtype), self.origin)
         else:
             module._parameters[name] = self.stored if self.stored.device == device else self.stored.to(device)
         _sort(module, self.order)
@@ -102,7 +106,7 @@ def dense_weight(module: nn.Module, name: str) -> Tensor:
 
 def put_plain(module: nn.Module, name: str, values: Tensor) -> Former:
     """Put a frozen plain parameter in the place of a weight that is stored in another form, in place."""
-    former = _take(module, name)
+    former = _take(module, name, values.dtype)
     module._parameters[name] = nn.Parameter(values, requires_grad=False)
     _sort(module, (name, *former.order))
     return former
@@ -110,7 +114,7 @@ def put_plain(module: nn.Module, name: str, values: Tensor) -> Former:
 
 def put_packed(module: nn.Module, name: str, packed: PackedWeight) -> Former:
     """Put a packed weight in the place of a linear layer's that is stored in another form, in place."""
-    former = _take(module, name)
+    former = _take(module, name, packed.dtype)
     if not isinstance(module, QuantizedModule):
         module.__class__ = class_of(_with_mixin(recipe(type(module))))
     _hold_parts(module, name, packed, None)
@@ -149,10 +153,10 @@ def _handle(module: nn.Module, name: str) -> StoredWeight | None:
     return None if form is None else form.read(module)
 
 
-def _take(module: nn.Module, name: str) -> Former:
+def _take(module: nn.Module, name: str, put_as: torch.dtype) -> Former:
     """Take a stored weight out of a module, which gets the class that it has with plain weights only."""
     reader = module.__dict__.pop("lora_stored", None)
-    former = Former(module, name, None, recipe(type(module)), tuple(module._parameters), reader, None, {})
+    former = Former(module, name, None, recipe(type(module)), tuple(module._parameters), reader, None, {}, put_as)
     if isinstance(module, QuantizedModule) and name in module.quantized:
         former.stored, former.origin = module.stored(name).to(torch.device("cpu")), module.origins.pop(name, None)
         _drop_parts(module, name)

@@ -8,6 +8,7 @@ Of a weight called ``M.weight`` in 4 bits: ``M.weight`` (the codes, ``[n / 2, 1]
 
 import json
 from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def _checked(empty: PackedWeight, parts: Mapping[str, Tensor], name: str) -> Map
     found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
     if found != sizes:
         raise ValueError(_refusal(name, f"its parts have the shapes {found}", f"{sizes}"))
-    return parts
+    return parts if parts["codes"].is_meta else _finite(replace(empty, tensors=parts), name).tensors
 
 
 def _finite(stored: PackedWeight, name: str) -> PackedWeight:

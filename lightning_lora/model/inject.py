@@ -12,7 +12,8 @@ from lightning_lora.fuse import release
 from lightning_lora.layers import LoRALayer, unadapt
 from lightning_lora.layers.trained import restore_dtypes
 from lightning_lora.model.apply import carry_out
-from lightning_lora.model.base_form import check_form, quantization_of
+from lightning_lora.model.base_form import check_form
+from lightning_lora.model.merged_model import form_before_merge
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.plan import plan
 from lightning_lora.model.side_effects import complete_state_dict, trained_with_originals, unfreeze_statistics
@@ -54,7 +55,7 @@ def inject(
     if existing is not None and isinstance(config, LoRAConfig | None):
         _check_same_config(existing.config, config or LoRAConfig())
         if quantize is not None:
-            check_form(quantization_of(model), quantize, quantize_exclude)
+            check_form(form_before_merge(model), quantize, quantize_exclude)
         return model
     decided = plan(model, config, quantize=quantize, quantize_exclude=quantize_exclude)
     carry_out(decided)

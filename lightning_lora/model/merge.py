@@ -34,7 +34,8 @@ def merge(
 
     The sum is taken in float32 or wider and rounded once to the weight's dtype. The weights as they were are kept, one
     copy of every adapted weight, on CPU where they were plain, so that :func:`unmerge` gives them back bit for bit. A
-    merged model is the base class's own code, at its speed. Merging what is merged does nothing. The first line of the
+    merged model is the base class's own code, at its speed. Merging what is merged
+    does nothing; with other arguments it is an error. The first line of the
     receipt is logged; :func:`merge_receipt` returns it.
 
     Weights in 4 or 8 bits are made dense: all such layers of the model, adapted or not, become plain ones.
@@ -58,7 +59,8 @@ def merge(
     Raises:
         ValueError: a weight is tied to another layer, which would change too; a layer's own forward is such that a
             changed weight does not add the adapter's term; an adapter holds NaN or infinity; less than half of the
-            update would survive ``requantize``; the files of ``base`` lack a weight. Nothing is changed then.
+            update would survive ``requantize``; the files of ``base`` lack a weight; the model
+            is merged already with other arguments. Nothing is changed then.
     """
     receipt = _merge(model, Into(base, dtype, requantize), remove=remove)
     if receipt is not None and len(receipt):
@@ -106,6 +108,18 @@ def merged(
             unmerge(root)
 
 
+def _check_same(root: nn.Module, into: Into) -> None:
+    """Raise ``ValueError`` where a root is merged into something else than is asked for."""
+    state = require_injection(root).merged
+    asked = {name: value for name, value in vars(into).items() if value != vars(Into())[name]}
+    there = {} if state is None else vars(state.into)
+    other = ", ".join(
+        f"{name}={value} (there: {there[name]})" for name, value in asked.items() if str(value) != str(there.get(name))
+    )
+    if other:
+        raise ValueError(f"{type(root).__name__} is merged with other settings, {other}: call unmerge(model) first")
+
+
 def merge_again(root: nn.Module, state: MergedModel) -> None:
     """Merge a root as it was merged before :func:`unmerge`."""
     _merge(root, state.into)
@@ -116,6 +130,8 @@ def _merge(model: nn.Module, into: Into, *, remove: bool = False) -> MergeReceip
     roots = require_roots(model)
     reshard(model)
     unmerged = {path: root for path, root in roots.items() if unmerged_layers(root)}
+    for path in roots.keys() - unmerged:
+        _check_same(roots[path], into)
     for root in unmerged.values():
         check_merge(model, root, into.of(root))
     receipts: list[LayerReceipt] = []

@@ -33,8 +33,8 @@ def check_merge(model: nn.Module, root: nn.Module, into: Into) -> None:
 
 
 def _check_into(root: nn.Module, into: Into) -> None:
-    if into.dtype is not None and not into.dtype.is_floating_point:
-        raise ValueError(f"dtype={into.dtype} is no floating-point dtype")
+    if into.dtype is not None and not getattr(into.dtype, "is_floating_point", False):
+        raise ValueError(f"dtype={into.dtype!r} is no floating-point dtype of torch")
     if into.dtype is not None and any(map(is_sharded, root.parameters())):
         raise ValueError("dtype: a base in shards keeps its dtype; merge in one process, with load_peft")
     spread = [

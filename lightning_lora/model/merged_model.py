@@ -10,7 +10,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.base import convert_parameter
 from lightning_lora.layers.plain_weight import Former, dense_weight, put_packed, put_plain, stored_kind
 from lightning_lora.layers.trained import KeptWide
-from lightning_lora.model.base_form import quantization_of
+from lightning_lora.model.base_form import QuantizationPlan, quantization_of
 from lightning_lora.model.merge_layer import Into, Merged, as_stored, merge_values, other_stored
 from lightning_lora.model.merge_receipt import LayerReceipt
 from lightning_lora.model.names import clean_name, joined
@@ -50,6 +50,13 @@ class MergedModel:
             module.__dict__["_lora_read_dtypes"] = dtypes
         for owner, name, value in self.attributes:
             owner.__dict__[name] = value
+
+
+def form_before_merge(model: nn.Module) -> QuantizationPlan | None:
+    """Return what :func:`quantize` did to an adapted model, whether it is merged or not."""
+    state = require_injection(model).merged
+    noted = {} if state is None else {name: value for _, name, value in state.attributes}
+    return noted.get("lora_quantization", quantization_of(model))
 
 
 def unmerged_layers(root: nn.Module) -> dict[str, LoRALayer]:

@@ -67,6 +67,8 @@ def plan(
     check_untouched(model)
     if quantize is not None:
         check_not_foreign(named_modules(model))
+    elif quantize_exclude is not None:
+        raise ValueError(f"quantize_exclude={quantize_exclude!r} needs quantize='nf4', 'nf4-dq' or 'int8'")
     to_save = config.modules_to_save
     trained_whole = new_heads(model) if to_save is None else select_trained_whole(model, to_save)
     layers = select_layers(model, config, trained_whole)

@@ -159,7 +159,8 @@ class NF4Double(NF4):
         return dense_scales(self.tensors["scales"].view(-1), nested, offset, self.place)
 
     def is_finite(self) -> bool:
-        return bool(torch.isfinite(floats(self.tensors["offset"][None])).all())
+        numbers = torch.cat([self.tensors["nested"], self.tensors["offset"][None]])
+        return bool(torch.isfinite(floats(numbers)).all())
 
 
 class Int8(PackedWeight):

@@ -12,7 +12,7 @@ from lightning_lora.checkpoint.fingerprint import known_fingerprint
 from lightning_lora.checkpoint.reading import read_checkpoint, section_of
 from lightning_lora.checkpoint.storage import local_directory, location
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import OnNonfinite, check_not_disabled, injected_roots, require_root
+from lightning_lora.model.state import OnNonfinite, check_finite, check_not_disabled, injected_roots, require_root
 from lightning_lora.model.summary import outside_names, say_left_out, trained_outside
 from lightning_lora.ops.sharded import is_sharded, whole
 from lightning_lora.peft.adalora import as_lora as adalora_as_lora
@@ -185,6 +185,7 @@ def write_described(
         seen.add(value.data_ptr())
     config = description["config"]
     if kind_of(config) == "ADALORA" and (portable or as_lora):
+        check_finite(tensors, directory, on_nonfinite)  # pruned ranks, which are not written, are part of every output
         config, tensors = adalora_as_lora(config, tensors, keep_layers=portable)
     if portable:
         config, tensors = make_portable(config, tensors, _parameters_by_layer(description["entries"]))

@@ -206,6 +206,19 @@ class TestRefusals:
             layer.load_state_dict(state)
         assert torch.equal(layer.weight, before)
 
+    @pytest.mark.parametrize(
+        ("kind", "entry"),
+        [("nf4", "weight.absmax"), ("nf4-dq", "weight.nested_absmax"), ("int8", "SCB")],
+    )
+    def test_scales_without_a_value(self, kind, entry):
+        layer, state = quantized(kind), dict(quantized(kind).state_dict())
+        before = layer.weight
+        state[entry] = state[entry].clone()
+        state[entry][-1] = torch.nan
+        with pytest.raises(ValueError, match="'weight' holds NaN or infinity"):
+            layer.load_state_dict(state)
+        assert torch.equal(layer.weight, before)
+
     @pytest.mark.parametrize(("blocksize", "code"), [(128, "nf4"), (64, "fp4")])
     def test_another_block_size_or_code(self, bitsandbytes, blocksize, code):
         packed, state = bitsandbytes.functional.quantize_4bit(

@@ -196,6 +196,24 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own(duplicate):
     assert not torch.equal(logits(model), expected)  # still merged: another order of sums
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [{}, CONFIGS["two layers"]], ids=["all", "two layers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_while_merged_is_that_of_the_packed_weights_too(kind, config, dtype):
+    model, expected = adapted(kind, **config), adapted(kind, **config).to(dtype)
+    unmerge(merge(model).to(dtype))
+    assert torch.equal(logits(model), logits(expected))
+    assert torch.equal(logits(merge(model)), logits(merge(expected)))
+
+
+def test_a_cast_of_a_model_that_was_merged_into_another_dtype_is_undone_with_it():
+    model = adapted("nf4")
+    before = state(model)
+    unmerge(merge(model, dtype=torch.bfloat16).half())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {p.dtype for p in merge(model).parameters()} == {torch.float32}
+
+
 def test_merged_and_disabled_switch_between_the_functions():
     model = adapted("nf4")
     expected = logits(model)
@@ -238,6 +256,34 @@ def test_files_that_lack_a_weight_are_refused_and_nothing_changes(tmp_path):
     with pytest.raises(FileNotFoundError, match="no safetensors at"):
         merge(model, base=tmp_path / "nowhere")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_another_merge_of_a_merged_model_is_refused_and_changes_nothing(tmp_path, remove):
+    model = adapted("nf4")
+    expected = logits(merge(model, dtype=torch.bfloat16))
+    for other in ({"base": original(tmp_path)}, {"dtype": torch.float16}, {"requantize": "nf4"}):
+        with pytest.raises(ValueError, match=r"merged with other settings.*call unmerge\(model\) first"):
+            merge(model, remove, **other)
+        assert torch.equal(logits(model), expected)
+    for same in ({}, {"dtype": torch.bfloat16}):
+        assert torch.equal(logits(merge(model, **same)), expected)
+    assert torch.equal(logits(merge(model, remove=True)), expected)
+
+
+def test_the_same_original_may_be_named_as_a_path_and_as_text(tmp_path):
+    model, path = adapted("nf4"), original(tmp_path)
+    expected = logits(merge(model, base=path))
+    assert torch.equal(logits(merge(model, base=str(path))), expected)
+
+
+def test_a_merged_model_is_known_by_the_form_that_its_base_had():
+    model = inject(models.llama(), LoRAConfig(r=4), quantize="nf4")
+    expected = logits(merge(model))
+    inject(model, LoRAConfig(r=4), quantize="nf4")
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="quantised with quantize='nf4'"):
+        inject(model, LoRAConfig(r=4), quantize="int8")
 
 
 def test_words_that_mean_nothing_are_refused():

@@ -200,6 +200,19 @@ def test_an_untrained_adapter_has_nothing_to_write_as_lora(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_nan_in_a_pruned_rank_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    model = trained()
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    with torch.no_grad():
+        layer.lora_E[0] = 0
+        layer.lora_A[0, 0] = torch.nan
+    assert logits(model).isnan().any()
+    for options in ({"as_lora": True}, {"portable": True}):
+        with pytest.raises(ValueError, match=r"lora_A.* holds NaN"):
+            save_peft(model, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_plain_adapter_is_written_as_lora_either_way(tmp_path: Path) -> None:
     model = inject(models.llama(), LoRAConfig(r=4))
     models.fill_adapters(model)

@@ -93,6 +93,8 @@ def test_wrong_words_are_refused_at_once() -> None:
         LoRACallback(quantize="fp4")
     with pytest.raises(ValueError, match="needs quantize="):
         LoRACallback(quantize_exclude=["q_proj"])
+    with pytest.raises(ValueError, match="needs quantize="):
+        inject(LanguageModule().model, LoRAConfig(r=4), quantize_exclude=["q_proj"])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
