@@ -322,3 +322,21 @@ def test_a_merged_model_has_the_fingerprint_of_its_base(options, config):
     unmerge(model)
     assert quantization_of(model) is plan
     assert torch.equal(fingerprint(model)["hashes"], before["hashes"])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_the_weights_of_another_model_are_refused_before_anything_changes(tmp_path, kind):
+    model = adapted(kind)
+    before = state(model)
+    torch.manual_seed(9)
+    other = type(model)(model.config)
+    save_file({name: value.contiguous() for name, value in other.state_dict().items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds other weights than those that the base was made from.*q_proj"):
+        merge(model, base=tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_original_in_another_precision_is_the_same_base(tmp_path):
+    model = adapted("nf4")
+    merge(model, base=original(tmp_path, torch.bfloat16))
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
