@@ -38,7 +38,8 @@ MORE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 def adapted(case: str) -> nn.Module:
     build, settings = (FACTORS | MORE)[case]
-    model = inject(build(), LoRAConfig(**{"r": 4, **settings})).eval()
+    r = {} if case == "adalora" else {"r": 4}
+    model = inject(build(), LoRAConfig(**r, **settings)).eval()
     give_values(model)
     if case == "adalora":
         for number, layer in enumerate(named_lora_layers(model).values()):

@@ -53,6 +53,7 @@ def test_a_directory_of_peft(settings: dict[str, Any], tmp_path: Path) -> None:
     torch.testing.assert_close(output(model), theirs(models.token_ids()).logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
     save_peft(adapted("llama"), tmp_path)
     model = moved(adapted("llama"))
