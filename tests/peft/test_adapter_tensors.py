@@ -11,12 +11,32 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import AdaLoRA, LoRAConfig, adapter_tensors, check_portable, disabled, inject, save_peft
+from lightning_lora import AdaLoRA, LoRAConfig, adapter_tensors, check_portable, disabled, inject, quantize, save_peft
 from lightning_lora.model.state import named_lora_layers
 from tests import models, zoo
 from tests.live_bytes import watched
 from tests.peft.test_directory import CLOSE, give_values
 from tests.peft.test_portable import EXPERTS, PATTERNS, Convolutions, seeded
+
+
+class Attention(nn.Module):
+    """An ``nn.MultiheadAttention``, of whose output projection a file holds half of B."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(models.VOCAB, 8)
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return self.mha(x, x, x, need_weights=False)[0]
+
+
+def in_4_bits() -> nn.Module:
+    model = models.llama()
+    quantize(model, "nf4")
+    return model
+
 
 FACTORS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "llama": (models.llama, {}),
@@ -26,6 +46,8 @@ FACTORS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "convolutions": (lambda: seeded(Convolutions), {"target_modules": ["conv", "line", "head", "embed"]}),
     "experts": (zoo.named("mixtral").build, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "pissa": (models.llama, {"init": "pissa", "target_modules": ["q_proj", "down_proj"]}),
+    "attention": (lambda: seeded(Attention), {"target_modules": ["mha"]}),
+    "nf4": (in_4_bits, {}),
     "adalora": (models.llama, {"adalora": AdaLoRA(target_r=3, init_r=5, total_step=100)}),
 }
 MORE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {

@@ -143,6 +143,13 @@ def test_another_base_is_refused_unless_accepted(tmp_path: Path) -> None:
     assert not any(value.any() for name, value in adapter_state_dict(model).items() if name.endswith("lora_B"))
 
 
+def test_a_base_in_another_form_takes_the_directory(tmp_path: Path) -> None:
+    save_peft(adapted("nf4"), tmp_path)
+    model = moved(adapted("llama"))
+    hot_swap(model, tmp_path)
+    assert torch.equal(output(model), output(adapted("llama")))
+
+
 def test_an_unknown_name_a_merged_and_a_disabled_adapter_and_nan_are_refused(tmp_path: Path) -> None:
     model = adapted("llama")
     save_peft(model, tmp_path)
