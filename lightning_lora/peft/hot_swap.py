@@ -173,8 +173,8 @@ def _check_places(
         held = [values[name] if name in values else whole(tensors[name]).detach().cpu() for name in names]
         if not torch.equal(laid_out(layout, held).to(given[key].dtype), given[key]):
             raise ValueError(
-                f"{source} holds other values of {key!r} than the model can take: a start of PiSSA or OLoRA, or a "
-                f"tensor that does not train or is shared with another layer, is not its own. {_ANEW}"
+                f"{source} has values of {key!r} that the model cannot take: another start of PiSSA or OLoRA, or of a "
+                f"tensor that is frozen in the model, or shared by two layers of it. {_ANEW}"
             )
 
 
