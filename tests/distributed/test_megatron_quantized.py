@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import safetensors.torch
 import torch
@@ -18,7 +17,7 @@ from lightning_lora.model.quantize import quantize
 from lightning_lora.ops.sharded import is_sharded, local_part, part_of
 from tests import models
 from tests.distributed import gpt
-from tests.distributed.quantized import KINDS, Quantized, packed_bytes, quantized_layers, train
+from tests.distributed.quantized import KINDS, AtStart, Quantized, packed_bytes, quantized_layers, train
 from tests.distributed.ranks import on_ranks
 from tests.distributed.split import GRADIENT_TOLERANCE
 from tests.distributed.training import EXACT, STEP_TOLERANCE, Recorded, fit, from_all_ranks, rank_loader, rank_of, state
@@ -143,13 +142,6 @@ class Float(Recorded):
     def __init__(self) -> None:
         super().__init__()
         self.model = wide_llama().bfloat16()
-
-
-class AtStart(pl.Callback):
-    """Keeps the adapters as a file brought them back."""
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.adapters = state(pl_module)
 
 
 def test_a_file_of_parts_resumes_over_bf16_on_one_process(tmp_path: Path) -> None:
