@@ -44,7 +44,7 @@ class PackedBase:
     def quantize(self, source: Any, given: Collection[int], name: str) -> None:
         """Fill the weight called ``name`` with floating-point values: a tensor, or a slice of a file."""
         target = self.targets[name]
-        shape, expected = tuple(given), tuple(target.empty.shape)
+        shape, expected = tuple(given), tuple(target.shape)
         if shape != expected:
             raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}")
         self._seen[name] = fill_from_values(target, source)

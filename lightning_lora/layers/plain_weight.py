@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.class_swap import class_of, recipe
-from lightning_lora.layers.quantized import ROW_PARTS, QuantizedLinear, QuantizedModule
+from lightning_lora.layers.quantized import ROW_PARTS, QuantizedModule
+from lightning_lora.layers.quantized_linear import QuantizedLinear
 from lightning_lora.layers.stored import stored_form
-from lightning_lora.ops.packed import PackedWeight
+from lightning_lora.ops.packed import FORMS, PackedWeight
 from lightning_lora.ops.sharded import is_dtensor, logical
 from lightning_lora.ops.stored import StoredWeight
 
@@ -90,24 +91,36 @@ def weight_dtype(module: nn.Module, name: str) -> torch.dtype | None:
 def weight_shape(module: nn.Module, name: str) -> torch.Size:
     """Return the shape of a weight, also of one that is stored in another form."""
     handle = _handle(module, name)
-    shape: torch.Size = logical(module._parameters[name]).shape if handle is None else handle.shape
-    return shape
+    if handle is None:
+        shape: torch.Size = logical(module._parameters[name]).shape
+        return shape
+    return handle.shape[::-1] if _is_transposed(module) else handle.shape
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
     """Return the values of a weight, plain or stored in another form, in float32 or wider."""
     handle = _handle(module, name)
     if handle is not None:
-        return handle.dense(torch.promote_types(handle.dtype, torch.float32))
+        values = handle.dense(torch.promote_types(handle.dtype, torch.float32))
+        return values.t() if _is_transposed(module) else values
     weight = module._parameters[name]
     assert weight is not None
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
+def pack(module: nn.Module, values: Tensor, kind: str, dtype: torch.dtype) -> tuple[PackedWeight, Tensor]:
+    """Return values of a weight of ``module`` packed in a form, and the plain numbers that this holds."""
+    is_transposed = _is_transposed(module)
+    values = values.t() if is_transposed else values
+    packed = FORMS[kind](FORMS[kind].pack(values), values.shape, dtype)
+    dense = packed.dense(values.dtype)
+    return packed, dense.t() if is_transposed else dense
+
+
 def put_plain(module: nn.Module, name: str, values: Tensor) -> Former:
     """Put a frozen plain parameter in the place of a weight that is stored in another form, in place."""
     former = _take(module, name, values.dtype)
-    module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    module._parameters[name] = nn.Parameter(values.contiguous(), requires_grad=False)
     _sort(module, (name, *former.order))
     return former
 
@@ -116,7 +129,8 @@ def put_packed(module: nn.Module, name: str, packed: PackedWeight) -> Former:
     """Put a packed weight in the place of a linear layer's that is stored in another form, in place."""
     former = _take(module, name, packed.dtype)
     if not isinstance(module, QuantizedModule):
-        module.__class__ = class_of(_with_mixin(recipe(type(module))))
+        was_packed = isinstance(former.stored, PackedWeight)
+        module.__class__ = class_of(former.parents if was_packed else _with_mixin(recipe(type(module))))
     _hold_parts(module, name, packed, None)
     return former
 
@@ -140,6 +154,11 @@ def reading(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         module._parameters.update(former)
         if reader is not None:
             module.__dict__["lora_stored"] = reader
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of a module is stored as the transpose of its parameter."""
+    return isinstance(module, QuantizedModule) and module.is_transposed
 
 
 def _handle(module: nn.Module, name: str) -> StoredWeight | None:

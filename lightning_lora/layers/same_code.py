@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CONV1D = "transformers.pytorch_utils.Conv1D"
+
 
 @functools.cache
 def same_code(function: Any, form: FunctionType) -> bool:
@@ -57,6 +59,12 @@ def is_plain_linear(cls: type[nn.Module]) -> bool:
         if forward is not None and not calls_next:
             return False
     return False
+
+
+def is_conv1d(cls: type[nn.Module]) -> bool:
+    """Return True if the forward of a class is that of transformers' ``Conv1D``, ``x W + b``."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return f"{owner.__module__}.{owner.__qualname__}" == CONV1D
 
 
 class _Plain:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from lightning_lora.config import Quantization
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.plain_weight import dense_weight, reading, stored_kind, stored_names, weight_dtype
+from lightning_lora.layers.plain_weight import dense_weight, pack, reading, stored_kind, stored_names, weight_dtype
 from lightning_lora.model.merge_receipt import LayerReceipt
 from lightning_lora.model.names import joined
 from lightning_lora.model.original_base import OriginalBase
 from lightning_lora.model.spread import gathered
 from lightning_lora.model.state import named_lora_layers
-from lightning_lora.ops.packed import FORMS, PackedWeight
+from lightning_lora.ops.packed import PackedWeight
 
 CHUNK = 2**26  # elements of which the norms are taken at once: a stack of experts is large
 
@@ -70,20 +70,21 @@ def merge_values(
             sums = layer.merged_tensors()
         for local, exact in sums.items():
             kind, dtype = into.form(layer, local)
-            values[local], after = as_stored(exact, kind, dtype)
-            before = base[local] if after is exact else as_stored(base[local], kind, dtype)[1]
+            values[local], after = as_stored(layer, exact, kind, dtype)
+            before = base[local] if after is exact else as_stored(layer, base[local], kind, dtype)[1]
             norms.add(trained[local], base[local], exact, before, after)
     first, dtype = into.form(layer, next(iter(sums)))
     return values, norms.receipt(name, first or str(dtype).removeprefix("torch."))
 
 
-def as_stored(values: Tensor, kind: Quantization | None, dtype: torch.dtype) -> tuple[Merged, Tensor]:
-    """Return values as they are stored in a form, and the plain numbers that this holds."""
+def as_stored(
+    module: nn.Module, values: Tensor, kind: Quantization | None, dtype: torch.dtype
+) -> tuple[Merged, Tensor]:
+    """Return values of a weight of ``module`` as they are stored in a form, and the plain numbers that this holds."""
     if kind is None:
         plain = values.to(dtype)
         return plain, plain
-    packed = FORMS[kind](FORMS[kind].pack(values), values.shape, dtype)
-    return packed, packed.dense(values.dtype)
+    return pack(module, values, kind, dtype)
 
 
 def other_stored(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:

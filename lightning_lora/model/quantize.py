@@ -9,9 +9,10 @@ from lightning_lora.compat.torch import compiled_module, remove_load_hook
 from lightning_lora.config import Quantization
 from lightning_lora.fuse.experts import quantize_experts
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, check_state, quantize_parameters
+from lightning_lora.layers.quantized import QuantizedModule, check_state, quantize_parameters
+from lightning_lora.layers.quantized_linear import packing_mixin
 from lightning_lora.layers.read_weight import reader_of
-from lightning_lora.layers.same_code import is_plain_linear
+from lightning_lora.layers.same_code import is_conv1d
 from lightning_lora.model.base_form import (
     QuantizationPlan,
     check_kind,
@@ -71,7 +72,9 @@ def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
     if bad:
         raise ValueError(f"{listed(bad)} hold NaN or infinity, which cannot be quantised: load a base without them")
     for name in decided.layers:
-        quantize_parameters(modules[name], {"weight": decided.kind}, QuantizedLinear)
+        mixin = packing_mixin(modules[name])
+        assert mixin is not None
+        quantize_parameters(modules[name], {"weight": decided.kind}, mixin)
     for name in dict.fromkeys(stack.rpartition(".")[0] for stack in decided.stacks):
         known = known_experts(modules[name])
         assert known is not None
@@ -111,7 +114,7 @@ def plan_quantization(
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name!r} is adapted: quantise the base before adapters are put in")
     check_hits("quantize_exclude", exclude, modules, type(model).__name__)
-    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linear = {n: module for n, module in modules.items() if isinstance(module, nn.Linear) or is_conv1d(type(module))}
     left_out = _left_out(model, modules, linear, exclude, keep or {})
     layers = tuple(name for name in linear if name not in left_out)
     stacks = find_stacks(modules, FORMS[kind], exclude, keep or {})
@@ -121,7 +124,9 @@ def plan_quantization(
             f"{type(model).__name__} has no linear layer to quantise" + (f": {left_out}" if left_out else "")
         )
     weights = [_parameter(modules, name) for name in (*(f"{layer}.weight" for layer in layers), *stacks.packed)]
-    sizes = [FORMS[kind].sizes(weight.shape) for weight in weights]
+    is_turned = [is_conv1d(type(modules[name])) for name in layers] + [False] * len(stacks.packed)
+    shapes = [w.shape[::-1] if turned else w.shape for w, turned in zip(weights, is_turned, strict=True)]
+    sizes = [FORMS[kind].sizes(shape) for shape in shapes]
     return QuantizationPlan(
         kind,
         plain_exclusion(exclude),
@@ -161,7 +166,7 @@ def _reason(modules: Mapping[str, nn.Module], name: str) -> str | None:
     weight = layer._parameters.get("weight")
     if local in ROUTERS and f"{parent}.experts".lstrip(".") in modules:
         return "router"
-    if not is_plain_linear(type(layer)) or weight is None:
+    if packing_mixin(layer) is None or weight is None:
         return "has a forward of its own"
     if sum(weight is other for module in modules.values() for other in module._parameters.values()) > 1:
         return "shares its weight"
