@@ -82,16 +82,23 @@ class AtStart(pl.Callback):
 
 
 def train_epochs(
-    directory: Path, module: Any, strategy: Any, ckpt_path: Path | None, epochs: int, **settings: Any
+    directory: Path,
+    module: Any,
+    strategy: Any,
+    ckpt_path: Path | None,
+    epochs: int,
+    more_callbacks: tuple[pl.Callback, ...] = (),
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train up to a number of epochs, from a file if there is one, with the same rows on every rank.
 
     Returns:
-        Adapters and moments before and after, and the losses.
+        The step at the start, adapters and moments before and after, and the losses.
     """
     at_start = AtStart()
     loaders = {"train_dataloaders": rank_loader(0, 1)}
-    settings = {"callbacks": (at_start,), "loaders": loaders, "max_epochs": epochs, "ckpt_path": ckpt_path, **settings}
-    fit(directory, module, strategy, **settings)
+    settings = {"callbacks": (at_start, *more_callbacks), "loaders": loaders, "max_epochs": epochs, **settings}
+    fit(directory, module, strategy, ckpt_path=ckpt_path, **settings)
     before = (at_start.adapters, at_start.moments)
-    return {"before": before, "after": (state(module), optimizer_state(module)), "losses": module.losses}
+    after = (state(module), optimizer_state(module))
+    return {"step": at_start.step, "before": before, "after": after, "losses": module.losses}
