@@ -133,7 +133,7 @@ def quantize_parameters(module: nn.Module, names: Mapping[str, str], mixin: type
     """
     origins: dict[str, tuple[int, str]] = {}
     for name in names:
-        origins |= _origin_of(name, module.get_parameter(name).detach())
+        origins |= _origin_of(name, module.get_parameter(name))
     packed = {name: FORMS[kind].quantize(mixin.turn(module.get_parameter(name))) for name, kind in names.items()}
     hold(module, packed, mixin, origins)
 

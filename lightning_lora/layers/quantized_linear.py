@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.layers.quantized import QuantizedModule
-from lightning_lora.layers.same_code import is_conv1d, is_plain_linear
+from lightning_lora.layers.same_code import CONV1D, is_plain_linear
 from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.ops.packed import PackedWeight
 from lightning_lora.ops.stored import stored_linear
@@ -35,11 +35,21 @@ class QuantizedConv1D(QuantizedModule):
         return stored_linear(x, self.stored("weight"), self.bias)
 
 
+# by the full name of the class whose forward a layer has
+_MIXINS: dict[str, type[QuantizedModule]] = {CONV1D: QuantizedConv1D}
+
+
+def register_packing(name: str, mixin: type[QuantizedModule]) -> None:
+    """Let layers whose forward is that of the class with this full name be packed by ``mixin``."""
+    _MIXINS[name] = mixin
+
+
 def packing_mixin(layer: nn.Module) -> type[QuantizedModule] | None:
     """Return the mixin that packs the weight of a layer that is known to compute a product with it, else ``None``."""
     if isinstance(layer, nn.Linear):
         return QuantizedLinear if is_plain_linear(type(layer)) else None
-    return QuantizedConv1D if is_conv1d(type(layer)) else None
+    owner = next(base for base in type(layer).__mro__ if "forward" in vars(base))
+    return _MIXINS.get(f"{owner.__module__}.{owner.__qualname__}")
 
 
 def _read(layer: Any) -> PackedWeight:

@@ -61,12 +61,6 @@ def is_plain_linear(cls: type[nn.Module]) -> bool:
     return False
 
 
-def is_conv1d(cls: type[nn.Module]) -> bool:
-    """Return True if the forward of a class is that of transformers' ``Conv1D``, ``x W + b``."""
-    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
-    return f"{owner.__module__}.{owner.__qualname__}" == CONV1D
-
-
 class _Plain:
     def forward(self: Any, x: Any) -> Any:
         return F.linear(x, self.weight, self.bias)

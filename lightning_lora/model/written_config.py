@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers.quantized import QuantizedModule
-from lightning_lora.layers.same_code import is_conv1d
+from lightning_lora.layers.quantized_linear import packing_mixin
 from lightning_lora.ops.packed import PackedWeight
 
 
@@ -30,7 +30,7 @@ def quantization_in_config(model: nn.Module) -> Iterator[None]:
                 "quantize_exclude"
             )
     (stored, *_) = packed.quantized.values()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(type(m))}
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or packing_mixin(m) is not None}
     plain = [name for name, module in linear.items() if not isinstance(module, QuantizedModule)]
     config.quantization_config = _bitsandbytes_config(stored, plain)
     try:
