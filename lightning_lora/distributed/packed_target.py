@@ -76,13 +76,12 @@ def packed_targets(root: nn.Module) -> dict[str, PackedTarget]:
 
 @torch.no_grad()
 def fill_from_values(target: PackedTarget, source: Any) -> tuple[bool, Tensor]:
-    """Quantise the floating-point values of ``source``, of the whole parameter's shape, and store this rank's part.
+    """Quantise the floating-point values of ``source``, of the shape that is packed, and store this rank's part.
 
     Called on all ranks that share the weight. With double quantisation they gather its scales: 1/16 byte a value.
 
     Args:
-        source: what returns a slice of rows and columns of the parameter when it is indexed, such as a tensor or a
-            slice of a file.
+        source: what returns a slice of rows and columns when it is indexed, such as a tensor or a slice of a file.
 
     Returns:
         Whether all values that this rank has read are finite; and its addend to the :func:`sample_hash` of the weight.
@@ -90,14 +89,12 @@ def fill_from_values(target: PackedTarget, source: Any) -> tuple[bool, Tensor]:
     form, shape, dtype, parts, cut = target.form, target.empty.shape, target.empty.dtype, target.parts, target.cut
     codes, scales, start = local_part(parts["codes"]), [], 0
     origin = torch.zeros((), dtype=torch.int64)
-    is_transposed = target.module.is_transposed
-    source = Transposed(source) if is_transposed else source
     for values, first, stride in _chunks(target, source):
         values = values.to(dtype)
         some_codes, some_scales = form.pack_blocks(values.reshape(-1), form.block_size(shape))
         if form is Int8 and cut is not None:  # it has read whole rows
             values, first, some_codes = values[:, slice(*cut)], first + cut[0], some_codes[:, slice(*cut)]
-        origin += runs_hash(values, first, stride, shape, is_transposed=is_transposed)
+        origin += runs_hash(values, first, stride, shape, is_transposed=target.module.is_transposed)
         codes[start : start + len(some_codes)].copy_(some_codes)
         scales.append(some_scales)
         start += len(some_codes)
@@ -106,18 +103,6 @@ def fill_from_values(target: PackedTarget, source: Any) -> tuple[bool, Tensor]:
     for part, tensor in form.pack_scales(whole).items():
         local_part(parts[part]).copy_(tensor if whole is own else _own(target, part, tensor))
     return bool(torch.isfinite(whole).all()), origin
-
-
-@dataclass(frozen=True)
-class Transposed:
-    """What returns slices of rows and columns of the transpose of a source."""
-
-    source: Any
-
-    def __getitem__(self, where: slice | tuple[slice, slice]) -> Tensor:
-        rows, columns = where if isinstance(where, tuple) else (where, slice(None))
-        values: Tensor = self.source[columns, rows]
-        return values.t()
 
 
 def _own(target: PackedTarget, part: str, whole: Tensor) -> Tensor:

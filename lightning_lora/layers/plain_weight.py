@@ -16,7 +16,7 @@ from lightning_lora.layers.class_swap import class_of, recipe
 from lightning_lora.layers.quantized import ROW_PARTS, QuantizedModule
 from lightning_lora.layers.quantized_linear import QuantizedLinear
 from lightning_lora.layers.stored import stored_form
-from lightning_lora.ops.packed import FORMS, PackedWeight
+from lightning_lora.ops.packed import PackedWeight
 from lightning_lora.ops.sharded import is_dtensor, logical
 from lightning_lora.ops.stored import StoredWeight
 
@@ -94,27 +94,23 @@ def weight_shape(module: nn.Module, name: str) -> torch.Size:
     if handle is None:
         shape: torch.Size = logical(module._parameters[name]).shape
         return shape
-    return handle.shape[::-1] if _is_transposed(module) else handle.shape
+    is_transposed = isinstance(module, QuantizedModule) and module.is_transposed
+    return handle.shape[::-1] if is_transposed else handle.shape
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
     """Return the values of a weight, plain or stored in another form, in float32 or wider."""
     handle = _handle(module, name)
     if handle is not None:
-        values = handle.dense(torch.promote_types(handle.dtype, torch.float32))
-        return values.t() if _is_transposed(module) else values
+        return turned(module, handle.dense(torch.promote_types(handle.dtype, torch.float32)))
     weight = module._parameters[name]
     assert weight is not None
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def pack(module: nn.Module, values: Tensor, kind: str, dtype: torch.dtype) -> tuple[PackedWeight, Tensor]:
-    """Return values of a weight of ``module`` packed in a form, and the plain numbers that this holds."""
-    is_transposed = _is_transposed(module)
-    values = values.t() if is_transposed else values
-    packed = FORMS[kind](FORMS[kind].pack(values), values.shape, dtype)
-    dense = packed.dense(values.dtype)
-    return packed, dense.t() if is_transposed else dense
+def turned(module: nn.Module, values: Tensor) -> Tensor:
+    """Return values of a weight in the layout that ``module`` packs it in, or packed ones in the weight's layout."""
+    return module.turn(values) if isinstance(module, QuantizedModule) else values
 
 
 def put_plain(module: nn.Module, name: str, values: Tensor) -> Former:
@@ -154,11 +150,6 @@ def reading(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         module._parameters.update(former)
         if reader is not None:
             module.__dict__["lora_stored"] = reader
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether the weight of a module is stored as the transpose of its parameter."""
-    return isinstance(module, QuantizedModule) and module.is_transposed
 
 
 def _handle(module: nn.Module, name: str) -> StoredWeight | None:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from lightning_lora.config import Quantization
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.plain_weight import dense_weight, pack, reading, stored_kind, stored_names, weight_dtype
+from lightning_lora.layers.plain_weight import dense_weight, reading, stored_kind, stored_names, turned, weight_dtype
 from lightning_lora.model.merge_receipt import LayerReceipt
 from lightning_lora.model.names import joined
 from lightning_lora.model.original_base import OriginalBase
 from lightning_lora.model.spread import gathered
 from lightning_lora.model.state import named_lora_layers
-from lightning_lora.ops.packed import PackedWeight
+from lightning_lora.ops.packed import FORMS, PackedWeight
 
 CHUNK = 2**26  # elements of which the norms are taken at once: a stack of experts is large
 
@@ -84,7 +84,9 @@ def as_stored(
     if kind is None:
         plain = values.to(dtype)
         return plain, plain
-    return pack(module, values, kind, dtype)
+    rows = turned(module, values)
+    packed = FORMS[kind](FORMS[kind].pack(rows), rows.shape, dtype)
+    return packed, turned(module, packed.dense(values.dtype))
 
 
 def other_stored(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
