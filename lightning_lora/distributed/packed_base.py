@@ -48,7 +48,7 @@ class PackedBase:
         shape, expected = tuple(given), tuple(target.shape)
         if shape != expected:
             raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}")
-        source = _Transposed(source) if target.module.is_transposed else source
+        source = _Transposed(source) if target.module.packs_transpose else source
         self._seen[name] = fill_from_values(target, source)
 
     def check_floats(self, key: str, name: str) -> None:

@@ -55,7 +55,7 @@ class PackedTarget:
     @property
     def shape(self) -> torch.Size:
         """The shape of the whole parameter that was packed."""
-        return self.empty.shape[::-1] if self.module.is_transposed else self.empty.shape
+        return self.empty.shape[::-1] if self.module.packs_transpose else self.empty.shape
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -94,7 +94,7 @@ def fill_from_values(target: PackedTarget, source: Any) -> tuple[bool, Tensor]:
         some_codes, some_scales = form.pack_blocks(values.reshape(-1), form.block_size(shape))
         if form is Int8 and cut is not None:  # it has read whole rows
             values, first, some_codes = values[:, slice(*cut)], first + cut[0], some_codes[:, slice(*cut)]
-        origin += runs_hash(values, first, stride, shape, is_transposed=target.module.is_transposed)
+        origin += runs_hash(values, first, stride, shape, is_transposed=target.module.packs_transpose)
         codes[start : start + len(some_codes)].copy_(some_codes)
         scales.append(some_scales)
         start += len(some_codes)

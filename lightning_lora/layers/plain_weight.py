@@ -94,7 +94,7 @@ def weight_shape(module: nn.Module, name: str) -> torch.Size:
     if handle is None:
         shape: torch.Size = logical(module._parameters[name]).shape
         return shape
-    is_transposed = isinstance(module, QuantizedModule) and module.is_transposed
+    is_transposed = isinstance(module, QuantizedModule) and module.packs_transpose
     return handle.shape[::-1] if is_transposed else handle.shape
 
 

@@ -36,7 +36,7 @@ class QuantizedModule(SwappedModule):
     class_prefix: ClassVar[str] = "Quantized"
     base_attribute: ClassVar[str] = "quantized_base_class"
     form_attributes: ClassVar[tuple[str, ...]] = ("quantized", "origins")  # what a module keeps about its forms
-    is_transposed: ClassVar[bool] = False  # whether packed is the transpose of the parameter
+    packs_transpose: ClassVar[bool] = False  # whether packed is the transpose of the parameter
 
     quantized_base_class: ClassVar[type[nn.Module]]
     quantized: dict[str, PackedWeight]
@@ -55,7 +55,7 @@ class QuantizedModule(SwappedModule):
     @classmethod
     def turn(cls, weight: Tensor) -> Tensor:
         """Return a parameter in the layout in which it is packed, or packed values in the parameter's layout."""
-        return weight.t() if cls.is_transposed else weight
+        return weight.t() if cls.packs_transpose else weight
 
     def part_names(self) -> list[str]:
         """Return the names of the parameters and buffers that packed parameters are made of."""
@@ -71,7 +71,7 @@ class QuantizedModule(SwappedModule):
         Codes have that layout, floating-point weights the parameter's.
         """
         weight = state_dict.get(key)
-        is_other = self.is_transposed and weight is not None and weight.is_floating_point() and weight.ndim == 2
+        is_other = self.packs_transpose and weight is not None and weight.is_floating_point() and weight.ndim == 2
         return {key: self.turn(weight)} if is_other else {}  # type: ignore[arg-type]  # a tensor
 
     def dense_in(self, state_dict: Mapping[str, Any], prefix: str, name: str) -> Tensor:

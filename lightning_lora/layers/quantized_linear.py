@@ -28,7 +28,7 @@ class QuantizedConv1D(QuantizedModule):
     Packed is its transpose, as transformers packs it: blocks run along a row of ``[out_features, in_features]``.
     """
 
-    is_transposed = True
+    packs_transpose = True
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def plan_quantization(
         )
     weights = [_parameter(modules, name) for name in (*(f"{layer}.weight" for layer in layers), *stacks.packed)]
     mixins = [packing_mixin(modules[name]) for name in layers] + [None] * len(stacks.packed)
-    is_turned = [mixin is not None and mixin.is_transposed for mixin in mixins]
+    is_turned = [mixin is not None and mixin.packs_transpose for mixin in mixins]
     shapes = [w.shape[::-1] if turned else w.shape for w, turned in zip(weights, is_turned, strict=True)]
     sizes = [FORMS[kind].sizes(shape) for shape in shapes]
     return QuantizationPlan(
