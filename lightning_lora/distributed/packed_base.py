@@ -1,6 +1,7 @@
 """Fill the packed weights of a model from a checkpoint, which holds floating-point values or packed bytes of each."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,9 +45,10 @@ class PackedBase:
     def quantize(self, source: Any, given: Collection[int], name: str) -> None:
         """Fill the weight called ``name`` with floating-point values: a tensor, or a slice of a file."""
         target = self.targets[name]
-        shape, expected = tuple(given), tuple(target.empty.shape)
+        shape, expected = tuple(given), tuple(target.shape)
         if shape != expected:
             raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}")
+        source = _Transposed(source) if target.module.packs_transpose else source
         self._seen[name] = fill_from_values(target, source)
 
     def check_floats(self, key: str, name: str) -> None:
@@ -79,6 +81,18 @@ class PackedBase:
         hashes = summed([origin for _, origin in self._seen.values()], [target.parts["codes"] for target in targets])
         for target, value in zip(targets, hashes.tolist(), strict=True):
             target.module.origins[target.name] = (value, str(target.empty.dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    """What returns slices of rows and columns of the transpose of a source."""
+
+    source: Any
+
+    def __getitem__(self, where: slice | tuple[slice, slice]) -> Tensor:
+        rows, columns = where if isinstance(where, tuple) else (where, slice(None))
+        values: Tensor = self.source[columns, rows]
+        return values.t()
 
 
 def _owner_of(key: str, keys: Collection[str]) -> str | None:

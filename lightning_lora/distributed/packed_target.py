@@ -53,6 +53,11 @@ class PackedTarget:
         return self.module.whole_form(self.name)
 
     @property
+    def shape(self) -> torch.Size:
+        """The shape of the whole parameter that was packed."""
+        return self.empty.shape[::-1] if self.module.packs_transpose else self.empty.shape
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """Which blocks of the whole this rank holds: the first and the one behind the last."""
         [box] = boxes(self.parts["codes"])
@@ -71,7 +76,7 @@ def packed_targets(root: nn.Module) -> dict[str, PackedTarget]:
 
 @torch.no_grad()
 def fill_from_values(target: PackedTarget, source: Any) -> tuple[bool, Tensor]:
-    """Quantise the floating-point values of ``source``, of the whole weight's shape, and store this rank's part.
+    """Quantise the floating-point values of ``source``, of the shape that is packed, and store this rank's part.
 
     Called on all ranks that share the weight. With double quantisation they gather its scales: 1/16 byte a value.
 
@@ -89,7 +94,7 @@ def fill_from_values(target: PackedTarget, source: Any) -> tuple[bool, Tensor]:
         some_codes, some_scales = form.pack_blocks(values.reshape(-1), form.block_size(shape))
         if form is Int8 and cut is not None:  # it has read whole rows
             values, first, some_codes = values[:, slice(*cut)], first + cut[0], some_codes[:, slice(*cut)]
-        origin += runs_hash(values, first, stride, shape.numel())
+        origin += runs_hash(values, first, stride, shape, is_transposed=target.module.packs_transpose)
         codes[start : start + len(some_codes)].copy_(some_codes)
         scales.append(some_scales)
         start += len(some_codes)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.plain_weight import plain_base
+from lightning_lora.layers.plain_weight import plain_base, weight_shape
 from lightning_lora.layers.read_weight import ReadWeight
 from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.layers.stored import stored_form
@@ -92,19 +92,22 @@ class LoRAConv1D(LoRALinear):
     @classmethod
     @override
     def features(cls, layer: nn.Module) -> tuple[int, int]:
-        in_features, out_features = layer.get_parameter("weight").shape
+        in_features, out_features = weight_shape(layer, "weight")
         return int(in_features), int(out_features)
 
     @classmethod
     @override
     def check(cls, layer: nn.Module) -> None:
-        check_plain("its weight", layer._parameters.get("weight"))
+        if stored_form(layer) is None:
+            check_plain("its weight", layer._parameters.get("weight"))
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]  # Conv1D's own name
         if not self.lora_active:
             return super(LoRALinear, self).forward(x)  # type: ignore[no-any-return]
-        return self._lora_linear(x, self.weight.t(), self.bias)
+        return self._lora_linear(
+            x, self.weight.t() if self.lora_stored is None else self.lora_stored.read(self), self.bias
+        )
 
     @override
     def merge_obstacle(self) -> str | None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.class_swap import class_of, recipe
-from lightning_lora.layers.quantized import ROW_PARTS, QuantizedLinear, QuantizedModule
+from lightning_lora.layers.quantized import ROW_PARTS, QuantizedModule
+from lightning_lora.layers.quantized_linear import QuantizedLinear
 from lightning_lora.layers.stored import stored_form
 from lightning_lora.ops.packed import PackedWeight
 from lightning_lora.ops.sharded import is_dtensor, logical
@@ -90,24 +91,32 @@ def weight_dtype(module: nn.Module, name: str) -> torch.dtype | None:
 def weight_shape(module: nn.Module, name: str) -> torch.Size:
     """Return the shape of a weight, also of one that is stored in another form."""
     handle = _handle(module, name)
-    shape: torch.Size = logical(module._parameters[name]).shape if handle is None else handle.shape
-    return shape
+    if handle is None:
+        shape: torch.Size = logical(module._parameters[name]).shape
+        return shape
+    is_transposed = isinstance(module, QuantizedModule) and module.packs_transpose
+    return handle.shape[::-1] if is_transposed else handle.shape
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor:
     """Return the values of a weight, plain or stored in another form, in float32 or wider."""
     handle = _handle(module, name)
     if handle is not None:
-        return handle.dense(torch.promote_types(handle.dtype, torch.float32))
+        return turned(module, handle.dense(torch.promote_types(handle.dtype, torch.float32)))
     weight = module._parameters[name]
     assert weight is not None
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
+def turned(module: nn.Module, values: Tensor) -> Tensor:
+    """Return values of a weight in the layout that ``module`` packs it in, or packed ones in the weight's layout."""
+    return module.turn(values) if isinstance(module, QuantizedModule) else values
+
+
 def put_plain(module: nn.Module, name: str, values: Tensor) -> Former:
     """Put a frozen plain parameter in the place of a weight that is stored in another form, in place."""
     former = _take(module, name, values.dtype)
-    module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    module._parameters[name] = nn.Parameter(values.contiguous(), requires_grad=False)
     _sort(module, (name, *former.order))
     return former
 
@@ -116,7 +125,8 @@ def put_packed(module: nn.Module, name: str, packed: PackedWeight) -> Former:
     """Put a packed weight in the place of a linear layer's that is stored in another form, in place."""
     former = _take(module, name, packed.dtype)
     if not isinstance(module, QuantizedModule):
-        module.__class__ = class_of(_with_mixin(recipe(type(module))))
+        was_packed = isinstance(former.stored, PackedWeight)
+        module.__class__ = class_of(former.parents if was_packed else _with_mixin(recipe(type(module))))
     _hold_parts(module, name, packed, None)
     return former
 

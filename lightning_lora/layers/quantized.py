@@ -1,4 +1,4 @@
-""":class:`QuantizedModule` holds parameters packed in 4 or 8 bits; :class:`QuantizedLinear` multiplies by one.
+""":class:`QuantizedModule` holds parameters packed in 4 or 8 bits.
 
 A packed parameter is no parameter of its module any more: the module holds its parts, ``weight_codes``,
 ``weight_scales`` and others, and reading ``weight`` returns a dense copy, of a matrix, or a :class:`PackedStack`. The
@@ -15,12 +15,10 @@ from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.quantized_state import check_entries, read_parts, scales_name, state_of
-from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.ops.packed import FORMS, PackedWeight
 from lightning_lora.ops.packed_stack import PackedStack
 from lightning_lora.ops.sample_hash import dtype_name, sample_hash
 from lightning_lora.ops.sharded import is_sharded, logical
-from lightning_lora.ops.stored import stored_linear
 
 ROW_PARTS = ("codes", "scales")  # parts whose first dimension counts blocks: FSDP2 shards them
 
@@ -38,6 +36,7 @@ class QuantizedModule(SwappedModule):
     class_prefix: ClassVar[str] = "Quantized"
     base_attribute: ClassVar[str] = "quantized_base_class"
     form_attributes: ClassVar[tuple[str, ...]] = ("quantized", "origins")  # what a module keeps about its forms
+    packs_transpose: ClassVar[bool] = False  # whether packed is the transpose of the parameter
 
     quantized_base_class: ClassVar[type[nn.Module]]
     quantized: dict[str, PackedWeight]
@@ -53,6 +52,11 @@ class QuantizedModule(SwappedModule):
         """Return the form, shape and dtype of the whole parameter ``name``, of which the module may hold a part."""
         return self.quantized[name]
 
+    @classmethod
+    def turn(cls, weight: Tensor) -> Tensor:
+        """Return a parameter in the layout in which it is packed, or packed values in the parameter's layout."""
+        return weight.t() if cls.packs_transpose else weight
+
     def part_names(self) -> list[str]:
         """Return the names of the parameters and buffers that packed parameters are made of."""
         return [f"{name}_{part}" for name, one in self.quantized.items() for part in type(one).sizes(one.shape)]
@@ -61,16 +65,26 @@ class QuantizedModule(SwappedModule):
         """Return the names that packed parameters have in a state dict; other entries have a dot and more behind."""
         return [*self.quantized, *map(scales_name, self.quantized)]
 
+    def turned_entry(self, state_dict: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """Return the entry ``key`` of a state dict in the layout that is packed, where it is in another one.
+
+        Codes have that layout, floating-point weights the parameter's.
+        """
+        weight = state_dict.get(key)
+        is_other = self.packs_transpose and weight is not None and weight.is_floating_point() and weight.ndim == 2
+        return {key: self.turn(weight)} if is_other else {}  # type: ignore[arg-type]  # a tensor
+
     def dense_in(self, state_dict: Mapping[str, Any], prefix: str, name: str) -> Tensor:
         """Return the dense value that the parameter ``name`` will have once ``state_dict`` is loaded."""
         stored = self.stored(name)
-        parts = read_parts(stored, dict(state_dict), prefix + name) or stored.tensors
-        return replace(stored, tensors=parts).dense(stored.dtype)
+        entries = {**state_dict, **self.turned_entry(state_dict, prefix + name)}
+        parts = read_parts(stored, entries, prefix + name) or stored.tensors
+        return self.turn(replace(stored, tensors=parts).dense(stored.dtype))
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("quantized", ()):
             stored = self.stored(name)
-            return stored.dense(stored.dtype) if len(stored.shape) == 2 else PackedStack(stored)
+            return self.turn(stored.dense(stored.dtype)) if len(stored.shape) == 2 else PackedStack(stored)
         return super().__getattr__(name)
 
     @override
@@ -96,6 +110,7 @@ class QuantizedModule(SwappedModule):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in self.quantized:
             value = state_dict.get(prefix + name)
+            state_dict |= self.turned_entry(state_dict, prefix + name)
             parts = read_parts(self.whole_form(name), state_dict, prefix + name)
             state_dict |= {f"{prefix}{name}_{part}": tensor for part, tensor in parts.items()}
             if not all(_same_values(getattr(self, f"{name}_{part}"), tensor) for part, tensor in parts.items()):
@@ -110,25 +125,6 @@ class QuantizedModule(SwappedModule):
         return ", ".join([super().extra_repr(), *forms])
 
 
-class QuantizedLinear(QuantizedModule):
-    """A linear layer with a packed weight; ``isinstance(layer, nn.Linear)`` still holds."""
-
-    in_features: int
-    out_features: int
-    bias: Tensor | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return stored_linear(input, self.stored("weight"), self.bias)
-
-
-def _read(layer: Any) -> PackedWeight:
-    stored: PackedWeight = layer.stored("weight")
-    return stored
-
-
-register_stored_weight(QuantizedLinear, _read)
-
-
 def quantize_parameters(module: nn.Module, names: Mapping[str, str], mixin: type[QuantizedModule]) -> None:
     """Pack parameters of a module in place.
 
@@ -137,8 +133,8 @@ def quantize_parameters(module: nn.Module, names: Mapping[str, str], mixin: type
     """
     origins: dict[str, tuple[int, str]] = {}
     for name in names:
-        origins |= _origin_of(name, module.get_parameter(name).detach())
-    packed = {name: FORMS[kind].quantize(module.get_parameter(name)) for name, kind in names.items()}
+        origins |= _origin_of(name, module.get_parameter(name))
+    packed = {name: FORMS[kind].quantize(mixin.turn(module.get_parameter(name))) for name, kind in names.items()}
     hold(module, packed, mixin, origins)
 
 
@@ -176,7 +172,8 @@ def hold(
 def dequantize_parameters(module: QuantizedModule) -> None:
     """Put dense parameters in the place of the packed ones, in place."""
     stored = {name: module.stored(name) for name in module.quantized}
-    dense = {name: nn.Parameter(one.dense(one.dtype), requires_grad=False) for name, one in stored.items()}
+    values = {name: module.turn(one.dense(one.dtype)).contiguous() for name, one in stored.items()}
+    dense = {name: nn.Parameter(one, requires_grad=False) for name, one in values.items()}
     for name, empty in module.quantized.items():
         for part in type(empty).sizes(empty.shape):
             delattr(module, f"{name}_{part}")
@@ -198,7 +195,7 @@ def check_state(
         for name in module.quantized if isinstance(module, QuantizedModule) else ():
             key = f"{prefix}{path}.{name}" if path else prefix + name
             if key in state_dict:
-                check_entries(module.whole_form(name), state_dict, key)
+                check_entries(module.whole_form(name), {**state_dict, **module.turned_entry(state_dict, key)}, key)
             elif f"{key}_codes" not in state_dict:  # of shards
                 missing.append(key)
     if missing and strict:

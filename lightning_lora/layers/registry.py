@@ -26,13 +26,14 @@ from lightning_lora.layers.embedding import LoRAEmbedding, LoRAReadEmbedding
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, LoRAReadLinear
 from lightning_lora.layers.read_weight import ReadWeight, check_not_stored
 from lightning_lora.layers.residual import ResidualConv1D, ResidualLinear, ResidualReadLinear
+from lightning_lora.layers.same_code import CONV1D
 from lightning_lora.layers.stored import stored_form
 
 # keys are classes, or full names of classes whose package need not be installed
 _MIXINS: dict[type[nn.Module] | str, type[LoRALayer]] = {
     nn.Linear: LoRALinear,
     NonDynamicallyQuantizableLinear: LoRAReadLinear,
-    "transformers.pytorch_utils.Conv1D": LoRAConv1D,
+    CONV1D: LoRAConv1D,
     nn.Embedding: LoRAEmbedding,
     nn.Conv1d: LoRAConv,
     nn.Conv2d: LoRAConv,

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CONV1D = "transformers.pytorch_utils.Conv1D"
+
 
 @functools.cache
 def same_code(function: Any, form: FunctionType) -> bool:

@@ -26,19 +26,21 @@ class StoredForm(NamedTuple):
 
     read: Read
     is_product: IsProduct = always
+    is_transposed: bool = False
 
     def product(self, layer: nn.Module, x: Tensor) -> StoredWeight | None:
         """Return what ``layer`` multiplies ``x`` by; ``None`` where its own forward is to run."""
         return self.read(layer) if self.is_product(layer, x) else None
 
     def dense(self, layer: nn.Module) -> Tensor:
-        """Return the weight as a tensor, in the dtype that it has."""
+        """Return the weight as a tensor, in the dtype that it has and in the layout of the layer's parameter."""
         stored = self.read(layer)
         if stored is None:
             raise ValueError(
                 f"the weight of a {type(layer).__name__} is not quantised yet: move the model to its device first"
             )
-        return stored.dense(stored.dtype)
+        dense = stored.dense(stored.dtype)
+        return dense.t() if self.is_transposed else dense
 
 
 # keys are classes, or full names of classes whose package need not be installed
@@ -51,7 +53,9 @@ _FORMS: dict[type | str, StoredForm] = {
 }
 
 
-def register_stored_weight(kind: type | str, read: Read, *, is_product: IsProduct = always) -> None:
+def register_stored_weight(
+    kind: type | str, read: Read, *, is_product: IsProduct = always, is_transposed: bool = False
+) -> None:
     """Declare how the weight of a linear layer is read that is no plain tensor, so that adapters are fused with it.
 
     The layer computes ``x W^T + b``. Adapters then treat it as a linear layer: the weight is made dense each time that
@@ -75,13 +79,14 @@ def register_stored_weight(kind: type | str, read: Read, *, is_product: IsProduc
             called in every forward. ``None`` where the layer's own forward has to run. It raises ``ValueError`` for a
             weight that cannot be read, which :func:`~lightning_lora.plan` reports with the name of the layer.
         is_product: given the layer and x, returns False where its own forward computes something else than the product.
+        is_transposed: the layer's parameter is ``[in_features, out_features]``; what ``read`` returns never is.
 
     Raises:
         TypeError: ``kind`` is neither a class nor a name.
     """
     if not isinstance(kind, (type, str)):
         raise TypeError(f"register_stored_weight takes a class of layers or of weights, or its full name, got {kind!r}")
-    _FORMS[kind] = StoredForm(read, is_product)
+    _FORMS[kind] = StoredForm(read, is_product, is_transposed)
 
 
 def stored_form(layer: nn.Module, name: str = "weight") -> StoredForm | None:

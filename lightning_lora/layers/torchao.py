@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.ops.stored import copy_after, let_copy_after
+
 
 @dataclass(frozen=True)
 class TorchaoWeight:
@@ -29,6 +31,10 @@ class TorchaoWeight:
         dense: Tensor = self.tensor.dequantize()
         return dense.to(dtype)
 
+    def after(self, grad: Tensor) -> "TorchaoWeight":
+        """Return a copy that torch.compile cannot make before ``grad``."""
+        return TorchaoWeight(copy_after(self.tensor, grad))
+
 
 def read_weight(layer: nn.Module) -> TorchaoWeight:
     """Return the weight of a linear layer that torchao quantised.
@@ -50,4 +56,6 @@ def read_weight(layer: nn.Module) -> TorchaoWeight:
                 f"its weight is stored as {kind} with {name}: the input is quantised or scaled, too, which has no "
                 "gradient. Quantise weights alone (Int8WeightOnlyConfig, IntxWeightOnlyConfig, Float8WeightOnlyConfig)"
             )
+    if not torch.compiler.is_compiling():  # it was read before, when the layer was adapted
+        let_copy_after(weight.__class__)
     return TorchaoWeight(weight)

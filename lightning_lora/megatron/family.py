@@ -3,7 +3,8 @@
 Nothing outside this folder imports it but the strategy; all questions go through what is registered here.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_lora.layers.registry import register
 from lightning_lora.megatron.core import LAYERS, is_parallel_linear
 from lightning_lora.megatron.layers import LoRAMegatronLinear
 from lightning_lora.megatron.names import hugging_face_name, megatron_parts
+from lightning_lora.megatron.quantized import check_rows, packing_parts
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.model.families import Family, name_or_path, register_family
 from lightning_lora.model.layer_plan import Plan
@@ -52,12 +54,12 @@ class Megatron(Family):
             _check_biases(model, adapted)
 
     @override
-    def check_quantization(self, model: nn.Module) -> None:
-        raise ValueError(
-            f"{type(model).__name__} is, or holds, Megatron-core's GPTModel, whose layers multiply by weights of their "
-            "own and are not quantised: quantise the plain Hugging Face model, which strategy='megatron_lora' splits "
-            "by its plan, or leave quantize out"
-        )
+    def check_quantization(self, kind: str, layers: Mapping[str, nn.Module]) -> None:
+        check_rows(kind, layers)
+
+    @override
+    def quantizing(self, model: nn.Module) -> AbstractContextManager[None]:
+        return packing_parts(model)
 
     @override
     def load_base(self, model: nn.Module, path: str) -> bool:

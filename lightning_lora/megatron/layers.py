@@ -25,7 +25,8 @@ from lightning_lora.layers.base import LoRALayer, Pair, Part
 from lightning_lora.megatron.core import collectives
 from lightning_lora.megatron.names import Stack, is_output_head, parts_in, stack_in
 from lightning_lora.megatron.parts import keep_parts
-from lightning_lora.ops.linear import lora_linear
+from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linear, lora_linears
+from lightning_lora.ops.packed_stack import PackedMatrix
 
 
 class LoRAMegatronLinear(LoRALayer):
@@ -75,7 +76,7 @@ class LoRAMegatronLinear(LoRALayer):
         cls, modules: Mapping[str, nn.Module], name: str, pairs: Mapping[str, tuple[int, float]], **options: Any
     ) -> "LoRAMegatronLinear":
         layer: Any = modules[name]
-        stack, like = stack_in(modules, name), layer._parameters["weight"]
+        stack, like = stack_in(modules, name), layer.weight
         named = {} if "" in pairs else dict(pairs)  # "" alone is one pair for the whole layer
         attributes: dict[str, Any] = {"lora_parts": named, "lora_stack": stack}
         if named:
@@ -132,7 +133,7 @@ class LoRAMegatronLinear(LoRALayer):
         with collectives().get_cuda_rng_tracker().fork("data-parallel-rng"):
             return super().dropout_seed()
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+    def _forward_impl(self, input: Tensor, weight: Tensor | PackedMatrix, *args: Any, **options: Any) -> Tensor:
         base: Any = super()
         if not self.lora_active:
             product: Tensor = base._forward_impl(input, weight, *args, **options)
@@ -147,17 +148,10 @@ class LoRAMegatronLinear(LoRALayer):
             return y if bias is None else y + bias.to(y.dtype)
         if options.get("allreduce_dgrad"):
             input = collectives().copy_to_tensor_model_parallel_region(input, group=self.tp_group)
-        return lora_linear(
-            input,
-            weight,
-            options.get("bias"),
-            A,
-            B,
-            scaling=self.lora_scaling,
-            dropout=self.lora_dropout,
-            seed=self.dropout_seed(),
-            columns=self._columns(),
-        )
+        settings = ScaledDropout(self.lora_scaling, self.lora_dropout, self.dropout_seed(), self._columns())
+        if isinstance(weight, PackedMatrix):
+            return lora_linears(input, [StoredLinearTensors(weight.stored, options.get("bias"), A, B)], settings)[0]
+        return lora_linears(input, [LinearTensors(weight, options.get("bias"), A, B)], settings)[0]
 
     def _beside_gathered(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return ``y + scaling * dropout(x) A^T B^T`` where ``x`` is this rank's part of the sequence and ``y`` is of

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.quantized import QuantizedLinear
+from lightning_lora.layers.quantized_linear import QuantizedLinear
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.megatron.core import collectives
 from lightning_lora.ops.packed import PackedWeight

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.compat.torch import forward_hooks
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.quantized import ROW_PARTS, QuantizedModule
 from lightning_lora.megatron.core import is_column, is_gpt, is_parallel_linear, is_vocabulary, mesh_of
 from lightning_lora.megatron.names import stack_in
 from lightning_lora.model.names import clean_name
@@ -75,6 +76,9 @@ def _keep_linear(layer: Any, *, stripes: int) -> None:
     _tag(layer, "weight", dim, stripes)
     if column:
         _tag(layer, "bias", 0, stripes)
+    if isinstance(layer, QuantizedModule):
+        for part in ROW_PARTS:  # a row's blocks lie together
+            _tag(layer, f"weight_{part}", 0, stripes if column else layer.quantized["weight"].shape[0])
     for name in layer.adapter_names if isinstance(layer, LoRALayer) else ():
         if name.startswith("lora_B") is not column:
             getattr(layer, name).lora_tp_sum = True

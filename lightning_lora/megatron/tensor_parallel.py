@@ -10,7 +10,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import lora_class, swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.quantized import QuantizedLinear
+from lightning_lora.layers.quantized_linear import QuantizedLinear
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.stored import stored_form
 from lightning_lora.layers.token_rows import TokenRows

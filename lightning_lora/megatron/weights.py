@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.megatron.core import rank_and_size
 from lightning_lora.megatron.table import HF_TABLE, READINGS, Row, Source, pattern, row_of, split_index
 from lightning_lora.model.base_files import open_slices
@@ -28,8 +29,8 @@ def load_hf_weights(model: nn.Module, path: str | Path, table: Sequence[Row] = H
         table: ``[*HF_TABLE, Row(...)]`` adds what another model has; later rows win.
 
     Raises:
-        ValueError: a parameter would stay unfilled, a tensor of the checkpoint unused, or a shape is another; nothing
-            is copied then.
+        ValueError: the model is quantised, a parameter would stay unfilled, a tensor of the checkpoint unused, or a
+            shape is another; nothing is copied then.
         FileNotFoundError: ``path`` is no such file or directory.
 
     Example::
@@ -38,6 +39,12 @@ def load_hf_weights(model: nn.Module, path: str | Path, table: Sequence[Row] = H
         load_hf_weights(model, "Qwen3-8B")
     """
     rank, size = rank_and_size()
+    packed = next((name for name, module in model.named_modules() if isinstance(module, QuantizedModule)), None)
+    if packed is not None:
+        raise ValueError(
+            f"{packed!r} is quantised, and the weights come too late: call load_hf_weights in configure_model, and "
+            "give the strategy no base_weights="
+        )
     with open_slices(str(path)) as slices:
         named = _named_as_in_the_table(slices, table)
         reads = _reads(model, named, table, size, str(path))

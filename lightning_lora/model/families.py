@@ -40,8 +40,16 @@ class Family:
             adapted: names of the layers to adapt, possibly none.
         """
 
-    def check_quantization(self, model: nn.Module) -> None:
-        """Raise ``ValueError`` for a model of this family, or one that holds such a model, that cannot be quantised."""
+    def check_quantization(self, kind: str, layers: Mapping[str, nn.Module]) -> None:
+        """Raise ``ValueError`` for layers of a model of this family that cannot be quantised in a form.
+
+        Args:
+            layers: that are to be quantised, by name; some may be of another family's model.
+        """
+
+    def quantizing(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Return what layers of a model of this family, or one that holds such a model, are packed inside of."""
+        return contextlib.nullcontext()
 
     def load_base(self, model: nn.Module, path: str) -> bool:
         """Copy a checkpoint's values into a model that is not adapted, if that is how the family is filled."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import Quantization
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.plain_weight import dense_weight, reading, stored_kind, stored_names, weight_dtype
+from lightning_lora.layers.plain_weight import dense_weight, reading, stored_kind, stored_names, turned, weight_dtype
 from lightning_lora.model.merge_receipt import LayerReceipt
 from lightning_lora.model.names import joined
 from lightning_lora.model.original_base import OriginalBase
@@ -70,20 +70,23 @@ def merge_values(
             sums = layer.merged_tensors()
         for local, exact in sums.items():
             kind, dtype = into.form(layer, local)
-            values[local], after = as_stored(exact, kind, dtype)
-            before = base[local] if after is exact else as_stored(base[local], kind, dtype)[1]
+            values[local], after = as_stored(layer, exact, kind, dtype)
+            before = base[local] if after is exact else as_stored(layer, base[local], kind, dtype)[1]
             norms.add(trained[local], base[local], exact, before, after)
     first, dtype = into.form(layer, next(iter(sums)))
     return values, norms.receipt(name, first or str(dtype).removeprefix("torch."))
 
 
-def as_stored(values: Tensor, kind: Quantization | None, dtype: torch.dtype) -> tuple[Merged, Tensor]:
-    """Return values as they are stored in a form, and the plain numbers that this holds."""
+def as_stored(
+    module: nn.Module, values: Tensor, kind: Quantization | None, dtype: torch.dtype
+) -> tuple[Merged, Tensor]:
+    """Return values of a weight of ``module`` as they are stored in a form, and the plain numbers that this holds."""
     if kind is None:
         plain = values.to(dtype)
         return plain, plain
-    packed = FORMS[kind](FORMS[kind].pack(values), values.shape, dtype)
-    return packed, packed.dense(values.dtype)
+    rows = turned(module, values)
+    packed = FORMS[kind](FORMS[kind].pack(rows), rows.shape, dtype)
+    return packed, turned(module, packed.dense(values.dtype))
 
 
 def other_stored(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:

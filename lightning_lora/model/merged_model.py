@@ -129,7 +129,7 @@ def _make_others_plain(root: nn.Module, into: Into, state: MergedModel, original
             values = dense_weight(module, name)
         else:
             continue  # it is stored as it was trained over
-        stored, _ = as_stored(values, kind, dtype)
+        stored, _ = as_stored(module, values, kind, dtype)
         put = put_packed if isinstance(stored, PackedWeight) else put_plain
         state.formers.append(put(module, name, stored))  # type: ignore[arg-type]  # each takes its own
 

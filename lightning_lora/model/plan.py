@@ -11,6 +11,7 @@ from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.quantized import num_parameters
+from lightning_lora.layers.registry import is_linear
 from lightning_lora.layers.token_rows import check_rows
 from lightning_lora.model.base_form import QuantizationPlan, check_form, check_not_foreign, quantization_of
 from lightning_lora.model.layer_plan import LayerPlan, Plan, RowsPlan
@@ -87,7 +88,7 @@ def plan(
     adapted += [module for table, tied, _ in tables.values() for module in (table, *tied)]
     trained = base_that_trains(model, trained_whole, adapted, config.bias)
     keep = dict.fromkeys(trained_whole, "trains whole")
-    own = [layer for layer, _ in parameters.values() if isinstance(modules[layer], nn.Linear)]
+    own = [layer for layer, _ in parameters.values() if is_linear(modules[layer])]
     keep |= dict.fromkeys(own, "adapted by target_parameters")
     keep |= {names[one]: "rows of it train" for table, tied, _ in tables.values() for one in (table, *tied)}
     quantization = None if quantize is None else _plan_base(model, quantize, quantize_exclude, keep)

@@ -1,6 +1,7 @@
 """Quantise a frozen base in place, before adapters are put in: linear layers and experts hold 4 or 8 bits a weight."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,9 @@ from lightning_lora.compat.torch import compiled_module, remove_load_hook
 from lightning_lora.config import Quantization
 from lightning_lora.fuse.experts import quantize_experts
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, check_state, quantize_parameters
+from lightning_lora.layers.quantized import QuantizedModule, check_state, quantize_parameters
+from lightning_lora.layers.quantized_linear import packing_mixin
 from lightning_lora.layers.read_weight import reader_of
-from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.model.base_form import (
     QuantizationPlan,
     check_kind,
@@ -70,8 +71,13 @@ def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
     bad = [name for name, weight in weights.items() if not _is_finite(_parameter(modules, weight))]
     if bad:
         raise ValueError(f"{listed(bad)} hold NaN or infinity, which cannot be quantised: load a base without them")
-    for name in decided.layers:
-        quantize_parameters(modules[name], {"weight": decided.kind}, QuantizedLinear)
+    with ExitStack() as around:
+        for family in families_in(model):
+            around.enter_context(family.quantizing(model))
+        for name in decided.layers:
+            mixin = packing_mixin(modules[name])
+            assert mixin is not None
+            quantize_parameters(modules[name], {"weight": decided.kind}, mixin)
     for name in dict.fromkeys(stack.rpartition(".")[0] for stack in decided.stacks):
         known = known_experts(modules[name])
         assert known is not None
@@ -103,17 +109,17 @@ def plan_quantization(
     check_kind(kind)
     modules = _modules(model)
     check_not_foreign(modules)
-    for family in families_in(model):
-        family.check_quantization(model)
     for name, module in modules.items():
         if isinstance(module, QuantizedModule):
             raise ValueError(f"{name!r} is quantised: quantise a base once, from its floating-point weights")
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name!r} is adapted: quantise the base before adapters are put in")
     check_hits("quantize_exclude", exclude, modules, type(model).__name__)
-    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) or packing_mixin(m) is not None}
     left_out = _left_out(model, modules, linear, exclude, keep or {})
     layers = tuple(name for name in linear if name not in left_out)
+    for family in families_in(model):
+        family.check_quantization(kind, {name: modules[name] for name in layers})
     stacks = find_stacks(modules, FORMS[kind], exclude, keep or {})
     left_out |= stacks.left_out
     if not layers and not stacks.packed:
@@ -121,7 +127,10 @@ def plan_quantization(
             f"{type(model).__name__} has no linear layer to quantise" + (f": {left_out}" if left_out else "")
         )
     weights = [_parameter(modules, name) for name in (*(f"{layer}.weight" for layer in layers), *stacks.packed)]
-    sizes = [FORMS[kind].sizes(weight.shape) for weight in weights]
+    mixins = [packing_mixin(modules[name]) for name in layers] + [None] * len(stacks.packed)
+    is_turned = [mixin is not None and mixin.packs_transpose for mixin in mixins]
+    shapes = [w.shape[::-1] if turned else w.shape for w, turned in zip(weights, is_turned, strict=True)]
+    sizes = [FORMS[kind].sizes(shape) for shape in shapes]
     return QuantizationPlan(
         kind,
         plain_exclusion(exclude),
@@ -161,7 +170,7 @@ def _reason(modules: Mapping[str, nn.Module], name: str) -> str | None:
     weight = layer._parameters.get("weight")
     if local in ROUTERS and f"{parent}.experts".lstrip(".") in modules:
         return "router"
-    if not is_plain_linear(type(layer)) or weight is None:
+    if packing_mixin(layer) is None or weight is None:
         return "has a forward of its own"
     if sum(weight is other for module in modules.values() for other in module._parameters.values()) > 1:
         return "shares its weight"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers.quantized import QuantizedModule
+from lightning_lora.layers.quantized_linear import packing_mixin
 from lightning_lora.ops.packed import PackedWeight
 
 
@@ -29,7 +30,8 @@ def quantization_in_config(model: nn.Module) -> Iterator[None]:
                 "quantize_exclude"
             )
     (stored, *_) = packed.quantized.values()
-    plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, QuantizedModule)]
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or packing_mixin(m) is not None}
+    plain = [name for name, module in linear.items() if not isinstance(module, QuantizedModule)]
     config.quantization_config = _bitsandbytes_config(stored, plain)
     try:
         yield

@@ -39,16 +39,21 @@ def sample_hash(tensor: Tensor, like: Tensor, *, last_row: bool = False) -> Tens
     return _hash(torch.take(values, here.to(values.device)), positions)
 
 
-def runs_hash(runs: Tensor, first: int, stride: int, numel: int) -> Tensor:
-    """Return a scalar int64 on CPU: the addend of some runs of values to the hash of a tensor that has ``numel``.
+def runs_hash(runs: Tensor, first: int, stride: int, shape: torch.Size, *, is_transposed: bool = False) -> Tensor:
+    """Return a scalar int64 on CPU: the addend of some runs of values to the hash of a tensor of ``shape``.
 
     Args:
         runs: ``[number of runs, length]``.
         first: where the first run begins in the flattened tensor.
         stride: how far it is from a run to the next one; at least their length.
+        is_transposed: hash the transpose of the tensor.
     """
-    positions = _sampled_positions(numel)
-    run, place = (positions - first) // stride, (positions - first) % stride
+    positions = _sampled_positions(shape.numel())
+    places = positions
+    if is_transposed:
+        rows, columns = shape
+        places = positions % rows * columns + positions // rows
+    run, place = (places - first) // stride, (places - first) % stride
     mine = (run >= 0) & (run < runs.shape[0]) & (place < runs.shape[1])
     return _hash(runs[run[mine].to(runs.device), place[mine].to(runs.device)], positions[mine])
 

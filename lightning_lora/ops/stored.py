@@ -4,6 +4,7 @@ Functions that take one keep its stored form for backward, and make it dense aga
 needs a gradient.
 """
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -66,6 +67,19 @@ def copy_after(part: Tensor, grad: Tensor) -> Tensor:
 @copy_after.register_fake
 def _(part: Tensor, grad: Tensor) -> Tensor:
     return torch.empty_like(part)
+
+
+@functools.cache
+def let_copy_after(kind: type[Tensor]) -> None:
+    """Let :func:`copy_after` copy a tensor subclass, part by part."""
+
+    def copy_parts(_: Any, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        tensor, grad = args
+        names, context = tensor.__tensor_flatten__()
+        copies = {name: copy_after(getattr(tensor, name), grad) for name in names}
+        return kind.__tensor_unflatten__(copies, context, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
+
+    copy_after.register_torch_dispatch(kind, copy_parts)
 
 
 def apart(weights: Sequence[Any]) -> tuple[list[Any], list[Tensor | None]]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora.layers.quantized import QuantizedLinear
+from lightning_lora.layers.quantized_linear import QuantizedLinear
 from tests.distributed.ranks import on_ranks
 from tests.distributed.training import (
     EXACT,

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -12,10 +11,10 @@ from lightning_lora.model.quantize import quantize
 from lightning_lora.ops.sharded import is_sharded, local_part
 from tests import models
 from tests.distributed.counting import counted_collectives
-from tests.distributed.quantized import KINDS, Quantized, packed_bytes, quantized_layers, train
+from tests.distributed.quantized import KINDS, Quantized, packed_bytes, quantized_layers, train, train_epochs
 from tests.distributed.ranks import on_ranks
 from tests.distributed.sharded import start
-from tests.distributed.training import EXACT, SHARDED, Recorded, fit, optimizer_state, rank_loader, state
+from tests.distributed.training import EXACT, SHARDED, Recorded, fit
 
 RUNS = {**{kind: (kind, "32-true") for kind in KINDS}, "bf16": ("nf4-dq", "bf16-true"), "mixed": ("nf4", "bf16-mixed")}
 
@@ -160,25 +159,9 @@ def test_a_state_dict_of_shards_is_whole_and_loads_again(kind: str) -> None:
     torch.testing.assert_close(packed_bytes(model), expected, **EXACT)
 
 
-class AtStart(pl.Callback):
-    """Keeps adapters and moments as a file brought them back."""
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.adapters, self.moments = state(pl_module), optimizer_state(pl_module)
-
-
-def run(directory: Path, module: Any, strategy: Any, ckpt_path: Path | None, epochs: int) -> dict[str, Any]:
-    at_start = AtStart()
-    loaders = {"train_dataloaders": rank_loader(0, 1)}
-    settings = {"callbacks": (at_start,), "loaders": loaders, "max_epochs": epochs, "ckpt_path": ckpt_path}
-    fit(directory, module, strategy, **settings)
-    before = (at_start.adapters, at_start.moments)
-    return {"before": before, "after": (state(module), optimizer_state(module))}
-
-
 @on_ranks(4)
 def in_shards(directory: Path, ckpt_path: Path | None, epochs: int) -> dict[str, Any]:
-    return run(directory, Quantized("nf4-dq"), FSDPLoRAStrategy(**SHARDED), ckpt_path, epochs)
+    return train_epochs(directory, Quantized("nf4-dq"), FSDPLoRAStrategy(**SHARDED), ckpt_path, epochs)
 
 
 def test_one_adapter_file_goes_from_nf4_in_shards_to_bf16_on_one_process_and_back(tmp_path: Path) -> None:
@@ -188,11 +171,11 @@ def test_one_adapter_file_goes_from_nf4_in_shards_to_bf16_on_one_process_and_bac
     module = Recorded()
     module.model = module.model.bfloat16()
     path = tmp_path / "first" / "epoch=0.ckpt"
-    second = run(tmp_path / "second", module, "auto", path, 2)
+    second = train_epochs(tmp_path / "second", module, "auto", path, 2)
     torch.testing.assert_close(second["before"], first["after"], **EXACT)
     for third in in_shards(tmp_path / "third", tmp_path / "second" / "epoch=1.ckpt", 3):
         torch.testing.assert_close(third["before"], second["after"], **EXACT)
     # and NF4 on one process writes the file that four ranks write
-    run(tmp_path / "alone", Quantized("nf4-dq"), "auto", None, 1)
+    train_epochs(tmp_path / "alone", Quantized("nf4-dq"), "auto", None, 1)
     files = [torch.load(tmp_path / name / "epoch=0.ckpt", weights_only=True) for name in ("first", "alone")]
     torch.testing.assert_close(files[0]["state_dict"], files[1]["state_dict"], **EXACT)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import safetensors.torch
 import torch
@@ -17,8 +16,7 @@ from lightning_lora.fabric import MegatronLoRAStrategy as FabricStrategy
 from lightning_lora.model.quantize import quantize
 from lightning_lora.ops.sharded import is_sharded, local_part, part_of
 from tests import models
-from tests.distributed import gpt
-from tests.distributed.quantized import KINDS, Quantized, packed_bytes, quantized_layers, train
+from tests.distributed.quantized import KINDS, AtStart, Quantized, packed_bytes, quantized_layers, train
 from tests.distributed.ranks import on_ranks
 from tests.distributed.split import GRADIENT_TOLERANCE
 from tests.distributed.training import EXACT, STEP_TOLERANCE, Recorded, fit, from_all_ranks, rank_loader, rank_of, state
@@ -145,13 +143,6 @@ class Float(Recorded):
         self.model = wide_llama().bfloat16()
 
 
-class AtStart(pl.Callback):
-    """Keeps the adapters as a file brought them back."""
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.adapters = state(pl_module)
-
-
 def test_a_file_of_parts_resumes_over_bf16_on_one_process(tmp_path: Path) -> None:
     written, at_start = write_file(tmp_path)[0], AtStart()
     settings = {"max_epochs": 2, "limit_train_batches": 1, "callbacks": (at_start,)}
@@ -176,27 +167,3 @@ def test_a_cut_through_blocks_is_refused_before_anything_changes() -> None:
             assert not any(map(is_sharded, model.parameters()))
         else:
             place(model)
-
-
-class BuiltInParts(gpt.Module):
-    """Tries to quantise its ``GPTModel``."""
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        with pytest.raises(ValueError, match="Megatron-core's GPTModel, whose layers multiply by weights of their own"):
-            quantize(self.model, "nf4")
-        torch.testing.assert_close({n: p.detach() for n, p in self.model.named_parameters()}, before, **EXACT)
-
-
-@pytest.fixture
-def hugging_face(tmp_path: Path) -> Path:
-    gpt.hugging_face().save_pretrained(tmp_path)
-    return tmp_path
-
-
-@on_ranks(2)
-def test_a_gpt_model_is_refused_by_name_before_anything_changes(hugging_face: Path) -> None:
-    loaders = {"train_dataloaders": rank_loader(0, 1)}
-    strategy = MegatronLoRAStrategy(tensor_parallel_size=2)
-    fit(None, BuiltInParts(hugging_face), strategy, loaders=loaders, limit_train_batches=1)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_lora.layers.quantized import QuantizedLinear, dequantize_parameters, quantize_parameters
+from lightning_lora.layers.quantized import dequantize_parameters, quantize_parameters
+from lightning_lora.layers.quantized_linear import QuantizedLinear
 
 KINDS = ["nf4", "nf4-dq", "int8"]
 SIZES = [(128, 96), (80, 24), (7, 5)]  # whole blocks in a row, blocks over row ends, less than a block

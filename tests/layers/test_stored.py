@@ -268,6 +268,25 @@ def test_a_compiled_step_is_one_graph_that_keeps_as_much_as_over_floats() -> Non
     assert kept["stored"] < kept["dense"] + 64 * 64 * 4  # less than one dense weight besides
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:The .grad:UserWarning")
+@pytest.mark.parametrize("kind", stored.TORCHAO)
+def test_compiled_layers_over_torchaos_weights_keep_none_of_them_dense(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+    stored.in_torchao(model, kind)
+    stored.adapted(model, target_modules=["0", "2"])
+    x, saved = torch.randn(12, 64, requires_grad=True), list[Tensor]()
+    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(model(x).square().sum(), inputs)
+    torch.compiler.reset()
+    with torch.compiler.set_stance("default"):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = compiled(x)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), inputs), expected)
+    assert not {(128, 64), (64, 128)} & {tuple(t.shape) for t in saved if not isinstance(t, nn.Parameter)}
+
+
 @pytest.mark.parametrize("kind", stored.BITSANDBYTES)
 def test_ten_steps_of_adamw_are_pefts(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

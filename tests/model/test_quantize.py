@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, Plan, apply, disabled, inject, plan, quantize, remove
-from lightning_lora.layers.quantized import QuantizedLinear, num_parameters
+from lightning_lora.layers.quantized import num_parameters
+from lightning_lora.layers.quantized_linear import QuantizedLinear
 from tests import models
 from tests.model.small import run
 from tests.models import fill_adapters

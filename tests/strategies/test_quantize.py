@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, quantize, remove
-from lightning_lora.layers.quantized import QuantizedLinear
+from lightning_lora.layers.quantized_linear import QuantizedLinear
 from tests.runs import LanguageModule, LazyModule, epochs, fitted, loader, same_adapters, trainer
 
 
