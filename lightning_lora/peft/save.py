@@ -14,7 +14,7 @@ from lightning_lora.checkpoint.storage import local_directory, location
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import OnNonfinite, check_finite, check_not_disabled, injected_roots, require_root
 from lightning_lora.model.summary import outside_names, say_left_out, trained_outside
-from lightning_lora.ops.sharded import is_sharded, whole
+from lightning_lora.ops.sharded import is_spread, whole
 from lightning_lora.peft.adalora import as_lora as adalora_as_lora
 from lightning_lora.peft.card import write_card
 from lightning_lora.peft.config import kind_of
@@ -66,7 +66,7 @@ def save_peft(
     needed = {name for _, _, names in description["entries"] for name in names}
     stored = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
     tensors = {name: tensor for name, tensor in stored.items() if name in needed}  # of spread ones, this rank's part
-    spread = any(map(is_sharded, tensors.values()))
+    spread = any(map(is_spread, tensors.values()))
     if spread:
         meet("save_peft")
     named = {name: whole(tensor).detach() for name, tensor in tensors.items()}
