@@ -76,15 +76,20 @@ def stored_kind(module: nn.Module, name: str) -> str | None:
     return None if handle is None else str(getattr(handle, "kind", type(module._parameters.get(name)).__name__))
 
 
-def weight_dtype(module: nn.Module, name: str) -> torch.dtype | None:
-    """Return the dtype that a weight has, or had before it was stored in another form; ``None`` if it does not say."""
+def weight_dtype(module: nn.Module, name: str, others: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype that a weight has, or is to have as a plain parameter in the place of a stored one.
+
+    Args:
+        others: dtype of the frozen parameters beside such layers.
+    """
     handle = _handle(module, name)
     if handle is None:
         return module._parameters[name].dtype  # type: ignore[union-attr]  # it is there
-    if is_bitsandbytes(module) and stored_kind(module, name) == "int8":
-        bias = module._parameters.get("bias")
-        return None if bias is None else bias.dtype
-    return handle.dtype
+    if not is_bitsandbytes(module):
+        return handle.dtype
+    # its layers take an input of any dtype, and cast their bias to it
+    bias = module._parameters.get("bias")
+    return others or (handle.dtype if bias is None else bias.dtype)
 
 
 def weight_shape(module: nn.Module, name: str) -> torch.Size:

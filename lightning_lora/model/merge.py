@@ -53,7 +53,8 @@ def merge(
             dequantised ones: exactly the trained function. A path, of a safetensors file or a directory, merges into
             the weights there, such as the 16-bit ones that the base was quantised from. The adapter never saw the
             difference, and the receipt says how large it is beside the update.
-        dtype: of all frozen parameters of the merged model; by default those that they had before they were quantised.
+        dtype: of all frozen parameters of the merged model; by default those that they had before they were quantised,
+            and of bitsandbytes' layers that of the model's other parameters.
         requantize: store weights that were quantised in this form again: ``"nf4"``, ``"nf4-dq"`` or ``"int8"``.
 
     Raises:
