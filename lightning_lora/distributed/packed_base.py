@@ -8,9 +8,11 @@ from torch import Tensor
 
 from lightning_lora.checkpoint.hashes import summed
 from lightning_lora.distributed.packed_target import PackedTarget, fill_from_packed, fill_from_values
+from lightning_lora.layers.quantized import Origin
 from lightning_lora.layers.quantized_state import scales_name
 from lightning_lora.model.names import listed
-from lightning_lora.ops.sharded import collective_device
+from lightning_lora.ops.sample_hash import sample_hash
+from lightning_lora.ops.sharded import collective_device, local_part
 
 
 class PackedBase:
@@ -76,9 +78,13 @@ class PackedBase:
                 "without them"
             )
         targets = [self.targets[name] for name in self._seen]
-        hashes = summed([origin for _, origin in self._seen.values()], [target.parts["codes"] for target in targets])
-        for target, value in zip(targets, hashes.tolist(), strict=True):
-            target.module.origins[target.name] = (value, str(target.empty.dtype).removeprefix("torch."))
+        likes = [target.parts["codes"] for target in targets]
+        codes = [local_part(like).view(target.form.code_dtype) for target, like in zip(targets, likes, strict=True)]
+        addends = [sample_hash(part, like) for part, like in zip(codes, likes, strict=True)]
+        hashes = summed([*(origin for _, origin in self._seen.values()), *addends], likes * 2).view(2, -1)
+        for target, value, code in zip(targets, *hashes.tolist(), strict=True):
+            dtype = str(target.empty.dtype).removeprefix("torch.")
+            target.module.origins[target.name] = Origin(value, dtype, code)
 
 
 def _owner_of(key: str, keys: Collection[str]) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.class_swap import class_of, recipe
-from lightning_lora.layers.quantized import ROW_PARTS, QuantizedLinear, QuantizedModule
+from lightning_lora.layers.quantized import ROW_PARTS, Origin, QuantizedLinear, QuantizedModule
 from lightning_lora.layers.stored import stored_form
 from lightning_lora.ops.packed import PackedWeight
 from lightning_lora.ops.sharded import is_dtensor, logical
@@ -32,7 +32,7 @@ class Former:
     parents: Any  # of the module's class
     order: tuple[str, ...]  # of its parameters
     reader: Any  # the lora_stored of the layer
-    origin: tuple[int, str] | None  # the hash of what a packed weight was made from
+    origin: Origin | None  # of a packed weight
     attributes: dict[str, Any]  # what else the class kept on the module
     put_as: torch.dtype  # of what was put in its place
 
@@ -181,7 +181,7 @@ def _drop_parts(module: Any, name: str) -> None:
         delattr(module, f"{name}_{part}")
 
 
-def _hold_parts(module: Any, name: str, stored: PackedWeight, origin: tuple[int, str] | None) -> None:
+def _hold_parts(module: Any, name: str, stored: PackedWeight, origin: Origin | None) -> None:
     module.__dict__.setdefault("quantized", {})[name] = type(stored)({}, stored.shape, stored.dtype)
     module.__dict__.setdefault("origins", {}).update({} if origin is None else {name: origin})
     for part, tensor in stored.tensors.items():

@@ -7,7 +7,7 @@ state dict has bitsandbytes' keys.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,27 @@ from lightning_lora.ops.stored import stored_linear
 ROW_PARTS = ("codes", "scales")  # parts whose first dimension counts blocks: FSDP2 shards them
 
 
+class Origin(NamedTuple):
+    """What is known of the weight that a packed one was made from.
+
+    Attributes:
+        value: its :func:`sample_hash`.
+        dtype: its dtype.
+        codes: hash of the codes that it was packed into. Of other codes, nothing is known.
+    """
+
+    value: int
+    dtype: str
+    codes: int
+
+
 class QuantizedModule(SwappedModule):
     """Mixin of modules that hold some of their parameters packed.
 
     Attributes:
         quantized: the form, shape and dtype of every packed parameter, by its name: a :class:`PackedWeight` without
             tensors.
-        origins: the :func:`sample_hash` and the dtype of the weight that each packed one was made from, where it had
-            values.
+        origins: what is known of the weight that each packed one was made from, where it had values.
     """
 
     class_prefix: ClassVar[str] = "Quantized"
@@ -41,7 +54,7 @@ class QuantizedModule(SwappedModule):
 
     quantized_base_class: ClassVar[type[nn.Module]]
     quantized: dict[str, PackedWeight]
-    origins: dict[str, tuple[int, str]]
+    origins: dict[str, Origin]
 
     def stored(self, name: str) -> PackedWeight:
         """Return the packed parameter called ``name``, made of the parts that the module holds."""
@@ -101,7 +114,7 @@ class QuantizedModule(SwappedModule):
             if not all(_same_values(getattr(self, f"{name}_{part}"), tensor) for part, tensor in parts.items()):
                 self.origins.pop(name, None)
             if parts and value.is_floating_point():
-                self.origins |= _origin_of(name, value)
+                self.origins |= _origin_of(name, value, replace(self.quantized[name], tensors=parts))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
@@ -135,15 +148,19 @@ def quantize_parameters(module: nn.Module, names: Mapping[str, str], mixin: type
     Args:
         names: the word of ``quantize=``, by the name of each parameter.
     """
-    origins: dict[str, tuple[int, str]] = {}
-    for name in names:
-        origins |= _origin_of(name, module.get_parameter(name).detach())
-    packed = {name: FORMS[kind].quantize(module.get_parameter(name)) for name, kind in names.items()}
+    weights = {name: module.get_parameter(name).detach() for name in names}
+    packed = {name: FORMS[kind].quantize(weights[name]) for name, kind in names.items()}
+    origins: dict[str, Origin] = {}
+    for name, weight in weights.items():
+        origins |= _origin_of(name, weight, packed[name])
     hold(module, packed, mixin, origins)
 
 
-def _origin_of(name: str, weight: Tensor) -> dict[str, tuple[int, str]]:
-    return {} if weight.is_meta else {name: (int(sample_hash(weight, weight)), dtype_name(weight))}
+def _origin_of(name: str, weight: Tensor, packed: PackedWeight) -> dict[str, Origin]:
+    if weight.is_meta:
+        return {}
+    codes = packed.tensors["codes"].view(packed.code_dtype)
+    return {name: Origin(int(sample_hash(weight, weight)), dtype_name(weight), int(sample_hash(codes, codes)))}
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
@@ -156,7 +173,7 @@ def hold(
     module: nn.Module,
     packed: Mapping[str, PackedWeight],
     mixin: type[QuantizedModule],
-    origins: Mapping[str, tuple[int, str]] | None = None,
+    origins: Mapping[str, Origin] | None = None,
 ) -> None:
     """Put packed weights in the place of the parameters of their names, made from weights of these hashes."""
     swap_class(module, mixin)
