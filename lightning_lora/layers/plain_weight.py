@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.class_swap import class_of, recipe
-from lightning_lora.layers.quantized import ROW_PARTS, Origin, QuantizedLinear, QuantizedModule
+from lightning_lora.layers.packed_parameter import register_parts
+from lightning_lora.layers.quantized import Origin, QuantizedLinear, QuantizedModule
 from lightning_lora.layers.stored import stored_form
 from lightning_lora.ops.packed import PackedWeight
 from lightning_lora.ops.sharded import is_dtensor, logical
@@ -184,11 +185,7 @@ def _drop_parts(module: Any, name: str) -> None:
 def _hold_parts(module: Any, name: str, stored: PackedWeight, origin: Origin | None) -> None:
     module.__dict__.setdefault("quantized", {})[name] = type(stored)({}, stored.shape, stored.dtype)
     module.__dict__.setdefault("origins", {}).update({} if origin is None else {name: origin})
-    for part, tensor in stored.tensors.items():
-        if part in ROW_PARTS:
-            module.register_parameter(f"{name}_{part}", nn.Parameter(tensor, requires_grad=False))
-        else:
-            module.register_buffer(f"{name}_{part}", tensor)
+    register_parts(module, name, stored)
 
 
 def _sort(module: nn.Module, order: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
+from lightning_lora.layers.packed_parameter import register_parts
 from lightning_lora.layers.quantized_state import check_entries, read_parts, scales_name, state_of
 from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.ops.packed import FORMS, PackedWeight
@@ -21,8 +22,6 @@ from lightning_lora.ops.packed_stack import PackedStack
 from lightning_lora.ops.sample_hash import dtype_name, sample_hash
 from lightning_lora.ops.sharded import is_sharded, logical
 from lightning_lora.ops.stored import stored_linear
-
-ROW_PARTS = ("codes", "scales")  # parts whose first dimension counts blocks: FSDP2 shards them
 
 
 class Origin(NamedTuple):
@@ -183,11 +182,7 @@ def hold(
     for name, stored in packed.items():
         del module._parameters[name]
         module.quantized[name] = replace(stored, tensors={})
-        for part, tensor in stored.tensors.items():
-            if part in ROW_PARTS:
-                module.register_parameter(f"{name}_{part}", nn.Parameter(tensor, requires_grad=False))
-            else:
-                module.register_buffer(f"{name}_{part}", tensor)
+        register_parts(module, name, stored)
 
 
 def dequantize_parameters(module: QuantizedModule) -> None:
@@ -223,6 +218,11 @@ def check_state(
             f"the state dict lacks {len(missing)} quantised weights, {missing[0]!r} the first: is the file truncated? "
             "Load all files of the checkpoint"
         )
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether any module of a model holds packed parameters."""
+    return any(isinstance(module, QuantizedModule) for module in model.modules())
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -135,6 +135,22 @@ def test_a_dense_layer_comes_back(kind):
     torch.testing.assert_close(layer(x), y, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_do_not_train_and_say_so(kind):
+    model = copy.deepcopy(nn.Sequential(quantized(kind), nn.Linear(96, 2)))
+    for unfreeze in (lambda: model.requires_grad_(True), lambda: setattr(model[0].weight_codes, "requires_grad", True)):
+        with pytest.raises(ValueError, match=r"which cannot train: leave its layer out with quantize_exclude="):
+            unfreeze()
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "0.bias",
+        "1.weight",
+        "1.bias",
+    ]
+
+
 class TestBitsandbytes:
     """Its layers and ours hold the same bytes under the same keys."""
 

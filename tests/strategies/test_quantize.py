@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import BackboneFinetuning
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, quantize, remove
 from lightning_lora.layers.quantized import QuantizedLinear
@@ -86,6 +87,19 @@ def test_quantise_after_inject_is_refused(tmp_path) -> None:
     inject(module.model, LoRAConfig(r=4))
     with pytest.raises(ValueError, match=r"call remove\(model\) first"):
         run(tmp_path, module)
+
+
+class WithBackbone(LanguageModule):
+    @property
+    def backbone(self) -> Any:
+        return self.model.model
+
+
+def test_a_callback_that_would_unfreeze_the_packed_base_is_refused_before_the_first_step(tmp_path) -> None:
+    module = WithBackbone()
+    with pytest.raises(ValueError, match=r"BackboneFinetuning unfreezes module\.backbone in epoch 1, and it holds"):
+        trainer(tmp_path, BackboneFinetuning(1, verbose=False), LoRACallback(r=4, quantize="nf4")).fit(module, loader())
+    assert module.losses == []
 
 
 def test_wrong_words_are_refused_at_once() -> None:
