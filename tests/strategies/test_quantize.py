@@ -153,6 +153,23 @@ def test_init_from_quantises_the_base_first(tmp_path, source, caplog) -> None:
     assert any("trained over float32, loaded over nf4" in line for line in lines(caplog))
 
 
+@pytest.mark.parametrize("source", ["last.ckpt", "last-peft"])
+@pytest.mark.parametrize("wrong", ["base", "rank"])
+def test_a_refused_file_leaves_the_base_in_floats(tmp_path, source, wrong) -> None:
+    fitted(tmp_path, save_peft=True)
+    module = LanguageModule()
+    if wrong == "base":
+        module.model.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    given = {"r": 8} if wrong == "rank" else {}
+    callback = LoRACallback(init_from=str(tmp_path / source), quantize="nf4", **given)
+    with pytest.raises(ValueError, match="another base model" if wrong == "base" else "rank|shape|r="):
+        trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert form(module) == "torch.float32"
+    assert before.keys() == module.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 def test_load_from_checkpoint_adapts_the_floating_point_base(tmp_path, caplog) -> None:
     _, before = fitted(tmp_path, quantize="nf4")
     module = LanguageModule.load_from_checkpoint(tmp_path / "last.ckpt")
