@@ -86,6 +86,25 @@ class QuantizedModule(SwappedModule):
         return super().__getattr__(name)
 
     @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._check_not_packed(name)
+        super().__setattr__(name, value)
+
+    @override
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._check_not_packed(name.removesuffix("_orig"))  # torch.nn.utils.prune keeps the parameter under this name
+        super().register_parameter(name, param)
+
+    def _check_not_packed(self, name: str) -> None:
+        forms = self.__dict__.get("quantized", {})
+        if name in forms:
+            raise TypeError(
+                f"{name!r} of {type(self).__name__} is packed as {forms[name].kind!r} and can be neither assigned nor "
+                "pruned: load other values with load_state_dict, or change the weight before the base is quantised, "
+                "or leave the layer out with quantize_exclude="
+            )
+
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, empty in self.quantized.items():  # half() and others change the dtype of dense values alone
