@@ -44,6 +44,13 @@ class Into:
     requantize: Quantization | None = None
     others: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, str | os.PathLike):
+            raise TypeError(
+                f"base={self.base!r} must be 'trained', or the path of the original weights; got "
+                f"{type(self.base).__name__}. Leave base out to merge into what the adapter was trained over"
+            )
+
     def of(self, root: nn.Module) -> "Into":
         """Return the same for one model, with the dtype of its frozen parameters."""
         left = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
