@@ -15,12 +15,12 @@ from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.packed_parameter import register_parts
-from lightning_lora.layers.quantized_state import check_entries, read_parts, scales_name, state_of
+from lightning_lora.layers.quantized_state import read_parts, scales_name, state_of
 from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.ops.packed import FORMS, PackedWeight
 from lightning_lora.ops.packed_stack import PackedStack
 from lightning_lora.ops.sample_hash import dtype_name, sample_hash
-from lightning_lora.ops.sharded import is_sharded, logical
+from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.ops.stored import stored_linear
 
 
@@ -214,39 +214,3 @@ def dequantize_parameters(module: QuantizedModule) -> None:
     restore_class(module, *module.form_attributes)
     for name, parameter in dense.items():
         module.register_parameter(name, parameter)
-
-
-def check_state(
-    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any
-) -> None:
-    """Check the packed weights of a state dict before ``load_state_dict`` copies anything: a hook of the model.
-
-    Raises:
-        ValueError: an entry does not fit, or with ``strict`` a weight is missing.
-    """
-    missing = []
-    for path, module in model.named_modules():
-        for name in module.quantized if isinstance(module, QuantizedModule) else ():
-            key = f"{prefix}{path}.{name}" if path else prefix + name
-            if key in state_dict:
-                check_entries(module.whole_form(name), state_dict, key)
-            elif f"{key}_codes" not in state_dict:  # of shards
-                missing.append(key)
-    if missing and strict:
-        raise ValueError(
-            f"the state dict lacks {len(missing)} quantised weights, {missing[0]!r} the first: is the file truncated? "
-            "Load all files of the checkpoint"
-        )
-
-
-def is_quantised(model: nn.Module) -> bool:
-    """Whether any module of a model holds packed parameters."""
-    return any(isinstance(module, QuantizedModule) for module in model.modules())
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Return the number of a model's parameters, where a packed one counts as the weight that it stands for."""
-    holders = [module for module in model.modules() if isinstance(module, QuantizedModule)]
-    parts = {id(getattr(module, name)) for module in holders for name in module.part_names()}
-    packed = sum(stored.shape.numel() for module in holders for stored in module.quantized.values())
-    return packed + sum(int(logical(p).numel()) for p in model.parameters() if id(p) not in parts)

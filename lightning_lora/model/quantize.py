@@ -9,7 +9,8 @@ from lightning_lora.compat.torch import compiled_module, remove_load_hook
 from lightning_lora.config import Quantization
 from lightning_lora.fuse.experts import quantize_experts
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, check_state, quantize_parameters
+from lightning_lora.layers.quantized import QuantizedLinear, QuantizedModule, quantize_parameters
+from lightning_lora.layers.quantized_model import check_state
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.model.base_form import (

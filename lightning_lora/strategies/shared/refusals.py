@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.compat.lightning import is_forking
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.quantized import is_quantised
+from lightning_lora.layers.quantized_model import is_quantised
 from lightning_lora.model.families import find_root
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots, injection_of
