@@ -178,7 +178,6 @@ def test_transforms_and_forward_mode_are_noticed() -> None:
     assert not of_torch.is_transformed()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")  # by torch 2.14
 def test_what_is_computed_untraced_is_a_constant_of_the_trace() -> None:
     def double(x: Tensor) -> Tensor:
         with of_torch.untraced():
