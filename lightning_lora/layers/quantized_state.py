@@ -99,7 +99,7 @@ def check_entries(empty: PackedWeight, state: Mapping[str, Any], name: str) -> N
 def unknown_entries(names: Collection[str], state: Mapping[str, Any]) -> list[str]:
     """Return the entries below packed weights of these names that are none of bitsandbytes'."""
     owners = ((key, *key.rpartition(".")[::2]) for key in state)
-    return [key for key, owner, entry in owners if owner in names and entry not in _ENTRIES]
+    return [key for key, owner, entry in owners if owner in names and entry not in (*_ENTRIES, "SCB")]
 
 
 def _four_bit_parts(
