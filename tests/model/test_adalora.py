@@ -356,7 +356,7 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     model(input_ids=batch, labels=batch).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    models.checkpoint_activations(model, {"use_reentrant": False})
     model(input_ids=batch, labels=batch).loss.backward()
     assert all(torch.equal(model.get_parameter(name).grad, gradient) for name, gradient in expected.items())
 
