@@ -26,6 +26,7 @@ from lightning_lora.strategies.shared.bitsandbytes_precision import wrap_connect
 from lightning_lora.strategies.shared.refusals import (
     check_adalora,
     check_averaging,
+    check_finetuning,
     check_launcher,
     check_readable,
     check_trainer,
@@ -177,6 +178,7 @@ class LoRACallback(AdaptiveRanks):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         path, root = find_root(pl_module, self.module)
         check_built_in_time(root)
+        check_finetuning(trainer, pl_module)
         if is_merged(root):
             raise ValueError(
                 "the adapters are merged into the base weights and cannot train: call unmerge(model) first"

@@ -102,6 +102,12 @@ def fill_adapters(model: nn.Module, std: float = 0.1, seed: int = 0) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
+def checkpoint_activations(model: Any, settings: dict[str, Any] | None = None) -> None:
+    """Recompute activations in backward, by the method of transformers 5.23, or by the older one of another name."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(settings)
+
+
 def _seeded(build):  # type: ignore[no-untyped-def]
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -31,6 +31,7 @@ from lightning_lora.compat import lightning as of_lightning
 from lightning_lora.compat import torch as of_torch
 from lightning_lora.compat.lookup import private
 from lightning_lora.megatron.core import megatron_core
+from tests.models import checkpoint_activations
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "lightning_lora"
@@ -178,7 +179,6 @@ def test_transforms_and_forward_mode_are_noticed() -> None:
     assert not of_torch.is_transformed()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")  # by torch 2.14
 def test_what_is_computed_untraced_is_a_constant_of_the_trace() -> None:
     def double(x: Tensor) -> Tensor:
         with of_torch.untraced():
@@ -620,8 +620,7 @@ def test_a_transformers_model_says_what_is_read() -> None:
     transformers.draw_weights(model, new)
     assert new.bias.abs().sum() == 0
     assert "BertLayer" in {name for part in model.modules() for name in transformers.block_classes(part)}
-    enable = "activation_checkpointing_enable"  # of transformers 5.23; before, only the other name
-    getattr(model, enable, model.gradient_checkpointing_enable)()
+    checkpoint_activations(model)
     assert any(transformers.checkpoint_function(part) is not None for part in model.modules())
     assert not transformers.is_expert_parallel(model)
 

@@ -9,6 +9,7 @@ from lightning_lora.compat.distributed import default_store
 
 PATIENCE_S = 30.0  # how long rank 0 waits, which `if trainer.is_global_zero:` lets call alone
 WAIT_S = 600.0  # how long another rank waits: rank 0 may do some work of its own before it calls
+LEAVE_S = 10.0  # how long rank 0 waits for the others to have read the outcome
 _POLL_S = 0.02
 
 
@@ -40,14 +41,28 @@ def meet(function: str) -> None:
             store.compare_set(f"{meeting}", "", "given up")
         time.sleep(_POLL_S)
     store.add(f"past/{rank}", meeting + 1 - store.add(f"past/{rank}", 0))
-    if store.get(f"{meeting}") == b"given up":
-        absent = [other for other in range(size) if not store.check([f"{meeting}/{other}"])]
+    given_up = store.get(f"{meeting}") == b"given up"
+    absent = [other for other in range(size) if given_up and not store.check([f"{meeting}/{other}"])]
+    _leave(store, f"{meeting}", rank)
+    if given_up:
         raise ValueError(
             f"{function} was called on rank {rank}, and not on {'rank' if len(absent) == 1 else 'ranks'} "
             f"{', '.join(map(str, absent)) or 'the others'} in time. The adapters are spread over ranks (by "
             "tensor parallelism, or shard_adapters=True), so all ranks must call it: take it out of "
             "`if trainer.is_global_zero:`. Even so, only rank 0 writes the files"
         )
+
+
+def _leave(store: torch.distributed.Store, meeting: str, rank: int) -> None:
+    """Report that this rank reads no more of a meeting. Rank 0, whose process may keep the store, waits for the others.
+
+    A rank that still reads when that process ends gets "Connection reset by peer".
+    """
+    left = store.add(f"{meeting}/left", 1)
+    deadline = time.monotonic() + LEAVE_S
+    while rank == 0 and left < store.add(f"{meeting}/count", 0) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        left = store.add(f"{meeting}/left", 0)
 
 
 def fail_together(failure: Exception | None) -> None:

@@ -30,7 +30,7 @@ from lightning_lora.model.state import (
     require_injection,
     require_root,
 )
-from lightning_lora.ops.sharded import is_part, local_part, logical, whole
+from lightning_lora.ops.sharded import is_spread, local_part, logical, whole
 
 SECTION = "lightning_lora"
 FORMAT_VERSION = 1
@@ -48,7 +48,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: only some of the ranks called it that all must.
     """
     tensors = trained_tensors(require_root(model))
-    if any(map(is_part, tensors.values())):
+    if any(map(is_spread, tensors.values())):
         meet("adapter_state_dict")
     return {name: whole(tensor) for name, tensor in tensors.items()}
 

@@ -26,28 +26,34 @@ def fingerprint(root: nn.Module) -> dict[str, Any]:
     For ``"embeddings"`` the number of rows and a hash of the last one are kept too: rows that a resize added hold
     values of their own. Called on all ranks where the base is sharded.
 
-    A quantised weight has the integer of the weight that it was made from, where that had values. ``"packed"`` has its
+    A quantised weight has the integer of the weight that it was made from, where that had values and its codes are
+    still those. ``"packed"`` has its
     form and an integer of its codes, by which bases are compared where the weight itself is not known.
     """
     reshard(root)
     base = {name: (values, like) for name, values, like in _named_base_tensors(root) if has_floats(values, like)}
     tables = {id(m._parameters.get("weight")) for m in root.modules() if isinstance(m, nn.Embedding)}
     resizable = [name for name, (_, like) in base.items() if id(like) in tables]
-    packed, origins = packed_weights(root), origins_of(root)
+    packed = packed_weights(root)
     parts = [(*base[name], False) for name in base] + [(*base[name], True) for name in resizable]
     hashes = hash_samples(parts + [(one.codes, one.like, False) for one in packed.values()])
     last_rows, codes = hashes[len(base) :].tolist()[: len(resizable)], hashes[len(parts) :].tolist()
+    packed_hashes = dict(zip(packed, codes, strict=True))
+    # the hash of the codes tells whether somebody has written into them since
+    origins = {name: one for name, one in origins_of(root).items() if packed_hashes.get(name) == one.codes}
     dtypes = {name: dtype_name(values) for name, (values, _) in base.items()}
     return {
         "source": name_or_path(root),
         "names": [*base, *origins],
-        "hashes": torch.cat([hashes[: len(base)], torch.tensor([h for h, _ in origins.values()], dtype=torch.int64)]),
-        "dtypes": [*dtypes.values(), *(dtype for _, dtype in origins.values())],
+        "hashes": torch.cat(
+            [hashes[: len(base)], torch.tensor([one.value for one in origins.values()], dtype=torch.int64)]
+        ),
+        "dtypes": [*dtypes.values(), *(one.dtype for one in origins.values())],
         "embeddings": {
             name: [logical(base[name][1]).shape[0], value, dtypes[name]]
             for name, value in zip(resizable, last_rows, strict=True)
         },
-        "packed": {name: [one.form, value] for (name, one), value in zip(packed.items(), codes, strict=True)},
+        "packed": {name: [one.form, packed_hashes[name]] for name, one in packed.items()},
     }
 
 

@@ -44,6 +44,7 @@ def fitting_tensors(
     state_key: str | None = None,
     *,
     check_names: bool = True,
+    say_form: bool = True,
     on_nonfinite: OnNonfinite = "error",
 ) -> dict[str, Tensor]:
     """Return the checkpoint's tensors under their names in ``module``, after checking that they fit.
@@ -55,6 +56,7 @@ def fitting_tensors(
     Args:
         state_key: take the tensors under this key of the checkpoint; ``None`` takes the only ones that there are.
         check_names: ``False`` leaves names and shapes to a later :func:`check_tensors`.
+        say_form: print a line where the adapter was trained over another form of the base.
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
@@ -88,13 +90,14 @@ def fitting_tensors(
     if check_names:
         check_tensors(renamed, module, source)
     for path, adapter in by_path.items():
-        _check_base(adapter["base"], roots[path], source)
+        if (form := _check_base(adapter["base"], roots[path], source)) is not None and say_form:
+            rank_zero_info(f"{source}: {form}")
     check_finite(adapters_in(renamed, module), source, on_nonfinite)
     return renamed
 
 
-def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> None:
-    """Raise ``ValueError`` where ``root`` is not the base that the file knows; say where it has another form."""
+def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> str | None:
+    """Raise ``ValueError`` where ``root`` is not the base that the file knows; return what differs in form."""
     found = compare_base(root, recorded)
     if found.values is not None:
         origin = f" ({recorded['source']})" if recorded["source"] else ""
@@ -102,8 +105,7 @@ def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> None:
             f"{source} was trained on another base model{origin}: {found.values}. Load the base that the adapter was "
             "trained on"
         )
-    if found.form is not None:
-        rank_zero_info(f"{source}: {found.form}")
+    return found.form
 
 
 def copy_tensors(tensors: Mapping[str, Tensor], module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from lightning_lora.checkpoint.packed_optimizer import (
     parts_of,
     with_packed,
 )
+from lightning_lora.model.learning_rate import say_other_ratios
 from lightning_lora.model.names import clean_name, listed
 from lightning_lora.model.spread import as_whole
 from lightning_lora.model.state import injected_roots, named_adapter_parameters, named_trained_whole
@@ -138,6 +139,7 @@ def match_by_name(
         groups.append({**group, **_way_of_stepping(group, own), "params": [position[name] for name in group_names]})
         if "param_names" in own:
             groups[-1]["param_names"] = own["param_names"]
+    say_other_ratios(state["param_groups"], optimizer.param_groups, source)
     entries = {position[name]: state["state"][ids[name]] for name in order if ids[name] in state["state"]}
     return with_packed({**state, "state": entries, "param_groups": groups}, source)
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.quantized import QuantizedModule
+from lightning_lora.layers.quantized import Origin, QuantizedModule
 from lightning_lora.model.merged_model import formers_of
 from lightning_lora.model.names import clean_name, joined
-from lightning_lora.ops.packed import Int8, PackedWeight
+from lightning_lora.ops.packed import PackedWeight
 from lightning_lora.ops.quantized import stored_as, wraps_tensors
 from lightning_lora.ops.sample_hash import dtype_name
 from lightning_lora.ops.sharded import is_sharded, local_part
@@ -37,8 +37,7 @@ def packed_weights(root: nn.Module) -> dict[str, Packed]:
             for name, empty in module.quantized.items():
                 like = getattr(module, f"{name}_codes")
                 codes = local_part(like.detach())
-                codes = codes.view(torch.int8) if isinstance(empty, Int8) else codes
-                found[joined(clean_name(path), name)] = Packed(empty.kind, codes, like)
+                found[joined(clean_name(path), name)] = Packed(empty.kind, codes.view(empty.code_dtype), like)
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and stored_as(parameter) is not None:
@@ -46,14 +45,17 @@ def packed_weights(root: nn.Module) -> dict[str, Packed]:
                 like = parameter if is_sharded(parameter) else codes
                 found[joined(clean_name(path), name)] = Packed(_form(parameter, module), codes, like)
     for name, former in formers_of(root).items():
-        codes = former.stored.tensors["codes"] if isinstance(former.stored, PackedWeight) else _codes(former.stored)
-        form = former.stored.kind if isinstance(former.stored, PackedWeight) else _form(former.stored)
-        found[name] = Packed(form, codes.view(torch.int8) if form == "int8" else codes, codes)
+        stored: Any = former.stored
+        if isinstance(stored, PackedWeight):
+            form, codes = stored.kind, stored.tensors["codes"].view(stored.code_dtype)
+        else:
+            form, codes = _form(stored), _codes(stored)
+        found[name] = Packed(form, codes, codes)
     return {name: one for name, one in found.items() if not one.codes.is_meta and one.like.numel() > 0}
 
 
-def origins_of(root: nn.Module) -> dict[str, tuple[int, str]]:
-    """Return the hash and the dtype of the weight that a packed one was made from, where it had values, by name."""
+def origins_of(root: nn.Module) -> dict[str, Origin]:
+    """Return what is known of the weights that packed ones were made from, by name."""
     present = {
         joined(clean_name(path), name): origin
         for path, module in root.named_modules()

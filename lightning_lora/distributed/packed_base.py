@@ -9,9 +9,11 @@ from torch import Tensor
 
 from lightning_lora.checkpoint.hashes import summed
 from lightning_lora.distributed.packed_target import PackedTarget, fill_from_packed, fill_from_values
+from lightning_lora.layers.quantized import Origin
 from lightning_lora.layers.quantized_state import scales_name
 from lightning_lora.model.names import listed
-from lightning_lora.ops.sharded import collective_device
+from lightning_lora.ops.sample_hash import sample_hash
+from lightning_lora.ops.sharded import collective_device, local_part
 
 
 class PackedBase:
@@ -30,7 +32,8 @@ class PackedBase:
         self._companions: dict[str, list[str]] = {}
         for key, owner in owners.items():
             self._companions.setdefault(owner, []).append(key)
-        self._seen: dict[str, tuple[bool, Tensor]] = {}  # of values: are they finite, their hash
+        self._is_finite: dict[str, bool] = {}
+        self._origins: dict[str, Tensor] = {}  # addends to the hashes of values that were quantised
 
     def fill(self, key: str, name: str) -> None:
         """Fill the weight called ``name`` with what the files hold under ``key``."""
@@ -39,7 +42,7 @@ class PackedBase:
             self.quantize(source, source.get_shape(), name)
             return
         entries = {_renamed(companion, key, name): self._slices[companion] for companion in companions}
-        fill_from_packed(self.targets[name], {name: source, **entries}, name)
+        self._is_finite[name] = fill_from_packed(self.targets[name], {name: source, **entries}, name)
         self.targets[name].module.origins.pop(self.targets[name].name, None)
 
     def quantize(self, source: Any, given: Collection[int], name: str) -> None:
@@ -49,7 +52,7 @@ class PackedBase:
         if shape != expected:
             raise ValueError(f"base_weights has {shape} for {name!r}, the model has {expected}")
         source = _Transposed(source) if target.module.packs_transpose else source
-        self._seen[name] = fill_from_values(target, source)
+        self._is_finite[name], self._origins[name] = fill_from_values(target, source)
 
     def check_floats(self, key: str, name: str) -> None:
         """Raise ``ValueError`` for packed values on disk of a weight that the model does not hold in that form."""
@@ -65,22 +68,26 @@ class PackedBase:
         Raises:
             ValueError: one of the ranks has read NaN or infinity.
         """
-        if not self._seen:
+        if not self._is_finite:
             return
-        bad = torch.tensor([not finite for finite, _ in self._seen.values()], dtype=torch.uint8)
+        bad = torch.tensor([not finite for finite in self._is_finite.values()], dtype=torch.uint8)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             bad = bad.to(collective_device(bad))
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        names = [name for name, is_bad in zip(self._seen, bad.tolist(), strict=True) if is_bad]
+        names = [name for name, is_bad in zip(self._is_finite, bad.tolist(), strict=True) if is_bad]
         if names:
             raise ValueError(
                 f"base_weights has NaN or infinity in {listed(names, 3)}, which cannot be quantised: give a base "
                 "without them"
             )
-        targets = [self.targets[name] for name in self._seen]
-        hashes = summed([origin for _, origin in self._seen.values()], [target.parts["codes"] for target in targets])
-        for target, value in zip(targets, hashes.tolist(), strict=True):
-            target.module.origins[target.name] = (value, str(target.empty.dtype).removeprefix("torch."))
+        targets = [self.targets[name] for name in self._origins]
+        likes = [target.parts["codes"] for target in targets]
+        codes = [local_part(like).view(target.form.code_dtype) for target, like in zip(targets, likes, strict=True)]
+        addends = [sample_hash(part, like) for part, like in zip(codes, likes, strict=True)]
+        hashes = summed([*self._origins.values(), *addends], likes * 2).tolist()
+        for target, value, code in zip(targets, hashes[: len(targets)], hashes[len(targets) :], strict=True):
+            dtype = str(target.empty.dtype).removeprefix("torch.")
+            target.module.origins[target.name] = Origin(value, dtype, code)
 
 
 @dataclass(frozen=True)

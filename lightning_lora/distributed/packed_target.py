@@ -4,7 +4,7 @@ Values are read, quantised and dropped a few blocks at a time.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -153,8 +153,10 @@ def _rows(source: Any, shape: torch.Size, first: int, stop: int) -> Tensor:
 
 
 @torch.no_grad()
-def fill_from_packed(target: PackedTarget, entries: Mapping[str, Any], name: str) -> None:
+def fill_from_packed(target: PackedTarget, entries: Mapping[str, Any], name: str) -> bool:
     """Store this rank's part of a weight that is packed on disk, as bitsandbytes writes it.
+
+    Returns whether the scales that this rank has read are finite.
 
     Args:
         entries: the file's slices by their names in the model.
@@ -179,6 +181,7 @@ def fill_from_packed(target: PackedTarget, entries: Mapping[str, Any], name: str
         codes, scales = _own(target, "codes", codes), _own(target, "scales", scales)
     local_part(parts["codes"]).copy_(codes)
     local_part(parts["scales"]).copy_(scales)
+    return replace(target.empty, tensors={**described, "scales": scales}).is_finite()
 
 
 def _blocks_on_disk(target: PackedTarget, source: Any, begin: int, end: int) -> Tensor:

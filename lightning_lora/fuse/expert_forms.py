@@ -47,6 +47,28 @@ def _mixtral(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any
     return final_hidden_states
 
 
+def _mixtral_5_0(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    final_hidden_states = torch.zeros_like(hidden_states)
+    with torch.no_grad():
+        expert_mask = torch.nn.functional.one_hot(top_k_index, num_classes=self.num_experts)
+        expert_mask = expert_mask.permute(2, 1, 0)
+        expert_hit = torch.greater(expert_mask.sum(dim=(-1, -2)), 0).nonzero()
+
+    for expert_idx in expert_hit:
+        expert_idx = expert_idx[0]
+        if expert_idx == self.num_experts:
+            continue
+        top_k_pos, token_idx = torch.where(expert_mask[expert_idx])
+        current_state = hidden_states[token_idx]
+        gate, up = nn.functional.linear(current_state, self.gate_up_proj[expert_idx]).chunk(2, dim=-1)
+        current_hidden_states = self.act_fn(gate) * up
+        current_hidden_states = nn.functional.linear(current_hidden_states, self.down_proj[expert_idx])
+        current_hidden_states = current_hidden_states * top_k_weights[token_idx, top_k_pos, None]
+        final_hidden_states.index_add_(0, token_idx, current_hidden_states.to(final_hidden_states.dtype))
+
+    return final_hidden_states
+
+
 def _deepseek_v4(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
     final = torch.zeros_like(hidden_states)
     with torch.no_grad():
@@ -86,6 +108,7 @@ def _gpt_oss(self: Any, hidden_states: Any, router_indices: Any = None, routing_
 
 LOOPS = {
     _mixtral: Loop(has_own_gate=False),
+    _mixtral_5_0: Loop(has_own_gate=False),  # of transformers 5.0, without a class for tokens of no expert
     _deepseek_v4: Loop(has_own_gate=True),
     _gpt_oss: Loop(has_own_gate=True, is_transposed=True, has_bias=True),
 }

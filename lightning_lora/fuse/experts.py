@@ -12,6 +12,7 @@ from lightning_lora.fuse.expert_kinds import GROUPED, OWN, Recognised, gate_of, 
 from lightning_lora.fuse.gated_mlp import is_watched
 from lightning_lora.layers.base import Pair
 from lightning_lora.layers.class_swap import swap_class
+from lightning_lora.layers.packed_parameter import PackedParameter
 from lightning_lora.layers.parameters import LoRAParameters
 from lightning_lora.layers.quantized import QuantizedModule, quantize_parameters
 from lightning_lora.ops.autocast import autocast_dtype
@@ -147,7 +148,8 @@ class QuantizedExperts(FusedExperts, QuantizedModule):
 
 def _is_plain(tensor: Any) -> bool:
     """Whether a tensor is no subclass that has a way of its own to multiply, other than a tracer's stand-in."""
-    return type(tensor) in (Tensor, nn.Parameter) or (torch.compiler.is_compiling() and not is_dtensor(tensor))
+    is_plain = type(tensor) in (Tensor, nn.Parameter, PackedParameter)
+    return is_plain or (torch.compiler.is_compiling() and not is_dtensor(tensor))
 
 
 def fuse_experts(module: nn.Module) -> None:

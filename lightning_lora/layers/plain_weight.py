@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.class_swap import class_of, recipe
-from lightning_lora.layers.quantized import ROW_PARTS, QuantizedModule
+from lightning_lora.layers.packed_parameter import register_parts
+from lightning_lora.layers.quantized import Origin, QuantizedModule
 from lightning_lora.layers.quantized_linear import QuantizedLinear
 from lightning_lora.layers.stored import stored_form
 from lightning_lora.ops.packed import PackedWeight
@@ -33,7 +34,7 @@ class Former:
     parents: Any  # of the module's class
     order: tuple[str, ...]  # of its parameters
     reader: Any  # the lora_stored of the layer
-    origin: tuple[int, str] | None  # the hash of what a packed weight was made from
+    origin: Origin | None  # of a packed weight
     attributes: dict[str, Any]  # what else the class kept on the module
     put_as: torch.dtype  # of what was put in its place
 
@@ -77,15 +78,20 @@ def stored_kind(module: nn.Module, name: str) -> str | None:
     return None if handle is None else str(getattr(handle, "kind", type(module._parameters.get(name)).__name__))
 
 
-def weight_dtype(module: nn.Module, name: str) -> torch.dtype | None:
-    """Return the dtype that a weight has, or had before it was stored in another form; ``None`` if it does not say."""
+def weight_dtype(module: nn.Module, name: str, others: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype that a weight has, or is to have as a plain parameter in the place of a stored one.
+
+    Args:
+        others: dtype of the frozen parameters beside such layers.
+    """
     handle = _handle(module, name)
     if handle is None:
         return module._parameters[name].dtype  # type: ignore[union-attr]  # it is there
-    if is_bitsandbytes(module) and stored_kind(module, name) == "int8":
-        bias = module._parameters.get("bias")
-        return None if bias is None else bias.dtype
-    return handle.dtype
+    if not is_bitsandbytes(module):
+        return handle.dtype
+    # its layers take an input of any dtype, and cast their bias to it
+    bias = module._parameters.get("bias")
+    return others or (handle.dtype if bias is None else bias.dtype)
 
 
 def weight_shape(module: nn.Module, name: str) -> torch.Size:
@@ -186,14 +192,10 @@ def _drop_parts(module: Any, name: str) -> None:
         delattr(module, f"{name}_{part}")
 
 
-def _hold_parts(module: Any, name: str, stored: PackedWeight, origin: tuple[int, str] | None) -> None:
+def _hold_parts(module: Any, name: str, stored: PackedWeight, origin: Origin | None) -> None:
     module.__dict__.setdefault("quantized", {})[name] = type(stored)({}, stored.shape, stored.dtype)
     module.__dict__.setdefault("origins", {}).update({} if origin is None else {name: origin})
-    for part, tensor in stored.tensors.items():
-        if part in ROW_PARTS:
-            module.register_parameter(f"{name}_{part}", nn.Parameter(tensor, requires_grad=False))
-        else:
-            module.register_buffer(f"{name}_{part}", tensor)
+    register_parts(module, name, stored)
 
 
 def _sort(module: nn.Module, order: tuple[str, ...]) -> None:

@@ -7,20 +7,33 @@ state dict has bitsandbytes' keys.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
-from lightning_lora.layers.quantized_state import check_entries, read_parts, scales_name, state_of
+from lightning_lora.layers.packed_parameter import register_parts
+from lightning_lora.layers.quantized_state import read_parts, scales_name, state_of
 from lightning_lora.ops.packed import FORMS, PackedWeight
 from lightning_lora.ops.packed_stack import PackedStack
 from lightning_lora.ops.sample_hash import dtype_name, sample_hash
-from lightning_lora.ops.sharded import is_sharded, logical
+from lightning_lora.ops.sharded import is_sharded
 
-ROW_PARTS = ("codes", "scales")  # parts whose first dimension counts blocks: FSDP2 shards them
+
+class Origin(NamedTuple):
+    """What is known of the weight that a packed one was made from.
+
+    Attributes:
+        value: its :func:`sample_hash`.
+        dtype: its dtype.
+        codes: hash of the codes that it was packed into. Of other codes, nothing is known.
+    """
+
+    value: int
+    dtype: str
+    codes: int
 
 
 class QuantizedModule(SwappedModule):
@@ -29,8 +42,7 @@ class QuantizedModule(SwappedModule):
     Attributes:
         quantized: the form, shape and dtype of every packed parameter, by its name: a :class:`PackedWeight` without
             tensors.
-        origins: the :func:`sample_hash` and the dtype of the weight that each packed one was made from, where it had
-            values.
+        origins: what is known of the weight that each packed one was made from, where it had values.
     """
 
     class_prefix: ClassVar[str] = "Quantized"
@@ -40,7 +52,7 @@ class QuantizedModule(SwappedModule):
 
     quantized_base_class: ClassVar[type[nn.Module]]
     quantized: dict[str, PackedWeight]
-    origins: dict[str, tuple[int, str]]
+    origins: dict[str, Origin]
 
     def stored(self, name: str) -> PackedWeight:
         """Return the packed parameter called ``name``, made of the parts that the module holds."""
@@ -88,6 +100,25 @@ class QuantizedModule(SwappedModule):
         return super().__getattr__(name)
 
     @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._check_not_packed(name)
+        super().__setattr__(name, value)
+
+    @override
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._check_not_packed(name.removesuffix("_orig"))  # torch.nn.utils.prune keeps the parameter under this name
+        super().register_parameter(name, param)
+
+    def _check_not_packed(self, name: str) -> None:
+        forms = self.__dict__.get("quantized", {})
+        if name in forms:
+            raise TypeError(
+                f"{name!r} of {type(self).__name__} is packed as {forms[name].kind!r} and can be neither assigned nor "
+                "pruned: load other values with load_state_dict, or change the weight before the base is quantised, "
+                "or leave the layer out with quantize_exclude="
+            )
+
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, empty in self.quantized.items():  # half() and others change the dtype of dense values alone
@@ -116,7 +147,7 @@ class QuantizedModule(SwappedModule):
             if not all(_same_values(getattr(self, f"{name}_{part}"), tensor) for part, tensor in parts.items()):
                 self.origins.pop(name, None)
             if parts and value.is_floating_point():
-                self.origins |= _origin_of(name, value)
+                self.origins |= _origin_of(name, value, replace(self.quantized[name], tensors=parts))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
@@ -131,15 +162,19 @@ def quantize_parameters(module: nn.Module, names: Mapping[str, str], mixin: type
     Args:
         names: the word of ``quantize=``, by the name of each parameter.
     """
-    origins: dict[str, tuple[int, str]] = {}
-    for name in names:
-        origins |= _origin_of(name, module.get_parameter(name))
-    packed = {name: FORMS[kind].quantize(mixin.turn(module.get_parameter(name))) for name, kind in names.items()}
+    weights = {name: module.get_parameter(name).detach() for name in names}
+    packed = {name: FORMS[kind].quantize(mixin.turn(weights[name])) for name, kind in names.items()}
+    origins: dict[str, Origin] = {}
+    for name, weight in weights.items():
+        origins |= _origin_of(name, weight, packed[name])
     hold(module, packed, mixin, origins)
 
 
-def _origin_of(name: str, weight: Tensor) -> dict[str, tuple[int, str]]:
-    return {} if weight.is_meta else {name: (int(sample_hash(weight, weight)), dtype_name(weight))}
+def _origin_of(name: str, weight: Tensor, packed: PackedWeight) -> dict[str, Origin]:
+    if weight.is_meta:
+        return {}
+    codes = packed.tensors["codes"].view(packed.code_dtype)
+    return {name: Origin(int(sample_hash(weight, weight)), dtype_name(weight), int(sample_hash(codes, codes)))}
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
@@ -152,7 +187,7 @@ def hold(
     module: nn.Module,
     packed: Mapping[str, PackedWeight],
     mixin: type[QuantizedModule],
-    origins: Mapping[str, tuple[int, str]] | None = None,
+    origins: Mapping[str, Origin] | None = None,
 ) -> None:
     """Put packed weights in the place of the parameters of their names, made from weights of these hashes."""
     swap_class(module, mixin)
@@ -162,11 +197,7 @@ def hold(
     for name, stored in packed.items():
         del module._parameters[name]
         module.quantized[name] = replace(stored, tensors={})
-        for part, tensor in stored.tensors.items():
-            if part in ROW_PARTS:
-                module.register_parameter(f"{name}_{part}", nn.Parameter(tensor, requires_grad=False))
-            else:
-                module.register_buffer(f"{name}_{part}", tensor)
+        register_parts(module, name, stored)
 
 
 def dequantize_parameters(module: QuantizedModule) -> None:
@@ -180,34 +211,3 @@ def dequantize_parameters(module: QuantizedModule) -> None:
     restore_class(module, *module.form_attributes)
     for name, parameter in dense.items():
         module.register_parameter(name, parameter)
-
-
-def check_state(
-    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any
-) -> None:
-    """Check the packed weights of a state dict before ``load_state_dict`` copies anything: a hook of the model.
-
-    Raises:
-        ValueError: an entry does not fit, or with ``strict`` a weight is missing.
-    """
-    missing = []
-    for path, module in model.named_modules():
-        for name in module.quantized if isinstance(module, QuantizedModule) else ():
-            key = f"{prefix}{path}.{name}" if path else prefix + name
-            if key in state_dict:
-                check_entries(module.whole_form(name), {**state_dict, **module.turned_entry(state_dict, key)}, key)
-            elif f"{key}_codes" not in state_dict:  # of shards
-                missing.append(key)
-    if missing and strict:
-        raise ValueError(
-            f"the state dict lacks {len(missing)} quantised weights, {missing[0]!r} the first: is the file truncated? "
-            "Load all files of the checkpoint"
-        )
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Return the number of a model's parameters, where a packed one counts as the weight that it stands for."""
-    holders = [module for module in model.modules() if isinstance(module, QuantizedModule)]
-    parts = {id(getattr(module, name)) for module in holders for name in module.part_names()}
-    packed = sum(stored.shape.numel() for module in holders for stored in module.quantized.values())
-    return packed + sum(int(logical(p).numel()) for p in model.parameters() if id(p) not in parts)

@@ -7,7 +7,7 @@ Of a weight called ``M.weight`` in 4 bits: ``M.weight`` (the codes, ``[n / 2, 1]
 """
 
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -96,10 +96,16 @@ def check_entries(empty: PackedWeight, state: Mapping[str, Any], name: str) -> N
     read_parts(empty, {key: state[key] for key in keys if key in state}, name)
 
 
+def unknown_entries(names: Collection[str], state: Mapping[str, Any]) -> list[str]:
+    """Return the entries below packed weights of these names that are none of bitsandbytes'."""
+    owners = ((key, *key.rpartition(".")[::2]) for key in state)
+    return [key for key, owner, entry in owners if owner in names and entry not in (*_ENTRIES, "SCB")]
+
+
 def _four_bit_parts(
     empty: PackedWeight, weight: Tensor, state: MutableMapping[str, Any], name: str
 ) -> dict[str, Tensor]:
-    entries = {key.removeprefix(f"{name}."): state.pop(key) for key in [*state] if key.startswith(f"{name}.")}
+    entries = {entry: state.pop(f"{name}.{entry}") for entry in _ENTRIES if f"{name}.{entry}" in state}
     described = [key for key in entries if key.startswith(STATE)]
     if weight.dtype != torch.uint8 or not described:
         raise ValueError(_refusal(name, f"it holds {weight.dtype} and no quantisation state", "4-bit codes"))

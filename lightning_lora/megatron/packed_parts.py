@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_lora.layers.quantized import ROW_PARTS, QuantizedModule
+from lightning_lora.layers.packed_parameter import ROW_PARTS
+from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.ops.four_bit import BLOCK
 from lightning_lora.ops.packed import Int8
 from lightning_lora.ops.sharded import split_over

@@ -8,7 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.compat.torch import forward_hooks
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.quantized import ROW_PARTS, QuantizedModule
+from lightning_lora.layers.packed_parameter import ROW_PARTS
+from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.megatron.core import is_column, is_gpt, is_parallel_linear, is_vocabulary, mesh_of
 from lightning_lora.megatron.names import stack_in
 from lightning_lora.model.names import clean_name

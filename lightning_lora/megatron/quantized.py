@@ -19,6 +19,7 @@ from lightning_lora.megatron.core import LAYERS, collectives, is_parallel_linear
 from lightning_lora.megatron.parts import keep_parts
 from lightning_lora.ops.four_bit import BLOCK
 from lightning_lora.ops.packed_stack import PackedMatrix
+from lightning_lora.ops.sample_hash import sample_hash
 from lightning_lora.ops.stored import stored_linear
 
 
@@ -74,19 +75,24 @@ def check_rows(kind: str, layers: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def packing_parts(model: nn.Module) -> Iterator[None]:
-    """Tag the parts of weights before they are packed, and the packed parts, and sum the hashes of the weights.
+    """Tag the parts of weights before they are packed, and the packed parts, and sum the hashes of the weights and of their codes.
 
-    Called on all ranks, which sum an integer for each weight.
+    Called on all ranks, which sum two integers for each weight.
     """
     keep_parts(model)
     yield
     keep_parts(model)
     layers = [module for module in model.modules() if isinstance(module, QuantizedMegatronLinear)]
     known = [layer for layer in layers if "weight" in layer.origins]
-    addends = [torch.tensor(layer.origins["weight"][0]) for layer in known]
-    sums = summed(addends, [layer.get_parameter("weight_codes") for layer in known]).tolist()
-    for layer, value in zip(known, sums, strict=True):
-        layer.origins["weight"] = (value, layer.origins["weight"][1])
+    likes = [layer.get_parameter("weight_codes") for layer in known]
+    weights = [torch.tensor(layer.origins["weight"].value) for layer in known]
+    codes = [
+        sample_hash(like.view(layer.quantized["weight"].code_dtype), like)
+        for layer, like in zip(known, likes, strict=True)
+    ]
+    sums = summed([*weights, *codes], likes * 2).tolist()
+    for layer, value, code in zip(known, sums[: len(known)], sums[len(known) :], strict=True):
+        layer.origins["weight"] = layer.origins["weight"]._replace(value=value, codes=code)
 
 
 register_packing(f"{LAYERS}.ColumnParallelLinear", QuantizedMegatronLinear)

@@ -1,8 +1,9 @@
 """Compare an optimizer's rates with those that LoRA is trained with, and with the ratio of LoRA+."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CyclicLR
@@ -87,3 +88,18 @@ def _peak(optimizer: Optimizer, index: int, schedulers: Iterable[Any]) -> float:
     cyclic = [one.max_lrs[index] for one in schedulers if isinstance(one, CyclicLR) and one.optimizer is optimizer]
     own = [group[key] for key in ("lr", "initial_lr", "max_lr") if key in group]
     return max(map(float, (*cyclic, *own)))
+
+
+def say_other_ratios(saved: Iterable[Mapping[str, Any]], own: Iterable[Mapping[str, Any]], source: Any) -> None:
+    """Say in a line where groups go on at the rates of a file, as torch has it, and LoRA+ was given other ratios."""
+    changed = [
+        f"{here.get('name', there.get('name'))!r} at {there.get('lr_ratio', 1.0):g} times the rate of A, and not at "
+        f"{here.get('lr_ratio', 1.0):g} times"
+        for there, here in zip(saved, own, strict=True)
+        if here["params"] and there.get("lr_ratio", 1.0) != here.get("lr_ratio", 1.0)
+    ]
+    if changed:
+        rank_zero_info(
+            f"{source}: the optimizer's rates are part of its state, and go on: {'; '.join(changed)}. For this run's "
+            "ratios, start from the file's weights with LoRACallback(init_from=...)"
+        )

@@ -17,8 +17,9 @@ from lightning_lora.model.mergeable import check_merge
 from lightning_lora.model.merged_model import MergedModel, merge_layers, unmerge_layers, unmerged_layers
 from lightning_lora.model.names import joined
 from lightning_lora.model.spread import reshard
-from lightning_lora.model.state import is_merged, require_injection, require_roots
+from lightning_lora.model.state import injected_roots, is_merged, require_injection, require_roots
 
+# of models whose adapters were taken out; those of others are on the adapted models
 _RECEIPTS: "WeakKeyDictionary[nn.Module, MergeReceipt]" = WeakKeyDictionary()
 
 
@@ -53,7 +54,8 @@ def merge(
             dequantised ones: exactly the trained function. A path, of a safetensors file or a directory, merges into
             the weights there, such as the 16-bit ones that the base was quantised from. The adapter never saw the
             difference, and the receipt says how large it is beside the update.
-        dtype: of all frozen parameters of the merged model; by default those that they had before they were quantised.
+        dtype: of all frozen parameters of the merged model; by default those that they had before they were quantised,
+            and of bitsandbytes' layers that of the model's other parameters.
         requantize: store weights that were quantised in this form again: ``"nf4"``, ``"nf4-dq"`` or ``"int8"``.
 
     Raises:
@@ -71,12 +73,15 @@ def merge(
 def merge_receipt(model: nn.Module) -> MergeReceipt:
     """Return what the last merge of ``model`` did to each layer's update; it prints as a table.
 
+    A copy of the model has it too, as long as the adapters are not taken out.
+
     Raises:
         ValueError: the model was never merged.
     """
-    if model not in _RECEIPTS:
+    kept = _kept_receipt(model)
+    if kept is None and (kept := _RECEIPTS.get(model)) is None:
         raise ValueError(f"{type(model).__name__} was not merged: call merge(model) first")
-    return _RECEIPTS[model]
+    return kept
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -134,16 +139,32 @@ def _merge(model: nn.Module, into: Into, *, remove: bool = False) -> MergeReceip
         _check_same(roots[path], into)
     for root in unmerged.values():
         check_merge(model, root, into.of(root))
-    receipts: list[LayerReceipt] = []
+    receipts: dict[str, MergeReceipt] = {}
     for path, root in unmerged.items():
-        done = merge_layers(root, into.of(root))
-        receipts += [LayerReceipt(**{**vars(one), "name": joined(path, one.name)}) for one in done]
-        _RECEIPTS[root] = MergeReceipt(str(into.base), tuple(done))
+        receipts[path] = MergeReceipt(str(into.base), tuple(merge_layers(root, into.of(root))))
+        require_injection(root).receipt = receipts[path]
     reshard(model)
     if remove:
+        for owner in (model, *roots.values()):
+            if (kept := _kept_receipt(owner)) is not None:
+                _RECEIPTS[owner] = kept
         for root in roots.values():
             take_out(root)
-    if not unmerged:
-        return None
-    _RECEIPTS[model] = MergeReceipt(str(into.base), tuple(receipts))
-    return _RECEIPTS[model]
+    return _joined(receipts) if receipts else None
+
+
+def _kept_receipt(model: nn.Module) -> MergeReceipt | None:
+    """Return the receipt that the adapted models inside ``model`` hold."""
+    kept = {path: require_injection(root).receipt for path, root in injected_roots(model).items()}
+    receipts = {path: receipt for path, receipt in kept.items() if receipt is not None}
+    return _joined(receipts) if receipts else None
+
+
+def _joined(receipts: dict[str, MergeReceipt]) -> MergeReceipt:
+    """Return the receipts of several adapted models as one, with the layers' names in the model around them."""
+    layers = [
+        LayerReceipt(**{**vars(one), "name": joined(path, one.name)})
+        for path, receipt in receipts.items()
+        for one in receipt.layers
+    ]
+    return MergeReceipt(next(iter(receipts.values())).base, tuple(layers))

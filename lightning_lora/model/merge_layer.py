@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from lightning_lora.config import Quantization
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.plain_weight import dense_weight, reading, stored_kind, stored_names, turned, weight_dtype
+from lightning_lora.layers.plain_weight import (
+    dense_weight,
+    is_bitsandbytes,
+    reading,
+    stored_kind,
+    stored_names,
+    turned,
+    weight_dtype,
+)
 from lightning_lora.model.merge_receipt import LayerReceipt
 from lightning_lora.model.names import joined
 from lightning_lora.model.original_base import OriginalBase
@@ -28,26 +36,33 @@ class Into:
         base: ``"trained"``: the weights that the adapter was trained over, made dense; or the path of the original
             ones.
         dtype: of the merged weights; ``None`` is the one that each weight had.
-        fallback: of weights that do not say which dtype they had.
+        others: dtype of the model's frozen parameters beside bitsandbytes' layers.
         requantize: the form in which weights that were quantised are stored again; ``None`` is a plain parameter.
     """
 
     base: str | os.PathLike[str] = "trained"
     dtype: torch.dtype | None = None
     requantize: Quantization | None = None
-    fallback: torch.dtype = torch.float32
+    others: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, str | os.PathLike):
+            raise TypeError(
+                f"base={self.base!r} must be 'trained', or the path of the original weights; got "
+                f"{type(self.base).__name__}. Leave base out to merge into what the adapter was trained over"
+            )
 
     def of(self, root: nn.Module) -> "Into":
-        """Return the same for one model, whose other frozen parameters say the dtype where a weight does not."""
-        adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
+        """Return the same for one model, with the dtype of its frozen parameters."""
+        left = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
+        left |= {id(p) for module in root.modules() if is_bitsandbytes(module) for p in module.parameters()}
         frozen = [p for p in root.parameters() if p.is_floating_point() and not p.requires_grad]
-        dtypes = (p.dtype for p in frozen if id(p) not in adapters)
-        return replace(self, fallback=next(dtypes, torch.float32))
+        return replace(self, others=next((p.dtype for p in frozen if id(p) not in left), None))
 
     def form(self, module: nn.Module, name: str) -> tuple[Quantization | None, torch.dtype]:
         """Return how a merged weight is stored: packed or not, and its dtype."""
         is_stored = stored_kind(module, name) is not None
-        return self.requantize if is_stored else None, self.dtype or weight_dtype(module, name) or self.fallback
+        return self.requantize if is_stored else None, self.dtype or weight_dtype(module, name, self.others)
 
 
 Merged = Tensor | PackedWeight

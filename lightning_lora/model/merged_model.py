@@ -79,6 +79,7 @@ def merge_layers(root: nn.Module, into: Into) -> list[LayerReceipt]:
         _cast_others(root, state, into.dtype, adapters | kept.keys())
     _note_form(root, into, state)
     require_injection(root).merged = state
+    _cast_biases(root, state)
     return receipts
 
 
@@ -159,6 +160,15 @@ def _cast_others(root: nn.Module, state: MergedModel, dtype: torch.dtype, left: 
             dtypes = module._lora_read_dtypes
             state.read_as.append((module, dtypes))
             module.__dict__["_lora_read_dtypes"] = dict.fromkeys(dtypes, dtype)
+
+
+def _cast_biases(root: nn.Module, state: MergedModel) -> None:
+    """Cast frozen biases to the dtype of the plain weights beside them, as bitsandbytes' layers do in their forward."""
+    for former in formers_of(root).values():
+        weight, bias = (former.module._parameters.get(name) for name in (former.name, "bias"))
+        if weight is not None and bias is not None and not bias.requires_grad and bias.dtype != weight.dtype:
+            state.cast.append((bias, bias.detach().to("cpu", copy=True)))
+            bias.data = bias.data.to(weight.dtype)
 
 
 def _note_form(root: nn.Module, into: Into, state: MergedModel) -> None:

@@ -66,7 +66,8 @@ class OriginalBase:
         path, _, local = name.rpartition(".")
         module = self.modules[path]
         if isinstance(module, QuantizedModule) and local in module.quantized:
-            return module.origins.get(local)
+            origin = module.origins.get(local)
+            return None if origin is None else (origin.value, origin.dtype)
         parameter = module._parameters.get(local)
         if parameter is None or parameter.requires_grad or parameter.is_meta:
             return None

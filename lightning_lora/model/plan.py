@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.layers.base import Part
 from lightning_lora.layers.parameters import LoRAParameters
-from lightning_lora.layers.quantized import num_parameters
+from lightning_lora.layers.quantized_model import num_parameters
 from lightning_lora.layers.registry import is_linear
 from lightning_lora.layers.token_rows import check_rows
 from lightning_lora.model.base_form import QuantizationPlan, check_form, check_not_foreign, quantization_of

@@ -10,8 +10,9 @@ from lightning_lora.compat.torch import compiled_module, remove_load_hook
 from lightning_lora.config import Quantization
 from lightning_lora.fuse.experts import quantize_experts
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.quantized import QuantizedModule, check_state, quantize_parameters
+from lightning_lora.layers.quantized import QuantizedModule, quantize_parameters
 from lightning_lora.layers.quantized_linear import packing_mixin
+from lightning_lora.layers.quantized_model import check_state
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.model.base_form import (
     QuantizationPlan,

@@ -31,7 +31,7 @@ class RankAllocator:
         total_step: number of optimizer steps of the whole run.
 
     Raises:
-        ValueError: the run is too short to prune, or the model has no such layers.
+        ValueError: the run is too short to prune, the model has no such layers, or was adapted with another ``init_r``.
 
     Example::
 
@@ -49,10 +49,21 @@ class RankAllocator:
         self.layers = {clean_name(name): m for name, m in root.named_modules() if isinstance(m, AdaLoRALinear)}
         if not self.layers:
             raise ValueError(f"{type(root).__name__} has no layers of AdaLoRA: adapt it with LoRAConfig(adalora=...)")
+        for name, layer in self.layers.items():
+            expected = (settings.init_r, min(settings.init_r, layer.lora_A.shape[1], layer.lora_B.shape[0]))
+            if layer.r not in expected:
+                raise ValueError(
+                    f"{name!r} has {layer.r} ranks, and AdaLoRA(init_r={settings.init_r}) says that it started at "
+                    f"{expected[-1]}: give the settings that the model was adapted with, LoRAConfig(adalora=...)"
+                )
         self.step = 0
         self.is_regularized = False  # since the last step
         self._alike = [AlikeLayers({name: self.layers[name] for name in names}) for names in _by_shape(self.layers)]
         self._history: list[tuple[int, Tensor]] = []
+
+    def is_of(self, root: nn.Module) -> bool:
+        """Whether the layers are those of a model."""
+        return self.layers.items() <= {clean_name(name): module for name, module in root.named_modules()}.items()
 
     @property
     def num_ranks(self) -> tuple[int, int]:

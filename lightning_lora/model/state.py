@@ -33,6 +33,7 @@ class Injection:
         base_weights: where the base was read from after it was built without values, if it was.
         fingerprint: of the base, from when it was spread over ranks, if it is.
         merged: what :func:`~lightning_lora.unmerge` gives back, while the adapters are merged.
+        receipt: of the last merge, if there was one.
         total_step: number of optimizer steps of the run, once AdaLoRA prunes in one.
     """
 
@@ -44,6 +45,7 @@ class Injection:
     base_weights: str | None = None
     fingerprint: dict[str, Any] | None = None
     merged: Any = None  # merged_model.MergedModel
+    receipt: Any = None  # merge_receipt.MergeReceipt
     total_step: int | None = None
 
     @property

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.adalora import AdaLoRALinear
-from lightning_lora.layers.quantized import num_parameters
+from lightning_lora.layers.quantized_model import num_parameters
 from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.matching import is_all_linear, left_out_towers
 from lightning_lora.model.names import clean_name, is_inside, joined, listed, named_modules

@@ -46,6 +46,7 @@ class PackedWeight:
 
     kind: ClassVar[str]  # the word of ``quantize=``
     whole_parts: ClassVar[tuple[str, ...]] = ()  # names of the parts that belong to the whole weight
+    code_dtype: ClassVar[torch.dtype] = torch.uint8  # of the numbers that the codes are
 
     @property
     def device(self) -> torch.device:
@@ -171,6 +172,7 @@ class Int8(PackedWeight):
     """
 
     kind = "int8"
+    code_dtype = torch.int8
 
     @classmethod
     def block_size(cls, shape: torch.Size) -> int:

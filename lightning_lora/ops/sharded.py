@@ -39,6 +39,15 @@ def is_part(tensor: Any) -> bool:
     return is_dtensor(tensor) or (is_sharded(tensor) and tensor.lora_split[0].size() > 1)
 
 
+def is_spread(tensor: Any) -> bool:
+    """Whether more than one rank is needed for all of a tensor. A mesh of one rank spreads nothing."""
+    if not is_sharded(tensor):
+        return False
+    described = logical(tensor)
+    sizes = zip(described.placements, described.device_mesh.shape, strict=True)
+    return any(size > 1 and not placement.is_replicate() for placement, size in sizes)
+
+
 def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a DTensor. A torch without ``torch.distributed`` has none."""
     return DTensor is not None and isinstance(tensor, DTensor)

@@ -14,7 +14,7 @@ from lightning_lora.model.state import (
     check_not_disabled,
     require_root,
 )
-from lightning_lora.ops.sharded import is_part
+from lightning_lora.ops.sharded import is_spread
 from lightning_lora.peft.contents import contents, described_tensors
 from lightning_lora.peft.describe import describe_for_peft
 
@@ -50,7 +50,7 @@ def adapter_tensors(
     check_not_disabled(root)
     description = describe_for_peft(root)
     tensors = described_tensors(root, description)
-    if any(map(is_part, tensors.values())):
+    if any(map(is_spread, tensors.values())):
         meet("adapter_tensors")
     config, made = contents(description, tensors, portable=portable)
     return config, _copies(made, on_nonfinite)

@@ -14,7 +14,7 @@ from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
 from lightning_lora.config import Quantization
 from lightning_lora.model.families import Family, family_of
-from lightning_lora.model.inject import inject_anew, remove
+from lightning_lora.model.inject import inject_checked
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import OnNonfinite, check_finite, require_injection
 from lightning_lora.peft.adalora import with_all_ranks
@@ -81,22 +81,32 @@ def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None, *
     _check_ties(model, adapter, modules)
     tensors = named_by_layer(adapter, modules, model)
     tails = check_trained(model, adapter)
-    inject_anew(model, settings_of(model, adapter, tensors, modules), check_ranks=False, **quantization)
+    settings = settings_of(model, adapter, tensors, modules)
+    form = inject_checked(model, settings, lambda _: _check(model, adapter, recorded), **quantization)
+    if form is not None:
+        rank_zero_info(f"{adapter.source}: {form}")
+    copy_tensors(tensors | adapter.trained, model)
+    for target, first, rows in tails:
+        target[first:].copy_(rows)
+
+
+def _check(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -> str | None:
+    """Raise ``ValueError`` for values that the adapted model has no use for, and for another base.
+
+    Returns:
+        In which form the base is stored and in which it was, in words, where these differ.
+    """
     untold = _untrained_values(model, adapter)
     if untold:
-        remove(model)
         raise ValueError(
             f"{adapter.source} brings values of its own for {untold[0]!r} ({len(untold)} tensors), which its config "
             "does not train. Is a file damaged, or from another PEFT?"
         )
-    if recorded is not None:
-        found = compare_base(model, recorded)
-        _refuse_base(model, adapter.source, recorded, found.values)
-        if found.form is not None:
-            rank_zero_info(f"{adapter.source}: {found.form}")
-    copy_tensors(tensors | adapter.trained, model)
-    for target, first, rows in tails:
-        target[first:].copy_(rows)
+    if recorded is None:
+        return None
+    found = compare_base(model, recorded)
+    _refuse_base(adapter.source, recorded, found.values)
+    return found.form
 
 
 def _load_by_skeleton(
@@ -109,19 +119,21 @@ def _load_by_skeleton(
 ) -> None:
     """Load an adapter that names other layers than ``model`` does, by way of a skeleton of those."""
     _load(skeleton, adapter, None)
-    inject_anew(model, require_injection(skeleton).config, check_ranks=False, **quantization)
-    if recorded is not None:
-        own = renamed(fingerprint(model), family.peft_name)
-        _refuse_base(model, adapter.source, recorded, first_other_value(own, recorded))
+
+    def check(_: bool) -> None:
+        if recorded is not None:
+            own = renamed(fingerprint(model), family.peft_name)
+            _refuse_base(adapter.source, recorded, first_other_value(own, recorded))
+
+    inject_checked(model, require_injection(skeleton).config, check, **quantization)
     _, sources = family.adapted_view(model)
     copy_tensors({source: skeleton.get_parameter(name).detach() for name, (_, source) in sources.items()}, model)
 
 
-def _refuse_base(model: nn.Module, directory: Location, recorded: Mapping[str, Any], difference: str | None) -> None:
-    """Give the model back and raise ``ValueError`` where its base is not the recorded one."""
+def _refuse_base(directory: Location, recorded: Mapping[str, Any], difference: str | None) -> None:
+    """Raise ``ValueError`` where a base is not the recorded one."""
     if difference is None:
         return
-    remove(model)
     source = f" ({recorded['source']})" if recorded.get("source") else ""
     raise ValueError(
         f"{directory} was trained on another base model{source}: {difference}. Load that base, or accept this one with "

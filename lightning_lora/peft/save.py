@@ -13,7 +13,7 @@ from lightning_lora.checkpoint.reading import read_checkpoint, section_of
 from lightning_lora.checkpoint.storage import local_directory, location
 from lightning_lora.model.state import OnNonfinite, check_finite, check_not_disabled, injected_roots, require_root
 from lightning_lora.model.summary import outside_names, say_left_out, trained_outside
-from lightning_lora.ops.sharded import is_sharded, whole
+from lightning_lora.ops.sharded import is_spread, whole
 from lightning_lora.peft.card import write_card
 from lightning_lora.peft.config import kind_of
 from lightning_lora.peft.contents import contents, described_tensors
@@ -61,7 +61,7 @@ def save_peft(
     check_not_disabled(root)
     description = describe_for_peft(root, known_fingerprint(root))
     tensors = described_tensors(root, description)
-    spread = any(map(is_sharded, tensors.values()))
+    spread = any(map(is_spread, tensors.values()))
     if spread:
         meet("save_peft")
     named = {name: whole(tensor).detach() for name, tensor in tensors.items()}

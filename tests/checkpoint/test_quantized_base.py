@@ -117,6 +117,19 @@ def test_one_other_weight_is_named() -> None:
         load_adapter_state_dict(adapted(other, "nf4"), saved)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["written into", "emptied"])
+def test_a_base_whose_codes_were_overwritten_in_place_is_another_one(kind, how) -> None:
+    saved = adapter_checkpoint(adapted(base(), kind))
+    model = adapted(base(), kind)
+    layer = model.model.layers[0].mlp.up_proj
+    if how == "emptied":
+        layer.to_empty(device="cpu")
+    layer.weight_codes.data.zero_()  # what to_empty leaves is whatever was there
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.up_proj.weight' holds other values\. "):
+        load_adapter_state_dict(model, saved)
+
+
 class TestWhereTheWeightsWereNeverSeen:
     """Bases that are read from packed weights are known by their codes."""
 

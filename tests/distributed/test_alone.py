@@ -1,5 +1,6 @@
 """``if trainer.is_global_zero: save_peft(...)`` on two gloo ranks: it works, or says that all ranks must call it."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from tests import models
 from tests.distributed.ranks import on_ranks
 from tests.distributed.training import EXACT, SHARDED, STEP_TOLERANCE, Recorded, alone, fit, rank_loader, rank_of, state
 
-WHOLE: dict[str, Any] = {"ddp": lambda: "ddp", "fsdp_lora": lambda: FSDPLoRAStrategy(**SHARDED)}
+WHOLE: dict[str, Any] = {
+    "ddp": lambda: "ddp",
+    "fsdp_lora": lambda: FSDPLoRAStrategy(**SHARDED),
+    "megatron_lora, split over one rank": lambda: MegatronLoRAStrategy(tensor_parallel_size=1),
+}
 SPREAD: dict[str, Any] = {
     "fsdp_lora, adapters in shards": lambda: FSDPLoRAStrategy(shard_adapters=True, **SHARDED),
     "megatron_lora": lambda: MegatronLoRAStrategy(tensor_parallel_size=2),
@@ -97,3 +102,14 @@ def test_rank_zero_alone_is_told_that_all_must_call_where_adapters_are_spread(
         assert module.errors == []
     assert not (tmp_path / "alone").exists()
     assert_undisturbed(module, undisturbed)
+
+
+@on_ranks(2)
+def test_rank_zero_ends_after_the_others_have_met_it() -> None:
+    """Its process keeps the store, and the test's body is the last thing that it does."""
+    torch.distributed.init_process_group("gloo")
+    if torch.distributed.get_rank() == 0:
+        time.sleep(0.2)
+    else:
+        all_ranks._POLL_S = 2.0  # it looks before rank 0 has called, and long after
+    all_ranks.meet("this test")

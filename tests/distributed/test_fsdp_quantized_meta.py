@@ -169,6 +169,19 @@ DAMAGES: list[tuple[str, Callable[[Any], None], str]] = [
 
 
 @on_ranks(2)
+def test_scales_without_a_value_are_one_clear_error_on_all_ranks(saved: Path, tmp_path: Path) -> None:
+    """Packed on disk, a base that held NaN has it in the scales; rank 0 does not read the last one of a weight."""
+    rank, _ = rank_of()
+    for kind, entry in {"nf4": "weight.absmax", "nf4-dq": "weight.nested_absmax", "int8": "SCB"}.items():
+        state = safetensors.torch.load_file(saved / kind / "weights.safetensors")
+        state[f"model.layers.1.mlp.up_proj.{entry}"][-1] = torch.nan
+        path = tmp_path / f"{kind}-{rank}.safetensors"
+        safetensors.torch.save_file(state, path)
+        with pytest.raises(ValueError, match=r"base_weights has NaN or infinity in model\.layers\.1\.mlp\.up_proj"):
+            start(**EVERYTHING, base_weights=str(path)).setup(empty(saved, kind))
+
+
+@on_ranks(2)
 def test_files_that_do_not_fit_are_one_clear_error_on_all_ranks(saved: Path, tmp_path: Path) -> None:
     rank, _ = rank_of()
     for index, (name, damage, message) in enumerate(DAMAGES):

@@ -594,7 +594,7 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant, dropou
     model = adapted(models.llama(), dropout=dropout)
     torch.manual_seed(5)
     expected = loss_and_gradients(model)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    models.checkpoint_activations(model, {"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     torch.manual_seed(5)
     assert_same(loss_and_gradients(model), expected)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_lora.layers.quantized import dequantize_parameters, quantize_parameters
 from lightning_lora.layers.quantized_linear import QuantizedLinear
@@ -134,6 +135,40 @@ def test_a_dense_layer_comes_back(kind):
     assert type(layer) is nn.Linear
     assert [*layer._parameters] == ["bias", "weight"]
     torch.testing.assert_close(layer(x), y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(96, 128))),
+        lambda layer: layer.register_parameter("weight", nn.Parameter(torch.zeros(96, 128))),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["assigned", "registered", "pruned"],
+)
+def test_another_weight_is_refused_with_what_to_do(change):
+    layer, x = quantized("nf4"), torch.randn(2, 128)
+    y, names = layer(x), [name for name, _ in layer.named_parameters()]
+    with pytest.raises(TypeError, match=r"'weight' of QuantizedLinear is packed as 'nf4'.*load_state_dict"):
+        change(layer)
+    assert torch.equal(layer(x), y)
+    assert [name for name, _ in layer.named_parameters()] == names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_do_not_train_and_say_so(kind):
+    model = copy.deepcopy(nn.Sequential(quantized(kind), nn.Linear(96, 2)))
+    for unfreeze in (lambda: model.requires_grad_(True), lambda: setattr(model[0].weight_codes, "requires_grad", True)):
+        with pytest.raises(ValueError, match=r"which cannot train: leave its layer out with quantize_exclude="):
+            unfreeze()
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "0.bias",
+        "1.weight",
+        "1.bias",
+    ]
 
 
 class TestBitsandbytes:

@@ -177,7 +177,7 @@ def test_activation_checkpointing_and_copies_compute_the_same(kind: str) -> None
     for other in copies.values():
         torch.manual_seed(1)
         assert_same(gradients(other), expected)
-    model.activation_checkpointing_enable()
+    models.checkpoint_activations(model)
     torch.manual_seed(1)
     assert_same(gradients(model), expected)
 

@@ -356,7 +356,7 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     model(input_ids=batch, labels=batch).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    models.checkpoint_activations(model, {"use_reentrant": False})
     model(input_ids=batch, labels=batch).loss.backward()
     assert all(torch.equal(model.get_parameter(name).grad, gradient) for name, gradient in expected.items())
 
@@ -378,6 +378,8 @@ def test_a_layer_smaller_than_the_rank_starts_at_its_size() -> None:
     inject(model, LoRAConfig(adalora=AdaLoRA(init_r=4, target_r=3)))
     allocator = RankAllocator(model, AdaLoRA(init_r=4, target_r=3), 10)
     assert allocator.num_ranks == (6, 5)  # of 4 and 2, and of 3 and 2
+    with pytest.raises(ValueError, match=r"'0' has 4 ranks, and AdaLoRA\(init_r=8\) says that it started at 8"):
+        RankAllocator(model, AdaLoRA(init_r=8, target_r=3), 10)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, inject, merge, merge_receipt, merged, unmerge
 from lightning_lora.layers.plain_weight import dense_weight, put_plain, stored_kind, weight_dtype
 from tests import models
+from tests.stored import stored_llama
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,25 @@ def test_dense_values_are_bitsandbytes_own(bitsandbytes, kind):
     torch.testing.assert_close(
         dense_weight(layer, "weight"), expected.float(), rtol=1e-5, atol=1e-3 if kind == "int8" else 0
     )
+
+
+@pytest.mark.parametrize("kind", ["bnb-nf4", "bnb-int8"])
+@torch.no_grad()
+def test_a_model_in_another_dtype_than_its_weights_had_is_merged_into_its_own(kind):
+    """transformers loads a 4-bit file in another ``dtype`` so: weights, biases and the rest have each one of their own."""
+    model = stored_llama(kind).bfloat16()
+    biases = {name: p.data.half() for name, p in model.named_parameters() if name.endswith("bias")}
+    for name, values in biases.items():
+        model.get_parameter(name).data = values.clone()
+    inject(model, LoRAConfig(r=4))
+    models.fill_adapters(model)
+    model.train()  # in eval mode bitsandbytes reorders codes in place on some CPUs
+    merge(model)
+    assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}
+    found = model(models.token_ids()).logits
+    unmerge(model)
+    assert all(torch.equal(model.get_parameter(name), values) for name, values in biases.items())
+    torch.testing.assert_close(found, model(models.token_ids()).logits, rtol=0.1, atol=0.02)  # of bfloat16
 
 
 @torch.no_grad()

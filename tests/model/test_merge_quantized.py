@@ -19,6 +19,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.checkpoint.fingerprint import fingerprint
+from lightning_lora.layers.quantized import QuantizedLinear
 from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.quantize import quantize
 from tests import models
@@ -192,6 +193,7 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own(duplicate):
     model = adapted("nf4-dq", **CONFIGS["two layers"])
     expected = logits(model)
     twin = duplicate(merge(model))
+    assert str(merge_receipt(twin)) == str(merge_receipt(model))
     assert torch.equal(logits(unmerge(twin)), expected)
     assert not torch.equal(logits(model), expected)  # still merged: another order of sums
 
@@ -284,6 +286,14 @@ def test_a_merged_model_is_known_by_the_form_that_its_base_had():
     assert torch.equal(logits(model), expected)
     with pytest.raises(ValueError, match="quantised with quantize='nf4'"):
         inject(model, LoRAConfig(r=4), quantize="int8")
+
+
+@pytest.mark.parametrize("base", [None, 1, b"trained"])
+def test_a_base_that_is_no_path_is_refused_and_nothing_changes(base):
+    model = adapted("nf4")
+    with pytest.raises(TypeError, match="must be 'trained', or the path of the original weights; got"):
+        merge(model, base=base)
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
 
 
 def test_words_that_mean_nothing_are_refused():

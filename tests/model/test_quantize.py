@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, Plan, apply, disabled, inject, plan, quantize, remove
-from lightning_lora.layers.quantized import num_parameters
 from lightning_lora.layers.quantized_linear import QuantizedLinear
+from lightning_lora.layers.quantized_model import num_parameters
 from tests import models
 from tests.model.small import run
 from tests.models import fill_adapters
@@ -310,9 +310,13 @@ class TestStates:
             (lambda s, n: [s.pop(key) for key in [*s] if key.startswith(n)], "lacks 1 quantised weights.*truncated"),
             (lambda s, n: s.update({n: s[n][:-1]}), "bytes of codes"),
             (lambda s, n: s.pop(f"{n}.absmax"), "parts have the shapes"),
+            (
+                lambda s, n: s.update({f"{n}.zero_point": torch.zeros(1)}),
+                r"has 'model\S*zero_point' \(1 such entries\)",
+            ),
             (lambda s, n: s.update({n: torch.full((16, 32), torch.nan)}), "NaN or infinity"),
         ],
-        ids=["a layer is missing", "short codes", "no scales", "NaN"],
+        ids=["a layer is missing", "short codes", "no scales", "left over", "NaN"],
     )
     def test_a_damaged_state_changes_nothing(self, adapted, damage, match):
         model = models.llama()

@@ -108,7 +108,7 @@ def test_a_transformers_model_with_checkpoints_may_be_disabled_before_backward(u
         model = inject(models.llama().train(), LoRAConfig(r=2))
         models.fill_adapters(model)
         if checkpoints:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            models.checkpoint_activations(model, {"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         logits = model(IDS).logits
         with disabled(model):

@@ -382,6 +382,16 @@ def test_a_second_fit_goes_on_with_the_schedule(tmp_path: Path) -> None:
     assert lora.rank_history()[0] == list(range(1, 9))
 
 
+def test_another_model_in_the_same_trainer_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callback(), max_epochs=1)
+    run.fit(LanguageModule(), loader())
+    run.fit_loop.max_epochs = 2
+    other = LanguageModule()
+    with pytest.raises(ValueError, match="goes on at step 4 of the run of another model"):
+        run.fit(other, loader())
+    assert other.losses == []
+
+
 def test_a_new_run_from_a_file_starts_the_schedule_anew(tmp_path: Path) -> None:
     trainer(tmp_path, callback(), files(tmp_path)).fit(LanguageModule(), loader())
     lora = LoRACallback(init_from=str(tmp_path / "step=2.ckpt"), adalora=AdaLoRA(**SMALL, tinit=1))

@@ -783,7 +783,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, use_reentran
         def __init__(self, checkpointing: bool) -> None:
             super().__init__()
             if checkpointing:
-                self.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+                models.checkpoint_activations(self.model, {"use_reentrant": use_reentrant})
 
         def on_before_optimizer_step(self, optimizer):
             self.gradients = {name: p.grad.clone() for name, p in named_adapter_parameters(self)}

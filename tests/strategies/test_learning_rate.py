@@ -108,6 +108,22 @@ def test_members_of_a_group_are_matched_by_name_in_any_order(tmp_path: Path) -> 
     assert same_adapters(resumed, whole)
 
 
+def test_a_resume_with_another_ratio_says_that_the_rates_of_the_file_go_on(tmp_path: Path, caplog: Any) -> None:
+    def other(module: Any) -> Optimizer:
+        return AdamW(parameter_groups(module, 1e-3, lora_plus_ratio=2.0, embedding_lr=1e-4))
+
+    caplog.set_level("INFO")
+    for name, configure in (("same", plus), ("other", other)):
+        run(tmp_path, grouped(plus), ModelCheckpoint(tmp_path, filename=name))
+        caplog.clear()
+        resumed = run(tmp_path, grouped(configure), ckpt_path=tmp_path / f"{name}.ckpt", max_epochs=2)
+        said = [line for line in caplog.messages if "rates are part of its state" in line]
+        assert len(said) == (name == "other")
+        assert [group["lr_ratio"] for group in resumed.optimizers[0].param_groups][2] == 8.0
+    assert "'B' at 8 times the rate of A, and not at 2 times" in said[0]
+    assert "embedding" not in said[0]
+
+
 def one_group(module: Any) -> Optimizer:
     return AdamW(module.parameters(), lr=1e-3)
 

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import BackboneFinetuning
 
 from lightning_lora import LoRACallback, LoRAConfig, inject, quantize, remove
 from lightning_lora.layers.quantized_linear import QuantizedLinear
@@ -88,6 +89,19 @@ def test_quantise_after_inject_is_refused(tmp_path) -> None:
         run(tmp_path, module)
 
 
+class WithBackbone(LanguageModule):
+    @property
+    def backbone(self) -> Any:
+        return self.model.model
+
+
+def test_a_callback_that_would_unfreeze_the_packed_base_is_refused_before_the_first_step(tmp_path) -> None:
+    module = WithBackbone()
+    with pytest.raises(ValueError, match=r"BackboneFinetuning unfreezes module\.backbone in epoch 1, and it holds"):
+        trainer(tmp_path, BackboneFinetuning(1, verbose=False), LoRACallback(r=4, quantize="nf4")).fit(module, loader())
+    assert module.losses == []
+
+
 def test_wrong_words_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="quantize must be one of"):
         LoRACallback(quantize="fp4")
@@ -137,6 +151,23 @@ def test_init_from_quantises_the_base_first(tmp_path, source, caplog) -> None:
     assert form(module) == "nf4"
     assert same_adapters(module, before)
     assert any("trained over float32, loaded over nf4" in line for line in lines(caplog))
+
+
+@pytest.mark.parametrize("source", ["last.ckpt", "last-peft"])
+@pytest.mark.parametrize("wrong", ["base", "rank"])
+def test_a_refused_file_leaves_the_base_in_floats(tmp_path, source, wrong) -> None:
+    fitted(tmp_path, save_peft=True)
+    module = LanguageModule()
+    if wrong == "base":
+        module.model.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    given = {"r": 8} if wrong == "rank" else {}
+    callback = LoRACallback(init_from=str(tmp_path / source), quantize="nf4", **given)
+    with pytest.raises(ValueError, match="another base model" if wrong == "base" else "rank|shape|r="):
+        trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert form(module) == "torch.float32"
+    assert before.keys() == module.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def test_load_from_checkpoint_adapts_the_floating_point_base(tmp_path, caplog) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 from lightning_lora.compat.lightning import is_forking
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.quantized_model import is_quantised
 from lightning_lora.model.families import find_root
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import injected_roots, injection_of
@@ -134,6 +135,17 @@ def check_averaging(trainer: "pl.Trainer", lora_callback: Callback) -> None:
             name = type(callback).__name__
             raise ValueError(
                 f"{name} copies the model at setup, before LoRACallback adapts it: list LoRACallback before {name}"
+            )
+
+
+def check_finetuning(trainer: "pl.Trainer", pl_module: Any) -> None:
+    """Raise ``ValueError`` for a callback that will unfreeze a base in 4 or 8 bits in the middle of the run."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for callback in callbacks:
+        if isinstance(callback, BackboneFinetuning) and is_quantised(pl_module.backbone):
+            raise ValueError(
+                f"{type(callback).__name__} unfreezes module.backbone in epoch {callback.unfreeze_backbone_at_epoch}, "
+                "and it holds weights in 4 or 8 bits, which cannot train: leave the callback out, or quantize="
             )
 
 

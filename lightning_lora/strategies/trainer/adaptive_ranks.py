@@ -84,6 +84,11 @@ class AdaptiveRanks(Callback):
                 "written without LoRACallback(adalora=...), or by a callback for another module=. To start a new run "
                 "from its weights, give it to init_from= instead of ckpt_path="
             )
+        elif not self._allocator.is_of(root):
+            raise ValueError(
+                f"this Trainer goes on at step {trainer.global_step} of the run of another model, whose ranks AdaLoRA "
+                "has pruned up to there: train the new model with a Trainer and a LoRACallback of its own"
+            )
         require_injection(root).total_step = self._allocator.total_step
         self._hook = _optimizer_of(trainer, self._allocator).register_step_post_hook(self._after_step)
         _say_if_shorter(trainer, self._allocator)

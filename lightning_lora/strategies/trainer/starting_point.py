@@ -1,6 +1,7 @@
 """Adapt the pretrained model inside a LightningModule as ``LoRACallback`` was told: anew, or from a file."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from lightning_lora.checkpoint.fitting import check_structure, check_tensors, co
 from lightning_lora.checkpoint.reading import one_adapter, read_checkpoint
 from lightning_lora.checkpoint.storage import location
 from lightning_lora.config import LoRAConfig
+from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.families import family_of, find_root
-from lightning_lora.model.inject import inject, inject_anew, remove
+from lightning_lora.model.inject import inject, inject_anew, inject_checked, remove
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import OnNonfinite, has_trained, injection_of, named_lora_layers, require_injection
 from lightning_lora.peft.load import load_peft
@@ -84,18 +86,21 @@ def adapt_module(pl_module: nn.Module, start: Start) -> None:
 def _adapt_from_checkpoint(root: nn.Module, root_path: str, start: Start, path: str) -> None:
     """Adapt ``root`` with the file's config, in which settings are replaced, and copy the weights inside it."""
     checkpoint, config = one_adapter(read_checkpoint(path), root_path, path)
-    inject_anew(root, dataclasses.replace(config, **start.given), check_ranks=False, **start.quantization)
-    try:
-        tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=start.on_nonfinite)
-    except ValueError:
-        remove(root)
-        raise
-    copy_tensors(tensors, root)
+    wanted = dataclasses.replace(config, **start.given)
+    fit = functools.partial(fitting_tensors, checkpoint, root, path, on_nonfinite=start.on_nonfinite)
+    copy_tensors(inject_checked(root, wanted, lambda is_last: fit(say_form=is_last), **start.quantization), root)
 
 
 def _adapt_from_directory(root: nn.Module, start: Start, path: str) -> None:
     """Adapt ``root`` as a PEFT directory says, or with other settings if its tensors fit them."""
-    load_peft(root, path, on_nonfinite=start.on_nonfinite, **start.quantization)
+    if start.given and start.quantization["quantize"] is not None and quantization_of(root) is None:
+        _load_with_settings(root, start, path, check_base=False)  # before the values of the base are gone
+        remove(root)
+    _load_with_settings(root, start, path, **start.quantization)
+
+
+def _load_with_settings(root: nn.Module, start: Start, path: str, **options: Any) -> None:
+    load_peft(root, path, on_nonfinite=start.on_nonfinite, **options)
     config = require_injection(root).config
     wanted = dataclasses.replace(config, **start.given)
     if wanted == config:
