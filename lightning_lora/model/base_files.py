@@ -72,7 +72,8 @@ class Fused:
         """Read the parts and return what they make, by name in the model."""
         for key, pattern in self.parts:
             self.converter.add_tensor(self.name, key, pattern, slices[key][:])
-        made: dict[str, Any] = self.converter.convert(self.name, model=root, config=root.config)
+        made: Any = self.converter.convert(self.name, model=root, config=root.config)
+        made = made[0] if isinstance(made, tuple) else made  # with its errors, from transformers 5.0
         return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
 
 
