@@ -218,3 +218,11 @@ def unscaling_of(scaler: Any) -> Callable[..., Any]:
             f"no {UNSCALE!r}: an overflow on one rank would make that rank alone skip its step. Use 'bf16-mixed'"
         )
     return unscale
+
+
+def before_pruning(name: str) -> str:
+    """Return the name of the parameter that ``torch.nn.utils.prune`` keeps as ``name``, or ``name`` itself.
+
+    Relies on the ending that torch gives it; with another one, pruning a packed weight ends in torch's own error.
+    """
+    return name.removesuffix("_orig")

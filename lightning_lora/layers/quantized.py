@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.compat.torch import before_pruning
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.packed_parameter import register_parts
 from lightning_lora.layers.quantized_state import read_parts, scales_name, state_of
@@ -106,7 +107,7 @@ class QuantizedModule(SwappedModule):
 
     @override
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        self._check_not_packed(name.removesuffix("_orig"))  # torch.nn.utils.prune keeps the parameter under this name
+        self._check_not_packed(before_pruning(name))
         super().register_parameter(name, param)
 
     def _check_not_packed(self, name: str) -> None:

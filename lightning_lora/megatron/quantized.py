@@ -75,7 +75,7 @@ def check_rows(kind: str, layers: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def packing_parts(model: nn.Module) -> Iterator[None]:
-    """Tag the parts of weights before they are packed, and the packed parts, and sum the hashes of the weights and of their codes.
+    """Tag the parts of weights before they are packed, and the packed parts, and sum their hashes over ranks.
 
     Called on all ranks, which sum two integers for each weight.
     """
