@@ -14,6 +14,7 @@ import lightning.fabric
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.utils.prune
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.wrappers import _FabricModule
@@ -256,6 +257,13 @@ def test_hooks_of_a_module_are_found() -> None:
     assert of_torch.has_global_hooks()
     handle.remove()
     assert not of_torch.has_global_hooks()
+
+
+def test_a_pruned_parameter_is_kept_under_a_name_that_is_known() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    torch.nn.utils.prune.identity(layer, "weight")
+    assert [of_torch.before_pruning(name) for name, _ in layer.named_parameters()] == ["weight"]
+    assert of_torch.before_pruning("bias") == "bias"
 
 
 def test_compiled_modules_are_found() -> None:
