@@ -31,7 +31,7 @@ def measure(rounds: int, quick: bool = False) -> dict[str, Any]:
     ids = torch.randint(3, config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     losses = {name: work.step(batch) for name, work in works.items()}
-    over_nf4 = [loss for name, loss in losses.items() if name != "ours, float32"]
+    over_nf4 = [loss for name, loss in losses.items() if not name.endswith("float32")]
     assert max(over_nf4) - min(over_nf4) < 1e-3, losses
     return {
         "model": f"{'tiny' if quick else 'SmolLM2-135M'} shape, NF4 in blocks of 64",
@@ -44,17 +44,20 @@ def measure(rounds: int, quick: bool = False) -> dict[str, Any]:
 
 @dataclass
 class Work:
-    """An adapted model with its loss."""
+    """A model, adapted or frozen, with its loss, and whether oneDNN may be used."""
 
     model: nn.Module
     loss: Callable[[nn.Module, Batch], Tensor]
+    with_onednn: bool = True
 
     def step(self, batch: Batch) -> float:
         """Run forward and backward; gradients are dropped first. Returns the loss."""
         for parameter in self.model.parameters():
             parameter.grad = None
-        loss = self.loss(self.model, batch)
-        loss.backward()
+        with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=self.with_onednn):
+            warnings.simplefilter("ignore")  # leaving the flags as they were
+            loss = self.loss(self.model, batch)
+            loss.backward()
         return float(loss.detach())
 
     def saved_bytes(self, batch: Batch) -> int:
@@ -78,7 +81,8 @@ class Work:
 def contenders(base: nn.Module) -> dict[str, Work]:
     """Return the adapted models on the tensors of ``base``, in training mode; the head stays whole in all of them.
 
-    Ours have the loss of ``ours.py``, PEFT's has the model's own; one of ours has that, too.
+    Ours and the frozen bases have the loss of ``ours.py``, PEFT's has the model's own; one of ours has that, too. The
+    frozen base on bitsandbytes is what any LoRA over its layers pays.
     """
     config, loss = LoRAConfig(r=RANK, alpha=ALPHA, target_modules=TARGETS), hidden_loss(ours.loss_of)
     in_nf4 = copy.deepcopy(base)
@@ -87,8 +91,11 @@ def contenders(base: nn.Module) -> dict[str, Work]:
     return {
         "ours, float32": Work(inject(sharing_copy(base), config).train(), loss),
         "ours": Work(model, loss),
+        "ours, torch's own products": Work(model, loss, with_onednn=False),
         "ours, the model's own loss": Work(model, own_loss),
         "ours on bitsandbytes": Work(inject(on_bitsandbytes(base), config).train(), loss),
+        "frozen on bitsandbytes": Work(on_bitsandbytes(base).requires_grad_(False).train(), loss),
+        "frozen, float32": Work(sharing_copy(base).requires_grad_(False).train(), loss),
         "PEFT": Work(with_peft(on_bitsandbytes(base)).train(), own_loss),
     }
 

@@ -38,6 +38,7 @@ ITEMS = {
     "scaling": 7,
     "ablation": 15,
     "four_bit": 9,
+    "streaming": 0,
     "gpu": 20,
 }
 QUICK_ROUNDS = 2

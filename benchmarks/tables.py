@@ -197,6 +197,16 @@ def _four_bit(results: dict[str, Any]) -> Iterable[Table]:
     yield Table(title, ["contender", "activations", "/ PEFT", "base"], rows)
 
 
+def _streaming(results: dict[str, Any]) -> Iterable[Table]:
+    figures = ("held", "own_share", "largest_unit")
+    rows = [
+        [rank, *(f"{found[figure] / 1e6:,.1f}" for figure in figures), f"{found['ratio']:.3f}"]
+        for rank, found in enumerate(results["ranks"])
+    ]
+    title = f"Streaming {results['bytes_on_disk'] / 1e6:,.0f} MB, {results['base']}: MB"
+    yield Table(title, ["rank", "held at once", "own share", "largest unit", "held / (own + unit)"], rows)
+
+
 def _scaling(results: list[dict[str, Any]]) -> Iterable[Table]:
     for curve in dict.fromkeys(case["curve"] for case in results):
         rows = [
@@ -225,6 +235,7 @@ TABLES: dict[str, Callable[[Any], Iterable[Table]]] = {
     "checkpoints": _checkpoints,
     "compiled": _compiled,
     "four_bit": _four_bit,
+    "streaming": _streaming,
     "scaling": _scaling,
     "gpu": _gpu,
     "moe": _moe,

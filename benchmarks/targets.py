@@ -149,4 +149,8 @@ TARGETS = [
     ),
     Target("11", "the same / our step over float32", 1.15, "four_bit", lambda r: [r["ratios"]["ours / ours, float32"]]),
     Target("11", "saved activations over NF4 / PEFT", 0.56, "four_bit", _saved_over_nf4),
+    Target(
+        *("12", "held while 1 GB streams to 2 ranks / (own share + largest unit)", 1.05, "streaming"),
+        lambda r: [rank["ratio"] for rank in r["ranks"]],
+    ),
 ]

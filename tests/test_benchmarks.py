@@ -13,7 +13,7 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # what a development environment can run of them in a few seconds; compiling takes longer, and has tests of its own
 ITEMS = ["counters", "aten_kernels", "checkpoints", "memory", "steps", "whole_step", "injection", "decode", "scaling"]
-ITEMS += ["moe", "loss", "ablation", "four_bit", "gpu"]
+ITEMS += ["moe", "loss", "ablation", "four_bit", "streaming", "gpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)

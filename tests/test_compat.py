@@ -227,6 +227,12 @@ def test_tensors_report_and_reshape() -> None:
     assert of_torch.tree_leaves({"a": [1, (2, None)]}) == [1, 2, None]
 
 
+def test_onednn_multiplies() -> None:
+    x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
+    torch.testing.assert_close(of_torch.onednn_linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(of_torch.onednn_linear(x[:, :4], weight.t(), None), x[:, :4] @ weight)
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_operations_on_many_tensors_equal_their_loops(is_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_there:

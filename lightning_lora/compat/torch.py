@@ -82,6 +82,15 @@ def unsafe_view(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return reshaped
 
 
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``F.linear`` computed by oneDNN on CPU, without a derivative. Relies on torch's operation; else raises."""
+    try:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    except AttributeError as error:
+        raise missing("torch", torch.ops.mkldnn, "_linear_pointwise") from error
+    return y
+
+
 def foreach_norm(tensors: Sequence[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
     """Return the norm of each tensor, in few kernels. Relies on _foreach_norm; without it one kernel for each."""
     norm = getattr(torch, "_foreach_norm", None)

@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_lora.compat.torch import is_transformed, unsafe_view
 from lightning_lora.ops.autocast import autocast_dtype
 from lightning_lora.ops.dropout import keep_mask
-from lightning_lora.ops.stored import apart, dense_again, dense_like, together
+from lightning_lora.ops.stored import apart, dense_again, dense_like, dense_linear, runs_in_onednn, together
 
 
 class _LinearTensors(NamedTuple):
@@ -257,7 +257,8 @@ def forward_of_linears(
             y = scaled_mm(part, B, factor) if bias is None else torch.addmm(bias, part, B, alpha=factor)
             y.addmm_(rows, weight.t())
         else:
-            y = F.linear(rows, weight, bias).addmm_(part, B, alpha=factor)
+            linear = F.linear if dense is None else dense_linear
+            y = linear(rows, weight, bias).addmm_(part, B, alpha=factor)
         outputs.append(y)
     return outputs, h
 
@@ -384,13 +385,18 @@ def _grad_input(
     adds_adapter_last = products and mask is None and v.device.type not in ADAPTER_FIRST
     if adds_adapter_last:
         grad, weight = products.pop(0)
-        total = torch.mm(grad, weight if dense is None else dense(weight, grad))
+        total = torch.mm(grad, weight) if dense is None else dense_linear(grad, dense(weight, grad).t())
     else:
         total = scaled_mm(v, A, factor)
         if mask is not None:
             total.mul_(mask)
     for grad, weight in products:
-        total.addmm_(grad, weight if dense is None else dense(weight, grad))
+        if dense is None:
+            total.addmm_(grad, weight)
+        elif runs_in_onednn(grad):
+            total.add_(dense_linear(grad, dense(weight, grad).t()))
+        else:
+            total.addmm_(grad, dense(weight, grad))
     return total.addmm_(v, A, alpha=factor) if adds_adapter_last else total
 
 

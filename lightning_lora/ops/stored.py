@@ -7,13 +7,14 @@ needs a gradient.
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.compat.torch import is_transformed, untraced
+from lightning_lora.compat.torch import is_transformed, onednn_linear, unsafe_view, untraced
 from lightning_lora.ops.autocast import autocast_dtype
 
 
@@ -58,6 +59,41 @@ def dense_again(weight: Any, grad: Tensor) -> Tensor:
     return dense_like(weight, grad)
 
 
+ONEDNN_ROWS = 64  # oneDNN keeps half a MB for every number of rows that it is given, so it is given one
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x W^T + b`` for a weight that was made dense.
+
+    Args:
+        weight: ``[out, in]``; a transposed view is as fast.
+    """
+    if not runs_in_onednn(x):
+        return F.linear(x, weight, bias)
+    parts = x.reshape(-1, x.shape[-1]).split(ONEDNN_ROWS)
+    y = torch.cat([(onednn_linear if len(rows) == ONEDNN_ROWS else F.linear)(rows, weight, bias) for rows in parts])
+    return unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
+def runs_in_onednn(x: Tensor) -> bool:
+    """Whether :func:`dense_linear` of ``x`` runs in oneDNN, of which torch knows no derivative.
+
+    torch multiplies float32 by MKL, which leaves AVX-512 unused on AMD's CPUs; oneDNN takes half of its time there. The
+    product over a float base is left to torch, for it is bit for bit the base's own.
+    """
+    is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return is_plain and not torch.is_grad_enabled() and bool(torch.backends.mkldnn.enabled) and _has_slow_mkl()
+
+
+@functools.cache
+def _has_slow_mkl() -> bool:
+    """Whether torch multiplies float32 by MKL on an AMD CPU that has AVX-512, and could do so by oneDNN."""
+    cpu_info = Path("/proc/cpuinfo")
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_both and is_wide and cpu_info.exists() and "AuthenticAMD" in cpu_info.read_text()
+
+
 @torch.library.custom_op("lightning_lora::copy_after", mutates_args=())
 def copy_after(part: Tensor, grad: Tensor) -> Tensor:
     """Return a copy of ``part`` that torch.compile cannot make before ``grad``."""
@@ -99,11 +135,11 @@ class _StoredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
         ctx.stored = stored
-        return F.linear(x, dense_like(stored, x), bias)
+        return dense_linear(x, dense_like(stored, x), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad @ dense_again(ctx.stored, grad) if ctx.needs_input_grad[0] else None
+        grad_x = dense_linear(grad, dense_again(ctx.stored, grad).t()) if ctx.needs_input_grad[0] else None
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lora.ops.gated_mlp import lora_gated_mlp
 from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linears
 from lightning_lora.ops.packed import FORMS
-from lightning_lora.ops.stored import stored_linear
+from lightning_lora.ops.stored import ONEDNN_ROWS, dense_linear, stored_linear
 
 KINDS = pytest.mark.parametrize("kind", FORMS)
 TERM, DROPPED = ScaledDropout(2.0), ScaledDropout(2.0, 0.3, torch.tensor(7))
@@ -125,6 +125,37 @@ def test_the_base_alone_is_differentiable_twice(kind: str) -> None:
     x, layer = draw_x(), record(kind, 16, 8, 1)
     assert torch.autograd.gradcheck(lambda x, b: stored_linear(x, layer.weight, b), (x, layer.bias))
     assert torch.autograd.gradgradcheck(lambda x, b: stored_linear(x, layer.weight, b), (x, layer.bias))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, ONEDNN_ROWS - 1, ONEDNN_ROWS, 3 * ONEDNN_ROWS + 5])
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_products_of_either_library_are_those_in_float64(
+    num_rows: int, has_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    x, W, b = (torch.randn(shape, generator=g) for shape in ((2, num_rows, 24), (40, 24), (40,)))
+    monkeypatch.setattr("lightning_lora.ops.stored._has_slow_mkl", lambda: has_onednn)
+    with torch.no_grad():
+        y, back = dense_linear(x, W, b), dense_linear(x, W.t().contiguous().t())
+    torch.testing.assert_close(y, (x.double() @ W.double().T + b).float())
+    torch.testing.assert_close(back, (x.double() @ W.double().T).float())
+
+
+@KINDS
+def test_many_rows_in_float32_are_differentiable_twice(kind: str) -> None:
+    layer = StoredLinearTensors(
+        record(kind, 16, 8, 1).weight, *(t.detach().float() for t in record(kind, 16, 8, 1)[1:])
+    )
+    x = torch.randn(2 * ONEDNN_ROWS, 16, generator=torch.Generator().manual_seed(3), requires_grad=True)
+
+    def twice(y: Tensor, x: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    wide = x.detach().double().requires_grad_()
+    expected = twice(math(wide, layer._replace(lora_A=layer.lora_A.double(), lora_B=layer.lora_B.double()), TERM), wide)
+    got = twice(lora_linears(x, [layer], TERM)[0], x)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
 
 
 @KINDS
