@@ -54,9 +54,8 @@ class Work:
         """Run forward and backward; gradients are dropped first. Returns the loss."""
         for parameter in self.model.parameters():
             parameter.grad = None
-        with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=self.with_onednn):
-            warnings.simplefilter("ignore")  # leaving the flags as they were
-            loss = self.loss(self.model, batch)
+        with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=self.with_onednn):
+            loss = self.loss(self.model, batch)  # torch warns of a flag for Intel's GPUs
             loss.backward()
         return float(loss.detach())
 

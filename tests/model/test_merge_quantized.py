@@ -19,7 +19,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.checkpoint.fingerprint import fingerprint
-from lightning_lora.layers.quantized import QuantizedLinear
+from lightning_lora.layers.quantized_linear import QuantizedLinear
 from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.quantize import quantize
 from tests import models
