@@ -163,8 +163,8 @@ def quantize_parameters(module: nn.Module, names: Mapping[str, str], mixin: type
     Args:
         names: the word of ``quantize=``, by the name of each parameter.
     """
-    weights = {name: module.get_parameter(name).detach() for name in names}
-    packed = {name: FORMS[kind].quantize(mixin.turn(weights[name])) for name, kind in names.items()}
+    weights = {name: module.get_parameter(name) for name in names}  # with the tag of a part, which detach() loses
+    packed = {name: FORMS[kind].quantize(mixin.turn(weights[name].detach())) for name, kind in names.items()}
     origins: dict[str, Origin] = {}
     for name, weight in weights.items():
         origins |= _origin_of(name, weight, packed[name])
