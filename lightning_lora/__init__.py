@@ -22,6 +22,8 @@ from lightning_lora.fuse.gated_mlp import register_gated_mlp
 from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.megatron.models import gpt_model
 from lightning_lora.megatron.weights import load_hf_weights
+from lightning_lora.model.active import active
+from lightning_lora.model.adapters import adapters, add_adapter
 from lightning_lora.model.apply import apply
 from lightning_lora.model.base_form import QuantizationPlan
 from lightning_lora.model.disabled import disabled
@@ -57,8 +59,11 @@ __all__ = [
     "Plan",
     "QuantizationPlan",
     "RankAllocator",
+    "active",
     "adapter_checkpoint",
     "adapter_state_dict",
+    "adapters",
+    "add_adapter",
     "apply",
     "check_portable",
     "combine",

@@ -16,7 +16,8 @@ from lightning_lora.compat.torch import forward_pre_hooks, is_transformed, versi
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.ops.autocast import autocast_dtype
-from lightning_lora.ops.linear import LinearTensors, StoredLinearTensors, lora_linears
+from lightning_lora.ops.linear import lora_linears
+from lightning_lora.ops.linear_tensors import LinearTensors, StoredLinearTensors
 from lightning_lora.ops.sharded import is_dtensor
 
 # Names of layers of one module that may read one input. A wrong group costs three products that nobody reads.

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule
 from lightning_lora.layers.stored import StoredForm
+from lightning_lora.ops.dropout import Seeds
 from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.ops.weights import merged_weight
 
@@ -57,12 +58,14 @@ class LoRALayer(SwappedModule):
         lora_original: the base tensors as they were while the layer is merged, else ``None``: on CPU, or a
             :class:`~lightning_lora.layers.plain_weight.Former`.
         lora_salt: makes dropout differ between data-parallel ranks that share a seed.
+        lora_seeds: of the dropout of an adapter with a name, else ``None``: the default generator then gives them.
         lora_stored: how the base weight is read where it is no plain tensor, else ``None``.
     """
 
     base_name: ClassVar[str] = "weight"  # of the base tensor that is adapted
     is_linear: ClassVar[bool] = False  # whether "all-linear" means layers of this kind
     uses_init: ClassVar[bool] = True  # whether the pairs start as the config's init says
+    can_mix: ClassVar[bool] = True  # whether rows of one input may have adapters of their own
 
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")
     frozen_names: tuple[str, ...] = ()  # adapter tensors that never train
@@ -75,6 +78,7 @@ class LoRALayer(SwappedModule):
     lora_active: bool
     lora_original: dict[str, Any] | None
     lora_salt: int
+    lora_seeds: Seeds | None = None
     lora_stored: StoredForm | None = None
 
     @property
@@ -215,11 +219,13 @@ class LoRALayer(SwappedModule):
     def dropout_seed(self) -> Tensor | None:
         """Return a fresh seed for one call's dropout mask, or ``None`` when nothing is to be dropped.
 
-        It is drawn from the default CPU generator, which activation checkpointing restores before it recomputes.
+        It is drawn from the default CPU generator, which activation checkpointing restores before it recomputes, or
+        from the seeds of an adapter with a name, which advance only where that adapter acts.
         """
         if not self.drops:
             return None
-        return torch.randint(MAX_SEED, (), device="cpu") + self.lora_salt * MAX_SEED
+        seed = torch.randint(MAX_SEED, (), device="cpu") if self.lora_seeds is None else self.lora_seeds.draw()
+        return seed + self.lora_salt * MAX_SEED
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from lightning_lora.layers.plain_weight import plain_base
 from lightning_lora.layers.read_weight import ReadWeight
 from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.layers.stored import stored_form
-from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linears
+from lightning_lora.ops.linear import lora_linears
+from lightning_lora.ops.linear_tensors import LinearTensors, ScaledDropout, StoredLinearTensors
 from lightning_lora.ops.quantized import check_plain
 from lightning_lora.ops.stored import stored_linear
 

@@ -18,15 +18,13 @@ from torch import Tensor
 from lightning_lora.compat.torch import is_transformed
 from lightning_lora.ops.autocast import autocast_dtype
 from lightning_lora.ops.linear import (
-    LinearTensors,
-    ScaledDropout,
-    StoredLinearTensors,
     backward_of_linears,
     cast_as_autocast,
     forward_of_linears,
     plain_linears,
     reshape_like,
 )
+from lightning_lora.ops.linear_tensors import LinearTensors, ScaledDropout, StoredLinearTensors
 from lightning_lora.ops.stored import apart, dense_again, dense_like, together
 
 

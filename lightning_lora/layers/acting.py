@@ -1,0 +1,132 @@
+"""Which of a model's named adapters act: :class:`Choice`, and :class:`Mixture`, an adapter for each row of a batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """The rows of one input on which one adapter acts, or the base alone: one run of them, or their indices."""
+
+    name: str | None
+    rows: slice | Tensor
+
+
+class Mixture:
+    """The adapter of every row of a batch, ``None`` for the base alone.
+
+    A row is an entry of the first dimension of the model's inputs; with ``lengths`` it is a segment of packed tokens.
+
+    Args:
+        names: one for each row.
+        lengths: of the segments, in tokens.
+        repeats: how many copies of each row the layers may get, side by side: the beams of ``generate``.
+        exact: run the base's products for each adapter apart, too.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str | None],
+        *,
+        lengths: Sequence[int] | None = None,
+        repeats: int = 1,
+        exact: bool = False,
+    ) -> None:
+        self.names, self.repeats, self.exact = tuple(names), repeats, exact
+        self.is_packed = lengths is not None
+        self.lengths = [1] * len(self.names) if lengths is None else list(lengths)
+        self.num_units = sum(self.lengths)  # rows, or packed tokens
+        self._parts: dict[Any, list[Part]] = {}  # by units' size and device
+
+    def parts(self, shape: torch.Size, device: torch.device) -> list[Part]:
+        """Return the parts of an input that is flattened to rows: ``shape`` is that of its leading dimensions.
+
+        Raises:
+            ValueError: its rows are not those of this mixture.
+        """
+        size = self._unit_size(shape)
+        key = size, device
+        if key not in self._parts:
+            self._parts[key] = list(self._cut(size, device))
+        return self._parts[key]
+
+    def _unit_size(self, shape: torch.Size) -> int:
+        """Return how many of the flattened rows belong to one unit."""
+        num_rows, num_units = shape.numel(), self.num_units
+        if self.is_packed:
+            fits = num_rows == num_units
+        elif len(shape) == 1:
+            fits = num_rows % num_units == 0
+        else:
+            fits = shape[0] in (num_units, num_units * self.repeats)
+        if not fits:
+            raise ValueError(self._misfit(shape))
+        return num_rows // num_units
+
+    def _misfit(self, shape: torch.Size) -> str:
+        given = f"an adapted layer got an input with the leading dimensions {list(shape)}, and active(...) was given "
+        if self.is_packed:
+            return f"{given}segments of {self.num_units} tokens in all: their lengths have to sum to all tokens"
+        return (
+            f"{given}{self.num_units} names: one is expected for each row of the first dimension. Packed rows take "
+            "lengths=, the beams of generate take repeats=num_beams"
+        )
+
+    def _cut(self, size: int, device: torch.device) -> Iterator[Part]:
+        runs: dict[str | None, list[tuple[int, int]]] = {}
+        stop = 0
+        for name, length in zip(self.names, self.lengths, strict=True):
+            start, stop = stop, stop + length * size
+            own = runs.setdefault(name, [])
+            if own and own[-1][1] == start:
+                start = own.pop()[0]
+            own.append((start, stop))
+        for name, own in runs.items():
+            if len(own) == 1:
+                yield Part(name, slice(*own[0]))
+            else:
+                yield Part(name, torch.cat([torch.arange(*run, device=device) for run in own]))
+
+
+class Undecided:
+    """Stands for the choice that nobody has made."""
+
+
+UNDECIDED = Undecided()
+Acting = str | Mixture | None
+
+
+class Choice:
+    """What acts in the layers of one model, which share this object."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.chosen: Acting | Undecided = UNDECIDED
+
+    @property
+    def acting(self) -> Acting:
+        """The name of the adapter that acts on all rows, a mixture, or ``None`` for the base alone.
+
+        Raises:
+            ValueError: there are several adapters, and none was chosen.
+        """
+        if not isinstance(self.chosen, Undecided):
+            return self.chosen
+        if len(self.names) == 1:
+            return self.names[0]
+        raise ValueError(
+            f"the model has {len(self.names)} adapters, {', '.join(self.names)}, and none was chosen: run it inside "
+            "`with active(model, name):`, or `with active(model, names):` with a name for each row of the batch"
+        )
+
+    @contextmanager
+    def only(self, acting: Acting) -> Iterator[None]:
+        """Let one adapter act inside the block."""
+        former, self.chosen = self.chosen, acting
+        try:
+            yield
+        finally:
+            self.chosen = former

@@ -1,0 +1,133 @@
+"""Choose which named adapters act: one for all rows, or one for each row of the batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from lightning_lora.layers.acting import Acting, Choice, Mixture, Undecided
+from lightning_lora.model.state import is_merged, require_injection, require_roots
+from lightning_lora.model.wrapping import keep_state_of_forward, switch_off, switch_on, switched
+
+Which = str | Sequence[str | None] | Tensor | None
+
+
+@contextmanager
+def active(
+    model: nn.Module,
+    which: Which,
+    *,
+    lengths: Sequence[int] | Tensor | None = None,
+    repeats: int = 1,
+    exact: bool = False,
+) -> Iterator[nn.Module]:
+    """Let the named adapters ``which`` act inside the ``with`` block, in training as in inference.
+
+    What activation checkpointing recomputes has the adapters that acted in forward, also after the block.
+
+    Args:
+        which: the name of an adapter, for all rows; a name for each row of the batch, ``None`` for the base alone; or
+            an integer tensor with the place of each row's adapter in ``adapters(model)``, -1 for the base. ``None`` is
+            the base for all rows.
+        lengths: of packed segments, in tokens, in the order in which they lie in the batch: ``which`` has one entry for
+            each.
+        repeats: how many copies of each row the model makes, side by side, as ``generate`` does with ``num_beams`` or
+            ``num_return_sequences``.
+        exact: run the adapted layers' base products for each adapter apart, too, so that every number is bit for bit
+            that of a run of this adapter alone.
+
+    Raises:
+        ValueError: a name is unknown, or names and lengths do not fit one another. Names that do not fit the batch are
+            an error of the first adapted layer.
+
+    Example::
+
+        with active(model, ["law", "medicine", None, "law"]):
+            loss = model(**batch).loss
+    """
+    roots = {path: root for path, root in require_roots(model).items() if require_injection(root).named}
+    if not roots:
+        raise ValueError(f"{type(model).__name__} has one adapter without a name, which acts unless it is disabled")
+    keep_state_of_forward()
+    with ExitStack() as stack:
+        for root in roots.values():
+            if is_merged(root):
+                raise ValueError("an adapter is merged into the base weights: call unmerge(model) first")
+            choice = require_injection(root).choice
+            acting = _acting(choice.names, which, lengths, repeats, exact)
+            stack.enter_context(_switched(choice, acting))
+        yield model
+
+
+class _Chosen:
+    """The switch of :func:`active`."""
+
+    def __init__(self, choice: Choice, acting: Acting) -> None:
+        self.choice, self.acting = choice, acting
+        self.former: Acting | Undecided
+
+    def enter(self) -> None:
+        """Let the chosen ones act."""
+        self.former, self.choice.chosen = self.choice.chosen, self.acting
+
+    def leave(self) -> None:
+        """Let those act that did before."""
+        self.choice.chosen = self.former
+
+    def check_in_backward(self) -> None:
+        """Do nothing: no tensor is written."""
+
+
+@contextmanager
+def _switched(choice: Choice, acting: Acting) -> Iterator[None]:
+    key = "adapters", id(choice)
+    outer = switched.get(key)
+    if outer is not None:
+        switch_off(key)
+    switch_on(key, _Chosen(choice, acting))
+    try:
+        yield
+    finally:
+        switch_off(key)
+        if outer is not None:
+            switch_on(key, outer)
+
+
+def _acting(
+    known: Sequence[str], which: Which, lengths: Sequence[int] | Tensor | None, repeats: int, exact: bool
+) -> Acting:
+    if which is None or isinstance(which, str):
+        if lengths is not None or repeats != 1:
+            raise ValueError(
+                f"active(model, {which!r}) is for all rows: lengths= and repeats= belong to a list of names"
+            )
+        _check_known([which], known)
+        return which
+    names = _names_at(which, known) if isinstance(which, Tensor) else list(which)
+    _check_known(names, known)
+    sizes = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    if sizes is not None and (len(sizes) != len(names) or min(sizes, default=1) < 0 or repeats != 1):
+        raise ValueError(
+            f"active(...) was given {len(names)} names and {len(sizes)} lengths with repeats={repeats}: expected is a "
+            "length from 0 for each name, and no repeats"
+        )
+    if not names:
+        raise ValueError("active(...) was given no names: expected is one for each row of the batch")
+    return Mixture(names, lengths=sizes, repeats=repeats, exact=exact)
+
+
+def _names_at(places: Tensor, known: Sequence[str]) -> list[str | None]:
+    if places.ndim != 1 or places.is_floating_point():
+        raise ValueError(f"a tensor of adapters must be a vector of integers, got {places.dtype} {list(places.shape)}")
+    wrong = [place for place in places.tolist() if not -1 <= place < len(known)]
+    if wrong:
+        raise ValueError(
+            f"there is no adapter {wrong[0]}: the model has {len(known)}, {', '.join(known)}; -1 is the base"
+        )
+    return [None if place < 0 else known[place] for place in places.tolist()]
+
+
+def _check_known(names: Sequence[str | None], known: Sequence[str]) -> None:
+    for name in names:
+        if name is not None and name not in known:
+            raise ValueError(f"there is no adapter {name!r}: the model has {', '.join(map(repr, known))}")
