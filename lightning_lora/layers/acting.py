@@ -14,6 +14,18 @@ class Part(NamedTuple):
     name: str | None
     rows: slice | Tensor
 
+    def take(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """Return this part's rows of ``tensor``: a view of one run, else a copy."""
+        if isinstance(self.rows, slice):
+            return tensor.narrow(dim, self.rows.start, self.rows.stop - self.rows.start)
+        return tensor.index_select(dim, self.rows)
+
+    def indices(self, device: torch.device) -> Tensor:
+        """Return the indices of the rows."""
+        if isinstance(self.rows, slice):
+            return torch.arange(self.rows.start, self.rows.stop, device=device)
+        return self.rows
+
 
 class Mixture:
     """The adapter of every row of a batch, ``None`` for the base alone.
@@ -55,16 +67,17 @@ class Mixture:
 
     def _unit_size(self, shape: torch.Size) -> int:
         """Return how many of the flattened rows belong to one unit."""
-        num_rows, num_units = shape.numel(), self.num_units
-        if self.is_packed:
-            fits = num_rows == num_units
-        elif len(shape) == 1:
-            fits = num_rows % num_units == 0
-        else:
-            fits = shape[0] in (num_units, num_units * self.repeats)
-        if not fits:
+        if not self.fits(shape):
             raise ValueError(self._misfit(shape))
-        return num_rows // num_units
+        return shape.numel() // self.num_units
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Return True if an input with these leading dimensions has the rows of this mixture."""
+        if self.is_packed:
+            return shape.numel() == self.num_units
+        if len(shape) == 1:  # rows may be flattened with their tokens
+            return shape[0] % self.num_units == 0
+        return shape[0] in (self.num_units, self.num_units * self.repeats)
 
     def _misfit(self, shape: torch.Size) -> str:
         given = f"an adapted layer got an input with the leading dimensions {list(shape)}, and active(...) was given "

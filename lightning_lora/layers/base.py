@@ -58,6 +58,7 @@ class LoRALayer(SwappedModule):
         lora_original: the base tensors as they were while the layer is merged, else ``None``: on CPU, or a
             :class:`~lightning_lora.layers.plain_weight.Former`.
         lora_salt: makes dropout differ between data-parallel ranks that share a seed.
+        lora_host: the layer whose base this adapter with a name adapts, else ``None``: the layer holds its base itself.
         lora_seeds: of the dropout of an adapter with a name, else ``None``: the default generator then gives them.
         lora_stored: how the base weight is read where it is no plain tensor, else ``None``.
     """
@@ -79,6 +80,7 @@ class LoRALayer(SwappedModule):
     lora_original: dict[str, Any] | None
     lora_salt: int
     lora_seeds: Seeds | None = None
+    lora_host: nn.Module | None = None
     lora_stored: StoredForm | None = None
 
     @property

@@ -5,16 +5,14 @@ The host keeps its place, its tensors and its name in the model, and its class i
 all of the base through its host. So every kind of layer works under a name by its own code.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 from typing_extensions import override
 
-from lightning_lora.layers.acting import Choice, Mixture, Part
+from lightning_lora.layers.acting import Choice, Mixture
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.by_rows import run_by_rows
 from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
 from lightning_lora.layers.stored import StoredForm, stored_form
 
@@ -77,11 +75,7 @@ class Host(SwappedModule):
         acting = self.lora_choice.acting
         if isinstance(acting, Mixture):
             return self.mixed(acting, args, kwargs)
-        return self.run_alone(acting, args, kwargs)
-
-    def run_alone(self, name: str | None, args: Any, kwargs: Any) -> Any:
-        """Run the layer with one adapter on all rows, or as its base if it has none of this name."""
-        adapter = None if name is None else self.adapters.get(name)
+        adapter = None if acting is None else self.adapters.get(acting)
         if adapter is None:
             return self.base_forward(*args, **kwargs)
         return adapter.forward(*args, **kwargs)
@@ -97,51 +91,7 @@ class Host(SwappedModule):
                 f"a {self.lora_base_class.__name__} cannot tell the rows of several adapters apart: run one adapter at "
                 "a time, or leave the layer out with exclude_modules"
             )
-        first = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-        if first is None:
-            raise ValueError(f"a {type(self).__name__} got no tensor whose rows could be told apart by their adapters")
-        skipped = 1 if mixture.is_packed and first.ndim > 1 and first.shape[0] == 1 else 0  # a batch of one
-        shape = first.shape[: skipped + 1]
-        parts = mixture.parts(shape, first.device)
-
-        def of(part: Part) -> Callable[[Any], Any]:
-            return lambda one: _rows_of(one, part, skipped, shape) if isinstance(one, Tensor) else one
-
-        outputs = []
-        for part in parts:
-            with self.lora_choice.only(part.name):
-                own_args, own_kwargs = tree_map(of(part), (args, kwargs))
-                outputs.append(self.run_alone(part.name, own_args, own_kwargs))
-        return tree_map(lambda *ones: _joined(ones, parts, skipped), *outputs)
-
-
-def _rows_of(tensor: Tensor, part: Part, dim: int, shape: torch.Size) -> Tensor:
-    if tensor.shape[: dim + 1] != shape:
-        raise ValueError(
-            f"a layer got tensors with {list(shape)} and {list(tensor.shape)} as leading dimensions, which cannot be "
-            "told apart by rows: run its adapters one at a time"
-        )
-    if isinstance(part.rows, slice):
-        return tensor.narrow(dim, part.rows.start, part.rows.stop - part.rows.start)
-    return tensor.index_select(dim, part.rows)
-
-
-def _joined(outputs: Any, parts: list[Part], dim: int) -> Any:
-    if not isinstance(outputs[0], Tensor):
-        return outputs[0]
-    if len(parts) == 1:
-        return outputs[0]
-    total = torch.cat(outputs, dim)
-    if all(isinstance(part.rows, slice) for part in parts):
-        return total  # in order: each has one run
-    order = torch.cat([_index(part, total.device) for part in parts])
-    return total.index_select(dim, order.argsort())
-
-
-def _index(part: Part, device: torch.device) -> Tensor:
-    if isinstance(part.rows, Tensor):
-        return part.rows
-    return torch.arange(part.rows.start, part.rows.stop, device=device)
+        return run_by_rows(self.lora_choice, mixture, self.forward, args, kwargs)
 
 
 def make_host(layer: nn.Module, mixin: type[Host], choice: Choice) -> Host:

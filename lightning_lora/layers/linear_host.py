@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.layers.acting import Mixture, Undecided
 from lightning_lora.layers.host import Host
-from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
-from lightning_lora.layers.split import SplitLinear
+from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, is_plain
+from lightning_lora.layers.split import SplitLinear, enter, leave
 from lightning_lora.ops.linear import lora_linears
 from lightning_lora.ops.linear_tensors import LinearTensors, StoredLinearTensors
 from lightning_lora.ops.mixture import Share, Shares
@@ -22,6 +22,8 @@ class LinearHost(Host):
 
     weight: Tensor
     bias: Tensor | None
+    lora_siblings: Any = None  # fuse/mixed.py: the group of hosts that are computed with this one in a mixture
+    lora_place: int  # in that group
 
     @override
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,14 +36,23 @@ class LinearHost(Host):
     def mixed(self, mixture: Mixture, args: Any, kwargs: Any) -> Any:
         if mixture.exact or len(args) != 1 or kwargs or not self.is_product(args[0]):
             return super().mixed(mixture, args, kwargs)
-        x = enter(self, args[0])
-        return leave(self, lora_linears(x, *mixed_linears([self], mixture, x))[0])
+        y: Tensor | None = None if self.lora_siblings is None else self.lora_siblings.output(self, args[0])
+        if y is None:
+            x = enter(self, args[0])
+            y = leave(self, lora_linears(x, *mixed_linears([self], mixture, x))[0])
+        return y
+
+    @property
+    def drops(self) -> bool:
+        """Whether the dropout of any adapter is on."""
+        return any(layer.drops for layer in self.adapters.values())
 
     def is_product(self, x: Tensor) -> bool:
         """Return True if the layer is ``x W^T + b`` and every adapter adds ``scaling * B A``."""
-        layers = self.adapters.values()
-        stored = self.lora_stored
-        return all(map(is_product, layers)) and (stored is None or stored.product(self, x) is not None)
+        for layer in self.adapters.values():
+            if not (isinstance(layer, LoRALinear) and (is_plain(layer) or type(layer).__bases__[0] is LoRAConv1D)):
+                return False
+        return self.lora_stored is None or self.lora_stored.product(self, x) is not None
 
     def base_tensors(self, x: Tensor) -> LinearTensors:
         """Return the tensors of the base's product, without factors."""
@@ -52,15 +63,6 @@ class LinearHost(Host):
         assert weight is not None
         adapter = next(iter(self.adapters.values()))
         return LinearTensors(adapter.as_matrix(weight), bias, None, None)
-
-
-def is_product(layer: nn.Module) -> bool:
-    """Return True if a linear layer is W and B A, without a magnitude, bias or start of its own or another forward."""
-    bases: tuple[Any, ...] = type(layer).__bases__
-    mixin, base = bases
-    if issubclass(base, SplitLinear) or mixin is LoRAConv1D:
-        return True
-    return mixin is LoRALinear and (base.forward is nn.Linear.forward or layer.lora_stored is not None)
 
 
 def mixed_linears(hosts: Sequence[LinearHost], mixture: Mixture, x: Tensor) -> tuple[list[LinearTensors], Shares]:
@@ -92,16 +94,6 @@ def _alike(layers: dict[int, Any]) -> list[tuple[int, ...]]:
     for place, layer in layers.items():
         found.setdefault((layer.lora_scaling, layer.lora_dropout, layer.drops, layer.lora_A.dtype), []).append(place)
     return [tuple(places) for places in found.values()]
-
-
-def enter(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what this rank multiplies of the input of ``layer``."""
-    return layer.enter(x) if isinstance(layer, SplitLinear) else x
-
-
-def leave(layer: nn.Module, y: Tensor) -> Tensor:
-    """Return what ``layer`` gives of this rank's product."""
-    return layer.leave(y) if isinstance(layer, SplitLinear) else y
 
 
 class ReadHost(LinearHost):

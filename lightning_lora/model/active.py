@@ -1,11 +1,18 @@
 """Choose which named adapters act: one for all rows, or one for each row of the batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
+from lightning_lora.fuse import unfused_forward
+from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.acting import Acting, Choice, Mixture, Undecided
+from lightning_lora.layers.by_rows import has_rows, run_by_rows
+from lightning_lora.layers.host import Host
 from lightning_lora.model.state import is_merged, require_injection, require_roots
 from lightning_lora.model.wrapping import keep_state_of_forward, switch_off, switch_on, switched
 
@@ -33,8 +40,8 @@ def active(
             each.
         repeats: how many copies of each row the model makes, side by side, as ``generate`` does with ``num_beams`` or
             ``num_return_sequences``.
-        exact: run the adapted layers' base products for each adapter apart, too, so that every number is bit for bit
-            that of a run of this adapter alone.
+        exact: run the base's products for each adapter apart, too, and fuse nothing, so that every number is bit for
+            bit that of a run of this adapter alone with ``fuse=False``. It is slower.
 
     Raises:
         ValueError: a name is unknown, or names and lengths do not fit one another. Names that do not fit the batch are
@@ -55,7 +62,7 @@ def active(
                 raise ValueError("an adapter is merged into the base weights: call unmerge(model) first")
             choice = require_injection(root).choice
             acting = _acting(choice.names, which, lengths, repeats, exact)
-            stack.enter_context(_switched(choice, acting))
+            stack.enter_context(_switched(root, choice, acting))
         yield model
 
 
@@ -78,13 +85,60 @@ class _Chosen:
         """Do nothing: no tensor is written."""
 
 
+class _ChosenExactly(_Chosen):
+    """The same with nothing fused, and the products of all other modules run for each adapter apart."""
+
+    def __init__(self, root: nn.Module, choice: Choice, acting: Acting) -> None:
+        super().__init__(choice, acting)
+        self.former_attributes: dict[nn.Module, dict[str, Any]] = {}
+        self.attributes: dict[nn.Module, dict[str, Any]] = {}
+        for module in root.modules():
+            if "lora_siblings" in module.__dict__:
+                self.attributes[module] = {"lora_siblings": None}
+            elif (forward := unfused_forward(module)) is not None:
+                self.attributes[module] = {"forward": forward}
+            elif _multiplies(module) and "forward" not in module.__dict__:
+                self.attributes[module] = {"forward": partial(_run_apart, choice, module.forward)}
+
+    @override
+    def enter(self) -> None:
+        super().enter()
+        for module, own in self.attributes.items():
+            self.former_attributes[module] = {name: vars(module)[name] for name in own if name in vars(module)}
+            vars(module).update(own)
+
+    @override
+    def leave(self) -> None:
+        super().leave()
+        for module, own in self.attributes.items():
+            for name in own:
+                del vars(module)[name]
+            vars(module).update(self.former_attributes[module])
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Return True for a module without adapters that has a weight of its own: a product of one row may round otherwise
+    with other rows beside it.
+    """
+    has_weight = any(parameter is not None and parameter.ndim > 1 for parameter in module._parameters.values())
+    return has_weight and not any(isinstance(part, (Host, LoRALayer)) for part in module.modules())
+
+
+def _run_apart(choice: Choice, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    acting = choice.acting
+    if isinstance(acting, Mixture) and has_rows(acting, args, kwargs):
+        return run_by_rows(choice, acting, forward, args, kwargs)
+    return forward(*args, **kwargs)
+
+
 @contextmanager
-def _switched(choice: Choice, acting: Acting) -> Iterator[None]:
+def _switched(root: nn.Module, choice: Choice, acting: Acting) -> Iterator[None]:
     key = "adapters", id(choice)
     outer = switched.get(key)
     if outer is not None:
         switch_off(key)
-    switch_on(key, _Chosen(choice, acting))
+    is_exact = isinstance(acting, Mixture) and acting.exact
+    switch_on(key, _ChosenExactly(root, choice, acting) if is_exact else _Chosen(choice, acting))
     try:
         yield
     finally:

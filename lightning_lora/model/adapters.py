@@ -1,14 +1,14 @@
 """Several adapters with names on one model: add one, and list them."""
 
 import re
+from collections.abc import Mapping
 from itertools import groupby
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.fuse import fuse
 from lightning_lora.model.apply import adapt_layer, dtype_of, tag_parts
-from lightning_lora.model.hosts import host_for, looked_past, put_adapter
+from lightning_lora.model.hosts import fuse_anew, host_for, looked_past, put_adapter
 from lightning_lora.model.init import initialize, seed_of
 from lightning_lora.model.layer_plan import Plan
 from lightning_lora.model.names import clean_name, named_modules
@@ -58,6 +58,7 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None) -
     with looked_past(root):
         decided = plan(root, config)
     _check_own(name, decided)
+    _check_fuse(name, config, {} if injection is None else injection.named)
     _carry_out(root, name, decided)
     return model
 
@@ -97,6 +98,15 @@ def _check_own(name: str, decided: Plan) -> None:
             )
 
 
+def _check_fuse(name: str, config: LoRAConfig, named: Mapping[str, NamedAdapter]) -> None:
+    for other, one in named.items():
+        if one.plan.config.fuse != config.fuse:
+            raise ValueError(
+                f"fuse={config.fuse} of adapter {name!r} is not that of {other!r}: layers are fused for all adapters "
+                "of a model, or for none"
+            )
+
+
 def _carry_out(root: nn.Module, name: str, decided: Plan) -> None:
     config, dtype = decided.config, dtype_of(decided.config)
     with unchanged_on_error(root):
@@ -112,7 +122,7 @@ def _carry_out(root: nn.Module, name: str, decided: Plan) -> None:
         initialize(adapted, by_layer, config)
         tag_parts(decided, root)
         if config.fuse:
-            fuse(root)
+            fuse_anew(root)
         freeze_statistics(root, ())
         keep_off_fused_paths(root, injection)
         injection.named[name] = NamedAdapter(decided.without_model(), seeds)

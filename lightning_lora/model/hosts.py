@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lightning_lora.fuse import fuse
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.acting import Choice
 from lightning_lora.layers.attention import LoRAMultiheadAttention
@@ -50,6 +51,15 @@ def drop_adapter(host: Host, name: str) -> None:
         note_read(host)
     else:
         release_host(host)
+
+
+def fuse_anew(root: nn.Module) -> None:
+    """Fuse the layers of a model with the adapters that they have at present."""
+    for host in named_hosts(root).values():
+        host.__dict__.pop("lora_siblings", None)
+        for layer in host.adapters.values():
+            layer.__dict__.pop("lora_siblings", None)
+    fuse(root)
 
 
 def note_read(host: Host) -> None:

@@ -15,7 +15,7 @@ from lightning_lora.layers.host import release_host
 from lightning_lora.layers.trained import restore_dtypes
 from lightning_lora.model.apply import carry_out
 from lightning_lora.model.base_form import check_form
-from lightning_lora.model.hosts import drop_adapter, named_hosts
+from lightning_lora.model.hosts import drop_adapter, fuse_anew, named_hosts
 from lightning_lora.model.merged_model import form_before_merge
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.plan import plan
@@ -122,7 +122,8 @@ def take_out_named(root: nn.Module, name: str) -> bool:
         return False
     for host in named_hosts(root).values():
         drop_adapter(host, name)
-    del injection.named[name]
+    if injection.named.pop(name).plan.config.fuse:
+        fuse_anew(root)
     injection.choice.names.remove(name)
     return True
 

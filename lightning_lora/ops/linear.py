@@ -99,9 +99,7 @@ def lora_linears(x: Tensor, layers: Sequence[LinearTensors], settings: ScaledDro
         with torch.autocast(x.device.type, enabled=False):
             return lora_linears(*cast_as_autocast(x, layers, dtype), settings)
     if is_transformed():
-        return (
-            plain_mixture(x, layers, settings) if isinstance(settings, Shares) else plain_linears(x, layers, settings)
-        )
+        return PLAIN[type(settings)](x, layers, settings)  # type: ignore[no-any-return]
     for layer in layers:
         if layer.is_stored:
             settings = settings._replace(has_stored=True)
@@ -156,8 +154,7 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: ScaledDropout | Shares, *tensors: Any) -> tuple[Tensor, ...]:
         dense = dense_like if settings.has_stored else None
-        forward: Any = forward_of_mixture if isinstance(settings, Shares) else forward_of_linears
-        outputs, h = forward(x.reshape(-1, x.shape[-1]), tensors, settings, dense)
+        outputs, h = FORWARD[type(settings)](x.reshape(-1, x.shape[-1]), tensors, settings, dense)
         need_x, _, *needs = ctx.needs_input_grad
         needs_h = any(needs[3::4])  # by the gradient of a B
         needs_rows = needs_h or any(needs[2::4]) or any(needs[::4])
@@ -180,8 +177,7 @@ class _LoRALinears(torch.autograd.Function):
         dense = None
         if ctx.stored is not None:
             tensors[::4], dense = together(ctx.stored, tensors[::4]), dense_again
-        backward: Any = backward_of_mixture if isinstance(ctx.settings, Shares) else backward_of_linears
-        grad_x, found = backward(
+        grad_x, found = BACKWARD[type(ctx.settings)](
             None if x is None else x.reshape(-1, x.shape[-1]),
             [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads],
             tensors,
@@ -284,3 +280,9 @@ def backward_of_linears(
             grad_of_B(parts[i], grad, factor, tensors[4 * i + 3].dtype) if need_own_B else None,
         )
     return grad_x, found
+
+
+# by what acts: one adapter, or a mixture
+FORWARD: dict[type, Any] = {ScaledDropout: forward_of_linears, Shares: forward_of_mixture}
+BACKWARD: dict[type, Any] = {ScaledDropout: backward_of_linears, Shares: backward_of_mixture}
+PLAIN: dict[type, Any] = {ScaledDropout: plain_linears, Shares: plain_mixture}
