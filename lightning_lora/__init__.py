@@ -22,6 +22,9 @@ from lightning_lora.fuse.gated_mlp import register_gated_mlp
 from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.megatron.models import gpt_model
 from lightning_lora.megatron.weights import load_hf_weights
+from lightning_lora.model.active import active
+from lightning_lora.model.adapter_losses import losses_by_adapter
+from lightning_lora.model.adapters import adapters, add_adapter
 from lightning_lora.model.apply import apply
 from lightning_lora.model.base_form import QuantizationPlan
 from lightning_lora.model.disabled import disabled
@@ -59,9 +62,12 @@ __all__ = [
     "Plan",
     "QuantizationPlan",
     "RankAllocator",
+    "active",
     "adapter_checkpoint",
     "adapter_state_dict",
     "adapter_tensors",
+    "adapters",
+    "add_adapter",
     "apply",
     "check_portable",
     "combine",
@@ -74,6 +80,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_hf_weights",
     "load_peft",
+    "losses_by_adapter",
     "merge",
     "merge_receipt",
     "merged",

@@ -1,10 +1,12 @@
 """Adapted layers, and norms beside them, that are computed together: found in a model, and released again."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 from torch import nn
 
-from lightning_lora.fuse.experts import fuse_experts
+from lightning_lora.fuse.experts import LoRAExperts, fuse_experts
 from lightning_lora.fuse.gated_mlp import LoRAGatedMLP, fuse_gated_mlp
 from lightning_lora.fuse.norms import LoRARMSNorm, fuse_norms
 from lightning_lora.fuse.siblings import group_siblings
@@ -27,6 +29,13 @@ def fuse(root: nn.Module, fusions: Iterable[str] = tuple(FUSIONS)) -> None:
     for module in list(root.modules()):
         for name in fusions:
             FUSIONS[name](module)
+
+
+def unfused_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the forward that a fused module would have with ``fuse=False``; ``None`` for other modules."""
+    if isinstance(module, (LoRAGatedMLP, LoRARMSNorm, LoRAExperts)):
+        return partial(module.lora_base_class.forward, module)
+    return None
 
 
 def release(module: nn.Module) -> None:

@@ -156,8 +156,9 @@ def fuse_experts(module: nn.Module) -> None:
     """Give adapted experts that are recognised the class that computes them together."""
     if not isinstance(module, LoRAParameters) or isinstance(module, FusedExperts):
         return
-    own = [name for name in module._parameters if name not in module.tensor_names]
-    known = recognise(module, module.lora_base_class, own)
+    base = module.base_layer
+    own = [name for name in base._parameters if name not in module.tensor_names]
+    known = recognise(base, module.lora_base_class, own)
     if known is not None and module.lora_parts.keys() <= set(known.names.matrices):
         swap_class(module, LoRAExperts, module.lora_base_class)
         module.__dict__["lora_experts"] = known

@@ -1,5 +1,6 @@
 """Gated MLPs, ``down(act(gate(x)) * up(x))``, whose three adapted layers are computed by one function."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,10 +9,13 @@ from typing_extensions import override
 
 from lightning_lora.compat.torch import has_global_hooks, has_hooks
 from lightning_lora.fuse.forms import GATED_FORMS, GatedForm, activation_name, form_of
-from lightning_lora.fuse.siblings import can_fuse, enter, factors, go_together, leave
+from lightning_lora.fuse.linears import can_fuse, factors, go_together
+from lightning_lora.fuse.mixed import fit_together
+from lightning_lora.layers.acting import Mixture
 from lightning_lora.layers.class_swap import SwappedModule, swap_class
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.split import SplitLinear
+from lightning_lora.layers.linear_host import LinearHost, mixed_linears
+from lightning_lora.layers.split import SplitLinear, enter, leave
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
 
 _registered: dict[Any, GatedForm] = {}  # by forward
@@ -54,6 +58,8 @@ class LoRAGatedMLP(SwappedModule):
     lora_form: GatedForm
     lora_activation: str
 
+    go_together: Callable[..., bool] = staticmethod(go_together)
+
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self._is_fused(args[0]):
@@ -67,7 +73,7 @@ class LoRAGatedMLP(SwappedModule):
             and self._has_its_formula()
             and not has_global_hooks()
             and not any(is_watched(child) for child in self._modules.values())
-            and go_together([gate, up], gate)
+            and self.go_together([gate, up], gate)
             and _is_split_inside(gate, up, down)
         )
 
@@ -97,6 +103,43 @@ class LoRAGatedMLP(SwappedModule):
         return children.get(form.gate), children.get(form.up), children.get(form.down)
 
 
+class MixedGatedMLP(LoRAGatedMLP):
+    """Mixin of a gated MLP whose three layers have named adapters."""
+
+    go_together = staticmethod(fit_together)
+
+    @override
+    def _layers(self) -> tuple[Any, Any, Any]:
+        layers = super()._layers()
+        hosts = [layer for layer in layers if isinstance(layer, LinearHost)]
+        acting = hosts[0].lora_choice.acting if len(hosts) == len(layers) else None
+        if isinstance(acting, Mixture):
+            return (None, None, None) if torch.compiler.is_compiling() else layers
+        gate, up, down = (host.adapters.get(acting) for host in hosts) if acting is not None else (None, None, None)
+        return gate, up, down
+
+    @override
+    def _fused(self, x: Tensor) -> Tensor:
+        gate, up, down = self._layers()
+        if not isinstance(gate, LinearHost):
+            return super()._fused(x)
+        mixture: Any = gate.lora_choice.acting
+        x = enter(gate, x)
+        (tensors_gate, tensors_up, *pairs_in), entering = mixed_linears([gate, up], mixture, x)
+        (tensors_down, *pairs_out), leaving = mixed_linears([down], mixture, x)
+        y = lora_gated_mlp(
+            x,
+            tensors_gate,
+            tensors_up,
+            tensors_down,
+            activation=self.lora_activation,
+            entering=entering,
+            leaving=leaving,
+            pairs=(pairs_in, pairs_out),
+        )
+        return leave(down, y)
+
+
 def _activation_of(module: nn.Module, form: GatedForm) -> str | None:
     return (
         form.activation if form.activation in ACTIVATIONS else activation_name(getattr(module, form.activation, None))
@@ -120,9 +163,9 @@ def is_watched(module: nn.Module | None) -> bool:
 
 def fuse_gated_mlp(module: nn.Module) -> None:
     """Give a gated MLP whose three layers are adapted the class that computes them together."""
-    if sum(isinstance(child, LoRALinear) for child in module._modules.values()) < 3 or isinstance(
-        module, SwappedModule
-    ):
+    kinds = {LoRALinear: LoRAGatedMLP, LinearHost: MixedGatedMLP}
+    found = [cls for cls in kinds if sum(isinstance(child, cls) for child in module._modules.values()) >= 3]
+    if not found or isinstance(module, SwappedModule):
         return
     cls = type(module)
     form: GatedForm | None = _registered.get(cls.forward) or form_of(cls, GATED_FORMS)
@@ -132,6 +175,6 @@ def fuse_gated_mlp(module: nn.Module) -> None:
     if missing and cls.forward in _registered:
         raise ValueError(f"register_gated_mlp was told that {cls.__name__} has a layer {missing[0]!r}, and it has none")
     activation = _activation_of(module, form)
-    if activation is not None and all(isinstance(module._modules.get(name), LoRALinear) for name in form[:3]):
-        swap_class(module, LoRAGatedMLP)
+    if activation is not None and all(isinstance(module._modules.get(name), found[0]) for name in form[:3]):
+        swap_class(module, kinds[found[0]])
         module.__dict__.update(lora_form=form, lora_activation=activation)

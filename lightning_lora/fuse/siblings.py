@@ -6,18 +6,26 @@ tensor. All A's are then one product, the gradients of x are summed in one buffe
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.compat.torch import forward_pre_hooks, is_transformed, version_of
-from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.split import SplitLinear
+from lightning_lora.compat.torch import is_transformed
+from lightning_lora.fuse.linears import can_fuse, compute_all, go_together, num_updates, state_of, tensor_version
+from lightning_lora.fuse.mixed import (
+    compute_mixed,
+    has_linear_adapters,
+    mix_together,
+    mixed_state,
+    num_mixed_updates,
+)
+from lightning_lora.layers.host import AdaptersByName
+from lightning_lora.layers.linear import LoRALinear, is_plain
+from lightning_lora.layers.linear_host import LinearHost
+from lightning_lora.layers.split import leave
 from lightning_lora.ops.autocast import autocast_dtype
-from lightning_lora.ops.linear import LinearTensors, StoredLinearTensors, lora_linears
-from lightning_lora.ops.sharded import is_dtensor
 
 # Names of layers of one module that may read one input. A wrong group costs three products that nobody reads.
 GROUPS = [
@@ -60,8 +68,8 @@ class _Outputs:
     def __init__(self, siblings: "Siblings", layers: list[LoRALinear], leader: LoRALinear, x: Tensor) -> None:
         self.siblings, self.layers, self.leader, self.x = siblings, layers, leader, x
         self.mode = _mode(x)
-        self.states = [_state(layer) for layer in layers]
-        self.waiting: dict[int, Tensor] = dict(enumerate(compute_all(x, layers, leader)))  # by place
+        self.states = [siblings.state_of(layer) for layer in layers]
+        self.waiting: dict[int, Tensor] = dict(enumerate(siblings.compute_all(x, layers, leader)))  # by place
         self.any_read = False
 
     def take(self, siblings: "Siblings", layer: LoRALinear, x: Tensor) -> Tensor | None:
@@ -69,7 +77,7 @@ class _Outputs:
         place = layer.lora_place
         if self.siblings is not siblings or self.x is not x or place not in self.waiting:
             return None
-        if self.mode != _mode(x) or not _same_state(self.states[place], _state(layer)):
+        if self.mode != _mode(x) or not _same_state(self.states[place], siblings.state_of(layer)):
             return None
         self.any_read = True
         return self.waiting.pop(place)
@@ -109,13 +117,18 @@ _latest = _Latest()
 _latest_in_graph = _LatestInGraph()
 
 
-class Siblings:
+class Siblings:  # of LoRALinear, or of LinearHost
     """A group of layers that are computed together for as long as their parent calls them with one tensor.
 
     When outputs are computed three times in a row that their layers do not return, those layers leave the group; if no
     layer but the first returns its output, that first layer leaves. Layers leave with the next optimizer step: until
     then activation checkpointing recomputes what was computed.
     """
+
+    go_together: Callable[..., Any] = staticmethod(go_together)
+    compute_all: Callable[..., Any] = staticmethod(compute_all)
+    state_of: Callable[..., Any] = staticmethod(state_of)
+    num_updates: Callable[..., Any] = staticmethod(num_updates)
 
     def __init__(self, layers: list[LoRALinear]) -> None:
         self.layers = layers
@@ -156,7 +169,7 @@ class Siblings:
         if self.num_unread >= MAX_UNREAD and not self.leaving:
             unread = [outputs.layers[place] for place in outputs.waiting]
             self.leaving = unread if outputs.any_read else [outputs.leader]
-            self.leaving_since = _num_updates(self.layers)
+            self.leaving_since = self.num_updates(self.layers)
 
     def _layers_to_compute(self, leader: LoRALinear, x: Tensor) -> list[LoRALinear]:
         """Return the layers to compute together for ``x``; none where the layer is to compute alone."""
@@ -164,12 +177,12 @@ class Siblings:
             self._let_leave()
         layers = self.layers
         may_fuse = len(layers) > 1 and leader.lora_siblings is self and not is_transformed()
-        may_fuse = may_fuse and all(can_fuse(one, x) for one in layers) and go_together(layers, leader)
+        may_fuse = may_fuse and all(can_fuse(one, x) for one in layers) and self.go_together(layers, leader)
         return layers if may_fuse else []
 
     def _may_leave(self, layer: LoRALinear) -> bool:
         runs_once = not (layer.training or layer.drops or torch.is_grad_enabled())
-        return runs_once or torch.compiler.is_compiling() or self.leaving_since != _num_updates(self.layers)
+        return runs_once or torch.compiler.is_compiling() or self.leaving_since != self.num_updates(self.layers)
 
     def _let_leave(self) -> None:
         for one in self.leaving:
@@ -180,109 +193,44 @@ class Siblings:
         self.leaving, self.num_unread = [], 0
 
 
+class MixedSiblings(Siblings):
+    """The same for hosts of named adapters, while a mixture acts in them."""
+
+    go_together = staticmethod(mix_together)
+    compute_all = staticmethod(compute_mixed)
+    state_of = staticmethod(mixed_state)
+    num_updates = staticmethod(num_mixed_updates)
+
+
 def group_siblings(parent: nn.Module) -> None:
     """Let the layers of a module share their products where their names say that they may read one input."""
+    if isinstance(parent, AdaptersByName):
+        return  # their names are those of adapters
     adapted = {name: child for name, child in parent._modules.items() if isinstance(child, LoRALinear)}
-    if len(adapted) < 2:
+    _group(Siblings, {name: layer for name, layer in adapted.items() if is_plain(layer)})
+    hosts = {name: child for name, child in parent._modules.items() if isinstance(child, LinearHost)}
+    _group(MixedSiblings, {name: host for name, host in hosts.items() if has_linear_adapters(host)})
+    for adapter in dict.fromkeys(name for host in hosts.values() for name in host.adapters):
+        own = {name: host.adapters.get(adapter) for name, host in hosts.items()}
+        _group(Siblings, {n: layer for n, layer in own.items() if isinstance(layer, LoRALinear) and is_plain(layer)})
+
+
+def _group(kind: type[Siblings], named: Mapping[str, Any]) -> None:
+    if len(named) < 2:
         return
     for names in GROUPS:
-        layers = [adapted[name] for name in names if name in adapted and _is_plain(adapted[name])]
-        layers = [layer for layer in layers if layer.lora_siblings is None and go_together([layer], layers[0])]
+        layers = [named[name] for name in names if name in named]
+        layers = [one for one in layers if one.lora_siblings is None and kind.go_together([one], layers[0])]
         if len(layers) > 1:
-            siblings = Siblings(layers)
+            siblings = kind(layers)
             for place, layer in enumerate(layers):
                 layer.__dict__.update(lora_siblings=siblings, lora_place=place)
 
 
-def can_fuse(layer: nn.Module, x: Tensor) -> bool:
-    """Return True if another module may compute the product of an adapted layer for ``x``."""
-    if not isinstance(layer, LoRALinear) or not layer.lora_active or forward_pre_hooks(layer):
-        return False  # a hook may make the weight
-    if not _is_plain(layer) or "forward" in layer.__dict__:
-        return False
-    if layer.lora_stored is not None:
-        stored = layer.lora_stored.product(layer, x)
-        return stored is not None and stored.device == x.device and not _is_in_shards(layer)
-    weight = layer.weight
-    # parents may cast between layers of several dtypes
-    is_one_dtype = weight.dtype == x.dtype or autocast_dtype(x) is not None
-    return is_one_dtype and not is_dtensor(weight) and weight.device == x.device
-
-
-def _is_in_shards(layer: nn.Module) -> bool:
-    return any(is_dtensor(parameter) for parameter in layer._parameters.values() if parameter is not None)
-
-
-def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
-    """Return True if layers with one input can share products, masks and scaling with ``first``."""
-    kind, in_features, dtype = type(first).__bases__[0], first.lora_A.shape[1], first.lora_A.dtype
-    return not (isinstance(first, SplitLinear) and first.tp_dim == 1) and all(
-        type(layer).__bases__[0] is kind
-        and layer.lora_A.shape[1] == in_features
-        and layer.lora_A.dtype == dtype
-        and layer.lora_scaling == first.lora_scaling
-        and layer.lora_dropout == first.lora_dropout
-        and (not layer.lora_dropout or layer.drops == first.drops)
-        for layer in layers
-    )
-
-
-def _is_plain(layer: LoRALinear) -> bool:
-    """Return True if the layer is W and B A, without a magnitude, bias or start of its own or another forward."""
-    mixin, base = type(layer).__bases__[0], layer.lora_base_class
-    is_product = base.forward is nn.Linear.forward or layer.lora_stored is not None
-    return issubclass(base, SplitLinear) or (mixin is LoRALinear and is_product)
-
-
-def compute_all(x: Tensor, layers: list[LoRALinear], leader: LoRALinear) -> Sequence[Tensor]:
-    """Return what each layer's product gives for ``x``, before :func:`leave`."""
-    entered, settings, all_factors = enter(leader, x), leader.scaled_dropout(), [factors(one, x) for one in layers]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.requires_grad:
-        # a backward pass frees no graph before x: callers may run one through each output by itself
-        return [lora_linears(entered, [one], settings)[0] for one in all_factors]
-    return lora_linears(entered, all_factors, settings)
-
-
 def _mode(x: Tensor) -> tuple[Any, ...]:
-    return _version(x), torch.is_grad_enabled(), autocast_dtype(x), x.requires_grad
-
-
-def _state(layer: LoRALinear) -> tuple[list[Tensor], Any]:
-    """Return what an output of a layer depends on beside its input: its tensors, their versions, its settings."""
-    if torch.compiler.is_compiling():
-        return [], ()
-    tensors: list[Tensor] = [tensor for tensor in layer._parameters.values() if tensor is not None]
-    versions = [(_version(tensor), tensor.requires_grad) for tensor in tensors]
-    return tensors, (versions, layer.drops, layer.lora_scaling, layer.lora_dropout)
+    return tensor_version(x), torch.is_grad_enabled(), autocast_dtype(x), x.requires_grad
 
 
 def _same_state(before: tuple[list[Tensor], Any], now: tuple[list[Tensor], Any]) -> bool:
     (tensors, settings), (tensors_now, settings_now) = before, now
     return settings == settings_now and all(a is b for a, b in zip(tensors, tensors_now, strict=True))
-
-
-def _num_updates(layers: list[LoRALinear]) -> int:
-    """Return how often the adapters of layers were written."""
-    return sum(_version(tensor) for layer in layers for tensor in (layer.lora_A, layer.lora_B))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else version_of(tensor)
-
-
-def enter(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what this rank multiplies of the input of ``layer``."""
-    return layer.enter(x) if isinstance(layer, SplitLinear) else x
-
-
-def leave(layer: nn.Module, y: Tensor) -> Tensor:
-    """Return what ``layer`` gives of this rank's product."""
-    return layer.leave(y) if isinstance(layer, SplitLinear) else y
-
-
-def factors(layer: LoRALinear, x: Tensor) -> LinearTensors:
-    """Return the tensors of this rank's product with ``x``, for which :func:`can_fuse` is true."""
-    bias = layer.local_bias() if isinstance(layer, SplitLinear) else layer.bias
-    if layer.lora_stored is not None:
-        return StoredLinearTensors(layer.lora_stored.product(layer, x), bias, layer.lora_A, layer.lora_B)
-    return LinearTensors(layer.weight, bias, layer.lora_A, layer.lora_B)

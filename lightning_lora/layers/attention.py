@@ -17,6 +17,7 @@ class LoRAMultiheadAttention(LoRALayer):
     """
 
     base_name = "in_proj_weight"
+    can_mix = False
 
     @classmethod
     @override

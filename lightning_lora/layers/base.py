@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule
 from lightning_lora.layers.stored import StoredForm
+from lightning_lora.ops.dropout import Seeds
 from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.ops.weights import merged_weight
 
@@ -57,12 +58,15 @@ class LoRALayer(SwappedModule):
         lora_original: the base tensors as they were while the layer is merged, else ``None``: on CPU, or a
             :class:`~lightning_lora.layers.plain_weight.Former`.
         lora_salt: makes dropout differ between data-parallel ranks that share a seed.
+        lora_host: the layer whose base this adapter with a name adapts, else ``None``: the layer holds its base itself.
+        lora_seeds: of the dropout of an adapter with a name, else ``None``: the default generator then gives them.
         lora_stored: how the base weight is read where it is no plain tensor, else ``None``.
     """
 
     base_name: ClassVar[str] = "weight"  # of the base tensor that is adapted
     is_linear: ClassVar[bool] = False  # whether "all-linear" means layers of this kind
     uses_init: ClassVar[bool] = True  # whether the pairs start as the config's init says
+    can_mix: ClassVar[bool] = True  # whether rows of one input may have adapters of their own
 
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")
     frozen_names: tuple[str, ...] = ()  # adapter tensors that never train
@@ -75,6 +79,8 @@ class LoRALayer(SwappedModule):
     lora_active: bool
     lora_original: dict[str, Any] | None
     lora_salt: int
+    lora_seeds: Seeds | None = None
+    lora_host: nn.Module | None = None
     lora_stored: StoredForm | None = None
 
     @property
@@ -187,6 +193,17 @@ class LoRALayer(SwappedModule):
         return {"": Pair(self.lora_A, self.lora_B, self.lora_scaling, self.lora_A.shape[0])}
 
     @property
+    def base_layer(self) -> nn.Module:
+        """The module that holds the base's tensors: this one, or the host of an adapter with a name."""
+        return self if self.lora_host is None else self.lora_host
+
+    @property
+    def may_act(self) -> bool:
+        """Whether a forward may run this adapter: it is not merged or disabled, nor is another one merged."""
+        choice: Any = None if self.lora_host is None else self.lora_host.lora_choice
+        return self.lora_active and (choice is None or choice.chosen is not None)
+
+    @property
     def r(self) -> int:
         """Rank."""
         return self.lora_A.shape[0]
@@ -215,11 +232,13 @@ class LoRALayer(SwappedModule):
     def dropout_seed(self) -> Tensor | None:
         """Return a fresh seed for one call's dropout mask, or ``None`` when nothing is to be dropped.
 
-        It is drawn from the default CPU generator, which activation checkpointing restores before it recomputes.
+        It is drawn from the default CPU generator, which activation checkpointing restores before it recomputes, or
+        from the seeds of an adapter with a name, which advance only where that adapter acts.
         """
         if not self.drops:
             return None
-        return torch.randint(MAX_SEED, (), device="cpu") + self.lora_salt * MAX_SEED
+        seed = torch.randint(MAX_SEED, (), device="cpu") if self.lora_seeds is None else self.lora_seeds.draw()
+        return seed + self.lora_salt * MAX_SEED
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.plain_weight import plain_base, weight_shape
 from lightning_lora.layers.read_weight import ReadWeight
 from lightning_lora.layers.same_code import is_plain_linear
+from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.stored import stored_form
-from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linears
+from lightning_lora.ops.linear import lora_linears
+from lightning_lora.ops.linear_tensors import LinearTensors, ScaledDropout, StoredLinearTensors
 from lightning_lora.ops.quantized import check_plain
 from lightning_lora.ops.stored import stored_linear
 
@@ -120,6 +122,13 @@ class LoRAConv1D(LoRALinear):
     @override
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.t()
+
+
+def is_plain(layer: LoRALinear) -> bool:
+    """Return True if the layer is W and B A, without a magnitude, bias or start of its own or another forward."""
+    mixin, base = type(layer).__bases__[0], layer.lora_base_class
+    is_product = base.forward is nn.Linear.forward or layer.lora_stored is not None
+    return issubclass(base, SplitLinear) or (mixin is LoRALinear and is_product)
 
 
 class LoRAReadLinear(ReadWeight, LoRALinear):

@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.read_weight import ReadWeight
-from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linears
+from lightning_lora.ops.linear import lora_linears
+from lightning_lora.ops.linear_tensors import LinearTensors, ScaledDropout, StoredLinearTensors
 
 
 class ResidualLinear(LoRALinear):

@@ -31,6 +31,16 @@ class SplitLinear(nn.Module):
         raise NotImplementedError
 
 
+def enter(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what this rank multiplies of the input of ``layer``."""
+    return layer.enter(x) if isinstance(layer, SplitLinear) else x
+
+
+def leave(layer: nn.Module, y: Tensor) -> Tensor:
+    """Return what ``layer`` gives of this rank's product."""
+    return layer.leave(y) if isinstance(layer, SplitLinear) else y
+
+
 @contextmanager
 def parts_of_output(layer: nn.Module) -> Iterator[Any]:
     """Let a column-parallel layer return this rank's part of its output inside the block.

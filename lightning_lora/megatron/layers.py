@@ -25,7 +25,8 @@ from lightning_lora.layers.base import LoRALayer, Pair, Part
 from lightning_lora.megatron.core import collectives
 from lightning_lora.megatron.names import Stack, is_output_head, parts_in, stack_in
 from lightning_lora.megatron.parts import keep_parts
-from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linear, lora_linears
+from lightning_lora.ops.linear import lora_linear, lora_linears
+from lightning_lora.ops.linear_tensors import LinearTensors, ScaledDropout, StoredLinearTensors
 from lightning_lora.ops.packed_stack import PackedMatrix
 
 

@@ -1,6 +1,5 @@
 """Carry out a plan: quantise and freeze the base, put adapters in, and let the rest train that should."""
 
-import dataclasses
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse import fuse
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.read_weight import reader_of
@@ -55,8 +55,8 @@ def carry_out(decided: Plan) -> None:
     if decided.quantization is not None and quantization_of(model) is None:
         apply_quantization(model, decided.quantization)
         decided = plan(model, config, check_ranks=False)  # of the layers that the base has since
-    injection = Injection(dataclasses.replace(decided, model=None))
-    dtype = None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
+    injection = Injection(decided.without_model())
+    dtype = dtype_of(config)
     modules = named_modules(model)
     with unchanged_on_error(model):
         for name, parameter in model.named_parameters():
@@ -76,6 +76,11 @@ def carry_out(decided: Plan) -> None:
         check_packed_last(model)
         model.lora_injection = injection  # type: ignore[assignment]  # a plain attribute
         run_at_injection()
+
+
+def dtype_of(config: LoRAConfig) -> torch.dtype | None:
+    """Return the narrowest dtype that adapters may have; ``None`` where they follow the base."""
+    return None if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
 
 
 def adapt_layer(

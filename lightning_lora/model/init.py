@@ -69,7 +69,7 @@ def initialize(layers: Mapping[str, LoRALayer], plans: Mapping[str, Sequence[Lay
 
 def _initialize_pair(layer: LoRALayer, pair: Pair, name: str, config: LoRAConfig) -> None:
     like_peft = config.init_rng == "peft"
-    generator = None if like_peft else torch.Generator(device="cpu").manual_seed(_seed(name, config.init_seed))
+    generator = None if like_peft else torch.Generator(device="cpu").manual_seed(seed_of(name, config.init_seed))
     if like_peft:
         bias = [layer.lora_bias] if isinstance(layer, Biased) else []
         own = [layer.lora_E, pair.B, pair.A.new_empty(1)] if isinstance(layer, AdaLoRALinear) else [pair.B, *bias]
@@ -162,7 +162,7 @@ def _principal(left: Tensor, values: Tensor, right: Tensor, pair: Pair) -> Value
     return root @ right, left @ root
 
 
-def _seed(name: str, init_seed: int | None) -> int:
+def seed_of(name: str, init_seed: int | None) -> int:
     """Return a 63-bit seed that depends on the adapter's name and the run's seed only."""
     if init_seed is None:
         init_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # left there by seed_everything

@@ -10,9 +10,12 @@ from lightning_lora.compat.torch import remove_load_hook
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.fuse import release
 from lightning_lora.layers import LoRALayer, unadapt
+from lightning_lora.layers.acting import Undecided
+from lightning_lora.layers.host import release_host
 from lightning_lora.layers.trained import restore_dtypes
 from lightning_lora.model.apply import carry_out
 from lightning_lora.model.base_form import check_form, quantization_of
+from lightning_lora.model.hosts import drop_adapter, fuse_anew, named_hosts
 from lightning_lora.model.merged_model import form_before_merge
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.plan import plan
@@ -54,6 +57,11 @@ def inject(
             the remedy.
     """
     existing = injection_of(model)
+    if existing is not None and existing.named:
+        raise ValueError(
+            f"the model has adapters with names, {', '.join(existing.named)}: add one with add_adapter(model, name, "
+            "config), or call remove(model) first"
+        )
     if existing is not None and isinstance(config, LoRAConfig | None):
         _check_same_config(existing.config, config or LoRAConfig())
         if quantize is not None:
@@ -102,14 +110,17 @@ def inject_checked(model: nn.Module, config: LoRAConfig, check: Callable[[bool],
     return checked
 
 
-def remove(model: nn.Module) -> nn.Module:
+def remove(model: nn.Module, adapter: str | None = None) -> nn.Module:
     """Take the adapters out and give the model back as it was before :func:`inject`. Returns the same object.
 
     Heads and biases that trained get their first values back too, and every ``requires_grad`` its former one. A base
     that was quantised stays quantised.
 
+    Args:
+        adapter: the name of one adapter to take out; the others stay.
+
     Raises:
-        ValueError: the model holds no adapters, or they are merged.
+        ValueError: the model holds no adapters, or none of this name, or they are merged or active.
     """
     for root in require_roots(model).values():
         if is_merged(root):
@@ -118,6 +129,8 @@ def remove(model: nn.Module) -> nn.Module:
                 "weights without adapters, or unmerge(model) first to get the base back"
             )
         check_not_disabled(root)
+        if adapter is not None and take_out_named(root, adapter):
+            continue
         reshard(root)
         for parameter, original in trained_with_originals(root):
             write(parameter, original)
@@ -125,10 +138,30 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
+def take_out_named(root: nn.Module, name: str) -> bool:
+    """Take the adapter called ``name`` out, unless it is the last one. Returns whether others stay."""
+    injection = require_injection(root)
+    if name not in injection.named:
+        known = ", ".join(map(repr, injection.named)) or "one without a name"
+        raise ValueError(f"there is no adapter {name!r}: {type(root).__name__} has {known}")
+    if not isinstance(injection.choice.chosen, Undecided):
+        raise ValueError(f"adapter {name!r} cannot be removed inside active(model, ...): leave that block first")
+    if len(injection.named) == 1:
+        return False
+    for host in named_hosts(root).values():
+        drop_adapter(host, name)
+    if injection.named.pop(name).plan.config.fuse:
+        fuse_anew(root)
+    del injection.choice.seeds[name]
+    return True
+
+
 def take_out(root: nn.Module) -> None:
     """Undo an injection, but for the values of the base tensors."""
     injection = require_injection(root)
     adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
+    for host in named_hosts(root).values():
+        release_host(host)
     for layer in list(root.modules()):
         if isinstance(layer, LoRALayer):
             unadapt(layer)

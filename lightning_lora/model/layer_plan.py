@@ -1,7 +1,7 @@
 """What was decided for a model: frozen records that can be printed, read and applied."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 from torch import nn
@@ -98,6 +98,10 @@ class Plan(Sequence[LayerPlan]):
     @override
     def __len__(self) -> int:
         return len(self.layers)
+
+    def without_model(self) -> "Plan":
+        """Return the plan as the record of what was done: it does not hold the model."""
+        return replace(self, model=None)
 
     @property
     def num_adapter(self) -> int:

@@ -7,6 +7,8 @@ from torch import nn
 
 from lightning_lora.compat.torch import COMPILED
 
+BASE = "__base__"  # what PEFT calls the base among the names of adapters
+
 
 def clean_name(name: str) -> str:
     """Return a parameter's or module's name without the parts that ``torch.compile`` puts in."""

@@ -109,7 +109,8 @@ def keep_off_fused_paths(model: nn.Module, injection: Injection) -> None:
 
     for module in model.modules():
         for cls, (name, value) in _FUSED_PATHS.items():
-            if isinstance(module, cls) and any(isinstance(part, LoRALayer) for part in module.modules()):
+            is_adapted = isinstance(module, cls) and any(isinstance(part, LoRALayer) for part in module.modules())
+            if is_adapted and getattr(module, name) != value:
                 injection.undo.append((module, name, getattr(module, name)))
                 setattr(module, name, value)
 

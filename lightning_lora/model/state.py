@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.compat.torch import compiled_module
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, Pair
+from lightning_lora.layers.acting import Choice
 from lightning_lora.layers.adalora import AdaLoRALinear
 from lightning_lora.layers.residual import ResidualLinear
 from lightning_lora.layers.token_rows import TokenRows
@@ -18,6 +19,16 @@ from lightning_lora.model.layer_plan import Plan
 from lightning_lora.model.names import clean_name, joined
 from lightning_lora.model.spread import gathered
 from lightning_lora.model.wrapping import run_at_injection
+from lightning_lora.ops.dropout import Seeds
+
+
+@dataclass
+class NamedAdapter:
+    """One of several adapters: what was decided for it, the seeds of its dropout, and the file it started from."""
+
+    plan: Plan
+    seeds: Seeds
+    source: str | None = None
 
 
 @dataclass
@@ -25,7 +36,7 @@ class Injection:
     """What was done to a model, kept on the model itself as ``lora_injection``.
 
     Attributes:
-        plan: what was decided.
+        plan: what was decided; of a model with named adapters what is common to them.
         originals: frozen copies of the base tensors that train, by name; those on meta have none.
         requires_grad: what every base parameter's flag was before.
         undo: attributes that were changed, as ``(module, name, former value)``.
@@ -35,6 +46,8 @@ class Injection:
         merged: what :func:`~lightning_lora.unmerge` gives back, while the adapters are merged.
         receipt: of the last merge, if there was one.
         total_step: number of optimizer steps of the run, once AdaLoRA prunes in one.
+        named: the adapters with names; empty for one without.
+        choice: which of them act.
     """
 
     plan: Plan
@@ -47,11 +60,24 @@ class Injection:
     merged: Any = None  # merged_model.MergedModel
     receipt: Any = None  # merge_receipt.MergeReceipt
     total_step: int | None = None
+    named: dict[str, NamedAdapter] = field(default_factory=dict)
+    choice: Choice = field(default_factory=Choice)
 
     @property
     def config(self) -> LoRAConfig:
-        """The settings that the model was adapted with."""
+        """The settings that the model was adapted with; an adapter with a name has settings of its own."""
+        assert not self.named
         return self.plan.config
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """What was decided for every adapter, by its name; one without a name is called ``""``."""
+        return {name: one.plan for name, one in self.named.items()} or {"": self.plan}
+
+    @property
+    def configs(self) -> dict[str, LoRAConfig]:
+        """The settings of every adapter, by its name; one without a name is called ``""``."""
+        return {name: plan.config for name, plan in self.plans.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -7,8 +7,8 @@ theirs is replaced by one that runs its own code before or after it. Where no ad
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch.utils.checkpoint as torch_checkpoint
@@ -19,6 +19,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.spread import WHAT_TO_WRITE, class_name
 from lightning_lora.model.written_config import quantization_in_config
+from lightning_lora.ops.dropout import Seeds
 from lightning_lora.ops.sharded import is_part
 
 _WRAPPED: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (owner, name) -> (its former value, ours)
@@ -75,58 +76,81 @@ class Switch(Protocol):
     def check_in_backward(self) -> None: ...
 
 
-switched: dict[int, Switch] = {}  # the changes that are made at present, by the identity of the model
+# the changes that are made at present, by what is changed: one of each kind for a model
+switched: dict[Hashable, Switch] = {}
 
 
-def switch_on(key: int, switch: Switch) -> None:
+def switch_on(key: Hashable, switch: Switch) -> None:
     """Make a change, and note that it is made."""
     switch.enter()
     switched[key] = switch
 
 
-def switch_off(key: int) -> None:
+def switch_off(key: Hashable) -> None:
     """Undo a change that is made."""
     switched.pop(key).leave()
 
 
 @at_injection
 def keep_state_of_forward() -> None:
-    """Make torch's and Megatron-core's activation checkpoints recompute with the changes that were made in forward.
+    """Make torch's and Megatron-core's activation checkpoints recompute with the changes that were made in forward, and
+    with the dropout seeds of named adapters that were next then.
 
     No hook serves both of torch's variants, so a method of their classes is wrapped, once in a process. Where nothing
     was switched in between, they recompute as before.
     """
-    wrap(checkpoint_frame(), "__init__", _with_present_state)
+    wrap(checkpoint_frame(), "__init__", functools.partial(_with_present_state, runs_first=False))
     megatron = sys.modules.get("megatron.core.tensor_parallel.random")
     for module in (torch_checkpoint, megatron):
         if (function := getattr(module, "CheckpointFunction", None)) is not None:
-            wrap(function, "forward", lambda forward: staticmethod(_with_present_state(forward)))
+            wrap(function, "forward", lambda forward: staticmethod(_with_present_state(forward, runs_first=True)))
 
 
-def _with_present_state(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method that takes the function to recompute: it will run with the changes that are made at the call."""
+def _with_present_state(method: Callable[..., Any], *, runs_first: bool) -> Callable[..., Any]:
+    """Wrap a method that takes the function to recompute: it will run with the changes that are made at the call.
+
+    Args:
+        runs_first: the method calls the function in forward, too.
+    """
 
     @functools.wraps(method)
     def wrapped(own: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return method(own, functools.partial(_run_as_then, dict(switched), function), *args, **kwargs)
+        return method(own, _Recomputed(function, runs_first=runs_first), *args, **kwargs)
 
     return wrapped
 
 
-def _run_as_then(then: dict[int, Switch], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if then.keys() == switched.keys():
-        return function(*args, **kwargs)
+class _Recomputed:
+    """A function that is recomputed with the changes that were made, and the seeds that were next, at its creation."""
+
+    def __init__(self, function: Callable[..., Any], *, runs_first: bool) -> None:
+        self.function, self.runs_first = function, runs_first
+        self.switched, self.seeds = dict(switched), Seeds.positions()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.runs_first:
+            self.runs_first = False
+            return self.function(*args, **kwargs)
+        with _switched_as(self.switched), Seeds.at(self.seeds):
+            return self.function(*args, **kwargs)
+
+
+@contextmanager
+def _switched_as(then: dict[Hashable, Switch]) -> Iterator[None]:
+    """Make the changes ``then`` inside the block, in the place of the present ones."""
     now = dict(switched)
-    for key in now.keys() ^ then.keys():
-        (now | then)[key].check_in_backward()
+    leaving = [key for key in now if now[key] is not then.get(key)]
+    entering = [key for key in then if then[key] is not now.get(key)]
+    for switch in (*(now[key] for key in leaving), *(then[key] for key in entering)):
+        switch.check_in_backward()
     with ExitStack() as stack:
-        for key in now.keys() - then.keys():
+        for key in leaving:
             switch_off(key)
             stack.callback(switch_on, key, now[key])
-        for key in then.keys() - now.keys():
+        for key in entering:
             switch_on(key, then[key])
             stack.callback(switch_off, key)
-        return function(*args, **kwargs)
+        yield
 
 
 # the classes that models inherit the method from, by the modules that define them
@@ -185,7 +209,7 @@ def _without_adapters(model: nn.Module, state: Mapping[str, Any] | None) -> dict
     kept = {name: value for name, value in state.items() if clean_name(name) not in adapters}
     if len(kept) == len(state):
         return None
-    if any(layer.lora_active for layer in layers.values()):
+    if any(layer.may_act for layer in layers.values()):
         raise ValueError(
             f"save_pretrained would write the adapters of {class_name(model)} under names that from_pretrained drops, "
             "and the base alone would be read back. To write the adapter, call save_peft(model, directory). To write "

@@ -1,5 +1,10 @@
 """Recompute dropout masks in backward instead of storing them: a mask is a hash of a seed and of positions."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
 
@@ -9,6 +14,48 @@ from lightning_lora.compat.torch import has_transforms
 _MIX_1 = 0x21F0AAAD
 _MIX_2 = 0x735A2D97
 _GOLDEN = 0x1E3779B97F4A7C15
+
+
+class Seeds:
+    """The seeds of one named adapter's dropout: numbers that count up, of which every call takes the next."""
+
+    alive: ClassVar["WeakSet[Seeds]"] = WeakSet()
+
+    def __init__(self, first: int) -> None:
+        self.next = torch.tensor(first, dtype=torch.int64, device="cpu")
+        self.alive.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.alive.add(self)
+
+    def draw(self) -> Tensor:
+        """Return the next seed, and go on to the one after it."""
+        seed = self.next.clone()
+        self.next.add_(1)
+        return seed
+
+    def take_back(self, next_seed: Tensor, is_drawn: Tensor) -> None:
+        """Go back to ``next_seed`` unless ``is_drawn``, a boolean in a tensor: in a graph that draws at any rate."""
+        self.next.copy_(torch.where(is_drawn, self.next, next_seed))
+
+    @classmethod
+    def positions(cls) -> dict["Seeds", int]:
+        """Return the next seed of every adapter in this process."""
+        return {seeds: int(seeds.next) for seeds in cls.alive}
+
+    @classmethod
+    @contextmanager
+    def at(cls, positions: Mapping["Seeds", int]) -> Iterator[None]:
+        """Draw the seeds from ``positions`` inside the block, and go on after it as if none had been drawn."""
+        present = {seeds: int(seeds.next) for seeds in positions}
+        for seeds, position in positions.items():
+            seeds.next.fill_(position)
+        try:
+            yield
+        finally:
+            for seeds, position in present.items():
+                seeds.next.fill_(position)
 
 
 def keep_mask(

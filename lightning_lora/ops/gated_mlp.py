@@ -17,16 +17,9 @@ from torch import Tensor
 
 from lightning_lora.compat.torch import is_transformed
 from lightning_lora.ops.autocast import autocast_dtype
-from lightning_lora.ops.linear import (
-    LinearTensors,
-    ScaledDropout,
-    StoredLinearTensors,
-    backward_of_linears,
-    cast_as_autocast,
-    forward_of_linears,
-    plain_linears,
-    reshape_like,
-)
+from lightning_lora.ops.linear import BACKWARD, FORWARD, PLAIN, cast_as_autocast, reshape_like
+from lightning_lora.ops.linear_tensors import LinearTensors, ScaledDropout, StoredLinearTensors
+from lightning_lora.ops.mixture import Shares
 from lightning_lora.ops.stored import apart, dense_again, dense_like, together
 
 
@@ -61,8 +54,9 @@ def lora_gated_mlp(
     down: LinearTensors,
     *,
     activation: str,
-    entering: ScaledDropout,
-    leaving: ScaledDropout,
+    entering: ScaledDropout | Shares,
+    leaving: ScaledDropout | Shares,
+    pairs: tuple[Sequence[LinearTensors], Sequence[LinearTensors]] = ((), ()),
 ) -> Tensor:
     """Return ``down(act(gate(x)) * up(x))`` of three adapted layers (Shazeer 2020), and save little for backward.
 
@@ -75,41 +69,51 @@ def lora_gated_mlp(
         activation: a name in :data:`ACTIVATIONS`.
         entering: scaling and dropout of the adapters of gate and up.
         leaving: scaling and dropout of the adapter of down.
+        pairs: in a mixture the factors of all shares, of gate and up, and of down.
     """
-    layers: Sequence[LinearTensors] = [gate, up, down]
+    layers: Sequence[LinearTensors] = [gate, up, *pairs[0], down, *pairs[1]]
+    num_opening = 2 + len(pairs[0])
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, layers = cast_as_autocast(x, layers, dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return lora_gated_mlp(x, *layers, activation=activation, entering=entering, leaving=leaving)
+            gate, up, *pairs_in = layers[:num_opening]
+            down, *pairs_out = layers[num_opening:]
+            terms: Any = {"activation": activation, "entering": entering, "leaving": leaving}
+            return lora_gated_mlp(x, gate, up, down, **terms, pairs=(pairs_in, pairs_out))
     act = ACTIVATIONS[activation]
     if is_transformed():
-        return _plain_gated_mlp(x, layers, act, entering, leaving)
+        return _plain_gated_mlp(x, layers, num_opening, act, entering, leaving)
     if gate.is_stored or up.is_stored or down.is_stored:
         entering = entering._replace(has_stored=True)
-    y: Tensor = _GatedMLP.apply(x, act, entering, leaving, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
+    settings = act, num_opening, entering, leaving
+    y: Tensor = _GatedMLP.apply(x, *settings, *chain.from_iterable(layers))  # type: ignore[no-untyped-call]
     return y
 
 
 def _plain_gated_mlp(
-    x: Tensor, layers: Sequence[LinearTensors], act: Activation, entering: ScaledDropout, leaving: ScaledDropout
+    x: Tensor, layers: Sequence[LinearTensors], num_opening: int, act: Activation, entering: Any, leaving: Any
 ) -> Tensor:
     """Return :func:`lora_gated_mlp` by operations that torch can transform."""
-    e, g = plain_linears(x, layers[:2], entering)
-    return plain_linears(act.forward(e) * g, layers[2:], leaving)[0]
+    e, g = PLAIN[type(entering)](x, layers[:num_opening], entering)
+    y: Tensor = PLAIN[type(leaving)](act.forward(e) * g, layers[num_opening:], leaving)[0]
+    return y
 
 
 class _GatedMLP(torch.autograd.Function):
-    """``forward(x, activation, entering, leaving, W, b, A and B of gate, up and down) -> y``."""
+    """``forward(x, activation, num_opening, entering, leaving, W, b, A and B of each layer) -> y``.
+
+    The first ``num_opening`` layers are gate and up, in a mixture with the factors of its shares.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, act: Activation, entering: ScaledDropout, leaving: ScaledDropout, *tensors: Any
+        ctx: Any, x: Tensor, act: Activation, num_opening: int, entering: Any, leaving: Any, *tensors: Any
     ) -> Tensor:
-        dense = dense_like if entering.has_stored else None
-        (e, g), h_in = forward_of_linears(x.reshape(-1, x.shape[-1]), tensors[:8], entering, dense)
-        (y,), h_out = forward_of_linears(act.forward(e).mul_(g), tensors[8:], leaving, dense)
-        ctx.act, ctx.entering, ctx.leaving, ctx.stored = act, entering, leaving, None
+        dense, n = dense_like if entering.has_stored else None, 4 * num_opening
+        (e, g), h_in = FORWARD[type(entering)](x.reshape(-1, x.shape[-1]), tensors[:n], entering, dense)
+        (y,), h_out = FORWARD[type(leaving)](act.forward(e).mul_(g), tensors[n:], leaving, dense)
+        ctx.act, ctx.num_opening, ctx.entering, ctx.leaving, ctx.stored = act, num_opening, entering, leaving, None
         ctx.set_materialize_grads(False)
         if entering.has_stored:
             ctx.stored, weights = apart(tensors[::4])
@@ -128,23 +132,23 @@ class _GatedMLP(torch.autograd.Function):
         entering, leaving = ctx.entering._replace(seed=seed_in), ctx.leaving._replace(seed=seed_out)
         if torch.is_grad_enabled():
             kind = LinearTensors if dense is None else StoredLinearTensors
-            layers = [kind(*tensors[i : i + 4]) for i in (0, 4, 8)]
-            y = _plain_gated_mlp(x, layers, ctx.act, entering, leaving)
-            return differentiable_gradients(ctx, y, [x, None, None, None, *tensors], grad)
-        need_x, _, _, _, *needs = ctx.needs_input_grad
+            layers = [kind(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
+            y = _plain_gated_mlp(x, layers, ctx.num_opening, ctx.act, entering, leaving)
+            return differentiable_gradients(ctx, y, [x, None, None, None, None, *tensors], grad)
+        (need_x, _, _, _, _, *needs), n = ctx.needs_input_grad, 4 * ctx.num_opening
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         opened = ctx.act.forward(e)
         h = opened * g  # [T, intermediate]
-        grad_h, of_down = backward_of_linears(
-            h, [grad], tensors[8:], h_out, leaving, needs[8:], need_x=True, dense=dense
+        grad_h, of_down = BACKWARD[type(leaving)](
+            h, [grad], tensors[n:], h_out, leaving, needs[n:], need_x=True, dense=dense
         )
         assert grad_h is not None
         grad_g = opened.mul_(grad_h)
         grad_e = ctx.act.backward_into(grad_h, grad_h.mul_(g), e)
-        grad_x, of_both = backward_of_linears(
-            rows, [grad_e, grad_g], tensors[:8], h_in, entering, needs[:8], need_x=need_x, dense=dense
+        grad_x, of_both = BACKWARD[type(entering)](
+            rows, [grad_e, grad_g], tensors[:n], h_in, entering, needs[:n], need_x=need_x, dense=dense
         )
-        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *of_both, *of_down
+        return None if grad_x is None else grad_x.view(x.shape), None, None, None, None, *of_both, *of_down
 
 
 def differentiable_gradients(ctx: Any, y: Tensor, inputs: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.ops.linear import ScaledDropout, StoredLinearTensors, lora_linears
+from lightning_lora.ops.linear import lora_linears
+from lightning_lora.ops.linear_tensors import ScaledDropout, StoredLinearTensors
 from lightning_lora.ops.packed import PackedWeight
 from lightning_lora.ops.stored import stored_linear
 

@@ -33,7 +33,7 @@ class Counts:
 
     def __init__(self, monkeypatch) -> None:
         self.siblings = self.mlps = 0
-        several, mlp = siblings.compute_all, gated_mlp.lora_gated_mlp
+        several, mlp = siblings.Siblings.compute_all, gated_mlp.lora_gated_mlp
 
         def count_siblings(*args, **kwargs):
             self.siblings += 1
@@ -43,7 +43,7 @@ class Counts:
             self.mlps += 1
             return mlp(*args, **kwargs)
 
-        monkeypatch.setattr(siblings, "compute_all", count_siblings)
+        monkeypatch.setattr(siblings.Siblings, "compute_all", staticmethod(count_siblings))
         monkeypatch.setattr(gated_mlp, "lora_gated_mlp", count_mlps)
 
     def pair(self) -> tuple[int, int]:

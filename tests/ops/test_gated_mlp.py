@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lora.ops import gated_mlp as fused
 from lightning_lora.ops.dropout import keep_mask
 from lightning_lora.ops.gated_mlp import ACTIVATIONS, lora_gated_mlp
-from lightning_lora.ops.linear import LinearTensors, ScaledDropout, lora_linear, lora_linears
+from lightning_lora.ops.linear import lora_linear, lora_linears
+from lightning_lora.ops.linear_tensors import LinearTensors, ScaledDropout
 
 HIDDEN, INNER, TOKENS = 6, 5, 7
 OUTS, RANKS = (5, 4, 5), (2, 3, 2)
@@ -264,7 +265,7 @@ def test_the_order_that_gpus_take_gives_the_same_numbers(which, dropout, monkeyp
     function, layers = calls(x, terms)[which]
     wanted = [x, *leaves(layers)]
     expected = [*function(), *gradients(function(), wanted)]
-    monkeypatch.setattr("lightning_lora.ops.linear.ADAPTER_FIRST", {"cpu"})
+    monkeypatch.setattr("lightning_lora.ops.products.ADAPTER_FIRST", {"cpu"})
     assert_all_close([*function(), *gradients(function(), wanted)], expected, **FLOAT64)
     x1 = inputs()
     one = siblings()[0]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops.gated_mlp import lora_gated_mlp
-from lightning_lora.ops.linear import LinearTensors, ScaledDropout, StoredLinearTensors, lora_linears
+from lightning_lora.ops.linear import lora_linears
+from lightning_lora.ops.linear_tensors import LinearTensors, ScaledDropout, StoredLinearTensors
 from lightning_lora.ops.packed import FORMS
 from lightning_lora.ops.stored import ONEDNN_ROWS, dense_linear, stored_linear
 

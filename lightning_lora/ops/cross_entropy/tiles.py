@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.cross_entropy.parallel import place, set_apart
-from lightning_lora.ops.linear import scaled_mm
+from lightning_lora.ops.products import scaled_mm
 
 _TILE_BYTES = 4 * 2**20  # of all that a tile needs: what is done to it happens in a CPU's cache
 # a GPU wants fewer and larger kernels: of the logits, so that all buffers together stay below a twentieth of them; of
