@@ -27,15 +27,15 @@ class Presence:
                 self.members.setdefault(owner, []).append(place)
         self.flags = [*present, *(any(present[place] for place in own) for own in self.members.values())]
 
-    def average_over_ranks_with_rows(self, pieces: Sequence[Tensor], flags: Tensor, num_ranks: int) -> None:
+    def average_over_ranks_with_rows(self, pieces: Sequence[Tensor | None], flags: Tensor, num_ranks: int) -> None:
         """Turn averages over ``num_ranks`` into those over the ranks that had an adapter's rows, in place.
 
         Args:
-            pieces: the gradients, in the order of the parameters.
+            pieces: the gradients, in the order of the parameters; ``None`` for one that is not there.
             flags: their sum over the ranks.
         """
         if not self.members:
             return
         factors = num_ranks / flags[-len(self.members) :].clamp(min=1)
         for factor, places in zip(factors.unbind(), self.members.values(), strict=True):
-            foreach_mul_([pieces[place] for place in places], factor)
+            foreach_mul_([piece for place in places if (piece := pieces[place]) is not None], factor)
