@@ -57,7 +57,13 @@ class FabricAdapterOnly(AdapterCheckpoints, Strategy):
 
     @override
     def clip_gradients_norm(
-        self, module: nn.Module, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Clip by the norm of all gradients, or those of each named adapter by their own."""
         named = owners(module)
