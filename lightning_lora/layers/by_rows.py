@@ -10,8 +10,13 @@ from lightning_lora.layers.acting import Choice, Mixture, Part
 from lightning_lora.layers.masked import map_tensors, run_masked
 
 
-def run_by_rows(choice: Choice, mixture: Mixture, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run_by_rows(
+    choice: Choice, mixture: Mixture, run: Callable[..., Any], args: Any, kwargs: Any, row_dim: int = 0
+) -> Any:
     """Call ``run`` for each part of a mixture with its rows of all tensors, while its adapter alone acts.
+
+    Args:
+        row_dim: the dimension of the tensors that rows lie along.
 
     Raises:
         ValueError: the tensors have other rows than the mixture, or not all the same.
@@ -21,14 +26,14 @@ def run_by_rows(choice: Choice, mixture: Mixture, run: Callable[..., Any], args:
     first = _first_tensor(args, kwargs)
     if first is None:
         raise ValueError("a layer got no tensor whose rows could be told apart by their adapters")
-    shape = _leading(first, mixture)
-    parts, dim = mixture.parts(shape, first.device), len(shape) - 1
+    shape = _leading(first, mixture, row_dim)
+    parts, dim = mixture.parts(shape[row_dim:], first.device), len(shape) - 1
     outputs = []
     for part in parts:
         own_args, own_kwargs = map_tensors(lambda one, part=part: _take(one, part, shape), (args, kwargs))
         with choice.only(part.name):
             outputs.append(run(*own_args, **own_kwargs))
-    return map_tensors(lambda *ones: _join(ones, parts, dim), *outputs)
+    return map_tensors(lambda *ones: join_rows(ones, parts, dim), *outputs)
 
 
 def has_rows(mixture: Mixture, args: Any, kwargs: Any) -> bool:
@@ -44,10 +49,12 @@ def _first_tensor(args: Any, kwargs: Any) -> Tensor | None:
     return next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
 
 
-def _leading(first: Tensor, mixture: Mixture) -> torch.Size:
+def _leading(first: Tensor, mixture: Mixture, row_dim: int = 0) -> torch.Size:
     """Return the leading dimensions of a tensor, up to the one that is told apart: of packed rows in a batch of one it
     is the second.
     """
+    if row_dim:
+        return first.shape[: row_dim + 1]
     return first.shape[: 2 if mixture.is_packed and first.ndim > 1 and first.shape[0] == 1 else 1]
 
 
@@ -60,9 +67,9 @@ def _take(one: Tensor, part: Part, shape: torch.Size) -> Tensor:
     return part.take(one, len(shape) - 1)
 
 
-def _join(outputs: Sequence[Tensor], parts: Sequence[Part], dim: int) -> Tensor:
-    """Return the outputs for the rows of all parts in the order of the rows."""
-    if len(parts) == 1:
+def join_rows(outputs: Sequence[Any], parts: Sequence[Part], dim: int = 0) -> Any:
+    """Return the outputs for the rows of all parts in the order of the rows; what is no output of rows as it is."""
+    if len(parts) == 1 or not isinstance(outputs[0], Tensor) or all(one is outputs[0] for one in outputs):
         return outputs[0]
     total = torch.cat(list(outputs), dim)
     if all(isinstance(part.rows, slice) for part in parts):

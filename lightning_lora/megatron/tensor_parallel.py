@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import lora_class, swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.host import Host, adapters_of, follow_base
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.quantized_linear import QuantizedLinear
 from lightning_lora.layers.split import SplitLinear
@@ -73,13 +74,15 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
         return
     if not isinstance(layer, nn.Linear) or isinstance(layer, SplitLinear):
         raise ValueError(f"the plan names {name!r}, a {type(layer).__name__}; split are linear layers")
-    if isinstance(layer, LoRALayer) and type(layer).__bases__[0] is not LoRALinear:
+    for adapter in adapters_of(layer):
+        if type(adapter).__bases__[0] is LoRALinear:
+            continue
         raise ValueError(
-            f"{name!r} is adapted by {type(layer).__bases__[0].__name__}, which tensor parallelism does not serve "
+            f"{name!r} is adapted by {type(adapter).__bases__[0].__name__}, which tensor parallelism does not serve "
             "(DoRA, lora_bias, PiSSA, OLoRA, token rows, a weight that is read): leave the option or layer out, or use "
             "strategy='fsdp_lora'"
         )
-    if not isinstance(layer, (LoRALayer, QuantizedLinear)) and type(layer).forward is not nn.Linear.forward:
+    if not isinstance(layer, (LoRALayer, Host, QuantizedLinear)) and type(layer).forward is not nn.Linear.forward:
         raise ValueError(f"{name!r} is a {type(layer).__name__} with a forward of its own, which cannot be split")
     size = layer.out_features if kind == "column" else layer.in_features
     if size % ranks:
@@ -116,11 +119,15 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
         keep_part(layer, "weight", mesh, dim)
     if kind == "column" and layer.bias is not None:
         keep_part(layer, "bias", mesh, 0)
-    if isinstance(layer, LoRALayer):
-        keep_part(layer, "lora_B" if kind == "column" else "lora_A", mesh, dim)
-        whole = layer.lora_A if kind == "column" else layer.lora_B
+    for adapter in adapters_of(layer):
+        keep_part(adapter, "lora_B" if kind == "column" else "lora_A", mesh, dim)
+        whole = adapter.lora_A if kind == "column" else adapter.lora_B
         whole.lora_tp_sum = True  # type: ignore[attr-defined]  # each rank has an addend of its gradient
+    if isinstance(layer, LoRALayer):
         swap_class(layer, LoRAParallelLinear, base)
+    elif isinstance(layer, Host):
+        swap_class(layer, type(layer).__bases__[0], base)
+        follow_base(layer, LoRAParallelLinear)
     else:
         layer.__class__ = base
 
@@ -134,7 +141,7 @@ def _tied_table(root: nn.Module, chosen: Collection[str]) -> tuple[nn.Module, nn
     twins = [m for m in root.modules() if isinstance(m, nn.Embedding) and m._parameters["weight"] is weight]
     if not twins:
         return None, None
-    if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows)) or isinstance(head, LoRALayer):
+    if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows, Host)) or isinstance(head, (LoRALayer, Host)):
         raise ValueError(
             "the tied embedding or output head is adapted, and would have to be split over ranks with its twin: leave "
             "it out of target_modules and trainable_token_indices, or use strategy='fsdp_lora'"
@@ -150,7 +157,7 @@ def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
     if not is_pretrained(root) or not isinstance(root.get_output_embeddings(), ColumnParallelLinear):  # type: ignore[operator]
         return None
     table: Any = root.get_input_embeddings()  # type: ignore[operator]
-    if not isinstance(table, nn.Embedding) or isinstance(table, LoRALayer) or table.max_norm is not None:
+    if not isinstance(table, nn.Embedding) or isinstance(table, (LoRALayer, Host)) or table.max_norm is not None:
         return None
     weight = table._parameters["weight"]
     holders = [m for m in root.modules() if any(p is weight for p in m._parameters.values())]
@@ -160,8 +167,8 @@ def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
 
 def check_replicated(root: nn.Module) -> None:
     """Raise ``ValueError`` for adapters that tensor parallelism does not serve and that no plan names."""
-    injection = require_injection(root)
-    if injection.config.use_dora or injection.config.lora_bias or injection.config.starts_from_base:
+    configs = require_injection(root).configs.values()
+    if any(config.use_dora or config.lora_bias or config.starts_from_base for config in configs):
         raise ValueError(
             "use_dora, lora_bias, PiSSA and OLoRA are not served under tensor parallelism: leave them out, or use "
             "strategy='fsdp_lora'"

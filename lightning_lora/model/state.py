@@ -24,11 +24,19 @@ from lightning_lora.ops.dropout import Seeds
 
 @dataclass
 class NamedAdapter:
-    """One of several adapters: what was decided for it, the seeds of its dropout, and the file it started from."""
+    """One of several adapters.
+
+    Attributes:
+        plan: what was decided for it.
+        seeds: of its dropout.
+        source: the file it started from, if any.
+        rates: what takes the place of the numbers that ``parameter_groups`` is given.
+    """
 
     plan: Plan
     seeds: Seeds
     source: str | None = None
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -35,6 +35,7 @@ class Start:
         on_nonfinite: what to do about an adapter there that holds NaN or infinity.
         quantization: ``quantize`` and ``quantize_exclude`` of :func:`~lightning_lora.inject`.
         adapters: the config of every adapter with a name; empty for one without.
+        rates: what takes the place of the numbers of ``parameter_groups``, by adapter.
     """
 
     given: dict[str, Any]
@@ -43,6 +44,7 @@ class Start:
     on_nonfinite: OnNonfinite
     quantization: dict[str, Any]
     adapters: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
+    rates: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def configure_then_adapt(configure_model: Callable[[], None], pl_module: nn.Module, start: Start) -> None:
@@ -100,6 +102,7 @@ def _adapt_by_name(root: nn.Module, start: Start) -> None:
         quantize(root, kind, exclude=exclude)
     for name, config in start.adapters.items():
         add_adapter(root, name, config)
+        require_injection(root).named[name].rates = start.rates.get(name, {})
 
 
 def _adapt_from_checkpoint(root: nn.Module, root_path: str, start: Start, path: str) -> None:
