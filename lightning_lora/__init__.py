@@ -37,7 +37,9 @@ from lightning_lora.model.plan import plan
 from lightning_lora.model.quantize import quantize
 from lightning_lora.model.rank_allocator import RankAllocator
 from lightning_lora.model.state import named_adapter_parameters
+from lightning_lora.peft.adapter_tensors import adapter_tensors
 from lightning_lora.peft.combine import combine
+from lightning_lora.peft.hot_swap import hot_swap
 from lightning_lora.peft.load import load_peft
 from lightning_lora.peft.readers import check_portable
 from lightning_lora.peft.save import convert, save_peft
@@ -64,12 +66,14 @@ __all__ = [
     "adapter_state_dict",
     "adapters",
     "add_adapter",
+    "adapter_tensors",
     "apply",
     "check_portable",
     "combine",
     "convert",
     "disabled",
     "gpt_model",
+    "hot_swap",
     "inject",
     "linear_cross_entropy",
     "load_adapter_state_dict",

@@ -19,6 +19,7 @@ NUM_BLOCKS = {
     "performance.md": 1,
     "from_peft.md": 11,
     "quantization.md": 2,
+    "serving.md": 5,
 }
 
 
@@ -41,7 +42,12 @@ def test_python_blocks_run_in_order(name: str, tmp_path: Path, monkeypatch: pyte
         if name != "from_peft.md":
             warnings.simplefilter("ignore")  # a loader with too few workers for Lightning's taste
         exec(compile("\n".join(blocks(page)), str(page), "exec"), {"__name__": "page"})
-    written = {"quickstart.md": "adapter", "adalora.md": "adalora", "from_peft.md": "converted"}
+    written = {
+        "quickstart.md": "adapter",
+        "adalora.md": "adalora",
+        "from_peft.md": "converted",
+        "serving.md": "adapter",
+    }
     if name in written:
         assert (tmp_path / written[name] / "adapter_config.json").exists()
 

@@ -115,6 +115,14 @@ def require_root(model: nn.Module) -> nn.Module:
     return next(iter(roots.values()))
 
 
+def check_adapter_name(root: nn.Module, adapter: str | None) -> None:
+    """Raise ``ValueError`` for the name of an adapter that the model does not have: its one adapter has no name."""
+    if adapter is not None:
+        raise ValueError(
+            f"adapter={adapter!r} is not known: the adapter of {type(root).__name__} has no name. Leave adapter out"
+        )
+
+
 def named_lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Return the adapted layers by name; a layer that is reached under several names comes once."""
     return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
@@ -207,7 +215,7 @@ def check_finite(tensors: Mapping[str, Any], where: Any, on_nonfinite: OnNonfini
     if on_nonfinite == "error":
         raise ValueError(
             f"{message}, or take it as it is: on_nonfinite='warn' is an option of LoRACallback, save_peft, load_peft, "
-            "load_adapter_state_dict, convert and combine"
+            "adapter_tensors, hot_swap, load_adapter_state_dict, convert and combine"
         )
     rank_zero_warn(message)
 

@@ -5,6 +5,7 @@ ranks, pruned ones with a zero in E, which PEFT reads as well.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,24 +60,26 @@ def with_all_ranks(files: Files, source: Any) -> Files:
     return files._replace(config={**files.config, **unread, "r": init_r, "rank_pattern": {}}, tensors=tensors)
 
 
+def check_has_ranks(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` for an AdaLoRA adapter none of whose layers has a rank."""
+    if not any(bool(value.any()) for key, value in tensors.items() if key.endswith(".lora_E")):
+        raise ValueError("the ranks of all layers are zero: the adapter has not trained, and there is nothing to write")
+
+
 def as_lora(
     config: dict[str, Any], tensors: dict[str, Tensor], *, keep_layers: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return an AdaLoRA adapter with all its ranks as plain LoRA that computes the same, without the pruned ranks.
 
-    A becomes ``E * A``, B becomes ``alpha / (init_r + 1e-5) * B``, and each layer's alpha is its rank.
+    A becomes ``E * A``, B becomes ``alpha / (init_r + 1e-5) * B``, and each layer's alpha is its rank. A and B may be
+    on the meta device, where E is not.
 
     Args:
         keep_layers: write one rank of zeros for a layer without ranks, which is left out otherwise.
-
-    Raises:
-        ValueError: no layer has a rank.
     """
     scaling = config["lora_alpha"] / (config["init_r"] + 1e-5)
     layers = [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]
     written = {key: value for key, value in tensors.items() if _KEY.fullmatch(key) is None}
-    if not any(bool(tensors[f"{layer}.lora_E"].any()) for layer in layers):
-        raise ValueError("the ranks of all layers are zero: the adapter has not trained, and there is nothing to write")
     ranks: dict[str, int] = {}
     for layer in layers:
         A, B, E = (tensors[f"{layer}.lora_{factor}"] for factor in "ABE")
@@ -84,8 +87,9 @@ def as_lora(
         if not bool(kept.any()):
             kept[0] = keep_layers
         if bool(kept.any()):
-            written[f"{layer}.lora_A.weight"] = (A * E)[kept]
-            written[f"{layer}.lora_B.weight"] = B[:, kept] * scaling
+            indices = kept.nonzero().flatten().to(A.device)
+            written[f"{layer}.lora_A.weight"] = (A * E.to(A.device)).index_select(0, indices)
+            written[f"{layer}.lora_B.weight"] = B.index_select(1, indices) * scaling
             ranks[layer.removeprefix(PREFIX)] = int(kept.sum())
     r, pattern = anchored(ranks, 1)
     plain = {"peft_type": "LORA", "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern}

@@ -1,5 +1,7 @@
 """Compare the base tensors that a PEFT directory holds with a model's own."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from lightning_lora.model.families import resize_advice
@@ -46,3 +48,16 @@ def check_trained(model: nn.Module, adapter: Adapter) -> list[tuple[Tensor, int,
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return all parameters under all of their clean names, and buffers."""
     return {clean_name(n): t for n, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+
+
+def set_copies_apart(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    """Move embeddings and heads that did not train, which PEFT may copy into the file, from ``trained`` to ``base``."""
+    for name in list(adapter.trained):
+        owner, _, local = name.rpartition(".")
+        if local == "weight" and not is_whole(owner, adapter) and owner in modules:
+            adapter.base[name] = adapter.trained.pop(name)
+
+
+def is_whole(owner: str, adapter: Adapter) -> bool:
+    """Whether a module lies in one whose name ends with an entry of ``modules_to_save``."""
+    return any(f"{entry}." in f"{owner}." for entry in adapter.config.get("modules_to_save") or ())

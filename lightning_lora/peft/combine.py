@@ -11,7 +11,8 @@ import torch
 from lightning_lora.checkpoint.storage import Location, location
 from lightning_lora.model.state import OnNonfinite, check_finite
 from lightning_lora.peft.directory import Files, read_files, write_directory
-from lightning_lora.peft.portable import Factors, folded, read_factors, write_factors
+from lightning_lora.peft.factors import Factors, folded, write_factors
+from lightning_lora.peft.portable import read_factors
 
 # what says which layers are adapted, besides target_parameters
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

@@ -24,11 +24,11 @@ from lightning_lora.peft.written import modules_trained_whole, peft_config
 Entry: TypeAlias = tuple[str, str, list[str]]  # a key, and the layout and the names of the tensors that it is made from
 
 
-def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any]:
+def describe_for_peft(root: nn.Module, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return all that a PEFT directory needs beside the tensors, in plain values: config, entries, metadata.
 
     Args:
-        base: the fingerprint of the frozen base.
+        base: the fingerprint of the frozen base; ``None`` leaves it out of the metadata.
 
     Raises:
         ValueError: PEFT would compute something else from the file.
@@ -36,7 +36,7 @@ def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any
     family = family_of(root)
     if family is not None and family.skeleton(root) is not None:
         view, sources = family.adapted_view(root)
-        description = describe_for_peft(view, renamed(base, family.peft_name))
+        description = describe_for_peft(view, base and renamed(base, family.peft_name))
         description["only_portable"] = _check_experts(root, view)
         by_key = {key: sources[name] for key, _, (name,) in description["entries"]}
         description["entries"] = [(key, layout, [source]) for key, (layout, source) in by_key.items()]
@@ -58,7 +58,7 @@ def describe_for_peft(root: nn.Module, base: Mapping[str, Any]) -> dict[str, Any
         "config": peft_config(root, modules),
         "entries": _entries(root, modules, beside),
         "metadata": {
-            "base": {**base, "hashes": base["hashes"].tolist()},
+            **({} if base is None else {"base": {**base, "hashes": base["hashes"].tolist()}}),
             **({"trained_over": forms} if (forms := forms_of(root)) else {}),
         },
     }

@@ -88,6 +88,24 @@ def laid_out(layout: str, tensors: Sequence[Tensor]) -> Tensor:
     return first
 
 
+def put_back(layout: str, value: Tensor, into: Tensor) -> None:
+    """Copy a tensor in PEFT's layout into the model's tensor that :func:`laid_out` takes first.
+
+    Zeros of the layout, and its second tensor, have no place there: compare ``laid_out(...)`` with ``value``.
+    """
+    if layout.startswith("half_"):
+        put_back(layout.removeprefix("half_"), 2 * value, into)
+    elif layout in ("experts_A", "experts_B"):
+        is_A = layout == "experts_A"
+        into.copy_(value.view(into.shape) if is_A else value.unflatten(1, (into.shape[2], -1)).permute(2, 0, 1))
+    elif layout.startswith("rows_"):
+        start, count, group = map(int, layout.split("_")[1:])
+        rows = value.view(-1, count, *value.shape[1:])
+        into.view(-1, group, *into.shape[1:])[:, start : start + count] = rows
+    else:  # plain, or with more at the end of a dimension
+        into.copy_(value[tuple(map(slice, into.shape))])
+
+
 def unstacked(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Return A ``[E, r, in]`` and B ``[E, out, r]`` from PEFT's expert-major rows and rank-major columns."""
     return A.unflatten(0, (-1, r)), B.unflatten(1, (r, -1)).permute(2, 0, 1)

@@ -18,7 +18,7 @@ from lightning_lora.model.inject import inject_anew, remove
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import OnNonfinite, check_finite, require_injection
 from lightning_lora.peft.adalora import with_all_ranks
-from lightning_lora.peft.base_tensors import check_trained, named_tensors
+from lightning_lora.peft.base_tensors import check_trained, is_whole, named_tensors, set_copies_apart
 from lightning_lora.peft.config import CONFIG_NAME, checked, kind_of
 from lightning_lora.peft.diffusers import DIFFUSERS_NAME, read_diffusers
 from lightning_lora.peft.directory import Adapter, read_files, sorted_tensors
@@ -77,7 +77,7 @@ def load_peft(
 def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None, **quantization: Any) -> None:
     """Check that the adapter fits, adapt the model as it says, and copy its tensors."""
     modules = {clean_name(name): module for name, module in model.named_modules()}
-    _set_copies_apart(adapter, modules)
+    set_copies_apart(adapter, modules)
     _check_ties(model, adapter, modules)
     tensors = named_by_layer(adapter, modules, model)
     tails = check_trained(model, adapter)
@@ -129,14 +129,6 @@ def _refuse_base(model: nn.Module, directory: Location, recorded: Mapping[str, A
     )
 
 
-def _set_copies_apart(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
-    """Move embeddings and heads that did not train, which PEFT may copy into the file, from ``trained`` to ``base``."""
-    for name in list(adapter.trained):
-        owner, _, local = name.rpartition(".")
-        if local == "weight" and not _is_whole(owner, adapter) and owner in modules:
-            adapter.base[name] = adapter.trained.pop(name)
-
-
 def _check_ties(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Raise ``ValueError`` where PEFT trained a copy of a tensor that is tied to another module's in this model.
 
@@ -146,7 +138,7 @@ def _check_ties(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Mod
     for name, parameter in model.named_parameters(remove_duplicate=False):
         twins.setdefault(id(parameter), []).append(clean_name(name))
     for group in twins.values():
-        copied = [n for n in group if n in adapter.trained and _is_whole(n.rpartition(".")[0], adapter)]
+        copied = [n for n in group if n in adapter.trained and is_whole(n.rpartition(".")[0], adapter)]
         for name in group if copied else []:
             if modules[name.rpartition(".")[0]] is modules[copied[0].rpartition(".")[0]]:
                 continue
@@ -169,8 +161,3 @@ def _untrained_values(model: nn.Module, adapter: Adapter) -> list[str]:
         and not any(name.startswith(f"{module}.") for module in whole)
         and not is_value(value, own[name])
     ]
-
-
-def _is_whole(owner: str, adapter: Adapter) -> bool:
-    """Whether a module lies in one whose name ends with an entry of ``modules_to_save``."""
-    return any(f"{entry}." in f"{owner}." for entry in adapter.config.get("modules_to_save") or ())

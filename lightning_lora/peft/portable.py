@@ -5,65 +5,25 @@ every layer to that r, and the layer's scale moves into ``lora_B``, so that the 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_lora.peft.config import CHANGES_BASE, VARIANTS, kind_of, rank_of, scaling_of
 from lightning_lora.peft.directory import Adapter, Files, sorted_tensors
-from lightning_lora.peft.layout import PREFIX, laid_out, unstacked
+from lightning_lora.peft.factors import MERGE, Factors, module_of, write_factors
+from lightning_lora.peft.layout import unstacked
 
 # fields that ask for more than factors, or for other arithmetic with them; layers may be replicated all the same
 _BEYOND_FACTORS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias", *VARIANTS[:-1])
-_MERGE = "Use merge(model, remove=True) and save the merged model."
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The adapter of one layer, with factors that are split into blocks: experts, or groups of a convolution.
-
-    Attributes:
-        keys: the names of A and B in the file, without the adapter's name.
-        A: [num_blocks, rank of a block, in, ...].
-        B: [out, rank of a block, ...], of experts [num_blocks, out, rank].
-        scaling: what B A is multiplied by.
-        parameters: the names of the module's fused parameters, one of which this adapts; () for a layer.
-    """
-
-    keys: tuple[str, str]
-    A: Tensor
-    B: Tensor
-    scaling: float
-    parameters: tuple[str, ...] = ()
-
-    @property
-    def num_groups(self) -> int:
-        return 1 if self.parameters else self.A.shape[0]
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[1] * self.num_groups
-
-    @property
-    def rank_dim(self) -> int:
-        """Which dimension of B is the rank of a block."""
-        return 2 if self.parameters else 1
-
-    @property
-    def name(self) -> str:
-        """The name of the layer in the file."""
-        return self.keys[0].partition(".lora_")[0]
-
-    @property
-    def module(self) -> str:
-        """The name of the adapted module in the base model."""
-        return _module(self.name.removeprefix(PREFIX))
 
 
 def make_portable(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], parameters: Mapping[str, str] | None = None
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, str] | None = None,
+    r: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the adapter with every layer at the largest rank R and the scales in B: ``r = lora_alpha = R``.
 
@@ -74,13 +34,14 @@ def make_portable(
         config: the content of ``adapter_config.json``.
         tensors: the content of ``adapter_model.safetensors``, by PEFT's names.
         parameters: full names of the fused parameters by the layers' names in the file, where they are known.
+        r: the rank R, where ``tensors`` are those of some of the layers; ``None`` for the largest of theirs.
 
     Raises:
         ValueError: the adapter is more than LoRA's factors (DoRA, trained modules, tokens or biases), a grouped
             convolution cannot have rank R, the tensors are damaged, or fused parameters cannot be told apart.
     """
     layers = read_factors(Files(dict(config), dict(tensors), {}), "the adapter", parameters)
-    return write_factors(config, layers, max(factors.rank for factors in layers.values()))
+    return write_factors(config, layers, r or max(factors.rank for factors in layers.values()))
 
 
 def read_factors(files: Files, source: Any, parameters: Mapping[str, str] | None = None) -> dict[str, Factors]:
@@ -93,72 +54,30 @@ def read_factors(files: Files, source: Any, parameters: Mapping[str, str] | None
     adapter = sorted_tensors(files, source)
     other = next((key for key, what in adapter.keys.items() if what.kind not in ("A", "B", "base")), None)
     if other is not None:
-        raise ValueError(
-            f"tensor {other!r} is no lora_A or lora_B, and a portable adapter holds nothing else. {_MERGE}"
-        )
+        raise ValueError(f"tensor {other!r} is no lora_A or lora_B, and a portable adapter holds nothing else. {MERGE}")
     tied = [key for key in adapter.keys if key.endswith(".lora_embedding_A")]
     if tied and files.config.get("ensure_weight_tying"):
         raise ValueError(
-            f"ensure_weight_tying=True: a scale in B would differ between {tied[0]!r} and its twin. {_MERGE}"
+            f"ensure_weight_tying=True: a scale in B would differ between {tied[0]!r} and its twin. {MERGE}"
         )
     key_of = {(what.kind, what.name): what.plain for what in adapter.keys.values()}
     keys = {layer: (key_of["A", layer], key_of["B", layer]) for layer in adapter.factors}
     return {layer: _factors(adapter, layer, keys[layer], (parameters or {}).get(layer)) for layer in adapter.factors}
 
 
-def write_factors(
-    config: Mapping[str, Any], layers: Mapping[str, Factors], r: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config and the tensors of ``layers`` at rank r, scales folded in.
-
-    Raises:
-        ValueError: a convolution's number of groups does not divide r.
-    """
-    tensors: dict[str, Tensor] = {}
-    for factors in layers.values():
-        if r % factors.num_groups:
-            raise ValueError(
-                f"{factors.name!r} is a convolution in {factors.num_groups} groups: rank {factors.rank} cannot be "
-                f"padded to the largest rank {r}, which {factors.num_groups} does not divide. {_MERGE}"
-            )
-        A = _pad(factors.A, 1, r // factors.num_groups)
-        B = _pad(folded(factors), factors.rank_dim, r // factors.num_groups)
-        key_A, key_B = factors.keys
-        tensors[key_A] = A.flatten(0, 1).contiguous()
-        tensors[key_B] = (laid_out("experts_B", [B]) if factors.parameters else B).contiguous()
-    uniform = {"r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    return {**config, **uniform}, tensors
-
-
-def folded(factors: Factors) -> Tensor:
-    """Return ``scaling * B``, in B's dtype where that is exact, else in float32."""
-    if factors.scaling == 1:
-        return factors.B
-    B = factors.B.to(torch.promote_types(factors.B.dtype, torch.float32)) * factors.scaling
-    narrow = B.to(factors.B.dtype)
-    return narrow if torch.equal(narrow.to(B.dtype), B) else B
-
-
-def _pad(factor: Tensor, dim: int, rank: int) -> Tensor:
-    """Append zeros along the dimension in which a factor has its rank."""
-    missing = list(factor.shape)
-    missing[dim] = rank - factor.shape[dim]
-    return torch.cat([factor, factor.new_zeros(missing)], dim=dim) if missing[dim] else factor
-
-
 def _check_config(config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         is_adalora = kind_of(config) == "ADALORA"
         written = "Load it, and write it with save_peft(model, directory, as_lora=True). Or: " if is_adalora else ""
-        raise ValueError(f"peft_type={config['peft_type']!r}: expected a LoRA adapter. {written}{_MERGE}")
+        raise ValueError(f"peft_type={config['peft_type']!r}: expected a LoRA adapter. {written}{MERGE}")
     for field in _BEYOND_FACTORS:
         if config.get(field, "none") not in ("none", None, False, [], {}, ""):
-            raise ValueError(f"{field}={config[field]!r}: a portable adapter holds the factors of LoRA alone. {_MERGE}")
+            raise ValueError(f"{field}={config[field]!r}: a portable adapter holds the factors of LoRA alone. {MERGE}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         raise ValueError(
             f"init_lora_weights={init!r}: PEFT changes the base weights at load, from r and lora_alpha, so these "
-            f"cannot change. Save from PEFT with path_initial_model_for_weight_conversion first. Or: {_MERGE}"
+            f"cannot change. Save from PEFT with path_initial_model_for_weight_conversion first. Or: {MERGE}"
         )
 
 
@@ -175,7 +94,7 @@ def _factors(adapter: Adapter, layer: str, keys: tuple[str, str], parameter: str
     if len(ranks) > 1 or len(scalings) > 1:
         raise ValueError(
             f"{layer!r} stands for one of {list(parameters)}, which have different ranks or alphas; the file does not "
-            f"tell for which, so that its scale is unknown. {_MERGE}"
+            f"tell for which, so that its scale is unknown. {MERGE}"
         )
     (rank,) = ranks
     if A.shape[0] % rank:
@@ -183,13 +102,9 @@ def _factors(adapter: Adapter, layer: str, keys: tuple[str, str], parameter: str
     return Factors(keys, *unstacked(A, B, rank), scalings.pop(), parameters)
 
 
-def _module(name: str) -> str:
-    return name.partition(".base_layer")[0]
-
-
 def _fused_parameters(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """Return the full names of the parameters of this module that ``target_parameters`` names."""
-    module = _module(name)
+    module = module_of(name)
     found = set()
     for target in config.get("target_parameters") or ():
         owner, _, parameter = target.rpartition(".")

@@ -1,7 +1,7 @@
 """Write PEFT directories: ``save_peft`` from an adapted model, ``convert`` from a checkpoint without the model."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,17 +11,14 @@ from lightning_lora.checkpoint.all_ranks import fail_together, meet
 from lightning_lora.checkpoint.fingerprint import known_fingerprint
 from lightning_lora.checkpoint.reading import read_checkpoint, section_of
 from lightning_lora.checkpoint.storage import local_directory, location
-from lightning_lora.model.names import clean_name
 from lightning_lora.model.state import OnNonfinite, check_finite, check_not_disabled, injected_roots, require_root
 from lightning_lora.model.summary import outside_names, say_left_out, trained_outside
 from lightning_lora.ops.sharded import is_sharded, whole
-from lightning_lora.peft.adalora import as_lora as adalora_as_lora
 from lightning_lora.peft.card import write_card
 from lightning_lora.peft.config import kind_of
+from lightning_lora.peft.contents import contents, described_tensors
 from lightning_lora.peft.describe import describe_for_peft
 from lightning_lora.peft.directory import Files, write_directory
-from lightning_lora.peft.layout import laid_out, parse_key
-from lightning_lora.peft.portable import make_portable
 
 
 def save_peft(
@@ -63,9 +60,7 @@ def save_peft(
     root = require_root(model)
     check_not_disabled(root)
     description = describe_for_peft(root, known_fingerprint(root))
-    needed = {name for _, _, names in description["entries"] for name in names}
-    stored = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
-    tensors = {name: tensor for name, tensor in stored.items() if name in needed}  # of spread ones, this rank's part
+    tensors = described_tensors(root, description)
     spread = any(map(is_sharded, tensors.values()))
     if spread:
         meet("save_peft")
@@ -164,44 +159,18 @@ def write_described(
     Raises:
         ValueError: PEFT would read the adapters of experts as something else; ``portable=True`` is then the way.
     """
-    if description.get("only_portable") and not portable:
-        raise ValueError(
-            "PEFT reads adapters of experts with one rank and one scale, and this one has "
-            f"{description['only_portable']}: write it with portable=True"
-        )
-    lacking = [name for _, _, names in description["entries"] for name in names if name not in named]
-    if lacking:
-        raise ValueError(
-            f"PEFT expects {lacking[0]!r} in the file, since its module's name ends like that of one that trains "
-            "whole, and the checkpoint holds no frozen tensors: load it into the model and call save_peft(model, "
-            "directory)"
-        )
+    config, made = contents(description, named, portable=portable, as_lora=as_lora)
+    if kind_of(description["config"]) == "ADALORA" and (portable or as_lora):
+        check_finite(named, directory, on_nonfinite)  # pruned ranks, which are not written, are part of every output
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
-    for key, layout, names in description["entries"]:
-        value = laid_out(layout, [named[name].detach() for name in names])
+    for key, value in made:
         shared = value.data_ptr() in seen  # a tied tensor under its second name: safetensors wants memory of its own
         tensors[key] = value.clone() if shared else value
         seen.add(value.data_ptr())
-    config = description["config"]
-    if kind_of(config) == "ADALORA" and (portable or as_lora):
-        check_finite(tensors, directory, on_nonfinite)  # pruned ranks, which are not written, are part of every output
-        config, tensors = adalora_as_lora(config, tensors, keep_layers=portable)
-    if portable:
-        config, tensors = make_portable(config, tensors, _parameters_by_layer(description["entries"]))
     write_directory(directory, Files(config, tensors, description["metadata"]), on_nonfinite=on_nonfinite)
     if portable:
         write_card(directory, config, description["metadata"])
-
-
-def _parameters_by_layer(entries: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str, str]:
-    """Return the names of adapted parameters by the layers' names in the file, which does not tell them."""
-    parsed = [(parse_key(key), names[0]) for key, _, names in entries]
-    return {
-        key.name: name.replace(".lora_A_", ".")
-        for key, name in parsed
-        if key.kind == "A" and ".lora_A_" in name and f"{key.name}.".startswith(f"{name.partition('.lora_A_')[0]}.")
-    }
 
 
 def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
