@@ -96,9 +96,9 @@ def renaming(checkpoint: Mapping[str, Any], module: nn.Module, source: Any, stat
     by_path = adapters_by_path(section_of(checkpoint, source), injected_roots(module), state_key, source)
 
     def rename(name: str) -> str:
-        for path, adapter in by_path.items():
-            if is_inside(name, adapter["root"]):
-                return joined(path, name.removeprefix(adapter["root"]).removeprefix("."))
+        for path, (entry, *_) in by_path.items():
+            if is_inside(name, entry["root"]):
+                return joined(path, name.removeprefix(entry["root"]).removeprefix("."))
         return name
 
     return rename
@@ -106,11 +106,31 @@ def renaming(checkpoint: Mapping[str, Any], module: nn.Module, source: Any, stat
 
 def adapters_by_path(
     section: Mapping[str, Any], roots: Mapping[str, nn.Module], state_key: str, source: Any
-) -> dict[str, dict[str, Any]]:
-    """Return the file's adapters by the path that each one has in the module."""
-    theirs = {adapter["root"]: adapter for adapter in section["adapters"] if adapter["state_key"] == state_key}
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the file's adapters by the path that their model has in the module: several only where they have names."""
+    theirs: dict[str, list[dict[str, Any]]] = {}
+    for entry in section["adapters"]:
+        if entry["state_key"] == state_key:
+            theirs.setdefault(entry["root"], []).append(entry)
     if len(theirs) == 1 == len(roots):
         return {next(iter(roots)): next(iter(theirs.values()))}
     if theirs.keys() != roots.keys():
         raise ValueError(f"{source} holds adapters for {list(theirs)}, the model has them at {list(roots)}")
     return theirs
+
+
+def name_of(entry: Mapping[str, Any]) -> str | None:
+    """Return the name of an adapter by its entry in a checkpoint's section; ``None`` for one without."""
+    return entry["name"] if entry.get("is_named") else None
+
+
+def only_key(section: Mapping[str, Any], source: Any) -> str:
+    """Return the key in a checkpoint that the tensors of its only adapted module are under.
+
+    Raises:
+        ValueError: it holds several.
+    """
+    keys = {entry["state_key"] for entry in section["adapters"]}
+    if len(keys) != 1:
+        raise ValueError(f"{source} holds several adapted models, {sorted(keys)}; expected one")
+    return str(next(iter(keys)))

@@ -13,16 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.checkpoint.changed import UNCHANGED, Changed, changed_adapters
 from lightning_lora.checkpoint.file import SECTION, adapters_in, other_state, trained_tensors
 from lightning_lora.checkpoint.fitting import check_tensors, complete_state, copy_tensors, fitting_tensors
 from lightning_lora.checkpoint.frozen import count_as_moved, look_for_moved, moved_tensors
-from lightning_lora.checkpoint.optimizer_state import (
-    match_by_name,
-    names_of,
-    parameter_names,
-    prepare_optimizers,
-    spread_state,
-)
+from lightning_lora.checkpoint.optimizer_matching import match_by_name, names_of, parameter_names
+from lightning_lora.checkpoint.optimizer_state import prepare_optimizers, spread_state
 from lightning_lora.checkpoint.reading import renaming, section_of
 from lightning_lora.distributed.overflow import check_scalable
 from lightning_lora.model.names import clean_name
@@ -48,6 +44,7 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
     on_nonfinite: OnNonfinite | None = None
     lockstep: Lockstep | None = None  # of a run
     _loaded_from: Any = None
+    _changed: Changed = UNCHANGED
 
     @functools.cached_property
     def position(self) -> RunPosition:
@@ -157,6 +154,7 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
         checkpoint[STATE_KEY] = tensors
         self._loaded_from = checkpoint_path
+        self._changed = changed_adapters(checkpoint, module, checkpoint_path)
         states = checkpoint[SECTION].get("random_states") if fitting else None
         self.position.load(states, self._num_ranks(), checkpoint_path)
         return checkpoint
@@ -164,7 +162,7 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self._adapted_module()
-        check_tensors(checkpoint[STATE_KEY], module, self._loaded_from)
+        check_tensors(checkpoint[STATE_KEY], module, self._loaded_from, self._changed)
         copy_tensors(checkpoint[STATE_KEY], module)
         count_as_moved(module, checkpoint[STATE_KEY])
         trained = checkpoint[STATE_KEY].keys()
@@ -192,8 +190,9 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
             )
         adapters = section_of(checkpoint, self._loaded_from)["adapters"]
         rename = renaming(checkpoint, module, self._loaded_from, adapters[0]["state_key"])
+        files = self._loaded_from, self._changed
         states = [
-            spread_state(match_by_name(state, names, one, names_of(module), rename, self._loaded_from), one)
+            spread_state(match_by_name(state, names, one, names_of(module), rename, *files), one)
             for state, names, one in zip(checkpoint["optimizer_states"], saved, self.optimizers, strict=True)
         ]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})

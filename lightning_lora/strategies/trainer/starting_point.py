@@ -9,9 +9,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_lora.checkpoint.file import structure, trained_tensors
-from lightning_lora.checkpoint.fitting import check_structure, check_tensors, copy_tensors, fitting_tensors
+from lightning_lora.checkpoint.fitting import check_tensors, copy_tensors, fitting_tensors
 from lightning_lora.checkpoint.reading import one_adapter, read_checkpoint
 from lightning_lora.checkpoint.storage import location
+from lightning_lora.checkpoint.structure import check_structure
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.families import family_of, find_root
 from lightning_lora.model.inject import inject, inject_anew, remove
