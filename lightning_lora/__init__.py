@@ -23,6 +23,7 @@ from lightning_lora.layers.stored import register_stored_weight
 from lightning_lora.megatron.models import gpt_model
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.model.active import active
+from lightning_lora.model.adapter_losses import losses_by_adapter
 from lightning_lora.model.adapters import adapters, add_adapter
 from lightning_lora.model.apply import apply
 from lightning_lora.model.base_form import QuantizationPlan
@@ -79,6 +80,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_hf_weights",
     "load_peft",
+    "losses_by_adapter",
     "merge",
     "merge_receipt",
     "merged",

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.model.adapters import check_name
 from lightning_lora.model.base_form import check_kind
 from lightning_lora.model.families import find_root, let_gradients_through_checkpointed_blocks
 from lightning_lora.model.parameter_groups import check_number
@@ -31,6 +32,7 @@ from lightning_lora.strategies.shared.refusals import (
     check_trainer,
 )
 from lightning_lora.strategies.trainer import lightning_cli
+from lightning_lora.strategies.trainer.adapter_of_rows import AdapterOfRows
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
 from lightning_lora.strategies.trainer.adaptive_ranks import AdaptiveRanks
 from lightning_lora.strategies.trainer.adopted import adopt
@@ -43,7 +45,7 @@ from lightning_lora.strategies.trainer.starting_point import (
 )
 
 
-class LoRACallback(AdaptiveRanks):
+class LoRACallback(AdapterOfRows, AdaptiveRanks):
     """Freeze the pretrained model, adapt it with LoRA at ``setup``, and make the run's checkpoints adapter-only.
 
     The model may be built in ``__init__`` or in ``configure_model``. Checkpoints resume with ``ckpt_path=`` exactly,
@@ -73,6 +75,10 @@ class LoRACallback(AdaptiveRanks):
             is read over any other, and a line says so.
         quantize_exclude: modules of the base that are not quantised, by the rules of ``target_modules``. The output
             head and what trains whole never are.
+        adapters: several adapters with names on the one base, each with a config of its own, in the place of ``config``
+            and its fields. See :func:`~lightning_lora.add_adapter`.
+        adapter_key: what every batch calls the adapters of its rows: a list of names or an integer tensor, as
+            :func:`~lightning_lora.active` takes it. ``None`` leaves the choice to the module's own steps.
 
     Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`. LightningCLI writes all of them into its YAML
     and gives all of them back, so that from there a field at its default counts as not given.
@@ -104,6 +110,8 @@ class LoRACallback(AdaptiveRanks):
         lora_plus_ratio: float | None = None,
         quantize: Quantization | None = None,
         quantize_exclude: str | Sequence[str] | None = None,
+        adapters: dict[str, LoRAConfig] | None = None,
+        adapter_key: str | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and not isinstance(config, LoRAConfig):
@@ -114,6 +122,8 @@ class LoRACallback(AdaptiveRanks):
         own, given = LoRAConfig(**fields), _given(fields)
         if config is not None and given:
             raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
+        self.adapters, self.adapter_key = dict(adapters or {}), adapter_key
+        _check_adapters(self.adapters, adapter_key, {"config": config, "init_from": init_from, **given})
         self.config = config or own
         self._given = {n: value for n, value in self.config.to_dict().items() if config is not None or n in given}
         self.module = module
@@ -146,13 +156,16 @@ class LoRACallback(AdaptiveRanks):
         check_trainer(trainer)
         check_averaging(trainer, self)
         check_launcher(trainer, pl_module, self.module)
-        check_adalora(trainer.strategy, self.config)
+        for config in (self.config, *self.adapters.values()):
+            check_adalora(trainer.strategy, config)
         strategy, own = adopt(trainer.strategy), frozenset((self.module,))
         beside = strategy.peft_beside
         beside.paths = beside.paths | own if self.save_peft else beside.paths - own
         strategy.on_nonfinite = self.on_nonfinite
         self._checked = set()
-        start = Start(self._given, self.module, self.init_from, self.on_nonfinite or "error", self._quantization)
+        start = Start(
+            self._given, self.module, self.init_from, self.on_nonfinite or "error", self._quantization, self.adapters
+        )
         if is_overridden("configure_model", pl_module):
             # built later, and perhaps by another callback: whoever calls it gets the adapted model
             pl_module.configure_model = functools.partial(  # type: ignore[method-assign]
@@ -163,6 +176,7 @@ class LoRACallback(AdaptiveRanks):
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._end()  # of a batch that the loop left out
         pl_module.__dict__.pop("configure_model", None)  # ours, around the class's own
 
     @override
@@ -193,7 +207,7 @@ class LoRACallback(AdaptiveRanks):
         freeze_statistics(root, require_injection(root).trained_whole)  # SyncBatchNorm conversion makes new layers
         rank_zero_info(summary(pl_module, path, root))
         check_rates(trainer, root, self.lora_plus_ratio)
-        dropout = require_injection(root).config.dropout
+        dropout = max(config.dropout for config in require_injection(root).configs.values())
         if dropout and not all(layer.training for layer in named_lora_layers(root).values()):
             rank_zero_info(
                 f"{class_name(root)} is in eval mode, as from_pretrained leaves it: the adapters' dropout of {dropout} "
@@ -245,6 +259,21 @@ class LoRACallback(AdaptiveRanks):
 def _adopted(trainer: "pl.Trainer") -> AdapterOnly:
     assert isinstance(trainer.strategy, AdapterOnly)
     return trainer.strategy
+
+
+def _check_adapters(adapters: dict[str, LoRAConfig], adapter_key: str | None, others: dict[str, Any]) -> None:
+    """Raise ``ValueError`` or ``TypeError`` for adapters with names that cannot be, or settings beside them."""
+    for name, config in adapters.items():
+        check_name(name)
+        if not isinstance(config, LoRAConfig):
+            raise TypeError(f"adapters[{name!r}] must be a LoRAConfig, got {type(config).__name__}")
+    beside = [name for name, value in others.items() if value is not None]
+    if adapters and beside:
+        raise ValueError(f"adapters={list(adapters)} have settings of their own: leave {', '.join(beside)} out")
+    if adapter_key is not None and not adapters:
+        raise ValueError(
+            f"adapter_key={adapter_key!r} chooses among adapters with names: give adapters={{name: config}}"
+        )
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def fuse_experts(module: nn.Module) -> None:
     """Give adapted experts that are recognised the class that computes them together."""
     if not isinstance(module, LoRAParameters) or isinstance(module, FusedExperts):
         return
-    base = module if module.lora_host is None else module.lora_host
+    base = module.base_layer
     own = [name for name in base._parameters if name not in module.tensor_names]
     known = recognise(base, module.lora_base_class, own)
     if known is not None and module.lora_parts.keys() <= set(known.names.matrices):

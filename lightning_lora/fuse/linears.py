@@ -22,7 +22,7 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     if isinstance(layer, LoRALinear):
         if not (layer.lora_active and is_plain(layer)):
             return False
-        base = layer if layer.lora_host is None else layer.lora_host
+        base = layer if layer.lora_host is None else layer.lora_host  # base_layer, without a call
     elif not (isinstance(layer, LinearHost) and layer.is_product(x)):
         return False
     if forward_pre_hooks(base) or "forward" in base.__dict__:

@@ -107,6 +107,9 @@ class Mixture:
 class Undecided:
     """Stands for the choice that nobody has made."""
 
+    def __reduce__(self) -> str:
+        return "UNDECIDED"  # a copy is this very object
+
 
 UNDECIDED = Undecided()
 Acting = str | Mixture | None

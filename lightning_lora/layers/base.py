@@ -193,6 +193,11 @@ class LoRALayer(SwappedModule):
         return {"": Pair(self.lora_A, self.lora_B, self.lora_scaling, self.lora_A.shape[0])}
 
     @property
+    def base_layer(self) -> nn.Module:
+        """The module that holds the base's tensors: this one, or the host of an adapter with a name."""
+        return self if self.lora_host is None else self.lora_host
+
+    @property
     def r(self) -> int:
         """Rank."""
         return self.lora_A.shape[0]

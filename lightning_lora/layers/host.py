@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_lora.layers.acting import Choice, Mixture
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.by_rows import run_by_rows
-from lightning_lora.layers.class_swap import SwappedModule, restore_class, swap_class
+from lightning_lora.layers.class_swap import SwappedModule, lora_class, restore_class, swap_class
 from lightning_lora.layers.stored import StoredForm, stored_form
 
 
@@ -64,7 +64,7 @@ class Host(SwappedModule):
 
     lora: AdaptersByName
     lora_choice: Choice  # the one object of all hosts in the model
-    lora_stored: StoredForm | None  # how the base weight is read where it is no plain tensor
+    lora_stored: StoredForm | None = None  # how the base weight is read where it is no plain tensor
 
     @property
     def adapters(self) -> dict[str, LoRALayer]:
@@ -110,6 +110,16 @@ def seen_by_adapter(host: Host) -> nn.Module:
     seen.__dict__.update(lora_host=host, _parameters=_OwnParameters(host))
     swap_class(seen, Hosted, host.lora_base_class)
     return seen
+
+
+def follow_base(host: Host) -> None:
+    """Let the adapters of a host see the class that its base has since, such as one with a plain weight."""
+    for adapter in host.adapters.values():
+        mixin = type(adapter).__bases__[0]
+        adapter.__class__ = lora_class(mixin, lora_class(Hosted, host.lora_base_class))
+        adapter.__dict__.pop("lora_stored", None)
+        if host.lora_stored is not None:
+            adapter.__dict__["lora_stored"] = host.lora_stored
 
 
 def release_host(host: Host) -> None:

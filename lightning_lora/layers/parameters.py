@@ -90,7 +90,8 @@ class LoRAParameters(LoRALayer):
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor | PackedWeight]:
-    """Return a module's own parameters by name, packed ones in the place of their parts."""
+    """Return a base module's own parameters by name, packed ones in the place of their parts."""
+    module = module.__dict__.get("lora_host", module)
     found: dict[str, Tensor | PackedWeight] = {n: p for n, p in module._parameters.items() if p is not None}
     if isinstance(module, QuantizedModule):
         for name in module.part_names():

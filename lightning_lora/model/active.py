@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.compat.torch import batch_norm_class
 from lightning_lora.fuse import unfused_forward
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.acting import Acting, Choice, Mixture, Undecided
@@ -62,6 +63,8 @@ def active(
                 raise ValueError("an adapter is merged into the base weights: call unmerge(model) first")
             choice = require_injection(root).choice
             acting = _acting(choice.names, which, lengths, repeats, exact)
+            if isinstance(acting, Mixture):
+                _check_rows_apart(root)
             stack.enter_context(_switched(root, choice, acting))
         yield model
 
@@ -168,6 +171,16 @@ def _acting(
     if not names:
         raise ValueError("active(...) was given no names: expected is one for each row of the batch")
     return Mixture(names, lengths=sizes, repeats=repeats, exact=exact)
+
+
+def _check_rows_apart(root: nn.Module) -> None:
+    """Raise ``ValueError`` for a batch normalisation that would mix the rows of several adapters."""
+    for name, module in root.named_modules():
+        if isinstance(module, batch_norm_class()) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{name!r} is a {type(module).__name__} that takes its statistics from the batch, and so mixes the "
+                "rows of all adapters: call eval() on it, or run one adapter at a time"
+            )
 
 
 def _names_at(places: Tensor, known: Sequence[str]) -> list[str | None]:

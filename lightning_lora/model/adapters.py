@@ -19,7 +19,14 @@ from lightning_lora.model.side_effects import (
     keep_off_fused_paths,
     unchanged_on_error,
 )
-from lightning_lora.model.state import Injection, NamedAdapter, injection_of, require_root, uncompiled
+from lightning_lora.model.state import (
+    Injection,
+    NamedAdapter,
+    injection_of,
+    require_injection,
+    require_root,
+    uncompiled,
+)
 from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.dropout import Seeds
 
@@ -65,9 +72,8 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None) -
 
 def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
     """Return the configs of the named adapters of ``model``, by name, in the order in which they were added."""
-    injection = injection_of(require_root(model))
-    assert injection is not None
-    return {name: one.plan.config for name, one in injection.named.items()}
+    configs = require_injection(require_root(model)).configs
+    return {name: config for name, config in configs.items() if name}
 
 
 def check_name(name: str) -> None:

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.acting import UNDECIDED, Acting, Undecided
 from lightning_lora.model.merge import merge_again, unmerge
 from lightning_lora.model.side_effects import trained_with_originals
 from lightning_lora.model.spread import reshard
@@ -43,9 +44,14 @@ class _AsBase:
         self.root = root
         self.layers: list[LoRALayer] = []
         self.swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self.chosen: Acting | Undecided = UNDECIDED
 
     def enter(self) -> None:
         """Disable the adapters, and put frozen parameters where the trained ones are, under every name of each."""
+        choice = require_injection(self.root).choice
+        self.chosen = choice.chosen
+        if choice.chosen is UNDECIDED:
+            choice.chosen = None
         first = {
             id(parameter): nn.Parameter(original.to(parameter.device, parameter.dtype), requires_grad=False)
             for parameter, original in trained_with_originals(self.root)
@@ -65,6 +71,7 @@ class _AsBase:
 
     def leave(self) -> None:
         """Put the trained parameters back and enable the adapters."""
+        require_injection(self.root).choice.chosen = self.chosen
         for module, name, parameter in self.swapped:
             module._parameters[name] = parameter
         for layer in self.layers:

@@ -10,7 +10,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.acting import Choice
 from lightning_lora.layers.attention import LoRAMultiheadAttention
 from lightning_lora.layers.class_swap import restore_class, swap_class
-from lightning_lora.layers.host import Host, make_host, release_host, seen_by_adapter
+from lightning_lora.layers.host import Host, follow_base, make_host, release_host, seen_by_adapter
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.linear_host import LinearHost, ReadHost
 from lightning_lora.layers.parameters import LoRAParameters
@@ -60,6 +60,12 @@ def fuse_anew(root: nn.Module) -> None:
         for layer in host.adapters.values():
             layer.__dict__.pop("lora_siblings", None)
     fuse(root)
+
+
+def follow_bases(root: nn.Module) -> None:
+    """Let all adapters see the classes that their bases have since."""
+    for host in named_hosts(root).values():
+        follow_base(host)
 
 
 def note_read(host: Host) -> None:

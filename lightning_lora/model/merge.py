@@ -29,6 +29,7 @@ def merge(
     base: str | os.PathLike[str] = "trained",
     dtype: torch.dtype | None = None,
     requantize: Quantization | None = None,
+    adapter: str | None = None,
 ) -> nn.Module:
     """Add every adapter to its base weight in place: ``W += scaling * B A`` (Hu et al. 2021, sec. 4.1).
 
@@ -55,6 +56,7 @@ def merge(
             difference, and the receipt says how large it is beside the update.
         dtype: of all frozen parameters of the merged model; by default those that they had before they were quantised.
         requantize: store weights that were quantised in this form again: ``"nf4"``, ``"nf4-dq"`` or ``"int8"``.
+        adapter: which one, of a model with several adapters. The others cannot act until :func:`unmerge`.
 
     Raises:
         ValueError: a weight is tied to another layer, which would change too; a layer's own forward is such that a
@@ -62,7 +64,7 @@ def merge(
             update would survive ``requantize``; the files of ``base`` lack a weight; the model
             is merged already with other arguments. Nothing is changed then.
     """
-    receipt = _merge(model, Into(base, dtype, requantize), remove=remove)
+    receipt = _merge(model, Into(base, dtype, requantize, adapter), remove=remove)
     if receipt is not None and len(receipt):
         rank_zero_info(receipt.summary())
     return model
@@ -97,10 +99,11 @@ def merged(
     base: str | os.PathLike[str] = "trained",
     dtype: torch.dtype | None = None,
     requantize: Quantization | None = None,
+    adapter: str | None = None,
 ) -> Iterator[nn.Module]:
     """Merge inside the ``with`` block, and leave the model after it as it was before. Arguments as in :func:`merge`."""
     unmerged = [root for root in require_roots(model).values() if not is_merged(root)]
-    _merge(model, Into(base, dtype, requantize))
+    _merge(model, Into(base, dtype, requantize, adapter))
     try:
         yield model
     finally:
@@ -129,7 +132,7 @@ def _merge(model: nn.Module, into: Into, *, remove: bool = False) -> MergeReceip
     """Merge, and return the receipt, or ``None`` if all is merged already."""
     roots = require_roots(model)
     reshard(model)
-    unmerged = {path: root for path, root in roots.items() if unmerged_layers(root)}
+    unmerged = {path: root for path, root in roots.items() if unmerged_layers(root, into.adapter)}
     for path in roots.keys() - unmerged:
         _check_same(roots[path], into)
     for root in unmerged.values():

@@ -28,6 +28,7 @@ class Into:
         base: ``"trained"``: the weights that the adapter was trained over, made dense; or the path of the original
             ones.
         dtype: of the merged weights; ``None`` is the one that each weight had.
+        adapter: the name of the adapter, of a model whose adapters have names.
         fallback: of weights that do not say which dtype they had.
         requantize: the form in which weights that were quantised are stored again; ``None`` is a plain parameter.
     """
@@ -35,6 +36,7 @@ class Into:
     base: str | os.PathLike[str] = "trained"
     dtype: torch.dtype | None = None
     requantize: Quantization | None = None
+    adapter: str | None = None
     fallback: torch.dtype = torch.float32
 
     def of(self, root: nn.Module) -> "Into":
@@ -89,6 +91,8 @@ def as_stored(values: Tensor, kind: Quantization | None, dtype: torch.dtype) -> 
 def other_stored(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yield the modules and names of weights that are stored in another form and have no adapter."""
     for module in list(root.modules()):
+        if isinstance(module, LoRALayer) and module.lora_host is not None:
+            continue  # its weight is its host's
         adapted = module.base_tensors() if isinstance(module, LoRALayer) else {}
         for name in reversed(stored_names(module)):  # each is put before those that the module has
             if name not in adapted:

@@ -22,7 +22,7 @@ from lightning_lora.ops.sharded import is_sharded, local_part
 
 def check_merge(model: nn.Module, root: nn.Module, into: Into) -> None:
     """Raise ``ValueError`` for adapters of ``root``, inside ``model``, that cannot be merged into ``into``."""
-    layers = unmerged_layers(root)
+    layers = unmerged_layers(root, into.adapter)
     check_mergeable(model, layers)
     _check_into(root, into)
     with open_original(root, into.base) as original:
@@ -60,7 +60,7 @@ def _check_into(root: nn.Module, into: Into) -> None:
 def _shapes(root: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights that are read from original files, by name."""
     names = {id(module): clean_name(name) for name, module in root.named_modules()}
-    wanted = [(layer, local) for layer in layers.values() for local in layer.base_tensors()]
+    wanted = [(layer.base_layer, local) for layer in layers.values() for local in layer.base_tensors()]
     return {
         joined(names[id(module)], local): tuple(weight_shape(module, local))
         for module, local in [*wanted, *other_stored(root)]
@@ -120,7 +120,7 @@ def _check_writable(
         other: module
         for other, module in model.named_modules()
         for p in module._parameters.values()
-        if p is not None and module is not layer and p.numel() > 0 and _overlap(p, weight)
+        if p is not None and module is not layer.base_layer and p.numel() > 0 and _overlap(p, weight)
     }
     if isinstance(layer, TokenRows) and all(isinstance(m, TokenRows) for m in twins.values()):
         return  # they share the rows as well

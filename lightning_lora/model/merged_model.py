@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.acting import UNDECIDED, Undecided
 from lightning_lora.layers.base import convert_parameter
 from lightning_lora.layers.plain_weight import Former, dense_weight, put_packed, put_plain, stored_kind
 from lightning_lora.layers.trained import KeptWide
 from lightning_lora.model.base_form import QuantizationPlan, quantization_of
+from lightning_lora.model.hosts import follow_bases
 from lightning_lora.model.merge_layer import Into, Merged, as_stored, merge_values, other_stored
 from lightning_lora.model.merge_receipt import LayerReceipt
 from lightning_lora.model.names import clean_name, joined
@@ -59,9 +61,31 @@ def form_before_merge(model: nn.Module) -> QuantizationPlan | None:
     return noted.get("lora_quantization", quantization_of(model))
 
 
-def unmerged_layers(root: nn.Module) -> dict[str, LoRALayer]:
-    """Return the adapted layers whose adapters are not merged."""
-    return {name: layer for name, layer in named_lora_layers(root).items() if layer.lora_original is None}
+def unmerged_layers(root: nn.Module, adapter: str | None) -> dict[str, LoRALayer]:
+    """Return the adapted layers whose adapters are not merged, by the names of their bases.
+
+    Args:
+        adapter: the name of the adapter; of a model whose adapters have names and one is merged, none is left.
+
+    Raises:
+        ValueError: there is no adapter of this name, or there are several and none was named.
+    """
+    injection = require_injection(root)
+    layers = {name: layer for name, layer in named_lora_layers(root).items() if layer.lora_original is None}
+    if not injection.named and adapter is None:
+        return layers
+    known = list(injection.named)
+    if adapter is None and len(known) > 1:
+        raise ValueError(f"{type(root).__name__} has {len(known)} adapters: give adapter=, one of {', '.join(known)}")
+    if adapter is not None and adapter not in known:
+        there = ", ".join(map(repr, known)) or "one without a name"
+        raise ValueError(f"there is no adapter {adapter!r}: {type(root).__name__} has {there}")
+    if injection.merged is not None:
+        return {}
+    if not isinstance(injection.choice.chosen, Undecided):
+        raise ValueError("an adapter cannot be merged inside active(model, ...): leave that block first")
+    suffix = f".lora.{adapter or known[0]}"
+    return {name.removesuffix(suffix): layer for name, layer in layers.items() if name.endswith(suffix)}
 
 
 def merge_layers(root: nn.Module, into: Into) -> list[LayerReceipt]:
@@ -69,7 +93,7 @@ def merge_layers(root: nn.Module, into: Into) -> list[LayerReceipt]:
     state, kept = MergedModel(into), dict[int, Tensor]()
     with open_original(root, into.base) as original:
         receipts = []
-        for name, layer in unmerged_layers(root).items():
+        for name, layer in unmerged_layers(root, into.adapter).items():
             values, receipt = merge_values(name, layer, into, original)
             _write(layer, values, kept)
             receipts.append(receipt)
@@ -78,7 +102,11 @@ def merge_layers(root: nn.Module, into: Into) -> list[LayerReceipt]:
         adapters = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
         _cast_others(root, state, into.dtype, adapters | kept.keys())
     _note_form(root, into, state)
-    require_injection(root).merged = state
+    injection = require_injection(root)
+    injection.merged = state
+    if injection.named:
+        injection.choice.chosen = None  # the base acts
+        follow_bases(root)
     return receipts
 
 
@@ -89,13 +117,15 @@ def unmerge_layers(root: nn.Module, state: MergedModel) -> None:
             if isinstance(original, Former):
                 original.put_back()
                 continue
-            parameter = layer.get_parameter(name)
+            parameter = layer.base_layer.get_parameter(name)
             if state.into.dtype is not None:
                 convert_parameter(parameter, original.dtype)
             write(parameter, original)
         if layer.lora_original is not None:
             layer.lora_original, layer.lora_active = None, True
+    require_injection(root).choice.chosen = UNDECIDED
     state.undo()
+    follow_bases(root)
 
 
 def _write(layer: LoRALayer, values: dict[str, Merged], kept: dict[int, Tensor]) -> None:
@@ -103,9 +133,9 @@ def _write(layer: LoRALayer, values: dict[str, Merged], kept: dict[int, Tensor])
     originals: dict[str, Tensor | Former] = {}
     for name, value in reversed(values.items()):  # each is put before those that a module has
         if isinstance(value, PackedWeight):
-            originals[name] = put_packed(layer, name, value)
+            originals[name] = put_packed(layer.base_layer, name, value)
         elif stored_kind(layer, name) is not None:
-            originals[name] = put_plain(layer, name, value)
+            originals[name] = put_plain(layer.base_layer, name, value)
         else:
             weight = layer._parameters[name]
             assert weight is not None

@@ -59,10 +59,12 @@ def reshard(module: nn.Module) -> None:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Hold whole copies of ``module``'s own and its children's sharded parameters inside the block, for reading.
+    """Hold whole copies of ``module``'s own and its children's sharded parameters inside the block, for reading; of an
+    adapter with a name also those of its host.
 
     Called on all ranks; gathers each parameter once. The copies are dropped at the end.
     """
+    module = module.__dict__.get("lora_host", module)
     swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
     copies: dict[int, nn.Parameter] = {}
     try:

@@ -67,6 +67,16 @@ class Injection:
         assert not self.named
         return self.plan.config
 
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """What was decided for every adapter, by its name; one without a name is called ``""``."""
+        return {name: one.plan for name, one in self.named.items()} or {"": self.plan}
+
+    @property
+    def configs(self) -> dict[str, LoRAConfig]:
+        """The settings of every adapter, by its name; one without a name is called ``""``."""
+        return {name: plan.config for name, plan in self.plans.items()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         run_at_injection()  # the adapted model came from another process

@@ -12,6 +12,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.adalora import AdaLoRALinear
 from lightning_lora.layers.quantized import num_parameters
 from lightning_lora.model.base_form import quantization_of
+from lightning_lora.model.hosts import named_hosts
 from lightning_lora.model.matching import is_all_linear, left_out_towers
 from lightning_lora.model.names import clean_name, is_inside, joined, listed, named_modules
 from lightning_lora.model.spread import class_name
@@ -28,27 +29,28 @@ from lightning_lora.ops.sharded import logical
 
 def summary(pl_module: nn.Module, path: str, root: nn.Module) -> str:
     """Return what a run's first line says: what is adapted, what trains whole, what is frozen."""
-    plan, count = require_injection(root).plan, counts(pl_module, root)
-    kinds = Counter(name.rpartition(".")[2] for name in named_lora_layers(root))
+    plans, count = require_injection(root).plans, counts(pl_module, root)
+    kinds = Counter(name.rpartition(".")[2] for name in named_hosts(root) or named_lora_layers(root))
     adapted = ", ".join(f"{kind} x{number}" if number > 1 else kind for kind, number in kinds.items())
     outside = listed(trained_outside(pl_module, path, root))
     lines = [
         f"LoRA on {class_name(root)}{f' at {path!r}' if path else ''}: {kinds.total()} layers adapted ({adapted})",
-        _line("adapters", "adapter_parameters", count),
+        _line("adapters", "adapter_parameters", count, listed([name for name in plans if name])),
         _line("trained whole", "whole_parameters", count, listed(list(named_trained_whole(root)))),
         *([_line("outside", "outside_parameters", count, outside)] if count["outside_parameters"] else []),
         _line("frozen", "frozen_parameters", count),
     ]
     if (base := quantization_of(root)) is not None:
         lines.append(f"  base in {base}")
-    towers = left_out_towers(root) if is_all_linear(plan.config.target_modules) else {}
+    towers = left_out_towers(root) if any(is_all_linear(one.config.target_modules) for one in plans.values()) else {}
     if towers:
         left = ", ".join(f"{name} ({number} linear layers)" for name, number in towers.items())
         lines.append(
             f'  left out: {left}; "all-linear" means the language model. Name them in target_modules to adapt them'
         )
-    if plan.capped_ranks:
-        lines.append(f"  {plan.capped_ranks}")
+    for name, plan in plans.items():
+        if plan.capped_ranks:
+            lines.append(f"  {name and name + ': '}{plan.capped_ranks}")
     return "\n".join([*lines, *_perhaps_new(root)])
 
 
@@ -91,13 +93,16 @@ def counts(pl_module: nn.Module, root: nn.Module) -> dict[str, int]:
 def hyperparameters(pl_module: nn.Module) -> dict[str, Any]:
     """Return what loggers are told of the adapted models: settings and sizes, the same at a resume as in the first run.
 
-    Keys are ``"lora/r"``, or ``"lora/<name of the model>/r"`` where several models are adapted.
+    Keys are ``"lora/r"``, or ``"lora/<name of the model>/r"`` where several models are adapted, with the name of the
+    adapter before ``r`` where it has one.
     """
     roots, values = injected_roots(pl_module), {}
     for path, root in roots.items():
         prefix = f"lora/{path}/" if len(roots) > 1 else "lora/"
-        for key, value in require_injection(root).config.to_dict().items():
-            values[prefix + key] = str(value) if isinstance(value, (list, dict)) else value
+        for adapter, config in require_injection(root).configs.items():
+            for key, value in config.to_dict().items():
+                full = f"{prefix}{adapter}/{key}" if adapter else prefix + key
+                values[full] = str(value) if isinstance(value, (list, dict)) else value
         count = counts(pl_module, root)
         # what else trains, and what is frozen, may change during a run
         values |= {prefix + key: count[key] for key in ("adapter_parameters", "whole_parameters", "total_parameters")}
@@ -112,14 +117,20 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
 def idle_layers(root: nn.Module, optimizer: Optimizer) -> str | None:
     """Return a line that names the idle layers among those that ``optimizer`` trains, or ``None`` if there are none.
 
-    Layers that ``layerdrop`` may skip are left out.
+    Layers that ``layerdrop`` may skip are left out, and adapters with a name that had no rows.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     skipped = skipped_at_random(root)
+    layers = named_lora_layers(root)
+    had_rows = {
+        _adapter_of(name) for name, layer in layers.items() for p in _given_gradients(layer) if p.grad is not None
+    }
+    absent = require_injection(root).named.keys() - had_rows
     idle = [
         name
-        for name, layer in named_lora_layers(root).items()
+        for name, layer in layers.items()
         if name not in skipped
+        and _adapter_of(name) not in absent
         and any(id(p) in held for _, p in layer.named_adapter_tensors())
         and all(p.grad is None for p in _given_gradients(layer))
     ]
@@ -179,6 +190,11 @@ def say_left_out(directory: Any, names: list[str], where: str) -> None:
             f"{directory} holds the adapter alone: no PEFT directory has a place for what trains outside the adapted "
             f"model, {listed(names)}. {where}"
         )
+
+
+def _adapter_of(name: str) -> str:
+    """Return the last part of a layer's name, of an adapter with a name that name."""
+    return name.rpartition(".")[2]
 
 
 def _given_gradients(layer: LoRALayer) -> list[nn.Parameter]:

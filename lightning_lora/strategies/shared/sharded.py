@@ -65,7 +65,8 @@ class Sharded(Launched, AdapterCheckpoints):
                 "first"
             )
         for root in injected_roots(model).values():
-            check_adalora(self, require_injection(root).config)
+            for config in require_injection(root).configs.values():
+                check_adalora(self, config)
 
     def _watch(self, model: nn.Module) -> None:
         """Average the gradients of a placed model from here on."""

@@ -67,7 +67,8 @@ class AdaptiveRanks(Callback):
             ValueError: the schedule does not fit the run, or differs from the checkpoint's.
         """
         _, root = find_root(pl_module, self.module)
-        settings, state, self._loaded = require_injection(root).config.adalora, self._loaded, None
+        config = require_injection(root).configs.get("")  # an adapter with a name has no AdaLoRA
+        settings, state, self._loaded = None if config is None else config.adalora, self._loaded, None
         self._stop()
         if settings is None:
             self._allocator = None

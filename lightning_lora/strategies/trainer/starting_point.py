@@ -14,9 +14,12 @@ from lightning_lora.checkpoint.reading import one_adapter, read_checkpoint
 from lightning_lora.checkpoint.storage import location
 from lightning_lora.checkpoint.structure import check_structure
 from lightning_lora.config import LoRAConfig
+from lightning_lora.model.adapters import add_adapter
+from lightning_lora.model.base_form import check_form, quantization_of
 from lightning_lora.model.families import family_of, find_root
 from lightning_lora.model.inject import inject, inject_anew, remove
 from lightning_lora.model.names import clean_name
+from lightning_lora.model.quantize import quantize
 from lightning_lora.model.state import OnNonfinite, has_trained, injection_of, named_lora_layers, require_injection
 from lightning_lora.peft.load import load_peft
 
@@ -31,6 +34,7 @@ class Start:
         init_from: the file or directory with the adapters that the run starts from.
         on_nonfinite: what to do about an adapter there that holds NaN or infinity.
         quantization: ``quantize`` and ``quantize_exclude`` of :func:`~lightning_lora.inject`.
+        adapters: the config of every adapter with a name; empty for one without.
     """
 
     given: dict[str, Any]
@@ -38,6 +42,7 @@ class Start:
     init_from: str | None
     on_nonfinite: OnNonfinite
     quantization: dict[str, Any]
+    adapters: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
 
 
 def configure_then_adapt(configure_model: Callable[[], None], pl_module: nn.Module, start: Start) -> None:
@@ -52,6 +57,9 @@ def configure_then_adapt(configure_model: Callable[[], None], pl_module: nn.Modu
 def adapt_module(pl_module: nn.Module, start: Start) -> None:
     """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is."""
     root_path, root = find_root(pl_module, start.path)
+    if start.adapters:
+        _adapt_by_name(root, start)
+        return
     injection, init_from = injection_of(root), start.init_from
     if init_from is None and injection is None:
         # the first lines of the run say what inject would
@@ -80,6 +88,18 @@ def adapt_module(pl_module: nn.Module, start: Start) -> None:
     own = LoRAConfig().to_dict()
     changed = [f"{name}={value!r}" for name, value in injection.config.to_dict().items() if value != own[name]]
     rank_zero_info(f"LoRA starts from {init_from}: {', '.join(changed) or 'all settings at their defaults'}")
+
+
+def _adapt_by_name(root: nn.Module, start: Start) -> None:
+    """Quantise the base, if that is asked for, and add every adapter that is not there."""
+    kind, exclude = start.quantization["quantize"], start.quantization["quantize_exclude"]
+    former = None if kind is None else quantization_of(root)
+    if former is not None:
+        check_form(former, kind, exclude)
+    elif kind is not None:
+        quantize(root, kind, exclude=exclude)
+    for name, config in start.adapters.items():
+        add_adapter(root, name, config)
 
 
 def _adapt_from_checkpoint(root: nn.Module, root_path: str, start: Start, path: str) -> None:
