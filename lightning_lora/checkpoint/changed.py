@@ -8,8 +8,7 @@ from torch import nn
 
 from lightning_lora.checkpoint.reading import adapters_by_path, name_of, only_key, section_of
 from lightning_lora.model.names import is_inside, joined, listed, without_adapter
-from lightning_lora.model.one_adapter import each_adapter
-from lightning_lora.model.state import injected_roots
+from lightning_lora.model.state import injected_roots, require_injection
 
 _Places = frozenset[tuple[str, str]]  # the paths of models and the names of adapters in them
 
@@ -56,8 +55,8 @@ def joined_changes(changes: Iterable[Changed]) -> Changed:
 
 
 def _is_of(tensor: str, places: _Places) -> bool:
-    name = without_adapter(tensor)[1] if places else None
-    return name is not None and any(name == other and is_inside(tensor, path) for path, other in places)
+    name = without_adapter(tensor)[1] if places else ""
+    return bool(name) and any(name == other and is_inside(tensor, path) for path, other in places)
 
 
 def changed_adapters(
@@ -77,9 +76,7 @@ def changed_adapters(
     return compared_names({path: [*map(name_of, entries)] for path, entries in by_path.items()}, roots, source)
 
 
-def compared_names(
-    theirs: Mapping[str, Collection[str | None]], roots: Mapping[str, nn.Module], source: Any
-) -> Changed:
+def compared_names(theirs: Mapping[str, Collection[str]], roots: Mapping[str, nn.Module], source: Any) -> Changed:
     """Return which adapters ``theirs`` and the models do not share; both are by the path of the model.
 
     Raises:
@@ -88,21 +85,21 @@ def compared_names(
     added: set[tuple[str, str]] = set()
     dropped: set[tuple[str, str]] = set()
     for path, root in roots.items():
-        ours, given = each_adapter(root).keys(), set(theirs[path])
+        ours, given = require_injection(root).plans.keys(), set(theirs[path])
         if not ours & given:
             raise ValueError(
                 f"{source} holds {_words(given)}, and {type(root).__name__} has {_words(ours)}. {_remedy(given)}"
             )
-        added |= {(path, name) for name in ours - given if name is not None}
-        dropped |= {(path, name) for name in given - ours if name is not None}
+        added |= {(path, name) for name in ours - given if name}
+        dropped |= {(path, name) for name in given - ours if name}
     return Changed(frozenset(added), frozenset(dropped))
 
 
-def _words(names: Collection[str | None]) -> str:
-    return "an adapter without a name" if None in names else f"adapters named {listed(sorted(map(repr, names)))}"
+def _words(names: Collection[str]) -> str:
+    return "an adapter without a name" if "" in names else f"adapters named {listed(sorted(map(repr, names)))}"
 
 
-def _remedy(given: Collection[str | None]) -> str:
-    if None in given:
+def _remedy(given: Collection[str]) -> str:
+    if "" in given:
         return "convert() the file, and load_peft(model, directory, adapter=name) that"
     return "Adapt the model with add_adapter(model, name, config), by the names in the file"

@@ -139,7 +139,7 @@ def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> 
         adapters += [
             {
                 "name": "default",
-                **({} if name is None else {"name": name, "is_named": True}),
+                **({"name": name, "is_named": True} if name else {}),
                 "state_key": state_key,
                 "root": path,
                 "config": require_injection(own).config.to_dict(),

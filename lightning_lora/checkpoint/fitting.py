@@ -37,7 +37,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any], *, on_no
         tensors = fitting_tensors(state, root, "the checkpoint", on_nonfinite=on_nonfinite)
     else:
         found = {without_adapter(name)[1] for name in state}
-        changed = compared_names({"": found - {None} or found}, {"": root}, "the state")
+        changed = compared_names({"": found - {""} or found}, {"": root}, "the state")
         tensors = {name: value for name, value in state.items() if not changed.drops(name)}
         check_tensors(tensors, root, "the state", changed)
         changed.say("the state")
@@ -106,7 +106,7 @@ def _check_entries(entries: list[dict[str, Any]], root: nn.Module, source: Any) 
     for entry in entries:
         name = name_of(entry)
         if name in ours:
-            check_structure(entry, ours[name], source if name is None else f"adapter {name!r} in {source}")
+            check_structure(entry, ours[name], f"adapter {name!r} in {source}" if name else source)
 
 
 def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> None:

@@ -119,9 +119,9 @@ def adapters_by_path(
     return theirs
 
 
-def name_of(entry: Mapping[str, Any]) -> str | None:
-    """Return the name of an adapter by its entry in a checkpoint's section; ``None`` for one without."""
-    return entry["name"] if entry.get("is_named") else None
+def name_of(entry: Mapping[str, Any]) -> str:
+    """Return the name of an adapter by its entry in a checkpoint's section; ``""`` for one without."""
+    return str(entry["name"]) if entry.get("is_named") else ""
 
 
 def only_key(section: Mapping[str, Any], source: Any) -> str:

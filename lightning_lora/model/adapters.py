@@ -49,11 +49,6 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None) -
     check_name(name)
     root = uncompiled(model)
     injection = injection_of(root)
-    if injection is not None and not injection.named:
-        raise ValueError(
-            f"{type(root).__name__} has an adapter without a name: call remove(model) first, and give every adapter a "
-            "name with add_adapter"
-        )
     config = LoRAConfig() if config is None else config
     existing = None if injection is None else injection.named.get(name)
     if existing is not None:
@@ -62,12 +57,23 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None) -
         raise ValueError(
             f"there is an adapter {name!r} with another config: call remove(model, adapter={name!r}) first"
         )
+    add_anew(root, name, config, check_ranks=True)
+    return model
+
+
+def add_anew(root: nn.Module, name: str, config: LoRAConfig, *, check_ranks: bool) -> None:
+    """Add an adapter of a name that is free; ``check_ranks=False`` takes ranks above a layer's size."""
+    injection = injection_of(root)
+    if injection is not None and not injection.named:
+        raise ValueError(
+            f"{type(root).__name__} has an adapter without a name: call remove(model) first, and give every adapter a "
+            "name with add_adapter"
+        )
     with looked_past(root):
-        decided = plan(root, config)
+        decided = plan(root, config, check_ranks=check_ranks)
     _check_own(name, decided)
     _check_fuse(name, config, {} if injection is None else injection.named)
     _carry_out(root, name, decided)
-    return model
 
 
 def adapters(model: nn.Module) -> dict[str, LoRAConfig]:

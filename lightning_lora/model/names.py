@@ -19,10 +19,10 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
-def without_adapter(name: str) -> tuple[str, str | None]:
-    """Return the name of an adapter's tensor without the name of the adapter, and that; ``None`` for one without."""
+def without_adapter(name: str) -> tuple[str, str]:
+    """Return the name of an adapter's tensor without the name of the adapter, and that; ``""`` for one without."""
     match = _NAMED_ADAPTER.fullmatch(name)
-    return (name, None) if match is None else (match["layer"] + match["local"], match["adapter"])
+    return (name, "") if match is None else (match["layer"] + match["local"], match["adapter"])
 
 
 def joined(path: str, name: str) -> str:

@@ -17,10 +17,9 @@ from lightning_lora.model.spread import reshard, without_fsdp
 from lightning_lora.model.state import require_injection
 
 
-def each_adapter(root: nn.Module) -> dict[str | None, nn.Module]:
-    """Return an adapted model as each of its adapters sees it, by name: itself, by ``None``, if its one has no name."""
-    named = require_injection(root).named
-    return {name: _seen_alone(root, name) for name in named} if named else {None: root}
+def each_adapter(root: nn.Module) -> dict[str, nn.Module]:
+    """Return an adapted model as each of its adapters sees it, by name: itself, as ``""``, if its one has no name."""
+    return {name: _seen_alone(root, name) if name else root for name in require_injection(root).plans}
 
 
 def chosen_adapter(root: nn.Module, adapter: str | None) -> nn.Module:
@@ -39,7 +38,7 @@ def chosen_adapter(root: nn.Module, adapter: str | None) -> nn.Module:
         raise ValueError(f"{model} has several adapters: give adapter= one of {listed([*map(repr, named)])}")
     if adapter is not None and adapter not in named:
         raise ValueError(f"adapter={adapter!r} is not known: {model} has {listed([*map(repr, named)])}")
-    return root if not named else _seen_alone(root, adapter or named[0])
+    return _seen_alone(root, adapter or named[0]) if named else root
 
 
 def _seen_alone(root: nn.Module, name: str) -> nn.Module:

@@ -125,14 +125,6 @@ def require_root(model: nn.Module) -> nn.Module:
     return next(iter(roots.values()))
 
 
-def check_adapter_name(root: nn.Module, adapter: str | None) -> None:
-    """Raise ``ValueError`` for the name of an adapter that the model does not have: its one adapter has no name."""
-    if adapter is not None:
-        raise ValueError(
-            f"adapter={adapter!r} is not known: the adapter of {type(root).__name__} has no name. Leave adapter out"
-        )
-
-
 def named_lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Return the adapted layers by name; a layer that is reached under several names comes once."""
     return {clean_name(name): m for name, m in model.named_modules() if isinstance(m, LoRALayer)}

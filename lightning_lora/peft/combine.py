@@ -67,7 +67,8 @@ def combine(
             raise ValueError(f"r={r}: expected 1 to {largest}, the largest sum of the adapters' ranks; or None, exact")
         summed = {layer: _truncated(factors, r) for layer, factors in summed.items()}
     config, tensors = write_factors(_config(list(configs.values()), summed), summed, r or largest)
-    write_directory(output, Files(config, tensors, metadata), on_nonfinite=on_nonfinite)
+    check_finite(tensors, output, on_nonfinite)
+    write_directory(output, Files(config, tensors, metadata))
 
 
 def _checked_weights(directories: Sequence[_Path], weights: Sequence[float] | None) -> list[float]:

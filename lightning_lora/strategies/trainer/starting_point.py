@@ -15,11 +15,10 @@ from lightning_lora.checkpoint.storage import location
 from lightning_lora.checkpoint.structure import check_structure
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.adapters import add_adapter
-from lightning_lora.model.base_form import check_form, quantization_of
 from lightning_lora.model.families import family_of, find_root
 from lightning_lora.model.inject import inject, inject_anew, remove
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.quantize import quantize
+from lightning_lora.model.quantize import quantize_once
 from lightning_lora.model.state import OnNonfinite, has_trained, injection_of, named_lora_layers, require_injection
 from lightning_lora.peft.load import load_peft
 
@@ -92,12 +91,7 @@ def adapt_module(pl_module: nn.Module, start: Start) -> None:
 
 def _adapt_by_name(root: nn.Module, start: Start) -> None:
     """Quantise the base, if that is asked for, and add every adapter that is not there."""
-    kind, exclude = start.quantization["quantize"], start.quantization["quantize_exclude"]
-    former = None if kind is None else quantization_of(root)
-    if former is not None:
-        check_form(former, kind, exclude)
-    elif kind is not None:
-        quantize(root, kind, exclude=exclude)
+    quantize_once(root, **start.quantization)
     for name, config in start.adapters.items():
         add_adapter(root, name, config)
 
