@@ -123,7 +123,7 @@ class LoRACallback(AdapterOfRows, AdaptiveRanks):
         if config is not None and given:
             raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
         self.adapters, self.adapter_key = dict(adapters or {}), adapter_key
-        _check_adapters(self.adapters, adapter_key, {"config": config, "init_from": init_from, **given})
+        _check_adapters(self.adapters, adapter_key, {"config": config, **given})
         self.config = config or own
         self._given = {n: value for n, value in self.config.to_dict().items() if config is not None or n in given}
         self.module = module

@@ -72,23 +72,26 @@ def section_of(checkpoint: Mapping[str, Any], source: Any) -> dict[str, Any]:
     return section
 
 
-def one_adapter(checkpoint: Mapping[str, Any], root_path: str, source: Any) -> tuple[Mapping[str, Any], LoRAConfig]:
-    """Return a checkpoint with the adapter of the model at ``root_path`` alone, or its only one, and its config.
+def adapters_at(
+    checkpoint: Mapping[str, Any], root_path: str, source: Any
+) -> tuple[Mapping[str, Any], dict[str, LoRAConfig]]:
+    """Return a checkpoint with the adapters of the model at ``root_path``, or of its only one, and their configs.
 
     Raises:
-        ValueError: it holds several, and none at that path.
+        ValueError: it holds those of several models, and none at that path.
     """
     section = section_of(checkpoint, source)
-    own = [one for one in section["adapters"] if one["root"] == root_path or len(section["adapters"]) == 1]
-    if len(own) != 1:
+    models = {(entry["root"], entry["state_key"]) for entry in section["adapters"]}
+    own = [one for one in section["adapters"] if one["root"] == root_path or len(models) == 1]
+    if len({one["state_key"] for one in own}) != 1:
         raise ValueError(
-            f"{source} holds adapters of models at {[a['root'] for a in section['adapters']]}, none at {root_path!r}"
+            f"{source} holds adapters of models at {sorted({p for p, _ in models})}, none at {root_path!r}"
         )
     key, path = own[0]["state_key"], own[0]["root"]
-    if len(section["adapters"]) > 1:
+    if len(models) > 1:
         state = {name: value for name, value in checkpoint[key].items() if is_inside(name, path)}
         checkpoint = {**checkpoint, key: state, SECTION: {**section, "adapters": own}}
-    return checkpoint, LoRAConfig.from_dict(own[0]["config"])
+    return checkpoint, {name_of(one): LoRAConfig.from_dict(one["config"]) for one in own}
 
 
 def renaming(checkpoint: Mapping[str, Any], module: nn.Module, source: Any, state_key: str) -> Callable[[str], str]:

@@ -14,7 +14,7 @@ from lightning_lora.layers.class_swap import lora_class
 from lightning_lora.layers.host import Host
 from lightning_lora.model.names import listed
 from lightning_lora.model.spread import reshard, without_fsdp
-from lightning_lora.model.state import require_injection
+from lightning_lora.model.state import require_injection, uncompiled
 
 
 def each_adapter(root: nn.Module) -> dict[str, nn.Module]:
@@ -42,11 +42,11 @@ def chosen_adapter(root: nn.Module, adapter: str | None) -> nn.Module:
 
 
 def _seen_alone(root: nn.Module, name: str) -> nn.Module:
+    root = uncompiled(root)
     injection = require_injection(root)
-    own = injection.named[name]
     reshard(root)
     seen = _copied(root, name, {})
-    seen.__dict__["lora_injection"] = dataclasses.replace(injection, plan=own.plan, source=own.source, named={})
+    seen.__dict__["lora_injection"] = dataclasses.replace(injection, plan=injection.named[name].plan, named={})
     return seen
 
 

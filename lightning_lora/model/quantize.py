@@ -58,7 +58,9 @@ def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[st
 
 
 def quantize_once(
-    model: nn.Module, quantize: Quantization | None, quantize_exclude: str | Sequence[str] | None
+    model: nn.Module,
+    quantize: Quantization | None = None,
+    quantize_exclude: str | Sequence[str] | None = None,
 ) -> None:
     """Quantise a base if that is asked for and was not done, before adapters with names are added.
 

@@ -24,11 +24,10 @@ from lightning_lora.ops.dropout import Seeds
 
 @dataclass
 class NamedAdapter:
-    """One of several adapters: what was decided for it, the seeds of its dropout, and the file it started from."""
+    """One of several adapters: what was decided for it, and the seeds of its dropout."""
 
     plan: Plan
     seeds: Seeds
-    source: str | None = None
 
 
 @dataclass

@@ -38,7 +38,8 @@ def adapter_tensors(
 
     Raises:
         ValueError: there is no such adapter, or several and none is named; it has what the format, or with
-            ``portable`` servers, cannot express, or holds NaN or infinity; or only some of the ranks called it that all must.
+            ``portable`` servers, cannot express, or holds NaN or infinity; or only some of the ranks
+            called it that all must.
     """
     root = require_root(model)
     seen = chosen_adapter(root, adapter)

@@ -58,8 +58,7 @@ def combine(
     for directory, factor in zip(directories, factor_of, strict=True):
         path = location(directory)
         for layer, factors in layers_of[path].items():
-            weighted = replace(factors, scaling=factors.scaling * factor)
-            layers.setdefault(layer, []).append((path, weighted))
+            layers.setdefault(layer, []).append((path, replace(factors, scaling=factors.scaling * factor)))
     summed = {layer: _concatenated(parts) for layer, parts in layers.items()}
     largest = max(factors.rank for factors in summed.values())
     if r is not None:

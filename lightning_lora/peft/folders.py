@@ -21,11 +21,8 @@ def folders_of(model: nn.Module, directory: Location, adapter: str | None) -> di
     injection = injection_of(model)
     named = {} if injection is None else injection.named
     is_flat = any((directory / name).is_file() for name in (CONFIG_NAME, DIFFUSERS_NAME))
-    below = {
-        child.name: child
-        for child in (sorted(directory.iterdir()) if directory.is_dir() else ())
-        if (child / CONFIG_NAME).is_file()
-    }
+    inside: list[Location] = [*directory.iterdir()] if directory.is_dir() else []
+    below = {folder.name: folder for folder in inside if (folder / CONFIG_NAME).is_file()}
     if adapter is not None:
         folders = {adapter: directory if is_flat else below.get(adapter, directory)}
     elif is_flat or not below:
@@ -36,7 +33,7 @@ def folders_of(model: nn.Module, directory: Location, adapter: str | None) -> di
             )
         return {"": directory}
     else:
-        folders = dict(below)
+        folders = dict(sorted(below.items()))
     for name in folders:
         check_name(name)
         if name in named:

@@ -14,14 +14,13 @@ from lightning_lora.checkpoint.fingerprint import fingerprint, renamed
 from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
 from lightning_lora.config import LoRAConfig, Quantization
-from lightning_lora.model.adapters import add_anew
+from lightning_lora.model.adapters import adapt_anew
 from lightning_lora.model.families import Family, family_of
 from lightning_lora.model.hosts import looked_past
-from lightning_lora.model.inject import inject_anew, remove
+from lightning_lora.model.inject import remove
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.one_adapter import chosen_adapter
-from lightning_lora.model.quantize import quantize_once
-from lightning_lora.model.state import OnNonfinite, injection_of, require_injection
+from lightning_lora.model.state import OnNonfinite, injection_of, require_injection, uncompiled
 from lightning_lora.peft.base_tensors import check_ties, check_trained, set_copies_apart, untrained_values
 from lightning_lora.peft.directory import Adapter
 from lightning_lora.peft.fit import named_by_layer
@@ -63,17 +62,18 @@ def load_peft(
             or its files are damaged.
     """
     source = location(directory)
-    folders = folders_of(model, source, adapter)
+    root = uncompiled(model)
+    folders = folders_of(root, source, adapter)
     read = {name: read_adapter(folder, component, on_nonfinite) for name, folder in folders.items()}
     quantization = {"quantize": quantize, "quantize_exclude": quantize_exclude}
     loaded: list[str] = []
     try:
         for name, theirs in read.items():
-            _load_one(model, name, theirs, check_base=check_base, **quantization)
+            _load_one(root, name, theirs, check_base=check_base, **quantization)
             loaded.append(name)
     except Exception:
         for name in loaded:
-            remove(model, name)  # the first of several
+            remove(root, name)  # the first of several
         raise
     return model
 
@@ -118,14 +118,11 @@ def _load(model: nn.Module, name: str, adapter: Adapter, recorded: dict[str, Any
 
 def _put_in(model: nn.Module, name: str, config: LoRAConfig, **quantization: Any) -> nn.Module:
     """Adapt a model as a directory says, and return it as this adapter sees it."""
-    if not name:
-        return inject_anew(model, config, check_ranks=False, **quantization)
     injection = injection_of(model)
-    if injection is not None and injection.named:  # layers are fused for all adapters or for none
+    if name and injection is not None:  # layers are fused for all adapters or for none
         config = replace(config, fuse=next(iter(injection.configs.values())).fuse)
-    quantize_once(model, **quantization)
-    add_anew(model, name, config, check_ranks=False)
-    return chosen_adapter(model, name)
+    adapt_anew(model, name, config, **quantization)
+    return chosen_adapter(model, name or None)
 
 
 def _load_by_skeleton(

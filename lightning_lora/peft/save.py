@@ -59,7 +59,8 @@ def save_peft(
 
     Raises:
         ValueError: there is no such adapter; it has what the format, or with ``portable`` those readers, cannot
-            express, or holds NaN or infinity; or only some of the ranks called it that all must. Nothing is written then.
+            express, or holds NaN or infinity; or only some of the ranks called it that all must.
+            Nothing is written then.
     """
     root = require_root(model)
     check_not_disabled(root)

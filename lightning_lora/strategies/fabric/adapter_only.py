@@ -133,9 +133,10 @@ class FabricAdapterOnly(AdapterCheckpoints, Strategy):
                     state[key] = checkpoint[key]
         saved = section.get("random_states") if optimizer_states else None
         states = random_state.fitting_states(saved, self._num_ranks(), path)
-        if states is not None:
-            random_state.restore(self.random_state_of_this_rank(states))
-        random_state.restore_dropout(saved, states and self.random_state_of_this_rank(states), *modules.values())
+        own = None if states is None else self.random_state_of_this_rank(states)
+        if own is not None:
+            random_state.restore(own)
+        random_state.restore_dropout(saved, own, *modules.values())
         used = {SECTION, *others, *optimizer_states, *sources.values()}
         return {key: value for key, value in checkpoint.items() if key not in used}
 

@@ -87,7 +87,7 @@ class RunPosition:
             random_state.restore(self._strategy.random_state_of_this_rank(self._loaded))
         elif self._loaded is not None:
             self._at_first_epoch = random_state.collect()
-        own = self._loaded and self._strategy.random_state_of_this_rank(self._loaded)
+        own = None if self._loaded is None else self._strategy.random_state_of_this_rank(self._loaded)
         random_state.restore_dropout(self._saved, own, self._strategy.lightning_module)
         self._loaded = self._saved = self._loaders = self._noted = self._loader_states = None
         self._is_over = False
