@@ -114,7 +114,7 @@ class MixedGatedMLP(LoRAGatedMLP):
         hosts = [layer for layer in layers if isinstance(layer, LinearHost)]
         acting = hosts[0].lora_choice.acting if len(hosts) == len(layers) else None
         if isinstance(acting, Mixture):
-            return layers
+            return (None, None, None) if torch.compiler.is_compiling() else layers
         gate, up, down = (host.adapters.get(acting) for host in hosts) if acting is not None else (None, None, None)
         return gate, up, down
 

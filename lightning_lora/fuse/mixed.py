@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_lora.fuse.linears import go_together, tensor_version
 from lightning_lora.layers.acting import Mixture
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.linear_host import LinearHost, mixed_linears
+from lightning_lora.layers.linear_host import LinearHost, compute_together, mixed_linears
 from lightning_lora.layers.split import SplitLinear, enter
 from lightning_lora.ops.linear import lora_linears
 from lightning_lora.ops.linear_tensors import LinearTensors
@@ -55,11 +55,11 @@ def compute_mixed(x: Tensor, hosts: list[LinearHost], leader: LinearHost) -> Seq
     mixture = leader.lora_choice.acting
     assert isinstance(mixture, Mixture)
     entered = enter(leader, x)
+    if torch.compiler.is_compiling() or x.requires_grad or not torch.is_grad_enabled():
+        return compute_together(hosts, mixture, entered)
+    # a backward pass frees no graph before x: callers may run one through each output by itself
     tensors, shares = mixed_linears(hosts, mixture, entered)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.requires_grad:
-        # a backward pass frees no graph before x: callers may run one through each output by itself
-        return [lora_linears(entered, *_of_one(place, tensors, shares))[0] for place in range(len(hosts))]
-    return lora_linears(entered, tensors, shares)
+    return [lora_linears(entered, *_of_one(place, tensors, shares))[0] for place in range(len(hosts))]
 
 
 def _of_one(place: int, tensors: Sequence[LinearTensors], shares: Shares) -> tuple[list[LinearTensors], Shares]:

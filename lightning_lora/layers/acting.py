@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.dropout import Seeds
+
 
 class Part(NamedTuple):
     """The rows of one input on which one adapter acts, or the base alone: one run of them, or their indices."""
@@ -37,6 +39,13 @@ class Mixture:
         lengths: of the segments, in tokens.
         repeats: how many copies of each row the layers may get, side by side: the beams of ``generate``.
         exact: run the base's products for each adapter apart, too.
+        known: the names of all adapters, which ``owners`` counts.
+        device: of ``owners``.
+
+    Attributes:
+        owners: the place of the adapter of every row or packed token in ``known``, -1 for the base: what a graph of
+            torch.compile reads.
+        present: whether each adapter in ``known`` has rows; on CPU.
     """
 
     def __init__(
@@ -46,11 +55,17 @@ class Mixture:
         lengths: Sequence[int] | None = None,
         repeats: int = 1,
         exact: bool = False,
+        known: Sequence[str] = (),
+        device: torch.device | None = None,
     ) -> None:
         self.names, self.repeats, self.exact = tuple(names), repeats, exact
         self.is_packed = lengths is not None
         self.lengths = [1] * len(self.names) if lengths is None else list(lengths)
         self.num_units = sum(self.lengths)  # rows, or packed tokens
+        places: dict[str | None, int] = {None: -1, **{name: place for place, name in enumerate(known)}}
+        owners = [places[name] for name, length in zip(self.names, self.lengths, strict=True) for _ in range(length)]
+        self.owners = torch.tensor(owners, dtype=torch.int64, device=device)
+        self.present = torch.tensor([name in self.names for name in known], dtype=torch.bool, device="cpu")
         self._parts: dict[Any, list[Part]] = {}  # by units' size and device
 
     def parts(self, shape: torch.Size, device: torch.device) -> list[Part]:
@@ -116,11 +131,21 @@ Acting = str | Mixture | None
 
 
 class Choice:
-    """What acts in the layers of one model, which share this object."""
+    """What acts in the layers of one model, which share this object.
+
+    Attributes:
+        seeds: of the dropout of every adapter, by name.
+        chosen: what was chosen, if anything.
+    """
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.seeds: dict[str, Seeds] = {}
         self.chosen: Acting | Undecided = UNDECIDED
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all adapters, in the order in which they were added."""
+        return list(self.seeds)
 
     @property
     def acting(self) -> Acting:

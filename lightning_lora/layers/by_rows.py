@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_lora.layers.acting import Choice, Mixture, Part
+from lightning_lora.layers.masked import run_masked
 
 
 def run_by_rows(choice: Choice, mixture: Mixture, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -16,6 +17,8 @@ def run_by_rows(choice: Choice, mixture: Mixture, run: Callable[..., Any], args:
     Raises:
         ValueError: the tensors have other rows than the mixture, or not all the same.
     """
+    if torch.compiler.is_compiling():
+        return run_masked(choice, mixture, run, args, kwargs)
     first = _first_tensor(args, kwargs)
     if first is None:
         raise ValueError("a layer got no tensor whose rows could be told apart by their adapters")

@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_lora.layers.acting import Mixture, Undecided
 from lightning_lora.layers.host import Host
 from lightning_lora.layers.linear import LoRAConv1D, LoRALinear, is_plain
+from lightning_lora.layers.masked import masked_linears
 from lightning_lora.layers.split import SplitLinear, enter, leave
 from lightning_lora.ops.linear import lora_linears
 from lightning_lora.ops.linear_tensors import LinearTensors, StoredLinearTensors
@@ -39,7 +40,7 @@ class LinearHost(Host):
         y: Tensor | None = None if self.lora_siblings is None else self.lora_siblings.output(self, args[0])
         if y is None:
             x = enter(self, args[0])
-            y = leave(self, lora_linears(x, *mixed_linears([self], mixture, x))[0])
+            y = leave(self, compute_together([self], mixture, x)[0])
         return y
 
     @property
@@ -65,6 +66,15 @@ class LinearHost(Host):
         return LinearTensors(adapter.as_matrix(weight), bias, None, None)
 
 
+def compute_together(hosts: Sequence[LinearHost], mixture: Mixture, x: Tensor) -> Sequence[Tensor]:
+    """Return what the products of hosts give for ``x`` ``[..., in_features]``, what this rank multiplies."""
+    if not torch.compiler.is_compiling():
+        return lora_linears(x, *mixed_linears(hosts, mixture, x))
+    choice = hosts[0].lora_choice
+    adapters = {name: _layers_of(name, hosts) for name in choice.names}
+    return masked_linears([host.base_tensors(x) for host in hosts], adapters, choice, mixture, x)
+
+
 def mixed_linears(hosts: Sequence[LinearHost], mixture: Mixture, x: Tensor) -> tuple[list[LinearTensors], Shares]:
     """Return what :func:`lora_linears` takes for hosts that read one input, of which each row has its own adapter.
 
@@ -76,8 +86,7 @@ def mixed_linears(hosts: Sequence[LinearHost], mixture: Mixture, x: Tensor) -> t
     shares: list[Share] = []
     seeds: list[Tensor | None] = []
     for part in mixture.parts(x.shape[:-1], x.device):
-        found: Any = ((place, host.adapters.get(part.name or "")) for place, host in enumerate(hosts))
-        own = {place: layer for place, layer in found if layer is not None and layer.lora_active}
+        own = _layers_of(part.name, hosts)
         for places in _alike(own):
             settings = own[places[0]].scaled_dropout()
             shares.append(Share(part.rows, places, settings._replace(seed=None), settings.seed is not None))
@@ -86,6 +95,12 @@ def mixed_linears(hosts: Sequence[LinearHost], mixture: Mixture, x: Tensor) -> t
     drops = any(seed is not None for seed in seeds)
     seed = torch.stack([torch.zeros((), dtype=torch.int64) if s is None else s for s in seeds]) if drops else None
     return tensors, Shares(tuple(shares), len(hosts), seed)
+
+
+def _layers_of(name: str | None, hosts: Sequence[LinearHost]) -> dict[int, Any]:
+    """Return the layers of one adapter by the places of their hosts."""
+    found = {} if name is None else {place: host.adapters.get(name) for place, host in enumerate(hosts)}
+    return {place: layer for place, layer in found.items() if layer is not None and layer.lora_active}
 
 
 def _alike(layers: dict[int, Any]) -> list[tuple[int, ...]]:

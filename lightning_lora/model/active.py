@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -62,7 +63,7 @@ def active(
             if is_merged(root):
                 raise ValueError("an adapter is merged into the base weights: call unmerge(model) first")
             choice = require_injection(root).choice
-            acting = _acting(choice.names, which, lengths, repeats, exact)
+            acting = _acting(choice.names, which, lengths, repeats, exact, _device_of(root))
             if isinstance(acting, Mixture):
                 _check_rows_apart(root)
             stack.enter_context(_switched(root, choice, acting))
@@ -151,7 +152,12 @@ def _switched(root: nn.Module, choice: Choice, acting: Acting) -> Iterator[None]
 
 
 def _acting(
-    known: Sequence[str], which: Which, lengths: Sequence[int] | Tensor | None, repeats: int, exact: bool
+    known: Sequence[str],
+    which: Which,
+    lengths: Sequence[int] | Tensor | None,
+    repeats: int,
+    exact: bool,
+    device: torch.device,
 ) -> Acting:
     if which is None or isinstance(which, str):
         if lengths is not None or repeats != 1:
@@ -170,7 +176,12 @@ def _acting(
         )
     if not names:
         raise ValueError("active(...) was given no names: expected is one for each row of the batch")
-    return Mixture(names, lengths=sizes, repeats=repeats, exact=exact)
+    return Mixture(names, lengths=sizes, repeats=repeats, exact=exact, known=known, device=device)
+
+
+def _device_of(root: nn.Module) -> torch.device:
+    """Return the device that a model runs on: that of an adapter, which is never on meta."""
+    return next(p.device for layer in root.modules() if isinstance(layer, LoRALayer) for p in layer.parameters())
 
 
 def _check_rows_apart(root: nn.Module) -> None:

@@ -157,7 +157,7 @@ def _carry_out(root: nn.Module, name: str, decided: Plan) -> None:
         freeze_statistics(root, ())
         keep_off_fused_paths(root, injection)
         injection.named[name] = NamedAdapter(decided.without_model(), seeds)
-        injection.choice.names.append(name)
+        injection.choice.seeds[name] = seeds
         run_at_injection()
 
 

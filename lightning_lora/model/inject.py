@@ -124,7 +124,7 @@ def take_out_named(root: nn.Module, name: str) -> bool:
         drop_adapter(host, name)
     if injection.named.pop(name).plan.config.fuse:
         fuse_anew(root)
-    injection.choice.names.remove(name)
+    del injection.choice.seeds[name]
     return True
 
 

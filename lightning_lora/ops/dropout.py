@@ -35,6 +35,10 @@ class Seeds:
         self.next.add_(1)
         return seed
 
+    def take_back(self, next_seed: Tensor, is_drawn: Tensor) -> None:
+        """Go back to ``next_seed`` unless ``is_drawn``, a boolean in a tensor: in a graph that draws at any rate."""
+        self.next.copy_(torch.where(is_drawn, self.next, next_seed))
+
     @classmethod
     def positions(cls) -> dict["Seeds", int]:
         """Return the next seed of every adapter in this process."""
