@@ -10,7 +10,7 @@ from lightning_lora.checkpoint.reading import adapters_by_path, name_of, only_ke
 from lightning_lora.model.names import is_inside, joined, listed, without_adapter
 from lightning_lora.model.state import injected_roots, require_injection
 
-_Places = frozenset[tuple[str, str]]  # the paths of models and the names of adapters in them
+Places = frozenset[tuple[str, str]]  # the paths of models and the names of adapters in them
 
 
 class Changed(NamedTuple):
@@ -21,16 +21,16 @@ class Changed(NamedTuple):
         dropped: their tensors in the file are left unread.
     """
 
-    added: _Places = frozenset()
-    dropped: _Places = frozenset()
+    added: Places = frozenset()
+    dropped: Places = frozenset()
 
     def adds(self, tensor: str) -> bool:
         """Whether a tensor of the model, by its clean name, is of an adapter that the file lacks."""
-        return _is_of(tensor, self.added)
+        return is_of(tensor, self.added)
 
     def drops(self, tensor: str) -> bool:
         """Whether a tensor of the file, by the name that it would have in the model, is of one that the model lacks."""
-        return _is_of(tensor, self.dropped)
+        return is_of(tensor, self.dropped)
 
     def below(self, key: str) -> "Changed":
         """Return the same for tensors whose names stand behind a module's key in a state of Fabric."""
@@ -54,7 +54,8 @@ def joined_changes(changes: Iterable[Changed]) -> Changed:
     return Changed(frozenset().union(*added), frozenset().union(*dropped))
 
 
-def _is_of(tensor: str, places: _Places) -> bool:
+def is_of(tensor: str, places: Places) -> bool:
+    """Whether a tensor is of one of these adapters."""
     name = without_adapter(tensor)[1] if places else ""
     return bool(name) and any(name == other and is_inside(tensor, path) for path, other in places)
 

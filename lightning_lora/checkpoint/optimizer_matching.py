@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.checkpoint.changed import UNCHANGED, Changed
+from lightning_lora.checkpoint.changed import UNCHANGED, Changed, Places, is_of
 from lightning_lora.checkpoint.packed_optimizer import check_packer, with_packed
 from lightning_lora.model.names import clean_name
 
@@ -49,8 +49,8 @@ def match_by_name(
         for group_names, group in zip(theirs, state["param_groups"], strict=True)
         for name, saved_id in zip(group_names, group["params"], strict=True)
     }
-    saved = _kept(theirs, state["param_groups"], changed.drops)
-    kept = _kept(own_names, optimizer.param_groups, changed.adds)
+    saved = _kept(theirs, state["param_groups"], changed.dropped)
+    kept = _kept(own_names, optimizer.param_groups, changed.added)
     if [sorted(group) for group, _ in saved] != [sorted(group) for group, _ in kept]:
         raise ValueError(_other_groups([group for group, _ in saved], [group for group, _ in kept], source))
     order = [name for group in own_names for name in group]
@@ -67,11 +67,16 @@ def match_by_name(
 
 
 def _kept(
-    names: list[list[str]], groups: Sequence[dict[str, Any]], is_left_out: Callable[[str], bool]
+    names: list[list[str]], groups: Sequence[dict[str, Any]], left_out: Places
 ) -> list[tuple[list[str], dict[str, Any]]]:
-    """Return the names of each group without those that are left out, and the group, but for groups of those alone."""
-    kept = [([name for name in own if not is_left_out(name)], group) for own, group in zip(names, groups, strict=True)]
-    return [(left, group) for own, (left, group) in zip(names, kept, strict=True) if left or not own]
+    """Return the names of each group, and the group, without adapters that are left out and groups of those alone."""
+    adapters = {adapter for _, adapter in left_out}
+    kept = []
+    for own, group in zip(names, groups, strict=True):
+        left = [name for name in own if not is_of(name, left_out)]
+        if left or (not own and group.get("adapter") not in adapters):  # parameter_groups gives empty ones, too
+            kept.append((left, group))
+    return sorted(kept, key=lambda one: str(one[1].get("adapter", "")))  # in whatever order they were added
 
 
 def _other_groups(theirs: list[list[str]], ours: list[list[str]], source: Any) -> str:

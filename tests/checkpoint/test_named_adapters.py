@@ -30,6 +30,7 @@ CONFIGS = {
     "medicine": LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], dropout=0.1),
     "code": LoRAConfig(r=3, use_dora=True, target_modules=["up_proj", "down_proj"]),
 }
+MORE = {"tax": LoRAConfig(r=1)}
 # who acts in each epoch of one batch: their numbers of steps differ, and some have none in a window
 ACTING = [["law", "medicine", None, "law"], ["law"] * 4, ["code", "law", "law", "code"], "medicine"]
 
@@ -63,19 +64,19 @@ class Grouped(Module):
     """Each adapter has a group of the optimizer, and a learning rate of its own."""
 
     def configure_optimizers(self) -> Any:
-        rates = {"law": 1e-2, "medicine": 2e-2, "code": 3e-2}
+        rates = {"law": 1e-2, "medicine": 2e-2, "code": 3e-2, "tax": 4e-2}
         named = dict(named_adapter_parameters(self))
-        groups = [
-            {"params": [p for key, p in named.items() if f".lora.{name}." in key], "lr": rates[name], "tag": name}
-            for name in adapters(self.model)
-        ]
+        groups = []
+        for name in adapters(self.model):
+            own = [p for key, p in named.items() if f".lora.{name}." in key]
+            groups += [{"params": params, "lr": rates[name], "adapter": name} for params in (own, [])]
         return torch.optim.AdamW(groups)
 
 
 def fit(
     directory: Path, module: Module, names: Any = tuple(CONFIGS), epochs: int = 8, ckpt_path: Any = None
 ) -> pl.Trainer:
-    lora = LoRACallback(adapters={name: CONFIGS[name] for name in names})
+    lora = LoRACallback(adapters={name: (CONFIGS | MORE)[name] for name in names})
     saving = ModelCheckpoint(directory, save_top_k=-1, every_n_train_steps=1, filename="{step}")
     trainer = runs.trainer(directory, lora, saving, max_epochs=epochs)
     trainer.fit(module, loader(), ckpt_path=ckpt_path)
@@ -141,22 +142,24 @@ def test_adapters_are_added_and_dropped_on_resume(
     kind: type[Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = kind()
-    fit(tmp_path / "first", first, ["law", "medicine"], epochs=4)
+    fit(tmp_path / "first", first, ["law", "medicine", "code"], epochs=4)
     second = kind()
-    start = dict(named_adapter_parameters(add_adapter(models.llama(), "code", CONFIGS["code"])))
-    fit(tmp_path / "second", second, ["code", "medicine"], epochs=4, ckpt_path=tmp_path / "first" / "step=4.ckpt")
-    assert "'code' only in the model, kept as it is there; 'law' only in the file, left out" in caplog.text
-    assert steps(second) == {"code": 0.0, "medicine": 2.0}
+    start = dict(named_adapter_parameters(add_adapter(models.llama(), "tax", MORE["tax"])))
+    fit(
+        tmp_path / "second", second, ["code", "tax", "medicine"], epochs=4, ckpt_path=tmp_path / "first" / "step=4.ckpt"
+    )
+    assert "'tax' only in the model, kept as it is there; 'law' only in the file, left out" in caplog.text
+    assert steps(second) == {"code": 1.0, "tax": 0.0, "medicine": 2.0}
     before = held(first)
     for name, (value, state) in held(second).items():
-        if ".lora.medicine." in name:
+        if ".lora.tax." not in name:
             assert torch.equal(value, before[name][0])
             assert torch.equal(state["exp_avg"], before[name][1]["exp_avg"])
         else:
             assert torch.equal(value, start[name])
     groups = second.trainer.optimizers[0].param_groups
     if kind is Grouped:
-        assert {group["tag"]: group["lr"] for group in groups} == {"code": 3e-2, "medicine": 2e-2}
+        assert {group["adapter"]: group["lr"] for group in groups} == {"code": 3e-2, "tax": 4e-2, "medicine": 2e-2}
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,7 @@ def test_one_graph_serves_all_mixtures(dropout: float) -> None:
         backward(y)
         backward(expected)
     assert counter.frame_count == 1
-    for (key, found), (_, wanted) in zip(
-        named_adapter_parameters(model), named_adapter_parameters(eager), strict=True
-    ):
+    for (key, found), (_, wanted) in zip(named_adapter_parameters(model), named_adapter_parameters(eager), strict=True):
         assert key is not None
         within(1e-10)(found.grad, wanted.grad)
 
