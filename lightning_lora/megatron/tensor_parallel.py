@@ -9,7 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import lora_class, swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.host import Host, Hosted
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.linear_host import LinearHost
 from lightning_lora.layers.quantized import QuantizedLinear
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.stored import stored_form
@@ -73,13 +75,15 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
         return
     if not isinstance(layer, nn.Linear) or isinstance(layer, SplitLinear):
         raise ValueError(f"the plan names {name!r}, a {type(layer).__name__}; split are linear layers")
-    if isinstance(layer, LoRALayer) and type(layer).__bases__[0] is not LoRALinear:
-        raise ValueError(
-            f"{name!r} is adapted by {type(layer).__bases__[0].__name__}, which tensor parallelism does not serve "
-            "(DoRA, lora_bias, PiSSA, OLoRA, token rows, a weight that is read): leave the option or layer out, or use "
-            "strategy='fsdp_lora'"
-        )
-    if not isinstance(layer, (LoRALayer, QuantizedLinear)) and type(layer).forward is not nn.Linear.forward:
+    for adapter in _adapters_of(layer):
+        if type(adapter).__bases__[0] is not LoRALinear:
+            raise ValueError(
+                f"{name!r} is adapted by {type(adapter).__bases__[0].__name__}, which tensor parallelism does not "
+                "serve (DoRA, lora_bias, PiSSA, OLoRA, token rows, a weight that is read): leave the option or layer "
+                "out, or use strategy='fsdp_lora'"
+            )
+    cls = layer.lora_base_class if isinstance(layer, Host) else type(layer)
+    if not isinstance(layer, (LoRALayer, QuantizedLinear)) and cls.forward is not nn.Linear.forward:
         raise ValueError(f"{name!r} is a {type(layer).__name__} with a forward of its own, which cannot be split")
     size = layer.out_features if kind == "column" else layer.in_features
     if size % ranks:
@@ -116,13 +120,22 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
         keep_part(layer, "weight", mesh, dim)
     if kind == "column" and layer.bias is not None:
         keep_part(layer, "bias", mesh, 0)
-    if isinstance(layer, LoRALayer):
-        keep_part(layer, "lora_B" if kind == "column" else "lora_A", mesh, dim)
-        whole = layer.lora_A if kind == "column" else layer.lora_B
+    for adapter in _adapters_of(layer):
+        keep_part(adapter, "lora_B" if kind == "column" else "lora_A", mesh, dim)
+        whole = adapter.lora_A if kind == "column" else adapter.lora_B
         whole.lora_tp_sum = True  # type: ignore[attr-defined]  # each rank has an addend of its gradient
-        swap_class(layer, LoRAParallelLinear, base)
-    else:
+        swap_class(adapter, LoRAParallelLinear, lora_class(Hosted, base) if isinstance(layer, Host) else base)
+    if isinstance(layer, Host):
+        swap_class(layer, LinearHost, base)
+    elif not isinstance(layer, LoRALayer):
         layer.__class__ = base
+
+
+def _adapters_of(layer: nn.Module) -> list[LoRALayer]:
+    """Return the adapters of a layer: itself, or those with names."""
+    if isinstance(layer, Host):
+        return list(layer.adapters.values())
+    return [layer] if isinstance(layer, LoRALayer) else []
 
 
 def _tied_table(root: nn.Module, chosen: Collection[str]) -> tuple[nn.Module, nn.Embedding] | tuple[None, None]:
@@ -134,7 +147,7 @@ def _tied_table(root: nn.Module, chosen: Collection[str]) -> tuple[nn.Module, nn
     twins = [m for m in root.modules() if isinstance(m, nn.Embedding) and m._parameters["weight"] is weight]
     if not twins:
         return None, None
-    if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows)) or isinstance(head, LoRALayer):
+    if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows, Host)) or _adapters_of(head):
         raise ValueError(
             "the tied embedding or output head is adapted, and would have to be split over ranks with its twin: leave "
             "it out of target_modules and trainable_token_indices, or use strategy='fsdp_lora'"
@@ -150,7 +163,7 @@ def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
     if not is_pretrained(root) or not isinstance(root.get_output_embeddings(), ColumnParallelLinear):  # type: ignore[operator]
         return None
     table: Any = root.get_input_embeddings()  # type: ignore[operator]
-    if not isinstance(table, nn.Embedding) or isinstance(table, LoRALayer) or table.max_norm is not None:
+    if not isinstance(table, nn.Embedding) or _adapters_of(table) or table.max_norm is not None:
         return None
     weight = table._parameters["weight"]
     holders = [m for m in root.modules() if any(p is weight for p in m._parameters.values())]
@@ -160,8 +173,8 @@ def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
 
 def check_replicated(root: nn.Module) -> None:
     """Raise ``ValueError`` for adapters that tensor parallelism does not serve and that no plan names."""
-    injection = require_injection(root)
-    if injection.config.use_dora or injection.config.lora_bias or injection.config.starts_from_base:
+    configs = require_injection(root).configs.values()
+    if any(config.use_dora or config.lora_bias or config.starts_from_base for config in configs):
         raise ValueError(
             "use_dora, lora_bias, PiSSA and OLoRA are not served under tensor parallelism: leave them out, or use "
             "strategy='fsdp_lora'"
