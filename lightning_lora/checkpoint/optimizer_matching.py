@@ -35,8 +35,7 @@ def match_by_name(
 ) -> dict[str, Any]:
     """Return an optimizer state with its entries in the order of ``optimizer``'s parameters, matched by name.
 
-    What is of added adapters has no entry, and a group of them alone the settings that it has. What is of dropped ones
-    is left out, and so is a group of them alone.
+    What is of added adapters has no entry, and a group of them alone the settings that it has.
 
     Raises:
         ValueError: the optimizer has other parameters, has them in other groups, or keeps its state in another form.
@@ -44,21 +43,17 @@ def match_by_name(
     check_packer(state, optimizer, source)
     own_names = parameter_names(optimizer, names)
     theirs = [[rename(name) for name in group] for group in saved_names]
+    places = paired_groups(theirs, state["param_groups"], own_names, optimizer.param_groups, source, changed)
     ids = {
         name: saved_id
         for group_names, group in zip(theirs, state["param_groups"], strict=True)
         for name, saved_id in zip(group_names, group["params"], strict=True)
     }
-    saved = _kept(theirs, state["param_groups"], changed.dropped)
-    kept = _kept(own_names, optimizer.param_groups, changed.added)
-    if [sorted(group) for group, _ in saved] != [sorted(group) for group, _ in kept]:
-        raise ValueError(_other_groups([group for group, _ in saved], [group for group, _ in kept], source))
     order = [name for group in own_names for name in group]
     position = {name: index for index, name in enumerate(order)}
-    settings = {id(own): group for (_, group), (_, own) in zip(saved, kept, strict=True)}
     groups = []
-    for group_names, own in zip(own_names, optimizer.param_groups, strict=True):
-        group = settings.get(id(own), own)
+    for group_names, own, place in zip(own_names, optimizer.param_groups, places, strict=True):
+        group = own if place is None else state["param_groups"][place]
         groups.append({**group, **_way_of_stepping(group, own), "params": [position[name] for name in group_names]})
         if "param_names" in own:
             groups[-1]["param_names"] = own["param_names"]
@@ -66,17 +61,42 @@ def match_by_name(
     return with_packed({**state, "state": entries, "param_groups": groups}, source)
 
 
-def _kept(
-    names: list[list[str]], groups: Sequence[dict[str, Any]], left_out: Places
-) -> list[tuple[list[str], dict[str, Any]]]:
-    """Return the names of each group, and the group, without adapters that are left out and groups of those alone."""
+def paired_groups(
+    theirs: list[list[str]],
+    their_groups: Sequence[Mapping[str, Any]],
+    ours: list[list[str]],
+    our_groups: Sequence[Mapping[str, Any]],
+    source: Any,
+    changed: Changed = UNCHANGED,
+) -> list[int | None]:
+    """Return the place in a file of each of an optimizer's groups; ``None`` for a group of added adapters alone.
+
+    Groups of dropped adapters alone are passed over. Those of one adapter, which :func:`parameter_groups` marks, are
+    found in whatever order the adapters were added.
+
+    Args:
+        theirs, ours: the names of the parameters, group by group.
+
+    Raises:
+        ValueError: the groups are of other parameters.
+    """
+    saved = _kept(theirs, their_groups, changed.dropped)
+    kept = _kept(ours, our_groups, changed.added)
+    if [sorted(group) for _, group in saved] != [sorted(group) for _, group in kept]:
+        raise ValueError(_other_groups([group for _, group in saved], [group for _, group in kept], source))
+    place_of = {own: place for (place, _), (own, _) in zip(saved, kept, strict=True)}
+    return [place_of.get(index) for index in range(len(ours))]
+
+
+def _kept(names: list[list[str]], groups: Sequence[Mapping[str, Any]], left_out: Places) -> list[tuple[int, list[str]]]:
+    """Return the place and the names of each group without adapters that are left out and groups of those alone."""
     adapters = {adapter for _, adapter in left_out}
     kept = []
-    for own, group in zip(names, groups, strict=True):
+    for place, (own, group) in enumerate(zip(names, groups, strict=True)):
         left = [name for name in own if not is_of(name, left_out)]
         if left or (not own and group.get("adapter") not in adapters):  # parameter_groups gives empty ones, too
-            kept.append((left, group))
-    return sorted(kept, key=lambda one: str(one[1].get("adapter", "")))  # in whatever order they were added
+            kept.append((place, left))
+    return sorted(kept, key=lambda one: str(groups[one[0]].get("adapter", "")))
 
 
 def _other_groups(theirs: list[list[str]], ours: list[list[str]], source: Any) -> str:
@@ -94,3 +114,21 @@ def _way_of_stepping(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[s
     names = ("foreach", "fused")
     is_open = all(name in saved and saved[name] is None for name in names)
     return {name: own[name] for name in names if name in own} if is_open else {}
+
+
+# what torch's schedulers keep for each group
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
+
+
+def follow_groups(state: dict[str, Any], places: Sequence[int | None], own: Mapping[str, Any]) -> None:
+    """Put what a scheduler's state has for each group in the order of the groups at present, in place.
+
+    Args:
+        places: what :func:`paired_groups` returned.
+        own: the scheduler's own state, for groups that the file lacks.
+    """
+    for key in _PER_GROUP:
+        if isinstance(values := state.get(key), list):
+            state[key] = [own[key][i] if place is None else values[place] for i, place in enumerate(places)]
+    for inner, ours in zip(state.get("_schedulers", ()), own.get("_schedulers", ()), strict=True):
+        follow_groups(inner, places, ours)
