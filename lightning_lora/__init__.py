@@ -24,6 +24,7 @@ from lightning_lora.megatron.models import gpt_model
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.model.active import active
 from lightning_lora.model.adapter_losses import losses_by_adapter
+from lightning_lora.model.adapter_schedules import AdapterSchedules
 from lightning_lora.model.adapters import adapters, add_adapter
 from lightning_lora.model.apply import apply
 from lightning_lora.model.base_form import QuantizationPlan
@@ -33,6 +34,7 @@ from lightning_lora.model.layer_plan import LayerPlan, Plan
 from lightning_lora.model.loss import linear_cross_entropy
 from lightning_lora.model.merge import merge, merge_receipt, merged, unmerge
 from lightning_lora.model.merge_receipt import LayerReceipt, MergeReceipt
+from lightning_lora.model.own_parameters import freeze
 from lightning_lora.model.parameter_groups import parameter_groups
 from lightning_lora.model.plan import plan
 from lightning_lora.model.quantize import quantize
@@ -45,6 +47,7 @@ from lightning_lora.peft.load import load_peft
 from lightning_lora.peft.readers import check_portable
 from lightning_lora.peft.save import convert, save_peft
 from lightning_lora.strategies.fabric.methods import wrap_loading
+from lightning_lora.strategies.trainer.adapter_steps import AdapterEarlyStopping
 from lightning_lora.strategies.trainer.fsdp import FSDPLoRAStrategy
 from lightning_lora.strategies.trainer.megatron import MegatronLoRAStrategy
 from lightning_lora.strategies.trainer.without_callback import wrap_load_from_checkpoint, wrap_restore_model
@@ -52,6 +55,8 @@ from lightning_lora.strategies.trainer.without_callback import wrap_load_from_ch
 __version__ = "0.1.0"
 __all__ = [
     "AdaLoRA",
+    "AdapterEarlyStopping",
+    "AdapterSchedules",
     "FSDPLoRAStrategy",
     "LayerPlan",
     "LayerReceipt",
@@ -73,6 +78,7 @@ __all__ = [
     "combine",
     "convert",
     "disabled",
+    "freeze",
     "gpt_model",
     "hot_swap",
     "inject",

@@ -34,6 +34,7 @@ from lightning_lora.strategies.shared.refusals import (
 from lightning_lora.strategies.trainer import lightning_cli
 from lightning_lora.strategies.trainer.adapter_of_rows import AdapterOfRows
 from lightning_lora.strategies.trainer.adapter_only import AdapterOnly
+from lightning_lora.strategies.trainer.adapter_steps import AdapterSteps
 from lightning_lora.strategies.trainer.adaptive_ranks import AdaptiveRanks
 from lightning_lora.strategies.trainer.adopted import adopt
 from lightning_lora.strategies.trainer.learning_rate import check_rates
@@ -45,7 +46,7 @@ from lightning_lora.strategies.trainer.starting_point import (
 )
 
 
-class LoRACallback(AdapterOfRows, AdaptiveRanks):
+class LoRACallback(AdapterOfRows, AdapterSteps, AdaptiveRanks):
     """Freeze the pretrained model, adapt it with LoRA at ``setup``, and make the run's checkpoints adapter-only.
 
     The model may be built in ``__init__`` or in ``configure_model``. Checkpoints resume with ``ckpt_path=`` exactly,
@@ -79,6 +80,10 @@ class LoRACallback(AdapterOfRows, AdaptiveRanks):
             and its fields. See :func:`~lightning_lora.add_adapter`.
         adapter_key: what every batch calls the adapters of its rows: a list of names or an integer tensor, as
             :func:`~lightning_lora.active` takes it. ``None`` leaves the choice to the module's own steps.
+        clip_norm: the largest norm of the gradients of single adapters, by name. ``Trainer(gradient_clip_val=...)``
+            clips every adapter by its own norm to the same value.
+        accumulate: for single adapters, by name, how many of their optimizer steps are put together to one, with the
+            mean of their gradients. A step without rows of an adapter does not count for it.
 
     Other arguments are the fields of :class:`~lightning_lora.LoRAConfig`. LightningCLI writes all of them into its YAML
     and gives all of them back, so that from there a field at its default counts as not given.
@@ -112,6 +117,8 @@ class LoRACallback(AdapterOfRows, AdaptiveRanks):
         quantize_exclude: str | Sequence[str] | None = None,
         adapters: dict[str, LoRAConfig] | None = None,
         adapter_key: str | None = None,
+        clip_norm: dict[str, float] | None = None,
+        accumulate: dict[str, int] | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and not isinstance(config, LoRAConfig):
@@ -124,6 +131,8 @@ class LoRACallback(AdapterOfRows, AdaptiveRanks):
             raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
         self.adapters, self.adapter_key = dict(adapters or {}), adapter_key
         _check_adapters(self.adapters, adapter_key, {"config": config, **given})
+        self.clip_norm, self.accumulate = dict(clip_norm or {}), dict(accumulate or {})
+        _check_steps(self.adapters, self.clip_norm, self.accumulate)
         self.config = config or own
         self._given = {n: value for n, value in self.config.to_dict().items() if config is not None or n in given}
         self.module = module
@@ -274,6 +283,18 @@ def _check_adapters(adapters: dict[str, LoRAConfig], adapter_key: str | None, ot
         raise ValueError(
             f"adapter_key={adapter_key!r} chooses among adapters with names: give adapters={{name: config}}"
         )
+
+
+def _check_steps(adapters: dict[str, LoRAConfig], clip_norm: dict[str, float], accumulate: dict[str, int]) -> None:
+    """Raise ``ValueError`` or ``TypeError`` for names that no adapter has, or numbers that cannot be."""
+    for option, numbers in {"clip_norm": clip_norm, "accumulate": accumulate}.items():
+        unknown = [name for name in numbers if name not in adapters]
+        if unknown:
+            raise ValueError(f"{option}={numbers!r} has no adapter {unknown[0]!r} to be for: adapters={list(adapters)}")
+        for name, number in numbers.items():
+            check_number(f"{option}[{name!r}]", number)
+    if any(number != int(number) for number in accumulate.values()):
+        raise ValueError(f"accumulate={accumulate!r} must have whole numbers of steps")
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,16 @@ def foreach_div_(tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
     _foreach("div_", tensors, numbers)
 
 
+def foreach_mul_(tensors: Sequence[Tensor], number: Tensor) -> None:
+    """Multiply each tensor by one number, in few kernels. Relies on _foreach_mul_; without it one kernel for each."""
+    run = getattr(torch, "_foreach_mul_", None)
+    if run is not None:
+        run(tensors, number)
+        return
+    for tensor in tensors:
+        tensor.mul_(number)
+
+
 def foreach_copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy each value into its target, in few kernels. Relies on _foreach_copy_; without it one kernel for each."""
     _foreach("copy_", targets, values)

@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.compat.distributed import sync_buffers
 from lightning_lora.compat.lightning import ddp_options, has_communication_hook
+from lightning_lora.distributed.presence import Presence
+from lightning_lora.model.own_parameters import owners
 
 # adapters are tens of megabytes; a head or an embedding that trains whole may be more
 BUCKET_CAP_MB = 1024
@@ -40,6 +42,7 @@ class Reduction:
     def __init__(self, model: DistributedDataParallel, *, sums: bool) -> None:
         self._model_ref = weakref.ref(model)
         self._order = {id(parameter): index for index, parameter in enumerate(model.module.parameters())}
+        self._owners = owners(model.module)
         self._used: set[int] = set()
         self._absent: set[int] = set()  # on this rank
         self._unused: list[nn.Parameter] = []  # on every rank
@@ -99,17 +102,20 @@ class Reduction:
         parameters, gradients = bucket.parameters(), bucket.gradients()
         fixed = sorted(range(len(parameters)), key=lambda index: self._order[id(parameters[index])])
         present = [id(parameters[index]) not in self._absent for index in fixed]
-        flags = torch.tensor(present, dtype=bucket.buffer().dtype).to(bucket.buffer().device, non_blocking=True)
-        flat = torch.cat([flags, *(gradients[index].reshape(-1) for index in fixed)]).div_(group.size())
+        presence = Presence([parameters[index] for index in fixed], present, self._owners)
+        flags = torch.tensor(presence.flags, dtype=bucket.buffer().dtype).to(bucket.buffer().device, non_blocking=True)
+        flat = torch.cat([flags, *(gradients[index].reshape(-1) for index in fixed)])
+        flat[len(flags) :].div_(group.size())
         future: torch.futures.Future[Any] = torch.distributed.all_reduce(flat, group=group, async_op=True).get_future()
 
         def put_back(done: torch.futures.Future[Any]) -> Tensor:
             done.value()  # raises what the collective did: a step would go on with gradients of this rank alone
-            flags, *pieces = flat.split([len(fixed), *(gradients[index].numel() for index in fixed)])
+            flags, *pieces = flat.split([len(presence.flags), *(gradients[index].numel() for index in fixed)])
+            presence.average_over_ranks_with_rows(pieces, flags, group.size())
             for index, piece in zip(fixed, pieces, strict=True):
                 gradients[index].copy_(piece.view_as(gradients[index]))
             if not all(present):  # a look at the flags waits for the device: only a rank that lacks some needs it
-                for index, flag in zip(fixed, flags.tolist(), strict=True):
+                for index, flag in zip(fixed, flags.tolist()[: len(fixed)], strict=True):
                     if flag == 0:
                         self._unused.append(parameters[index])  # type: ignore[arg-type]  # DDP's are parameters
             return bucket.buffer()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.compat.torch import foreach_copy_, foreach_div_
+from lightning_lora.distributed.presence import Presence
 from lightning_lora.distributed.replication import drifted
 from lightning_lora.model.names import listed
 from lightning_lora.ops.guarded import PartOfGradient, UnreducedGradient, bare, guard
@@ -35,6 +36,7 @@ class GradientReducer:
             addends of one gradient, by less.
         parts: take the parameters that each rank has a part of, and not those that are whole.
         names: of the parameters by identity, for errors.
+        owners: the named adapter of each parameter, by identity: it is averaged over the ranks that had rows of it.
 
     Attributes:
         is_blocked: whether gradients accumulate on each rank for now.
@@ -48,12 +50,14 @@ class GradientReducer:
         ranks_of: Callable[[Tensor], int] | None = None,
         parts: bool = False,
         names: Mapping[int, str] | None = None,
+        owners: Mapping[int, str] | None = None,
     ) -> None:
         self._group = group
         self._size = torch.distributed.get_world_size(group) if torch.distributed.is_initialized() else 1
         self._parts = parts
         self._kind: type[Tensor] = Tensor  # of gradients that are averaged
         self._names = names or {}
+        self._owners = owners or {}
         self._ranks_of = ranks_of
         self._unchecked = _CHECKED_REDUCTIONS
         self._is_reduced = False
@@ -142,19 +146,20 @@ class GradientReducer:
     def _average(self) -> None:
         parameters, present = self._parameters, [parameter.grad is not None for parameter in self._parameters]
         dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        presence = Presence(parameters, present, self._owners)
         # flags first, so that the gradients' place does not depend on what is absent
-        flags = torch.tensor(present, dtype=dtype).to(parameters[0].device, non_blocking=True)
+        flags = torch.tensor(presence.flags, dtype=dtype).to(parameters[0].device, non_blocking=True)
         flat = torch.cat([flags, *(_flat_gradient(parameter, dtype) for parameter in parameters)])
+        flags, *pieces = flat.split([len(flags), *(parameter.numel() for parameter in parameters)])
         if self._ranks_of is None:
-            flat.div_(self._size)
+            flat[len(flags) :].div_(self._size)
         else:
             sizes = [self._ranks_of(parameter) for parameter in parameters]
-            pieces = flat[len(parameters) :].split([parameter.numel() for parameter in parameters])
             foreach_div_(pieces, [float(ranks) for ranks in sizes])
         torch.distributed.all_reduce(flat, group=self._group)
-        flags, *pieces = flat.split([len(parameters), *(parameter.numel() for parameter in parameters)])
+        presence.average_over_ranks_with_rows(pieces, flags, self._size)
         if not all(present):  # a look at the flags waits for the device: only a rank that lacks some needs it
-            present = [bool(flag) for flag in flags.tolist()]
+            present = [bool(flag) for flag in flags.tolist()[: len(parameters)]]
         gradients, averages = [], []
         for parameter, piece, is_there in zip(parameters, pieces, present, strict=True):
             if is_there:

@@ -8,7 +8,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora.compat.distributed import fsdp_groups, gathered_parameter
-from lightning_lora.ops.sharded import collective_device, is_sharded
+from lightning_lora.distributed.presence import Presence
+from lightning_lora.model.own_parameters import owners
+from lightning_lora.ops.sharded import collective_device, is_sharded, local_part
 
 
 def sharded_trainables(module: nn.Module) -> list[nn.Parameter]:
@@ -66,17 +68,23 @@ def _fill_and_reduce(group: Any, *unused: Any) -> None:
 
 
 def drop_unused(module: nn.Module) -> None:
-    """Make gradients in shards ``None`` again that no rank has. One small all-reduce; called on all ranks."""
+    """Make gradients in shards ``None`` again that no rank has. One small all-reduce; called on all ranks.
+
+    Those of a named adapter are averaged over the ranks that had rows of it.
+    """
     groups = [group for group in _groups(module) if hasattr(group, "lora_filled")]
     sharded = [(group, record.sharded_param) for group in groups for record in group.fsdp_params]
     if not sharded:
         return
-    flags = [id(parameter) in group.lora_filled for group, parameter in sharded]
-    unused = torch.tensor(flags, dtype=torch.uint8).to(collective_device(sharded[0][1]))
-    torch.distributed.all_reduce(unused, torch.distributed.ReduceOp.MIN)
-    if any(flags):  # a look at the device's answer waits for it
-        for (_, parameter), is_unused in zip(sharded, unused.tolist(), strict=True):
-            if is_unused:
+    present = [id(parameter) not in group.lora_filled for group, parameter in sharded]
+    presence = Presence([parameter for _, parameter in sharded], present, owners(module))
+    flags = torch.tensor(presence.flags, dtype=torch.float32).to(collective_device(sharded[0][1]))
+    torch.distributed.all_reduce(flags)
+    gradients = [None if one.grad is None else local_part(one.grad) for _, one in sharded]
+    presence.average_over_ranks_with_rows(gradients, flags, torch.distributed.get_world_size())
+    if not all(present):  # a look at the device's answer waits for it
+        for (_, parameter), is_used in zip(sharded, flags.tolist()[: len(sharded)], strict=True):
+            if not is_used:
                 parameter.grad = None
     for group in groups:
         group.lora_filled.clear()

@@ -112,10 +112,14 @@ def seen_by_adapter(host: Host) -> nn.Module:
     return seen
 
 
-def follow_base(host: Host) -> None:
-    """Let the adapters of a host see the class that its base has since, such as one with a plain weight."""
+def follow_base(host: Host, kind: type[LoRALayer] | None = None) -> None:
+    """Let the adapters of a host see the class that its base has since, such as one with a plain weight.
+
+    Args:
+        kind: what the adapters become; ``None`` keeps what they are.
+    """
     for adapter in host.adapters.values():
-        mixin = type(adapter).__bases__[0]
+        mixin = kind or type(adapter).__bases__[0]
         adapter.__class__ = lora_class(mixin, lora_class(Hosted, host.lora_base_class))
         adapter.__dict__.pop("lora_stored", None)
         if host.lora_stored is not None:

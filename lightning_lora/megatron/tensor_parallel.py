@@ -9,9 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import lora_class, swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.host import Host, Hosted
+from lightning_lora.layers.host import Host, follow_base
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.linear_host import LinearHost
 from lightning_lora.layers.quantized import QuantizedLinear
 from lightning_lora.layers.split import SplitLinear
 from lightning_lora.layers.stored import stored_form
@@ -76,14 +75,14 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
     if not isinstance(layer, nn.Linear) or isinstance(layer, SplitLinear):
         raise ValueError(f"the plan names {name!r}, a {type(layer).__name__}; split are linear layers")
     for adapter in _adapters_of(layer):
-        if type(adapter).__bases__[0] is not LoRALinear:
-            raise ValueError(
-                f"{name!r} is adapted by {type(adapter).__bases__[0].__name__}, which tensor parallelism does not "
-                "serve (DoRA, lora_bias, PiSSA, OLoRA, token rows, a weight that is read): leave the option or layer "
-                "out, or use strategy='fsdp_lora'"
-            )
-    cls = layer.lora_base_class if isinstance(layer, Host) else type(layer)
-    if not isinstance(layer, (LoRALayer, QuantizedLinear)) and cls.forward is not nn.Linear.forward:
+        if type(adapter).__bases__[0] is LoRALinear:
+            continue
+        raise ValueError(
+            f"{name!r} is adapted by {type(adapter).__bases__[0].__name__}, which tensor parallelism does not serve "
+            "(DoRA, lora_bias, PiSSA, OLoRA, token rows, a weight that is read): leave the option or layer out, or use "
+            "strategy='fsdp_lora'"
+        )
+    if not isinstance(layer, (LoRALayer, Host, QuantizedLinear)) and type(layer).forward is not nn.Linear.forward:
         raise ValueError(f"{name!r} is a {type(layer).__name__} with a forward of its own, which cannot be split")
     size = layer.out_features if kind == "column" else layer.in_features
     if size % ranks:
@@ -124,15 +123,17 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
         keep_part(adapter, "lora_B" if kind == "column" else "lora_A", mesh, dim)
         whole = adapter.lora_A if kind == "column" else adapter.lora_B
         whole.lora_tp_sum = True  # type: ignore[attr-defined]  # each rank has an addend of its gradient
-        swap_class(adapter, LoRAParallelLinear, lora_class(Hosted, base) if isinstance(layer, Host) else base)
-    if isinstance(layer, Host):
-        swap_class(layer, LinearHost, base)
-    elif not isinstance(layer, LoRALayer):
+    if isinstance(layer, LoRALayer):
+        swap_class(layer, LoRAParallelLinear, base)
+    elif isinstance(layer, Host):
+        swap_class(layer, type(layer).__bases__[0], base)
+        follow_base(layer, LoRAParallelLinear)
+    else:
         layer.__class__ = base
 
 
 def _adapters_of(layer: nn.Module) -> list[LoRALayer]:
-    """Return the adapters of a layer: itself, or those with names."""
+    """Return the adapters of a layer: those with names, or itself."""
     if isinstance(layer, Host):
         return list(layer.adapters.values())
     return [layer] if isinstance(layer, LoRALayer) else []
@@ -147,7 +148,7 @@ def _tied_table(root: nn.Module, chosen: Collection[str]) -> tuple[nn.Module, nn
     twins = [m for m in root.modules() if isinstance(m, nn.Embedding) and m._parameters["weight"] is weight]
     if not twins:
         return None, None
-    if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows, Host)) or _adapters_of(head):
+    if len(twins) > 1 or isinstance(twins[0], (LoRAEmbedding, TokenRows, Host)) or isinstance(head, (LoRALayer, Host)):
         raise ValueError(
             "the tied embedding or output head is adapted, and would have to be split over ranks with its twin: leave "
             "it out of target_modules and trainable_token_indices, or use strategy='fsdp_lora'"
@@ -163,7 +164,7 @@ def _input_table(root: nn.Module, ranks: int) -> nn.Embedding | None:
     if not is_pretrained(root) or not isinstance(root.get_output_embeddings(), ColumnParallelLinear):  # type: ignore[operator]
         return None
     table: Any = root.get_input_embeddings()  # type: ignore[operator]
-    if not isinstance(table, nn.Embedding) or _adapters_of(table) or table.max_norm is not None:
+    if not isinstance(table, nn.Embedding) or isinstance(table, (LoRALayer, Host)) or table.max_norm is not None:
         return None
     weight = table._parameters["weight"]
     holders = [m for m in root.modules() if any(p is weight for p in m._parameters.values())]

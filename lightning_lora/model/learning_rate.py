@@ -54,12 +54,16 @@ def check_ratio_is_kept(optimizers: Sequence[Optimizer], schedulers: Sequence[An
     """Raise ``ValueError`` where a schedule gives groups of :func:`~lightning_lora.parameter_groups` one rate."""
     for optimizer in optimizers:
         of_plus = {
-            group.get("name"): (_peak(optimizer, index, schedulers), group["lr_ratio"])
+            group["name"]: (_peak(optimizer, index, schedulers), group["lr_ratio"])
             for index, group in enumerate(optimizer.param_groups)
             if "lr_ratio" in group
         }
-        (rate_A, ratio_A), (rate_B, ratio_B) = of_plus.get("A", (0.0, 1.0)), of_plus.get("B", (0.0, 1.0))
-        if rate_A == rate_B and ratio_A != ratio_B:
+        for name, (rate_A, ratio_A) in of_plus.items():
+            if not name.endswith("A"):
+                continue
+            rate_B, ratio_B = of_plus.get(f"{name[:-1]}B", (0.0, 1.0))
+            if rate_A != rate_B or ratio_A == ratio_B:
+                continue
             raise ValueError(
                 f"the schedule gives A and B of LoRA+ the same rate, {rate_A:g}, in place of a ratio of {ratio_B:g}: "
                 "give it one value for each group, such as OneCycleLR(optimizer, "

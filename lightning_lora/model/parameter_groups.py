@@ -1,23 +1,27 @@
 """Group what trains for an optimizer, so that B learns faster than A (LoRA+, Hayou et al. 2024)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.model.own_parameters import owners
 from lightning_lora.model.state import injected_roots
+
+ByAdapter = float | Mapping[str | None, float]
+KINDS = ("A", "embedding", "B", "B_no_decay")
 
 
 def parameter_groups(
     model: nn.Module,
-    lr: float,
+    lr: ByAdapter,
     *,
-    lora_plus_ratio: float = 16.0,
-    embedding_lr: float = 1e-6,
-    weight_decay: float = 0.0,
+    lora_plus_ratio: ByAdapter = 16.0,
+    embedding_lr: ByAdapter = 1e-6,
+    weight_decay: ByAdapter = 0.0,
 ) -> list[dict[str, Any]]:
     """Return the groups of LoRA+ over all of ``model`` that requires grad, for the constructor of an optimizer.
 
@@ -35,6 +39,10 @@ def parameter_groups(
     holds ``lr_ratio``, its rate divided by ``lr``. A schedule that multiplies rates keeps the ratios. One that sets
     them needs a value per group: ``OneCycleLR(optimizer, max_lr=[group["lr"] for group in groups], ...)``.
 
+    Each named adapter has four groups of its own, such as ``law.A``, which also hold its name as ``adapter``. Every
+    number may then be a mapping with a value for each adapter, by its name. What trains beside them has the key
+    ``None``.
+
     Args:
         model: an adapted model, or a module around one: the LightningModule, in ``configure_optimizers``.
         lr: rate of A.
@@ -43,44 +51,79 @@ def parameter_groups(
         weight_decay: of the groups that decay. The default is PEFT's.
 
     Raises:
-        TypeError, ValueError: a number is of the wrong type or out of range, ``model`` holds no adapters, or nothing in
-            it trains.
+        TypeError, ValueError: a number is of the wrong type or out of range, ``model`` holds no adapters, nothing in
+            it trains, or a mapping has other names than the model.
 
     Example::
 
         def configure_optimizers(self):
             return torch.optim.AdamW(parameter_groups(self, lr=1e-4), fused=True)
+
+    Example::
+
+        torch.optim.AdamW(parameter_groups(self, lr={"law": 1e-4, "medicine": 3e-4}, weight_decay=0.01))
     """
-    for name, value in {"lr": lr, "lora_plus_ratio": lora_plus_ratio, "embedding_lr": embedding_lr}.items():
-        check_number(name, value)
-    check_number("weight_decay", weight_decay, may_be_zero=True)
     if not injected_roots(model):
         raise ValueError(
             f"{type(model).__name__} holds no adapters to group: add LoRACallback to the Trainer, which adapts the "
             "model before configure_optimizers runs, or call inject(model, LoRAConfig(...)) first"
         )
-    settings = {  # rate, the same divided by lr, and weight decay
-        "A": (lr, 1.0, weight_decay),
-        "embedding": (embedding_lr, embedding_lr / lr, weight_decay),
-        "B": (lr * lora_plus_ratio, lora_plus_ratio, weight_decay),
-        "B_no_decay": (lr * lora_plus_ratio, lora_plus_ratio, 0.0),
-    }
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
-    for group, parameter in _grouped(model):
-        members[group].append(parameter)
-    if not any(members.values()):
+    owner = owners(model)
+    members: dict[str | None, dict[str, list[nn.Parameter]]] = {name: _empty() for name in owner.values()}
+    for kind, parameter in _grouped(model):
+        members.setdefault(owner.get(id(parameter)), _empty())[kind].append(parameter)
+    if not any(any(own.values()) for own in members.values()):
         raise ValueError(
             f"nothing in {type(model).__name__} requires grad, the adapters neither: another callback, such as "
             "BaseFinetuning, may have frozen them after they were put in; list LoRACallback after it"
         )
-    return [
-        {"name": name, "params": members[name], "lr": rate, "lr_ratio": ratio, "weight_decay": decay}
-        for name, (rate, ratio, decay) in settings.items()
-    ]
+    numbers = {"lr": lr, "lora_plus_ratio": lora_plus_ratio, "embedding_lr": embedding_lr, "weight_decay": weight_decay}
+    groups = []
+    for adapter, own in members.items():
+        chosen = {name: _chosen(name, value, adapter, members) for name, value in numbers.items()}
+        named = {} if adapter is None else {"adapter": adapter}
+        for kind, settings in _settings(**chosen).items():
+            name = kind if adapter is None else f"{adapter}.{kind}"
+            groups.append({"name": name, "params": own[kind], **settings, **named})
+    return groups
+
+
+def _empty() -> dict[str, list[nn.Parameter]]:
+    return {kind: [] for kind in KINDS}
+
+
+def _settings(
+    lr: float, lora_plus_ratio: float, embedding_lr: float, weight_decay: float
+) -> dict[str, dict[str, float]]:
+    """Return what an optimizer is told of each kind of group."""
+    rows = (
+        (lr, 1.0, weight_decay),
+        (embedding_lr, embedding_lr / lr, weight_decay),
+        (lr * lora_plus_ratio, lora_plus_ratio, weight_decay),
+        (lr * lora_plus_ratio, lora_plus_ratio, 0.0),
+    )
+    return {
+        kind: dict(zip(("lr", "lr_ratio", "weight_decay"), row, strict=True))
+        for kind, row in zip(KINDS, rows, strict=True)
+    }
+
+
+def _chosen(name: str, value: ByAdapter, adapter: str | None, members: Iterable[str | None]) -> float:
+    """Return the number that an option has for one adapter, or for what trains beside adapters (``None``)."""
+    if isinstance(value, Mapping):
+        others = [key for key in (*value, *members) if key not in members or key not in value]
+        if others:
+            raise ValueError(
+                f"{name}={dict(value)!r} must have a value for each of {list(members)}, by name, and no others; "
+                f"{others[0]!r} is in one of them alone"
+            )
+        value = value[adapter]
+    check_number(name, value, may_be_zero=name == "weight_decay")
+    return value
 
 
 def _grouped(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what requires grad with the name of its group, in the order of the model's parameters."""
+    """Yield what requires grad with the kind of its group, in the order of the model's parameters."""
     modules = list(model.modules())
     faster = {id(pair.B) for layer in modules if isinstance(layer, LoRALayer) for pair in layer.pairs().values()}
     seen: set[int] = set()

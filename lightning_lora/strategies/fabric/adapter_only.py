@@ -21,7 +21,9 @@ from lightning_lora.checkpoint.frozen import (
 from lightning_lora.checkpoint.optimizer_matching import match_by_name, names_of, parameter_names
 from lightning_lora.checkpoint.optimizer_state import spread_state
 from lightning_lora.checkpoint.reading import renaming, section_of
+from lightning_lora.distributed.gradient_norm import clip_apart
 from lightning_lora.distributed.overflow import check_scalable
+from lightning_lora.model.own_parameters import owners
 from lightning_lora.model.state import injected_roots
 from lightning_lora.strategies.shared.adapter_only import AdapterCheckpoints, adopt_class
 from lightning_lora.strategies.shared.refusals import check_whole
@@ -49,6 +51,23 @@ class FabricAdapterOnly(AdapterCheckpoints, Strategy):
         """Run backward; under DDP, what this rank did not use counts as zero."""
         with self._filled():
             super().backward(tensor, module, *args, **kwargs)
+
+    @override
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Clip by the norm of all gradients, or those of each named adapter by their own."""
+        named = owners(module)
+        if not named:
+            return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, *args, **kwargs)
+        self.precision.unscale_gradients(optimizer)
+        return clip_apart(self.precision.main_params(optimizer), named, max_norm, norm_type, *args, **kwargs)
 
     @override
     def save_checkpoint(

@@ -14,10 +14,11 @@ from lightning_lora.checkpoint.frozen import look_for_moved
 from lightning_lora.checkpoint.optimizer_state import follow_parameters
 from lightning_lora.compat.lightning import set_backward_sync
 from lightning_lora.distributed.elementwise import check_steps_on_parts
-from lightning_lora.distributed.gradient_norm import clip_by_norm, clip_by_value
+from lightning_lora.distributed.gradient_norm import clip_apart, clip_by_norm, clip_by_value
 from lightning_lora.distributed.gradients import watch_steps
 from lightning_lora.distributed.overflow import keep_overflows, share_overflows
 from lightning_lora.distributed.replication import broadcast_together, changing_buffers
+from lightning_lora.model.own_parameters import owners
 from lightning_lora.model.spread import guard_state
 from lightning_lora.strategies.fabric.adapter_only import FabricAdapterOnly
 from lightning_lora.strategies.shared.sharded import Sharded
@@ -102,7 +103,10 @@ class FabricShardedStrategy(Sharded, FabricAdapterOnly, ParallelStrategy):
     ) -> Tensor:
         self._reduce_pending()
         self.precision.unscale_gradients(optimizer)
-        return clip_by_norm(self.precision.main_params(optimizer), max_norm, norm_type, error_if_nonfinite)
+        parameters, named = self.precision.main_params(optimizer), owners(module)
+        if named:
+            return clip_apart(parameters, named, max_norm, norm_type, error_if_nonfinite)
+        return clip_by_norm(parameters, max_norm, norm_type, error_if_nonfinite)
 
     @override
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float | int) -> None:

@@ -18,6 +18,7 @@ from lightning_lora.checkpoint.optimizer_matching import names_of
 from lightning_lora.distributed.gradients import GradientReducer
 from lightning_lora.distributed.sharded_gradients import drop_unused, set_gradient_sync, sharded_trainables
 from lightning_lora.distributed.sharding import MIN_SHARD_NUMEL, ShardingOptions, shard
+from lightning_lora.model.own_parameters import owners
 from lightning_lora.model.spread import reshard
 from lightning_lora.model.state import injected_roots
 from lightning_lora.model.summary import drops_layers
@@ -97,7 +98,7 @@ class FSDPRanks(Sharded):
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         self.refuse_layerdrop(model)
         self._trained_in_shards |= set(map(id, sharded_trainables(model)))
-        return [GradientReducer(model.parameters(), names=names_of(model))]
+        return [GradientReducer(model.parameters(), names=names_of(model), owners=owners(model))]
 
     @override
     def _before_step(self, optimizer: Optimizer, *, reduces: bool) -> None:

@@ -33,6 +33,7 @@ from lightning_lora.megatron.parts import check_built, keep_parts, let_gradients
 from lightning_lora.megatron.tensor_parallel import check_replicated, split
 from lightning_lora.megatron.tp_plan import heads_of, plan_of
 from lightning_lora.megatron.weights import load_hf_weights
+from lightning_lora.model.own_parameters import owners
 from lightning_lora.model.spread import guard_parts
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.ops.sharded import is_sharded, shard_group
@@ -175,10 +176,11 @@ class MegatronRanks(Sharded):
     @override
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         """Return what averages the gradients of a placed model: of whole factors, and of parts."""
-        names, size = names_of(model), parallel_state().get_data_parallel_world_size()
-        whole = GradientReducer(model.parameters(), ranks_of=lambda parameter: replicas(parameter, size), names=names)
+        size = parallel_state().get_data_parallel_world_size()
+        known = {"names": names_of(model), "owners": owners(model)}
+        whole = GradientReducer(model.parameters(), ranks_of=lambda parameter: replicas(parameter, size), **known)
         group = parallel_state().get_data_parallel_group()
-        parts = GradientReducer(model.parameters(), group, parts=True, names=names)
+        parts = GradientReducer(model.parameters(), group, parts=True, **known)
         return [whole, parts]
 
 

@@ -26,8 +26,10 @@ from lightning_lora.checkpoint.optimizer_matching import (
 )
 from lightning_lora.checkpoint.optimizer_state import prepare_optimizers, spread_state
 from lightning_lora.checkpoint.reading import renaming, section_of
+from lightning_lora.distributed.gradient_norm import clip_apart
 from lightning_lora.distributed.overflow import check_scalable
 from lightning_lora.model.names import clean_name
+from lightning_lora.model.own_parameters import owners
 from lightning_lora.model.state import OnNonfinite, injected_roots, named_adapter_parameters
 from lightning_lora.strategies.shared.adapter_only import AdapterCheckpoints
 from lightning_lora.strategies.shared.refusals import (
@@ -228,6 +230,13 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
         super().setup_optimizers(trainer)
         check_scalable(self.scaler, self.optimizers)
         prepare_optimizers(self.optimizers, self._adapted_module())
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)  # of an earlier fit
+        if owners(self._adapted_module()):
+            self.precision_plugin.clip_grad_by_norm = self.clip_apart  # type: ignore[method-assign]
+
+    def clip_apart(self, optimizer: Optimizer, max_norm: float | Mapping[str, float]) -> None:
+        """Clip the gradients of each named adapter by their own norm; with a mapping those of its adapters alone."""
+        clip_apart(self.precision_plugin.main_params(optimizer), owners(self._adapted_module()), max_norm)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -109,7 +109,8 @@ class ShardedStrategy(Sharded, AdapterOnly, ParallelStrategy):
     def _clip_over_ranks(self) -> None:
         # the plugin's own would mix tensors that are spread with tensors that are whole, which torch refuses
         plugin: Any = self.precision_plugin
-        plugin.clip_grad_by_norm = lambda optimizer, value: clip_by_norm(plugin.main_params(optimizer), value)
+        if "clip_grad_by_norm" not in vars(plugin):  # of named adapters
+            plugin.clip_grad_by_norm = lambda optimizer, value: clip_by_norm(plugin.main_params(optimizer), value)
         plugin.clip_grad_by_value = lambda optimizer, value: clip_by_value(plugin.main_params(optimizer), value)
 
     @override
