@@ -142,6 +142,7 @@ def test_an_adapter_that_has_not_stepped_has_no_state(straight: tuple[Module, Pa
     assert steps(module)["code"] == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("kind", [Module, Grouped])
 def test_adapters_are_added_and_dropped_on_resume(
     kind: type[Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
