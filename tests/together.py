@@ -141,7 +141,10 @@ def outcome(module: Together) -> dict[str, Any]:
     for full_name, parameter in named_adapter_parameters(module):
         layer, _, rest = full_name.partition(".lora.")
         adapter, _, local = rest.partition(".")
-        state = {key: gathered(parameter, value) if value.ndim else value for key, value in optimizer.state[parameter].items()}
+        state = {
+            key: gathered(parameter, value) if value.ndim else value
+            for key, value in optimizer.state[parameter].items()
+        }
         value = gathered(parameter, parameter)
         found[adapter][f"{layer}.{local}"] = [value, state, module.gradients[full_name]]
     for group in optimizer.param_groups:

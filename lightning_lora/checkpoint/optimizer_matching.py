@@ -114,21 +114,3 @@ def _way_of_stepping(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[s
     names = ("foreach", "fused")
     is_open = all(name in saved and saved[name] is None for name in names)
     return {name: own[name] for name in names if name in own} if is_open else {}
-
-
-# what torch's schedulers keep for each group
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
-
-
-def follow_groups(state: dict[str, Any], places: Sequence[int | None], own: Mapping[str, Any]) -> None:
-    """Put what a scheduler's state has for each group in the order of the groups at present, in place.
-
-    Args:
-        places: what :func:`paired_groups` returned.
-        own: the scheduler's own state, for groups that the file lacks.
-    """
-    for key in _PER_GROUP:
-        if isinstance(values := state.get(key), list):
-            state[key] = [own[key][i] if place is None else values[place] for i, place in enumerate(places)]
-    for inner, ours in zip(state.get("_schedulers", ()), own.get("_schedulers", ()), strict=True):
-        follow_groups(inner, places, ours)

@@ -18,7 +18,6 @@ from lightning_lora.checkpoint.file import SECTION, adapters_in, other_state, tr
 from lightning_lora.checkpoint.fitting import check_tensors, complete_state, copy_tensors, fitting_tensors
 from lightning_lora.checkpoint.frozen import count_as_moved, look_for_moved, moved_tensors
 from lightning_lora.checkpoint.optimizer_matching import (
-    follow_groups,
     match_by_name,
     names_of,
     paired_groups,
@@ -26,6 +25,7 @@ from lightning_lora.checkpoint.optimizer_matching import (
 )
 from lightning_lora.checkpoint.optimizer_state import prepare_optimizers, spread_state
 from lightning_lora.checkpoint.reading import renaming, section_of
+from lightning_lora.compat.torch import move_groups
 from lightning_lora.distributed.gradient_norm import clip_apart
 from lightning_lora.distributed.overflow import check_scalable
 from lightning_lora.model.names import clean_name
@@ -218,7 +218,7 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
             groups = checkpoint["optimizer_states"][index]["param_groups"]
             ours = parameter_names(optimizer, names), optimizer.param_groups
             places = paired_groups(theirs, groups, *ours, self._loaded_from, self._changed)
-            follow_groups(state, places, config.scheduler.state_dict())
+            move_groups(state, places, config.scheduler.state_dict())
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
