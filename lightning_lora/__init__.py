@@ -51,6 +51,7 @@ from lightning_lora.strategies.trainer.adapter_steps import AdapterEarlyStopping
 from lightning_lora.strategies.trainer.fsdp import FSDPLoRAStrategy
 from lightning_lora.strategies.trainer.megatron import MegatronLoRAStrategy
 from lightning_lora.strategies.trainer.without_callback import wrap_load_from_checkpoint, wrap_restore_model
+from lightning_lora.sweep import Sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "Plan",
     "QuantizationPlan",
     "RankAllocator",
+    "Sweep",
     "active",
     "adapter_checkpoint",
     "adapter_state_dict",

@@ -131,6 +131,7 @@ class LoRACallback(AdapterOfRows, AdapterSteps, AdaptiveRanks):
             raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
         self.adapters, self.adapter_key = dict(adapters or {}), adapter_key
         _check_adapters(self.adapters, adapter_key, {"config": config, **given})
+        self.rates: dict[str, dict[str, float]] = {}  # of a sweep
         self.clip_norm, self.accumulate = dict(clip_norm or {}), dict(accumulate or {})
         _check_steps(self.adapters, self.clip_norm, self.accumulate)
         self.config = config or own
@@ -173,7 +174,13 @@ class LoRACallback(AdapterOfRows, AdapterSteps, AdaptiveRanks):
         strategy.on_nonfinite = self.on_nonfinite
         self._checked = set()
         start = Start(
-            self._given, self.module, self.init_from, self.on_nonfinite or "error", self._quantization, self.adapters
+            self._given,
+            self.module,
+            self.init_from,
+            self.on_nonfinite or "error",
+            self._quantization,
+            self.adapters,
+            self.rates,
         )
         if is_overridden("configure_model", pl_module):
             # built later, and perhaps by another callback: whoever calls it gets the adapted model

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_lora"
 FLOORS = [
     "adalora", "config", "compat", "ops", "layers", "fuse", "model", "checkpoint", "peft", "distributed", "megatron",
-    "strategies", "callback", "fabric", "__init__",
+    "strategies", "callback", "sweep", "fabric", "__init__",
 ]  # fmt: skip
 # the strategy for the Trainer, its twin for Fabric, and the names that users import
 SERVE_MEGATRON = {"strategies/shared/megatron.py", "fabric.py", "__init__.py"}

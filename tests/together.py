@@ -37,7 +37,7 @@ RATES = {"law": 1e-2, "medicine": 3e-3, "code": 2e-2}
 DECAY = {"law": 0.1, "medicine": 0.0, "code": 0.3}
 CLIP = {"law": 0.02, "code": 0.05}  # the gradients' norms are above
 WARM_UP = {"law": 3, "medicine": 5, "code": 2}
-STEPS_OF = {name: sum(name in sum(KINDS[kind], []) for kind in STEPS) for name in RATES}
+STEPS_OF = {name: sum(any(name in pair for pair in KINDS[kind]) for kind in STEPS) for name in RATES}
 
 
 def configs(**more: Any) -> dict[str, LoRAConfig]:
@@ -74,9 +74,7 @@ class Together(pl.LightningModule):
 
     def per_token(self, ids: Tensor) -> Tensor:
         """Return the loss of each token, ``[rows, tokens - 1]``."""
-        logits = self.model(input_ids=ids).logits[:, :-1]
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return losses.view_as(ids[:, 1:])
+        return loss_per_token(self.model(input_ids=ids).logits[:, :-1], ids)
 
     def training_step(self, batch: dict[str, Any]) -> Tensor:
         names = batch["adapter"]
@@ -99,6 +97,11 @@ class Together(pl.LightningModule):
         optimizer = torch.optim.AdamW(groups, eps=1e-2)
         schedules = AdapterSchedules(optimizer, {name: warming_up(WARM_UP[name]) for name in names})
         return [optimizer], [{"scheduler": schedules, "interval": "step"}]
+
+
+def loss_per_token(logits: Tensor, ids: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view_as(ids[:, 1:])
 
 
 def warming_up(steps: int) -> Callable[[torch.optim.Optimizer], LambdaLR]:

@@ -67,6 +67,7 @@ class LoRALayer(SwappedModule):
     is_linear: ClassVar[bool] = False  # whether "all-linear" means layers of this kind
     uses_init: ClassVar[bool] = True  # whether the pairs start as the config's init says
     can_mix: ClassVar[bool] = True  # whether rows of one input may have adapters of their own
+    row_dim: ClassVar[int] = 0  # the dimension of the input that these rows lie along
 
     adapter_names: tuple[str, ...] = ("lora_A", "lora_B")
     frozen_names: tuple[str, ...] = ()  # adapter tensors that never train

@@ -11,8 +11,13 @@ from lightning_lora.layers.acting import Choice, Mixture, Part
 from lightning_lora.layers.masked import run_masked
 
 
-def run_by_rows(choice: Choice, mixture: Mixture, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run_by_rows(
+    choice: Choice, mixture: Mixture, run: Callable[..., Any], args: Any, kwargs: Any, row_dim: int = 0
+) -> Any:
     """Call ``run`` for each part of a mixture with its rows of all tensors, while its adapter alone acts.
+
+    Args:
+        row_dim: the dimension of the tensors that rows lie along.
 
     Raises:
         ValueError: the tensors have other rows than the mixture, or not all the same.
@@ -22,8 +27,8 @@ def run_by_rows(choice: Choice, mixture: Mixture, run: Callable[..., Any], args:
     first = _first_tensor(args, kwargs)
     if first is None:
         raise ValueError("a layer got no tensor whose rows could be told apart by their adapters")
-    shape = _leading(first, mixture)
-    parts, dim = mixture.parts(shape, first.device), len(shape) - 1
+    shape = _leading(first, mixture, row_dim)
+    parts, dim = mixture.parts(shape[row_dim:], first.device), len(shape) - 1
     outputs = []
     for part in parts:
         own_args, own_kwargs = tree_map(lambda one, part=part: _take(one, part, shape), (args, kwargs))
@@ -45,10 +50,12 @@ def _first_tensor(args: Any, kwargs: Any) -> Tensor | None:
     return next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
 
 
-def _leading(first: Tensor, mixture: Mixture) -> torch.Size:
+def _leading(first: Tensor, mixture: Mixture, row_dim: int = 0) -> torch.Size:
     """Return the leading dimensions of a tensor, up to the one that is told apart: of packed rows in a batch of one it
     is the second.
     """
+    if row_dim:
+        return first.shape[: row_dim + 1]
     return first.shape[: 2 if mixture.is_packed and first.ndim > 1 and first.shape[0] == 1 else 1]
 
 
@@ -64,8 +71,8 @@ def _take(one: Any, part: Part, shape: torch.Size) -> Any:
 
 
 def join_rows(outputs: Sequence[Any], parts: Sequence[Part], dim: int = 0) -> Any:
-    """Return the outputs for the rows of all parts in the order of the rows; of what is no tensor the first."""
-    if len(parts) == 1 or not isinstance(outputs[0], Tensor):
+    """Return the outputs for the rows of all parts in the order of the rows; what is no output of rows as it is."""
+    if len(parts) == 1 or not isinstance(outputs[0], Tensor) or all(one is outputs[0] for one in outputs):
         return outputs[0]
     total = torch.cat(list(outputs), dim)
     if all(isinstance(part.rows, slice) for part in parts):

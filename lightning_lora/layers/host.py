@@ -91,7 +91,8 @@ class Host(SwappedModule):
                 f"a {self.lora_base_class.__name__} cannot tell the rows of several adapters apart: run one adapter at "
                 "a time, or leave the layer out with exclude_modules"
             )
-        return run_by_rows(self.lora_choice, mixture, self.forward, args, kwargs)
+        row_dim = max(layer.row_dim for layer in self.adapters.values())
+        return run_by_rows(self.lora_choice, mixture, self.forward, args, kwargs, row_dim)
 
 
 def make_host(layer: nn.Module, mixin: type[Host], choice: Choice) -> Host:
@@ -124,6 +125,13 @@ def follow_base(host: Host, kind: type[LoRALayer] | None = None) -> None:
         adapter.__dict__.pop("lora_stored", None)
         if host.lora_stored is not None:
             adapter.__dict__["lora_stored"] = host.lora_stored
+
+
+def adapters_of(layer: nn.Module) -> list[LoRALayer]:
+    """Return the adapters of a layer: those with names, or itself."""
+    if isinstance(layer, Host):
+        return list(layer.adapters.values())
+    return [layer] if isinstance(layer, LoRALayer) else []
 
 
 def release_host(host: Host) -> None:

@@ -37,6 +37,7 @@ class LoRAMegatronLinear(LoRALayer):
     """
 
     is_linear = True
+    row_dim = 1  # [sequence, batch, features]
 
     input_size: int
     output_size: int

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lora.compat.torch import forward_hooks
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.host import adapters_of
 from lightning_lora.megatron.core import is_column, is_gpt, is_parallel_linear, is_vocabulary, mesh_of
 from lightning_lora.megatron.names import stack_in
 from lightning_lora.model.names import clean_name
@@ -24,6 +24,8 @@ def keep_parts(root: nn.Module) -> None:
     """
     modules = {clean_name(name): module for name, module in root.named_modules()}
     for name, module in modules.items():
+        if "lora_host" in module.__dict__:
+            continue  # an adapter, which is cut with its host
         if is_parallel_linear(module) and _size(module) > 1:
             stack = stack_in(modules, name)
             _keep_linear(module, stripes=1 if stack is None else stack.stripes)
@@ -75,11 +77,12 @@ def _keep_linear(layer: Any, *, stripes: int) -> None:
     _tag(layer, "weight", dim, stripes)
     if column:
         _tag(layer, "bias", 0, stripes)
-    for name in layer.adapter_names if isinstance(layer, LoRALayer) else ():
-        if name.startswith("lora_B") is not column:
-            getattr(layer, name).lora_tp_sum = True
-        elif not is_sharded(getattr(layer, name)):
-            keep_part(layer, name, _mesh(layer), dim, stripes if name == "lora_B" else 1)
+    for adapter in adapters_of(layer):
+        for name in adapter.adapter_names:
+            if name.startswith("lora_B") is not column:
+                getattr(adapter, name).lora_tp_sum = True
+            elif not is_sharded(getattr(adapter, name)):
+                keep_part(adapter, name, _mesh(layer), dim, stripes if name == "lora_B" else 1)
 
 
 def keep_part(layer: nn.Module, name: str, mesh: DeviceMesh, dim: int, stripes: int = 1) -> None:

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.class_swap import lora_class, swap_class
 from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.host import Host, follow_base
+from lightning_lora.layers.host import Host, adapters_of, follow_base
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.quantized import QuantizedLinear
 from lightning_lora.layers.split import SplitLinear
@@ -74,7 +74,7 @@ def _check_layer(name: str, layer: nn.Module, kind: str, ranks: int) -> None:
         return
     if not isinstance(layer, nn.Linear) or isinstance(layer, SplitLinear):
         raise ValueError(f"the plan names {name!r}, a {type(layer).__name__}; split are linear layers")
-    for adapter in _adapters_of(layer):
+    for adapter in adapters_of(layer):
         if type(adapter).__bases__[0] is LoRALinear:
             continue
         raise ValueError(
@@ -119,7 +119,7 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
         keep_part(layer, "weight", mesh, dim)
     if kind == "column" and layer.bias is not None:
         keep_part(layer, "bias", mesh, 0)
-    for adapter in _adapters_of(layer):
+    for adapter in adapters_of(layer):
         keep_part(adapter, "lora_B" if kind == "column" else "lora_A", mesh, dim)
         whole = adapter.lora_A if kind == "column" else adapter.lora_B
         whole.lora_tp_sum = True  # type: ignore[attr-defined]  # each rank has an addend of its gradient
@@ -130,13 +130,6 @@ def _split_linear(layer: Any, kind: str, is_whole: bool, mesh: DeviceMesh) -> No
         follow_base(layer, LoRAParallelLinear)
     else:
         layer.__class__ = base
-
-
-def _adapters_of(layer: nn.Module) -> list[LoRALayer]:
-    """Return the adapters of a layer: those with names, or itself."""
-    if isinstance(layer, Host):
-        return list(layer.adapters.values())
-    return [layer] if isinstance(layer, LoRALayer) else []
 
 
 def _tied_table(root: nn.Module, chosen: Collection[str]) -> tuple[nn.Module, nn.Embedding] | tuple[None, None]:

@@ -146,7 +146,7 @@ def _carry_out(root: nn.Module, name: str, decided: Plan) -> None:
         by_layer = {layer: list(pairs) for layer, pairs in groupby(decided, lambda pair: pair.layer)}
         seen = {layer: host_for(modules[layer], pairs[0].mixin, injection.choice) for layer, pairs in by_layer.items()}
         seeds = Seeds(seed_of(f"dropout of {name}", config.init_seed) % 2**31)
-        adapted = {layer: adapt_layer(seen, layer, pairs, dtype) for layer, pairs in by_layer.items()}
+        adapted = {layer: adapt_layer(modules | seen, layer, pairs, dtype) for layer, pairs in by_layer.items()}
         for layer, adapter in adapted.items():
             adapter.__dict__["lora_seeds"] = seeds
             put_adapter(modules[layer], name, adapter)  # type: ignore[arg-type]  # a host

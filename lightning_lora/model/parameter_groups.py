@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.model.own_parameters import owners
-from lightning_lora.model.state import injected_roots
+from lightning_lora.model.state import injected_roots, require_injection
 
 ByAdapter = float | Mapping[str | None, float]
 KINDS = ("A", "embedding", "B", "B_no_decay")
@@ -77,14 +77,22 @@ def parameter_groups(
             f"nothing in {type(model).__name__} requires grad, the adapters neither: another callback, such as "
             "BaseFinetuning, may have frozen them after they were put in; list LoRACallback after it"
         )
-    numbers = {"lr": lr, "lora_plus_ratio": lora_plus_ratio, "embedding_lr": embedding_lr, "weight_decay": weight_decay}
+    named = [require_injection(root).named for root in injected_roots(model).values()]
+    rates = {name: one.rates for adapters in named for name, one in adapters.items()}  # those of a sweep
+    numbers: dict[str, ByAdapter] = {
+        "lr": lr,
+        "lora_plus_ratio": lora_plus_ratio,
+        "embedding_lr": embedding_lr,
+        "weight_decay": weight_decay,
+    }
     groups = []
     for adapter, own in members.items():
-        chosen = {name: _chosen(name, value, adapter, members) for name, value in numbers.items()}
-        named = {} if adapter is None else {"adapter": adapter}
+        given = numbers if adapter is None else numbers | rates[adapter]
+        chosen = {name: _chosen(name, value, adapter, members) for name, value in given.items()}
+        owned = {} if adapter is None else {"adapter": adapter}
         for kind, settings in _settings(**chosen).items():
             name = kind if adapter is None else f"{adapter}.{kind}"
-            groups.append({"name": name, "params": own[kind], **settings, **named})
+            groups.append({"name": name, "params": own[kind], **settings, **owned})
     return groups
 
 
@@ -102,10 +110,8 @@ def _settings(
         (lr * lora_plus_ratio, lora_plus_ratio, weight_decay),
         (lr * lora_plus_ratio, lora_plus_ratio, 0.0),
     )
-    return {
-        kind: dict(zip(("lr", "lr_ratio", "weight_decay"), row, strict=True))
-        for kind, row in zip(KINDS, rows, strict=True)
-    }
+    keys = ("lr", "lr_ratio", "weight_decay")
+    return {kind: dict(zip(keys, row, strict=True)) for kind, row in zip(KINDS, rows, strict=True)}
 
 
 def _chosen(name: str, value: ByAdapter, adapter: str | None, members: Iterable[str | None]) -> float:

@@ -24,10 +24,17 @@ from lightning_lora.ops.dropout import Seeds
 
 @dataclass
 class NamedAdapter:
-    """One of several adapters: what was decided for it, and the seeds of its dropout."""
+    """One of several adapters.
+
+    Attributes:
+        plan: what was decided for it.
+        seeds: of its dropout.
+        rates: what takes the place of the numbers that ``parameter_groups`` is given.
+    """
 
     plan: Plan
     seeds: Seeds
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -1,16 +1,19 @@
 """Adapters that train together on ranks end where each would end in a run of its own in one process."""
 
+import functools
+import operator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy
-from tests.distributed.counting import counted_collectives
+from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy, gpt_model, load_hf_weights
+from tests.distributed.gpt import hugging_face
 from tests.distributed.ranks import on_ranks
 from tests.distributed.split import four_heads
 from tests.distributed.training import EXACT, SHARDED, from_all_ranks, rank_of
-from tests.together import STEPS_OF, Together, alone, batches, configs, fit, outcome
+from tests.together import STEPS_OF, Together, alone, batches, configs, fit, loss_per_token, outcome
 
 STRATEGIES: dict[str, Any] = {
     "ddp": lambda: "ddp",
@@ -53,3 +56,60 @@ def test_ten_steps_together_equal_runs_apart(name: str, num_ranks: int, apart: d
         steps = {key: int(found[key]["model.layers.0.mlp.up_proj.lora_A"][1]["step"]) for key in found}
         assert steps == STEPS_OF
         torch.testing.assert_close(*from_all_ranks(found)[:2], **EXACT)
+
+
+class OfMegatron(Together):
+    """A ``GPTModel`` with the weights of Hugging Face's."""
+
+    def __init__(self, source: Any, dtype: torch.dtype) -> None:
+        super().__init__(None)
+        self.source, self.params_dtype = source, dtype
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = gpt_model(self.source, params_dtype=self.params_dtype)
+            load_hf_weights(self.model, self.source)
+
+    def per_token(self, ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(ids.shape[1])[None].expand_as(ids)
+        logits = self.model(ids, positions, None, runtime_gather_output=True)[:, :-1]  # its own loss is in float32
+        return loss_per_token(logits, ids)
+
+
+def gpt_run(source: Path, dtype: torch.dtype, only: str | None = None) -> dict[str, Any]:
+    size = rank_of()[1]
+    module = OfMegatron(source, dtype)
+    named_one = {name: config for name, config in named(dtype).items() if only in (None, name)}
+    fit(module, named_one, batches(only=only), MegatronLoRAStrategy(tensor_parallel_size=size), size)
+    found = outcome(module)
+    for adapter in found.values():
+        adapter.pop("loss")
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(directory: Path) -> Path:
+    hugging_face().save_pretrained(directory / "hugging_face")
+    return directory / "hugging_face"
+
+
+@pytest.fixture(scope="module")
+def gpt_apart(source: Path) -> dict[torch.dtype, Any]:
+    return _gpt_apart(source)[0]
+
+
+@on_ranks(1)
+def _gpt_apart(source: Path) -> dict[torch.dtype, Any]:
+    """Return runs of one adapter each, on one rank."""
+    runs = {dtype: [gpt_run(source, dtype, only) for only in named(dtype)] for dtype in TOLERANCES}
+    return {dtype: functools.reduce(operator.or_, found) for dtype, found in runs.items()}
+
+
+@on_ranks(2)
+def test_a_model_of_megatron_core_split_over_ranks_equals_runs_apart(
+    source: Path, gpt_apart: dict[torch.dtype, Any]
+) -> None:
+    for dtype, tolerance in TOLERANCES.items():
+        found = gpt_run(source, dtype)
+        torch.testing.assert_close(found, gpt_apart[dtype], **tolerance)
+        torch.testing.assert_close(*from_all_ranks(found), **EXACT)

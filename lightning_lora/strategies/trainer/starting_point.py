@@ -33,6 +33,7 @@ class Start:
         on_nonfinite: what to do about an adapter there that holds NaN or infinity.
         quantization: ``quantize`` and ``quantize_exclude`` of :func:`~lightning_lora.inject`.
         adapters: the config of every adapter with a name; empty for one without.
+        rates: what takes the place of the numbers of ``parameter_groups``, by adapter.
     """
 
     given: dict[str, Any]
@@ -41,6 +42,7 @@ class Start:
     on_nonfinite: OnNonfinite
     quantization: dict[str, Any]
     adapters: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
+    rates: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def configure_then_adapt(configure_model: Callable[[], None], pl_module: nn.Module, start: Start) -> None:
@@ -75,6 +77,8 @@ def adapt_module(pl_module: nn.Module, start: Start) -> None:
         _adapt_from_checkpoint(root, start, *adapters_at(read_checkpoint(init_from), root_path, init_from))
     injection = require_injection(root)
     injection.source = init_from
+    for name, one in injection.named.items():
+        one.rates = start.rates.get(name, {})
     rank_zero_info(f"LoRA starts from {init_from}: {'; '.join(_in_words(*one) for one in injection.configs.items())}")
 
 
@@ -96,6 +100,7 @@ def _adapt(root: nn.Module, configs: Mapping[str, LoRAConfig], start: Start) -> 
         if name:
             quantize_once(root, **start.quantization)
             add_adapter(root, name, config)
+            require_injection(root).named[name].rates = start.rates.get(name, {})
         elif injection_of(root) is None:
             # the first lines of the run say what inject would
             inject_anew(root, config, check_ranks=True, **start.quantization)
