@@ -97,7 +97,9 @@ def collate(tokenizer: Any, rows: list[tuple[str, str, str]]) -> dict[str, Any]:
     }
 
 
-def train(base: Path, names: list[str], options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float], float]:
+def train(
+    base: Path, names: list[str], options: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, float], float]:
     """Train the adapters ``names``; return the perplexities before and after, by task, and the seconds."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     learned = batches(tokenizer, names, options.rows, options.steps)

@@ -82,7 +82,8 @@ def _load_one(model: nn.Module, name: str, adapter: Adapter, *, check_base: bool
     recorded = adapter.metadata.get("base") if check_base else None
     recorded = recorded and {**recorded, "hashes": torch.tensor(recorded["hashes"])}
     family = family_of(model)
-    skeleton = None if family is None else family.skeleton(model)
+    with looked_past(model):
+        skeleton = None if family is None else family.skeleton(model)
     if family is not None and skeleton is not None:
         _load_by_skeleton(model, name, family, skeleton, adapter, recorded, **quantization)
     else:
