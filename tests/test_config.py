@@ -119,7 +119,7 @@ def test_every_field_of_pefts_config_is_ours_or_is_answered_with_what_to_do(make
         ("loraplus_lr_ratio", 16, r"PEFT's name: write AdamW\(parameter_groups\(self, lr, lora_plus_ratio=16\)\)"),
         ("lora_plus_lr_ratio", 4.0, r"LoRA\+ elsewhere: write AdamW\(parameter_groups\(self, lr, lora_plus_ratio=4.0"),
         ("loraplus_lr_embedding", 1e-6, r"write parameter_groups\(self, lr, embedding_lr=1e-06\)"),
-        ("adapter_name", "mine", "PEFT's name: leave it out: a model has one adapter"),
+        ("adapter_name", "mine", "PEFT's name: write add_adapter"),
         ("target_r", 8, r"PEFT's name: write LoRACallback\(adalora=AdaLoRA\(target_r=8, ...\)\)"),
         ("init_r", 12, r"PEFT's name: write LoRACallback\(adalora=AdaLoRA\(init_r=12, ...\)\)"),
         ("task_type", "CAUSAL_LM", "PEFT's name: leave it out: a new task head trains by itself"),

@@ -248,3 +248,22 @@ def before_pruning(name: str) -> str:
     Relies on the ending that torch gives it; with another one, pruning a packed weight ends in torch's own error.
     """
     return name.removesuffix("_orig")
+
+
+# what torch's schedulers keep for each group of an optimizer
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
+
+
+def move_groups(state: dict[str, Any], places: Sequence[int | None], own: dict[str, Any]) -> None:
+    """Put what a scheduler's state has for each group in the order of the groups at present, in place.
+
+    Relies on the names of these lists, and of the one of inner schedulers; without them they stay as they are.
+
+    Args:
+        places: of each group in the state; ``None`` takes the value of ``own``, the scheduler's own state.
+    """
+    for key in _PER_GROUP:
+        if isinstance(values := state.get(key), list):
+            state[key] = [own[key][i] if place is None else values[place] for i, place in enumerate(places)]
+    for inner, ours in zip(state.get("_schedulers", ()), own.get("_schedulers", ()), strict=True):
+        move_groups(inner, places, ours)

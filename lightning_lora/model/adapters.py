@@ -1,18 +1,22 @@
 """Several adapters with names on one model: add one, and list them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.apply import adapt_layer, dtype_of, tag_parts
+from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.hosts import fuse_anew, host_for, looked_past, put_adapter
 from lightning_lora.model.init import initialize, seed_of
+from lightning_lora.model.inject import inject_anew, remove
 from lightning_lora.model.layer_plan import Plan
 from lightning_lora.model.names import BASE, clean_name, named_modules
 from lightning_lora.model.plan import plan
+from lightning_lora.model.quantize import quantize_once
 from lightning_lora.model.side_effects import (
     complete_state_dict,
     freeze_statistics,
@@ -29,6 +33,8 @@ from lightning_lora.model.state import (
 )
 from lightning_lora.model.wrapping import run_at_injection
 from lightning_lora.ops.dropout import Seeds
+
+T = TypeVar("T")
 
 
 def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None) -> nn.Module:
@@ -49,11 +55,6 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None) -
     check_name(name)
     root = uncompiled(model)
     injection = injection_of(root)
-    if injection is not None and not injection.named:
-        raise ValueError(
-            f"{type(root).__name__} has an adapter without a name: call remove(model) first, and give every adapter a "
-            "name with add_adapter"
-        )
     config = LoRAConfig() if config is None else config
     existing = None if injection is None else injection.named.get(name)
     if existing is not None:
@@ -62,12 +63,77 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None) -
         raise ValueError(
             f"there is an adapter {name!r} with another config: call remove(model, adapter={name!r}) first"
         )
+    add_anew(root, name, config, check_ranks=True)
+    return model
+
+
+def adapt_anew(
+    root: nn.Module, name: str, config: LoRAConfig, *, check_ranks: bool = False, **quantization: Any
+) -> None:
+    """Adapt a model as a file says: without a name, or by :func:`add_anew`.
+
+    Args:
+        name: ``""`` for none.
+        quantization: ``quantize`` and ``quantize_exclude``.
+    """
+    if not name:
+        inject_anew(root, config, check_ranks=check_ranks, **quantization)
+        return
+    quantize_once(root, **quantization)
+    add_anew(root, name, config, check_ranks=check_ranks)
+
+
+def adapt_checked(
+    root: nn.Module, configs: Mapping[str, LoRAConfig], check: Callable[[bool], T], **quantization: Any
+) -> T:
+    """Add the adapters of a file, and return what ``check`` returns; if it raises, the model is given back as it was.
+
+    A base that is to be quantised is checked before that, too: its values would not come back.
+
+    Args:
+        configs: by name; ``""`` for an adapter without one.
+        check: raises ``ValueError`` if the adapted model is not the right one. Its argument says whether the base has
+            the form that it will keep.
+        quantization: ``quantize`` and ``quantize_exclude``.
+    """
+    forms = [quantization]
+    if quantization.get("quantize") is not None and quantization_of(root) is None and injection_of(root) is None:
+        for config in configs.values():
+            plan(root, config, check_ranks=False, **quantization)
+        forms = [{}, quantization]
+    for form in forms:
+        added: list[str] = []
+        try:
+            for name, config in configs.items():
+                adapt_anew(root, name, config, **form)
+                added.append(name)
+            checked = check(form is quantization)
+        except ValueError:
+            _take_out(root, added)
+            raise
+        if form is not quantization:
+            _take_out(root, added)
+    return checked
+
+
+def _take_out(root: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        remove(root, name or None)
+
+
+def add_anew(root: nn.Module, name: str, config: LoRAConfig, *, check_ranks: bool) -> None:
+    """Add an adapter of a name that is free; ``check_ranks=False`` takes ranks above a layer's size."""
+    injection = injection_of(root)
+    if injection is not None and not injection.named:
+        raise ValueError(
+            f"{type(root).__name__} has an adapter without a name: call remove(model) first, and give every adapter a "
+            "name with add_adapter"
+        )
     with looked_past(root):
-        decided = plan(root, config)
+        decided = plan(root, config, check_ranks=check_ranks)
     _check_own(name, decided)
     _check_fuse(name, config, {} if injection is None else injection.named)
     _carry_out(root, name, decided)
-    return model
 
 
 def adapters(model: nn.Module) -> dict[str, LoRAConfig]:

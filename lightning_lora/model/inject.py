@@ -1,6 +1,6 @@
 """Adapt a model, and take its adapters out again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -14,7 +14,7 @@ from lightning_lora.layers.acting import Undecided
 from lightning_lora.layers.host import release_host
 from lightning_lora.layers.trained import restore_dtypes
 from lightning_lora.model.apply import carry_out
-from lightning_lora.model.base_form import check_form, quantization_of
+from lightning_lora.model.base_form import check_form
 from lightning_lora.model.hosts import drop_adapter, fuse_anew, named_hosts
 from lightning_lora.model.merged_model import form_before_merge
 from lightning_lora.model.names import clean_name
@@ -82,32 +82,6 @@ def inject_anew(model: nn.Module, config: LoRAConfig, *, check_ranks: bool, **qu
     """
     carry_out(plan(model, config, check_ranks=check_ranks, **quantization))
     return model
-
-
-def inject_checked(model: nn.Module, config: LoRAConfig, check: Callable[[bool], T], **quantization: Any) -> T:
-    """Adapt a model that holds no adapters, and return what ``check`` returns; if it raises, nothing is changed.
-
-    A base that is to be quantised is checked before that, too: its values would not come back.
-
-    Args:
-        check: raises ``ValueError`` if the adapted model is not the right one. Its argument says whether the base has
-            the form that it will keep.
-        quantization: ``quantize`` and ``quantize_exclude``.
-    """
-    forms = [quantization]
-    if quantization.get("quantize") is not None and quantization_of(model) is None:
-        plan(model, config, check_ranks=False, **quantization)
-        forms = [{}, quantization]
-    for form in forms:
-        inject_anew(model, config, check_ranks=False, **form)
-        try:
-            checked = check(form is quantization)
-        except ValueError:
-            remove(model)
-            raise
-        if form is not quantization:
-            remove(model)
-    return checked
 
 
 def remove(model: nn.Module, adapter: str | None = None) -> nn.Module:

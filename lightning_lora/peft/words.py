@@ -40,7 +40,7 @@ _PEFT = {
         "leave it out: tied weights that train whole, and their rows, stay tied; tied layers that are both adapted "
         "have an adapter each"
     ),
-    "adapter_name": "leave it out: a model has one adapter, without a name; combine(...) joins several directories",
+    "adapter_name": "write add_adapter(model, {value}, config), or LoRACallback(adapters={{{value}: LoRAConfig(...)}})",
     "is_trainable": "leave it out: an adapter that is read trains; call requires_grad_(False) to freeze it",
     "low_cpu_mem_usage": "leave it out: the base may be on the meta device, with FSDPLoRAStrategy(base_weights=...)",
     **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), _START),

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from lightning_lora import LoRAConfig, disabled, inject, load_peft, merge, merged, remove, save_peft, unmerge
+from lightning_lora import LoRAConfig, active, disabled, inject, load_peft, merge, merged, remove, save_peft, unmerge
 from lightning_lora.megatron.models import gpt_model
 from lightning_lora.megatron.weights import load_hf_weights
 from lightning_lora.ops.sharded import is_sharded
@@ -26,6 +26,7 @@ from tests.distributed.gpt import (
 from tests.distributed.ranks import on_ranks
 from tests.distributed.split import whole_factors
 from tests.distributed.training import EXACT, from_all_ranks
+from tests.models import fill_adapters
 
 
 @pytest.mark.parametrize("fused_pairs", [False, True])
@@ -129,3 +130,21 @@ def test_what_peft_would_read_as_something_else_is_not_written(
     with pytest.raises(ValueError, match=message):
         save_peft(model, tmp_path / "not")
     assert not (tmp_path / "not").exists()
+
+
+@on_ranks(2)
+def test_adapters_with_names_go_out_and_in_by_folders(tmp_path: Path, hf: Path) -> None:
+    configs = {"law": LoRAConfig(r=4), "medicine": LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])}
+    module, other = Module(hf), Module(hf)
+    with_names = {"adapters": configs}
+    run(None, 2, module, lora=with_names, max_steps=0)
+    fill_adapters(module.model)
+    save_peft(module.model, tmp_path)
+    run(None, 2, other, lora=with_names, max_steps=0)
+    other.model = load_peft(remove(other.model), tmp_path)
+    for name in configs:
+        with active(module.model, name), active(other.model, name):
+            logits = logits_of(module)
+            torch.testing.assert_close(logits_of(other), logits, **EXACT)
+        theirs = load_peft(hugging_face(), tmp_path / name)
+        torch.testing.assert_close(logits, expected_logits(theirs), **LOGIT_TOLERANCE)
