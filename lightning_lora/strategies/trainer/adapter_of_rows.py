@@ -56,8 +56,13 @@ class AdapterOfRows(Callback):
     @override
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._end()
+        super().on_train_batch_end(*args, **kwargs)
 
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._end()
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
