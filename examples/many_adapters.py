@@ -97,7 +97,9 @@ def collate(tokenizer: Any, rows: list[tuple[str, str, str]]) -> dict[str, Any]:
     }
 
 
-def train(base: Path, names: list[str], options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float], float]:
+def train(
+    base: Path, names: list[str], options: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, float], float]:
     """Train the adapters ``names``; return the perplexities before and after, by task, and the seconds."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     learned = batches(tokenizer, names, options.rows, options.steps)
@@ -108,7 +110,7 @@ def train(base: Path, names: list[str], options: argparse.Namespace) -> tuple[di
     trainer = L.Trainer(
         callbacks=[lora],
         max_epochs=1,
-        limit_val_batches=1,
+        check_val_every_n_epoch=2,  # before and after alone
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,  # of each adapter's own norm
         devices=1,
@@ -121,7 +123,7 @@ def train(base: Path, names: list[str], options: argparse.Namespace) -> tuple[di
     validation = DataLoader(held_out, batch_size=None)
     [before] = trainer.validate(module, validation, verbose=False)
     start = monotonic()
-    trainer.fit(module, DataLoader(learned, batch_size=None))
+    trainer.fit(module, DataLoader(learned, batch_size=None), validation)
     seconds = monotonic() - start
     [after] = trainer.validate(module, validation, verbose=False)
     return before, after, seconds
