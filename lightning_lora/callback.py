@@ -130,7 +130,7 @@ class LoRACallback(AdapterOfRows, AdapterSteps, AdaptiveRanks):
         if config is not None and given:
             raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
         self.adapters, self.adapter_key = dict(adapters or {}), adapter_key
-        _check_adapters(self.adapters, adapter_key, {"config": config, "init_from": init_from, **given})
+        _check_adapters(self.adapters, adapter_key, {"config": config, **given})
         self.rates: dict[str, dict[str, float]] = {}  # of a sweep
         self.clip_norm, self.accumulate = dict(clip_norm or {}), dict(accumulate or {})
         _check_steps(self.adapters, self.clip_norm, self.accumulate)

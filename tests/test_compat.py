@@ -240,6 +240,19 @@ def test_operations_on_many_tensors_equal_their_loops(is_there: bool, monkeypatc
     assert tensors[1].item() == 1
 
 
+def test_schedules_follow_the_groups_of_an_optimizer() -> None:
+    def schedules(*rates: float) -> torch.optim.lr_scheduler.LRScheduler:
+        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": rate} for rate in rates])
+        inner = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10) for _ in range(2)]
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, inner, [5])
+
+    theirs, ours = schedules(1.0, 2.0, 3.0), schedules(8.0, 3.0)
+    state = theirs.state_dict()
+    of_torch.move_groups(state, [None, 2], ours.state_dict())
+    assert state["_last_lr"] == [8.0, 3.0]
+    assert [inner["base_lrs"] for inner in state["_schedulers"]] == [[8.0, 3.0]] * 2
+
+
 def test_hooks_of_a_module_are_found() -> None:
     layer = nn.Linear(2, 2)
     assert not of_torch.has_hooks(layer)

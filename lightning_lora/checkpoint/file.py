@@ -17,6 +17,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.model.families import is_pretrained
 from lightning_lora.model.names import clean_name, is_inside_any, joined
+from lightning_lora.model.one_adapter import each_adapter
 from lightning_lora.model.side_effects import FrozenStatistics
 from lightning_lora.model.spread import reshard
 from lightning_lora.model.state import (
@@ -134,17 +135,20 @@ def describe(module: nn.Module, state_key: str, moved: Collection[int] = ()) -> 
     for path, root in injected_roots(module).items():
         base = fingerprint(root)
         held = {clean_name(name) for name, parameter in root.named_parameters() if id(parameter) in moved}
-        adapters.append(
+        compared = without(base, held)
+        adapters += [
             {
                 "name": "default",
+                **({"name": name, "is_named": True} if name else {}),
                 "state_key": state_key,
                 "root": path,
-                "config": require_injection(root).config.to_dict(),
-                **structure(root),
-                "base": without(base, held),
-                **{name: describe_part(root, base) for name, describe_part in PARTS.items()},
+                "config": require_injection(own).config.to_dict(),
+                **structure(own),
+                "base": compared,
+                **{part: describe_part(own, base) for part, describe_part in PARTS.items()},
             }
-        )
+            for name, own in each_adapter(root).items()
+        ]
     return {"format_version": FORMAT_VERSION, "adapters": adapters}
 
 

@@ -6,17 +6,22 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_lora.checkpoint.changed import UNCHANGED, Changed, changed_adapters, compared_names
 from lightning_lora.checkpoint.comparison import compare_base
-from lightning_lora.checkpoint.file import SECTION, adapters_in, named_tensors, other_state, structure, trained_tensors
-from lightning_lora.checkpoint.reading import adapters_by_path, renaming, section_of
+from lightning_lora.checkpoint.file import SECTION, adapters_in, named_tensors, other_state, trained_tensors
+from lightning_lora.checkpoint.reading import adapters_by_path, name_of, only_key, renaming, section_of
+from lightning_lora.checkpoint.structure import check_structure, quoted
 from lightning_lora.model.families import resize_advice
-from lightning_lora.model.names import clean_name, is_inside, listed
+from lightning_lora.model.names import clean_name, is_inside, without_adapter
+from lightning_lora.model.one_adapter import each_adapter
 from lightning_lora.model.state import OnNonfinite, check_finite, injected_roots, is_merged, require_root
 from lightning_lora.ops.sharded import logical, write
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any], *, on_nonfinite: OnNonfinite = "error") -> None:
     """Copy adapters into ``model``, whose layers must be exactly those of ``state``.
+
+    Of several adapters with names those are copied that both have; a line names the others.
 
     Args:
         state: what :func:`adapter_state_dict` returned, or a whole checkpoint of Trainer, Fabric or
@@ -31,8 +36,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any], *, on_no
     if SECTION in state:
         tensors = fitting_tensors(state, root, "the checkpoint", on_nonfinite=on_nonfinite)
     else:
-        tensors = dict(state)
-        check_tensors(tensors, root, "the state")
+        found = {without_adapter(name)[1] for name in state}
+        changed = compared_names({"": found - {""} or found}, {"": root}, "the state")
+        tensors = {name: value for name, value in state.items() if not changed.drops(name)}
+        check_tensors(tensors, root, "the state", changed)
+        changed.say("the state")
         check_finite(adapters_in(tensors, root), "the state", on_nonfinite)
     copy_tensors(tensors, root)
 
@@ -50,7 +58,7 @@ def fitting_tensors(
 
     Compared are, in this order: layers, ranks and scales; token rows; what trains whole; names and shapes; the base.
     Adapters must be finite. Where the adapted model sits (``model.`` in a LightningModule, the top in Fabric) may
-    differ between file and module.
+    differ between file and module. Named adapters are compared one by one; a line names those that only one has.
 
     Args:
         state_key: take the tensors under this key of the checkpoint; ``None`` takes the only ones that there are.
@@ -69,28 +77,36 @@ def fitting_tensors(
         )
     if any(is_merged(root) for root in roots.values()):
         raise ValueError("the model's adapters are merged: call unmerge(model) before loading others")
-    keys = {adapter["state_key"] for adapter in section["adapters"]}
-    if state_key is None:
-        if len(keys) != 1:
-            raise ValueError(f"{source} holds several adapted models, {sorted(keys)}; expected one")
-        (state_key,) = keys
+    state_key = only_key(section, source) if state_key is None else state_key
     state = checkpoint.get(state_key)
+    keys = {adapter["state_key"] for adapter in section["adapters"]}
     if state_key not in keys or not isinstance(state, Mapping):
         raise ValueError(f"{source} has no adapters under {state_key!r}; it has them under {sorted(keys)}")
     by_path = adapters_by_path(section, roots, state_key, source)
-    for path, adapter in by_path.items():
-        check_structure(adapter, roots[path], source)
+    changed = changed_adapters(checkpoint, module, source, state_key)
+    for path, entries in by_path.items():
+        _check_entries(entries, roots[path], source)
     if roots.keys() == {""}:  # the adapted model itself: what trained around it has no place here
-        file_root = by_path[""]["root"]
+        file_root = by_path[""][0]["root"]
         state = {name: value for name, value in state.items() if is_inside(name, file_root)}
     rename = renaming(checkpoint, module, source, state_key)
-    renamed = {rename(name): value for name, value in state.items()}
+    renamed = {new: value for name, value in state.items() if not changed.drops(new := rename(name))}
     if check_names:
-        check_tensors(renamed, module, source)
-    for path, adapter in by_path.items():
-        _check_base(adapter["base"], roots[path], source)
+        check_tensors(renamed, module, source, changed)
+    for path, (entry, *_) in by_path.items():
+        _check_base(entry["base"], roots[path], source)
     check_finite(adapters_in(renamed, module), source, on_nonfinite)
+    changed.say(source)
     return renamed
+
+
+def _check_entries(entries: list[dict[str, Any]], root: nn.Module, source: Any) -> None:
+    """Compare the structure of every adapter that the file and ``root`` both have."""
+    ours = each_adapter(root)
+    for entry in entries:
+        name = name_of(entry)
+        if name in ours:
+            check_structure(entry, ours[name], f"adapter {name!r} in {source}" if name else source)
 
 
 def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> None:
@@ -130,60 +146,16 @@ def complete_state(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, A
     return {**{name: values.get(id(value), value) for name, value in state.items()}, **others}
 
 
-def check_structure(adapter: Mapping[str, Any], root: nn.Module, source: Any) -> None:
-    """Compare a file's :func:`structure` with that of ``root``.
-
-    Raises:
-        ValueError: a layer, rank, scale, row or what trains whole differs. The message says where.
-    """
-    ours = structure(root)
-    _check_same_names("adapted layers", adapter["layers"], ours["layers"], source)
-    if adapter.get("prunes_ranks", False) != ours["prunes_ranks"]:
-        remedy = "leave adalora out" if ours["prunes_ranks"] else "give adalora=AdaLoRA(...)"
-        raise ValueError(f"one of {source} and the model is adapted by AdaLoRA, and the other is not: {remedy}")
-    for name, (r, scaling) in adapter["layers"].items():
-        own_r, own_scaling = ours["layers"][name]
-        if r != own_r:
-            raise ValueError(
-                f"{source} has r={r} at {name!r}, the model has r={own_r}: adapt the model with the file's rank"
-            )
-        if abs(scaling - own_scaling) > 1e-9 * abs(scaling):
-            raise ValueError(
-                f"{source} scales {name!r} by {scaling:g}, the model by {own_scaling:g}: adapt it with the file's "
-                "alpha and use_rslora, or convert() an older file with an nn.MultiheadAttention and load_peft() that"
-            )
-    rows = adapter.get("token_rows", {})
-    if rows != ours["token_rows"]:
-        raise ValueError(
-            f"{source} trains rows {_short(rows)} of embeddings, the model {_short(ours['token_rows'])}: adapt it "
-            "with the file's trainable_token_indices"
-        )
-    _check_same_names("tensors that train whole", adapter["trained_whole"], ours["trained_whole"], source)
-
-
-def _short(rows: Mapping[str, list[int]]) -> str:
-    return ", ".join(f"{name}: {ids[:5]}{' ...' if len(ids) > 5 else ''}" for name, ids in rows.items()) or "none"
-
-
-def _check_same_names(what: str, theirs: Any, ours: Any, source: Any) -> None:
-    missing, extra = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
-    if missing or extra:
-        raise ValueError(
-            f"{source} and the model differ in their {what}: {_some(extra)} only in the file, {_some(missing)} "
-            "only in the model. Use the target_modules, modules_to_save and bias that the file was written with"
-        )
-
-
-def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) -> None:
-    """Compare names and shapes of a checkpoint's tensors with what ``module`` trains."""
+def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any, changed: Changed = UNCHANGED) -> None:
+    """Compare names and shapes of a checkpoint's tensors with what ``module`` trains, but for adapters that it adds."""
     targets = named_tensors(module)
     others = other_state(module)
-    missing = [name for name in trained_tensors(module) if name not in tensors]
+    missing = [name for name in trained_tensors(module) if name not in tensors and not changed.adds(name)]
     unexpected = [name for name in tensors if name not in targets and name not in others]
     if missing or unexpected:
         raise ValueError(
-            f"{source} does not fit {type(module).__name__}: {_some(missing)} missing in the file, "
-            f"{_some(unexpected)} not in the model"
+            f"{source} does not fit {type(module).__name__}: {quoted(missing)} missing in the file, "
+            f"{quoted(unexpected)} not in the model"
         )
     for name, value in tensors.items():
         if name in others and name not in targets:
@@ -193,7 +165,3 @@ def check_tensors(tensors: Mapping[str, Any], module: nn.Module, source: Any) ->
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             advice = resize_advice(module, name, given, expected) if isinstance(given, tuple) else ""
             raise ValueError(f"{source} has {given} for {name!r}, the model has {expected}{advice}")
-
-
-def _some(names: list[str]) -> str:
-    return listed([repr(name) for name in names], 3) or "nothing"

@@ -1,6 +1,6 @@
-"""Match optimizer state to parameters by name, and keep frozen parameters out of optimizers."""
+"""Keep frozen parameters out of optimizers, and gather and spread their state."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,13 +8,11 @@ from torch.optim import Optimizer
 
 from lightning_lora.checkpoint.packed_optimizer import (
     WRITTEN_BY,
-    check_packer,
     is_packed,
     packer,
     parts_of,
-    with_packed,
 )
-from lightning_lora.model.names import clean_name, listed
+from lightning_lora.model.names import listed
 from lightning_lora.model.spread import as_whole
 from lightning_lora.model.state import injected_roots, named_adapter_parameters, named_trained_whole
 from lightning_lora.ops.sharded import is_sharded, logical, on_rank_zero, spread_like
@@ -86,67 +84,6 @@ def follow_parameters(
             "the optimizer holds none of the model's trainable parameters: make it after inject(model, config), from "
             "[p for p in model.parameters() if p.requires_grad]"
         )
-
-
-def names_of(module: nn.Module, prefix: str = "") -> dict[int, str]:
-    """Return the clean names of the module's parameters by identity."""
-    return {id(parameter): prefix + clean_name(name) for name, parameter in module.named_parameters()}
-
-
-def parameter_names(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
-    """Return the name of every parameter, group by group; one that ``names`` lacks gets its position."""
-    return [
-        [names.get(id(p), f"#{index}.{position}") for position, p in enumerate(group["params"])]
-        for index, group in enumerate(optimizer.param_groups)
-    ]
-
-
-def match_by_name(
-    state: dict[str, Any],
-    saved_names: list[list[str]],
-    optimizer: Optimizer,
-    names: Mapping[int, str],
-    rename: Callable[[str], str],
-    source: Any,
-) -> dict[str, Any]:
-    """Return an optimizer state with its entries in the order of ``optimizer``'s parameters, matched by name.
-
-    Raises:
-        ValueError: the optimizer has other parameters, has them in other groups, or keeps its state in another form.
-    """
-    check_packer(state, optimizer, source)
-    own_names = parameter_names(optimizer, names)
-    theirs = [[rename(name) for name in group] for group in saved_names]
-    if [sorted(group) for group in theirs] != [sorted(group) for group in own_names]:
-        gone = sorted({n for g in theirs for n in g} - {n for g in own_names for n in g})[:3]
-        new = sorted({n for g in own_names for n in g} - {n for g in theirs for n in g})[:3]
-        raise ValueError(
-            f"the optimizer state in {source} is for other parameters or groups: sizes of groups "
-            f"{[len(g) for g in theirs]} there, {[len(g) for g in own_names]} here; only there {gone}, only here "
-            f"{new}. Resume with the configure_optimizers that the file was written with, or warm-start with "
-            "LoRACallback(init_from=...)"
-        )
-    ids = {
-        name: saved_id
-        for group_names, group in zip(theirs, state["param_groups"], strict=True)
-        for name, saved_id in zip(group_names, group["params"], strict=True)
-    }
-    order = [name for group in own_names for name in group]
-    position = {name: index for index, name in enumerate(order)}
-    groups = []
-    for group_names, group, own in zip(own_names, state["param_groups"], optimizer.param_groups, strict=True):
-        groups.append({**group, **_way_of_stepping(group, own), "params": [position[name] for name in group_names]})
-        if "param_names" in own:
-            groups[-1]["param_names"] = own["param_names"]
-    entries = {position[name]: state["state"][ids[name]] for name in order if ids[name] in state["state"]}
-    return with_packed({**state, "state": entries, "param_groups": groups}, source)
-
-
-def _way_of_stepping(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the optimizer's own ``foreach`` and ``fused`` where the file leaves both open, which torch would load."""
-    names = ("foreach", "fused")
-    is_open = all(name in saved and saved[name] is None for name in names)
-    return {name: own[name] for name in names if name in own} if is_open else {}
 
 
 def gathered_state(state: dict[str, Any], optimizer: Optimizer, *, is_zero: bool) -> dict[str, Any]:

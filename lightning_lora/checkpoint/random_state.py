@@ -2,25 +2,35 @@
 
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_lora.model.state import injected_roots, require_injection
+from lightning_lora.ops.dropout import Seeds
 
 
-def collect() -> dict[str, Any]:
-    """Return the states of torch (CPU and every CUDA device), numpy, ``random``, and Megatron-core's streams."""
+def collect(*modules: nn.Module) -> dict[str, Any]:
+    """Return the states of torch (CPU and every CUDA device), numpy, ``random``, and Megatron-core's streams.
+
+    Args:
+        modules: whose named adapters' seeds of dropout are kept, too.
+    """
     numpy_state: Any = np.random.get_state(legacy=True)  # a tuple; the annotation also allows a dict
     kind, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
+    seeds = [{name: int(one.next) for name, one in own.items()} for own in _dropout_seeds(modules)]
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
         "python": (version, list(internal), gauss_next),
         "megatron": _megatron_states(),
+        **({"dropout": seeds} if any(seeds) else {}),
     }
 
 
@@ -73,6 +83,28 @@ def restore(state: dict[str, Any]) -> None:
     own = _megatron_states()
     if own and state.get("megatron", {}).keys() == own.keys():
         _megatron_tracker().set_states({name: tensor.cpu() for name, tensor in state["megatron"].items()})
+
+
+def restore_dropout(
+    states: Iterable[Mapping[str, Any]] | None, own: Mapping[str, Any] | None, *modules: nn.Module
+) -> None:
+    """Let the dropout of named adapters go on with the seeds that come next.
+
+    Args:
+        states: what all ranks collected of as many modules.
+        own: of these this rank's; ``None`` where the file has other ranks than the run, and the furthest counts.
+    """
+    saved = [state["dropout"] for state in ([own] if own is not None else states or ()) if "dropout" in state]
+    for index, seeds in enumerate(_dropout_seeds(modules)):
+        for name, one in seeds.items():
+            if positions := [roots[index][name] for roots in saved if name in roots[index]]:
+                one.next.fill_(max(positions))
+
+
+def _dropout_seeds(modules: Iterable[nn.Module]) -> list[dict[str, Seeds]]:
+    """Return the seeds of the named adapters of each adapted model, by name."""
+    roots = [root for module in modules for root in injected_roots(module).values()]
+    return [{name: one.seeds for name, one in require_injection(root).named.items()} for root in roots]
 
 
 def _megatron_tracker() -> Any:

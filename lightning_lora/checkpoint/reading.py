@@ -72,23 +72,26 @@ def section_of(checkpoint: Mapping[str, Any], source: Any) -> dict[str, Any]:
     return section
 
 
-def one_adapter(checkpoint: Mapping[str, Any], root_path: str, source: Any) -> tuple[Mapping[str, Any], LoRAConfig]:
-    """Return a checkpoint with the adapter of the model at ``root_path`` alone, or its only one, and its config.
+def adapters_at(
+    checkpoint: Mapping[str, Any], root_path: str, source: Any
+) -> tuple[Mapping[str, Any], dict[str, LoRAConfig]]:
+    """Return a checkpoint with the adapters of the model at ``root_path``, or of its only one, and their configs.
 
     Raises:
-        ValueError: it holds several, and none at that path.
+        ValueError: it holds those of several models, and none at that path.
     """
     section = section_of(checkpoint, source)
-    own = [one for one in section["adapters"] if one["root"] == root_path or len(section["adapters"]) == 1]
-    if len(own) != 1:
+    models = {(entry["root"], entry["state_key"]) for entry in section["adapters"]}
+    own = [one for one in section["adapters"] if one["root"] == root_path or len(models) == 1]
+    if len({one["state_key"] for one in own}) != 1:
         raise ValueError(
-            f"{source} holds adapters of models at {[a['root'] for a in section['adapters']]}, none at {root_path!r}"
+            f"{source} holds adapters of models at {sorted({p for p, _ in models})}, none at {root_path!r}"
         )
     key, path = own[0]["state_key"], own[0]["root"]
-    if len(section["adapters"]) > 1:
+    if len(models) > 1:
         state = {name: value for name, value in checkpoint[key].items() if is_inside(name, path)}
         checkpoint = {**checkpoint, key: state, SECTION: {**section, "adapters": own}}
-    return checkpoint, LoRAConfig.from_dict(own[0]["config"])
+    return checkpoint, {name_of(one): LoRAConfig.from_dict(one["config"]) for one in own}
 
 
 def renaming(checkpoint: Mapping[str, Any], module: nn.Module, source: Any, state_key: str) -> Callable[[str], str]:
@@ -96,9 +99,9 @@ def renaming(checkpoint: Mapping[str, Any], module: nn.Module, source: Any, stat
     by_path = adapters_by_path(section_of(checkpoint, source), injected_roots(module), state_key, source)
 
     def rename(name: str) -> str:
-        for path, adapter in by_path.items():
-            if is_inside(name, adapter["root"]):
-                return joined(path, name.removeprefix(adapter["root"]).removeprefix("."))
+        for path, (entry, *_) in by_path.items():
+            if is_inside(name, entry["root"]):
+                return joined(path, name.removeprefix(entry["root"]).removeprefix("."))
         return name
 
     return rename
@@ -106,11 +109,31 @@ def renaming(checkpoint: Mapping[str, Any], module: nn.Module, source: Any, stat
 
 def adapters_by_path(
     section: Mapping[str, Any], roots: Mapping[str, nn.Module], state_key: str, source: Any
-) -> dict[str, dict[str, Any]]:
-    """Return the file's adapters by the path that each one has in the module."""
-    theirs = {adapter["root"]: adapter for adapter in section["adapters"] if adapter["state_key"] == state_key}
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the file's adapters by the path that their model has in the module: several only where they have names."""
+    theirs: dict[str, list[dict[str, Any]]] = {}
+    for entry in section["adapters"]:
+        if entry["state_key"] == state_key:
+            theirs.setdefault(entry["root"], []).append(entry)
     if len(theirs) == 1 == len(roots):
         return {next(iter(roots)): next(iter(theirs.values()))}
     if theirs.keys() != roots.keys():
         raise ValueError(f"{source} holds adapters for {list(theirs)}, the model has them at {list(roots)}")
     return theirs
+
+
+def name_of(entry: Mapping[str, Any]) -> str:
+    """Return the name of an adapter by its entry in a checkpoint's section; ``""`` for one without."""
+    return str(entry["name"]) if entry.get("is_named") else ""
+
+
+def only_key(section: Mapping[str, Any], source: Any) -> str:
+    """Return the key in a checkpoint that the tensors of its only adapted module are under.
+
+    Raises:
+        ValueError: it holds several.
+    """
+    keys = {entry["state_key"] for entry in section["adapters"]}
+    if len(keys) != 1:
+        raise ValueError(f"{source} holds several adapted models, {sorted(keys)}; expected one")
+    return str(next(iter(keys)))

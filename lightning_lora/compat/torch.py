@@ -228,3 +228,22 @@ def unscaling_of(scaler: Any) -> Callable[..., Any]:
             f"no {UNSCALE!r}: an overflow on one rank would make that rank alone skip its step. Use 'bf16-mixed'"
         )
     return unscale
+
+
+# what torch's schedulers keep for each group of an optimizer
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
+
+
+def move_groups(state: dict[str, Any], places: Sequence[int | None], own: dict[str, Any]) -> None:
+    """Put what a scheduler's state has for each group in the order of the groups at present, in place.
+
+    Relies on the names of these lists, and of the one of inner schedulers; without them they stay as they are.
+
+    Args:
+        places: of each group in the state; ``None`` takes the value of ``own``, the scheduler's own state.
+    """
+    for key in _PER_GROUP:
+        if isinstance(values := state.get(key), list):
+            state[key] = [own[key][i] if place is None else values[place] for i, place in enumerate(places)]
+    for inner, ours in zip(state.get("_schedulers", ()), own.get("_schedulers", ()), strict=True):
+        move_groups(inner, places, ours)

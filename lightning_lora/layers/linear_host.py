@@ -29,7 +29,7 @@ class LinearHost(Host):
     @override
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         stored = None if self.lora_stored is None else self.lora_stored.product(self, args[0])
-        if stored is not None:
+        if stored is not None and not isinstance(self, SplitLinear):  # which enters and leaves
             return stored_linear(args[0], stored, self.bias)
         return super().base_forward(*args, **kwargs)
 

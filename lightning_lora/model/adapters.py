@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from itertools import groupby
+from typing import Any
 
 from torch import nn
 
@@ -10,9 +11,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.apply import adapt_layer, dtype_of, tag_parts
 from lightning_lora.model.hosts import fuse_anew, host_for, looked_past, put_adapter
 from lightning_lora.model.init import initialize, seed_of
+from lightning_lora.model.inject import inject_anew
 from lightning_lora.model.layer_plan import Plan
 from lightning_lora.model.names import clean_name, named_modules
 from lightning_lora.model.plan import plan
+from lightning_lora.model.quantize import quantize_once
 from lightning_lora.model.side_effects import (
     complete_state_dict,
     freeze_statistics,
@@ -49,11 +52,6 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None) -
     check_name(name)
     root = uncompiled(model)
     injection = injection_of(root)
-    if injection is not None and not injection.named:
-        raise ValueError(
-            f"{type(root).__name__} has an adapter without a name: call remove(model) first, and give every adapter a "
-            "name with add_adapter"
-        )
     config = LoRAConfig() if config is None else config
     existing = None if injection is None else injection.named.get(name)
     if existing is not None:
@@ -62,12 +60,39 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None) -
         raise ValueError(
             f"there is an adapter {name!r} with another config: call remove(model, adapter={name!r}) first"
         )
+    add_anew(root, name, config, check_ranks=True)
+    return model
+
+
+def adapt_anew(
+    root: nn.Module, name: str, config: LoRAConfig, *, check_ranks: bool = False, **quantization: Any
+) -> None:
+    """Adapt a model as a file says: without a name, or by :func:`add_anew`.
+
+    Args:
+        name: ``""`` for none.
+        quantization: ``quantize`` and ``quantize_exclude``.
+    """
+    if not name:
+        inject_anew(root, config, check_ranks=check_ranks, **quantization)
+        return
+    quantize_once(root, **quantization)
+    add_anew(root, name, config, check_ranks=check_ranks)
+
+
+def add_anew(root: nn.Module, name: str, config: LoRAConfig, *, check_ranks: bool) -> None:
+    """Add an adapter of a name that is free; ``check_ranks=False`` takes ranks above a layer's size."""
+    injection = injection_of(root)
+    if injection is not None and not injection.named:
+        raise ValueError(
+            f"{type(root).__name__} has an adapter without a name: call remove(model) first, and give every adapter a "
+            "name with add_adapter"
+        )
     with looked_past(root):
-        decided = plan(root, config)
+        decided = plan(root, config, check_ranks=check_ranks)
     _check_own(name, decided)
     _check_fuse(name, config, {} if injection is None else injection.named)
     _carry_out(root, name, decided)
-    return model
 
 
 def adapters(model: nn.Module) -> dict[str, LoRAConfig]:

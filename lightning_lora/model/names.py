@@ -1,11 +1,15 @@
 """Names of modules and parameters: cleaned, joined, compared, and listed in messages."""
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
 from lightning_lora.compat.torch import COMPILED
+
+# "q_proj.lora.law.lora_A" is the tensor "q_proj.lora_A" of the adapter "law"
+_NAMED_ADAPTER = re.compile(r"(?P<layer>(?:.*\.)?)lora\.(?P<adapter>[A-Za-z0-9_-]+)\.(?P<local>lora_\w+)")
 
 
 def clean_name(name: str) -> str:
@@ -13,6 +17,12 @@ def clean_name(name: str) -> str:
     if COMPILED not in name:
         return name
     return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+def without_adapter(name: str) -> tuple[str, str]:
+    """Return the name of an adapter's tensor without the name of the adapter, and that; ``""`` for one without."""
+    match = _NAMED_ADAPTER.fullmatch(name)
+    return (name, "") if match is None else (match["layer"] + match["local"], match["adapter"])
 
 
 def joined(path: str, name: str) -> str:

@@ -14,6 +14,7 @@ from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.layers.same_code import is_plain_linear
 from lightning_lora.model.base_form import (
     QuantizationPlan,
+    check_form,
     check_kind,
     check_not_foreign,
     plain_exclusion,
@@ -54,6 +55,22 @@ def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[st
     decided = plan_quantization(model, kind, exclude=exclude)
     apply_quantization(model, decided)
     return decided
+
+
+def quantize_once(
+    model: nn.Module,
+    quantize: Quantization | None = None,
+    quantize_exclude: str | Sequence[str] | None = None,
+) -> None:
+    """Quantise a base if that is asked for and was not done, before adapters with names are added.
+
+    Raises:
+        ValueError: it is quantised otherwise, or has adapters already.
+    """
+    if quantize is not None and (former := quantization_of(model)) is not None:
+        check_form(former, quantize, quantize_exclude)
+    elif quantize is not None:
+        apply_quantization(model, plan_quantization(model, quantize, exclude=quantize_exclude))
 
 
 def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:

@@ -45,6 +45,11 @@ def class_name(module: nn.Module) -> str:
     return cls.__name__.removeprefix("FSDP") if is_fsdp(module) else cls.__name__
 
 
+def without_fsdp(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that FSDP2 made ``cls`` from, or ``cls`` itself."""
+    return cls.__bases__[1] if is_fsdp(cls) else cls
+
+
 def reshard(module: nn.Module) -> None:
     """Drop the gathered copies that FSDP2 keeps after a forward, so that the parameters are the stored ones."""
     for part in module.modules():

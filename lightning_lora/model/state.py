@@ -29,13 +29,11 @@ class NamedAdapter:
     Attributes:
         plan: what was decided for it.
         seeds: of its dropout.
-        source: the file it started from, if any.
         rates: what takes the place of the numbers that ``parameter_groups`` is given.
     """
 
     plan: Plan
     seeds: Seeds
-    source: str | None = None
     rates: dict[str, float] = field(default_factory=dict)
 
 
@@ -131,14 +129,6 @@ def require_root(model: nn.Module) -> nn.Module:
     if len(roots) > 1:
         raise ValueError(f"{type(model).__name__} holds several adapted models, {list(roots)}: pass one of them")
     return next(iter(roots.values()))
-
-
-def check_adapter_name(root: nn.Module, adapter: str | None) -> None:
-    """Raise ``ValueError`` for the name of an adapter that the model does not have: its one adapter has no name."""
-    if adapter is not None:
-        raise ValueError(
-            f"adapter={adapter!r} is not known: the adapter of {type(root).__name__} has no name. Leave adapter out"
-        )
 
 
 def named_lora_layers(model: nn.Module) -> dict[str, LoRALayer]:

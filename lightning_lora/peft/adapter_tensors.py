@@ -7,13 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checkpoint.all_ranks import meet
-from lightning_lora.model.state import (
-    OnNonfinite,
-    check_adapter_name,
-    check_finite,
-    check_not_disabled,
-    require_root,
-)
+from lightning_lora.model.one_adapter import chosen_adapter
+from lightning_lora.model.state import OnNonfinite, check_finite, check_not_disabled, require_root
 from lightning_lora.ops.sharded import is_part
 from lightning_lora.peft.contents import contents, described_tensors
 from lightning_lora.peft.describe import describe_for_peft
@@ -36,20 +31,21 @@ def adapter_tensors(
     iterator, and each layer is gathered on every rank. No collective is called but those gathers.
 
     Args:
-        adapter: the name of the adapter; ``None`` for the one without a name.
+        adapter: the name of the adapter; ``None`` for the only one.
         portable: as in :func:`~lightning_lora.save_peft`: one rank and one scale for all layers, as servers read them,
             and plain LoRA of an AdaLoRA adapter; ``False`` for the adapter as it is.
         on_nonfinite: what to do about a tensor that holds NaN or infinity, when its turn comes.
 
     Raises:
-        ValueError: there is no such adapter, it has what the format, or with ``portable`` servers, cannot express, or
-            it holds NaN or infinity; or only some of the ranks called it that all must.
+        ValueError: there is no such adapter, or several and none is named; it has what the format, or with
+            ``portable`` servers, cannot express, or holds NaN or infinity; or only some of the ranks
+            called it that all must.
     """
     root = require_root(model)
-    check_adapter_name(root, adapter)
+    seen = chosen_adapter(root, adapter)
     check_not_disabled(root)
-    description = describe_for_peft(root)
-    tensors = described_tensors(root, description)
+    description = describe_for_peft(seen)
+    tensors = described_tensors(seen, description)
     if any(map(is_part, tensors.values())):
         meet("adapter_tensors")
     config, made = contents(description, tensors, portable=portable)

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.model.families import resize_advice
 from lightning_lora.model.names import clean_name
+from lightning_lora.model.state import require_injection
 from lightning_lora.peft.directory import Adapter
+from lightning_lora.peft.settings import is_value, trained_a_copy
 
 
 def check_trained(model: nn.Module, adapter: Adapter) -> list[tuple[Tensor, int, Tensor]]:
@@ -43,6 +46,40 @@ def check_trained(model: nn.Module, adapter: Adapter) -> list[tuple[Tensor, int,
             )
         tails.append((own[name].detach(), first, value[first:]))
     return tails
+
+
+def check_ties(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    """Raise ``ValueError`` where PEFT trained a copy of a tensor that is tied to another module's in this model.
+
+    Twins of equal values trained together, and both count as trained.
+    """
+    twins: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        twins.setdefault(id(parameter), []).append(clean_name(name))
+    for group in twins.values():
+        copied = [n for n in group if n in adapter.trained and is_whole(n.rpartition(".")[0], adapter)]
+        for name in group if copied else []:
+            if modules[name.rpartition(".")[0]] is modules[copied[0].rpartition(".")[0]]:
+                continue
+            value = adapter.trained.get(name, adapter.base.get(name))
+            if value is None or not torch.equal(value, adapter.trained[copied[0]]):
+                trained = f"{adapter.source} trained {copied[0]!r}"
+                raise ValueError(trained_a_copy(trained, name, model, name.rpartition(".")[0]))
+            adapter.trained[name] = value
+            adapter.base.pop(name, None)
+
+
+def untrained_values(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the base tensors that a file brings and the adapted model does not train, where they differ from it."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    whole, own = require_injection(model).trained_whole, named_tensors(model)
+    return [
+        name
+        for name, value in adapter.trained.items()
+        if id(own[name]) not in trained
+        and not any(name.startswith(f"{module}.") for module in whole)
+        and not is_value(value, own[name])
+    ]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

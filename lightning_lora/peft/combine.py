@@ -58,8 +58,7 @@ def combine(
     for directory, factor in zip(directories, factor_of, strict=True):
         path = location(directory)
         for layer, factors in layers_of[path].items():
-            weighted = replace(factors, scaling=factors.scaling * factor)
-            layers.setdefault(layer, []).append((path, weighted))
+            layers.setdefault(layer, []).append((path, replace(factors, scaling=factors.scaling * factor)))
     summed = {layer: _concatenated(parts) for layer, parts in layers.items()}
     largest = max(factors.rank for factors in summed.values())
     if r is not None:
@@ -67,7 +66,8 @@ def combine(
             raise ValueError(f"r={r}: expected 1 to {largest}, the largest sum of the adapters' ranks; or None, exact")
         summed = {layer: _truncated(factors, r) for layer, factors in summed.items()}
     config, tensors = write_factors(_config(list(configs.values()), summed), summed, r or largest)
-    write_directory(output, Files(config, tensors, metadata), on_nonfinite=on_nonfinite)
+    check_finite(tensors, output, on_nonfinite)
+    write_directory(output, Files(config, tensors, metadata))
 
 
 def _checked_weights(directories: Sequence[_Path], weights: Sequence[float] | None) -> list[float]:

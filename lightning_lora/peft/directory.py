@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lightning_lora.checkpoint.atomic_io import write_atomically
 from lightning_lora.checkpoint.storage import Location, RemotePath, location
-from lightning_lora.model.state import OnNonfinite, check_finite
 from lightning_lora.peft.config import CONFIG_NAME, kind_of, read_json
 from lightning_lora.peft.layout import Key, parse_key
 
@@ -151,13 +150,8 @@ def _check_pair(layer: str, pair: Mapping[str, Tensor], source: Any) -> None:
         )
 
 
-def write_directory(directory: str | os.PathLike[str], files: Files, *, on_nonfinite: OnNonfinite = "error") -> None:
-    """Write both files; each is there in full or not at all.
-
-    Raises:
-        ValueError: a tensor holds NaN or infinity, unless ``on_nonfinite`` is "warn". Nothing is written then.
-    """
-    check_finite(files.tensors, directory, on_nonfinite)
+def write_directory(directory: str | os.PathLike[str], files: Files) -> None:
+    """Write both files; each is there in full or not at all."""
     directory = location(directory)
     strings = {"format": "pt"}
     if files.metadata:

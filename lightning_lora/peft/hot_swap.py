@@ -13,14 +13,8 @@ from lightning_lora.checkpoint.fingerprint import known_fingerprint, renamed
 from lightning_lora.checkpoint.storage import location
 from lightning_lora.model.families import family_of
 from lightning_lora.model.names import clean_name, listed
-from lightning_lora.model.state import (
-    OnNonfinite,
-    check_adapter_name,
-    check_finite,
-    is_merged,
-    named_token_rows,
-    require_root,
-)
+from lightning_lora.model.one_adapter import chosen_adapter
+from lightning_lora.model.state import OnNonfinite, check_finite, is_merged, named_token_rows, require_root
 from lightning_lora.ops.sharded import logical, whole, write
 from lightning_lora.peft.adalora import with_all_ranks
 from lightning_lora.peft.base_tensors import set_copies_apart
@@ -52,20 +46,20 @@ def hot_swap(
 
     Args:
         directory: what ``save_peft(model, directory)`` or PEFT wrote; a local one or a URL that fsspec knows.
-        adapter: the name of the adapter; ``None`` for the one without a name.
+        adapter: the name of the adapter; ``None`` for the only one.
         check_base: compare the model with the fingerprint of the base that ``save_peft`` left in the file.
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
         FileNotFoundError: the directory, its config or its tensors are missing.
-        ValueError: there is no such adapter, the directory's is another one or of another base, holds NaN or infinity,
-            or its files are damaged; or the model's adapter is merged or disabled.
+        ValueError: there is no such adapter, or several and none is named; the directory's is another one or of
+            another base, holds NaN or infinity, or its files are damaged; or the model's adapter is merged or disabled.
     """
     root = require_root(model)
-    check_adapter_name(root, adapter)
+    seen = chosen_adapter(root, adapter)
     if is_merged(root):
         raise ValueError("the model's adapters are merged: call unmerge(model) before a hot swap")
-    trained = trained_tensors(root)  # raises where adapters are disabled
+    trained = trained_tensors(seen)  # raises where adapters are disabled
     source = location(directory)
     files = read_files(source)
     files = files._replace(config=checked(files.config, source / CONFIG_NAME))
@@ -74,9 +68,9 @@ def hot_swap(
     check_finite(files.tensors, source, on_nonfinite)
     if check_base:
         _check_base(root, theirs)
-    description = describe_for_peft(root)
-    tensors = described_tensors(root, description)
-    given = _given(description, theirs, root)
+    description = describe_for_peft(seen)
+    tensors = described_tensors(seen, description)
+    given = _given(description, theirs, seen)
     _check_shapes(description, given, tensors, theirs)
     values = _values(description["entries"], given, {n: t for n, t in tensors.items() if n in trained})
     _check_places(description["entries"], given, values, tensors, source)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,24 +13,26 @@ from lightning_lora.checkpoint.comparison import compare_base, first_other_value
 from lightning_lora.checkpoint.fingerprint import fingerprint, renamed
 from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
-from lightning_lora.config import Quantization
+from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.model.adapters import adapt_anew
 from lightning_lora.model.families import Family, family_of
-from lightning_lora.model.inject import inject_anew, remove
+from lightning_lora.model.hosts import looked_past
+from lightning_lora.model.inject import remove
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import OnNonfinite, check_finite, require_injection
-from lightning_lora.peft.adalora import with_all_ranks
-from lightning_lora.peft.base_tensors import check_trained, is_whole, named_tensors, set_copies_apart
-from lightning_lora.peft.config import CONFIG_NAME, checked, kind_of
-from lightning_lora.peft.diffusers import DIFFUSERS_NAME, read_diffusers
-from lightning_lora.peft.directory import Adapter, read_files, sorted_tensors
+from lightning_lora.model.one_adapter import chosen_adapter
+from lightning_lora.model.state import OnNonfinite, injection_of, require_injection, uncompiled
+from lightning_lora.peft.base_tensors import check_ties, check_trained, set_copies_apart, untrained_values
+from lightning_lora.peft.directory import Adapter
 from lightning_lora.peft.fit import named_by_layer
-from lightning_lora.peft.settings import is_value, settings_of, trained_a_copy
+from lightning_lora.peft.folders import folders_of, read_adapter
+from lightning_lora.peft.settings import settings_of
 
 
 def load_peft(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
+    adapter: str | None = None,
     check_base: bool = True,
     component: str | None = None,
     on_nonfinite: OnNonfinite = "error",
@@ -41,8 +44,12 @@ def load_peft(
     The tensors decide which layers are adapted and with what rank; the config must agree with them. Nothing is changed
     unless everything fits. Rows that a resized embedding has beyond those it shares with the model's are copied.
 
+    A directory that holds folders with adapters, and none itself, gives the model all of them, by the folders' names.
+
     Args:
         directory: a local one or a URL that fsspec knows, such as ``"s3://bucket/adapter"``.
+        adapter: the name that the adapter gets, beside others of the model, as in
+            :func:`~lightning_lora.add_adapter`; also the folder to take where the directory holds several.
         component: which model's adapter to take from a directory of diffusers (``pytorch_lora_weights.safetensors``),
             such as ``"unet"`` or ``"text_encoder"``; not needed where it holds one.
         check_base: compare the model with the fingerprint of the base that :func:`save_peft` left in the file.
@@ -51,56 +58,76 @@ def load_peft(
 
     Raises:
         FileNotFoundError: the directory, its config or its tensors are missing.
-        ValueError: the adapter is of another kind, does not fit the model, or holds NaN or infinity, or its files are
-            damaged.
+        ValueError: the name is taken; the adapter is of another kind, does not fit the model, or holds NaN or infinity;
+            or its files are damaged.
     """
-    directory = location(directory)
-    is_diffusers = (directory / DIFFUSERS_NAME).is_file() and not (directory / CONFIG_NAME).is_file()
-    files = read_diffusers(directory, component) if is_diffusers else read_files(directory)
-    config = checked(files.config, directory / (DIFFUSERS_NAME if is_diffusers else CONFIG_NAME))
-    files = files._replace(config=config)
-    files = with_all_ranks(files, directory) if kind_of(config) == "ADALORA" else files
-    adapter = sorted_tensors(files, directory)
-    check_finite(files.tensors, directory, on_nonfinite)
-    recorded = files.metadata.get("base") if check_base else None
-    recorded = recorded and {**recorded, "hashes": torch.tensor(recorded["hashes"])}
+    source = location(directory)
+    root = uncompiled(model)
+    folders = folders_of(root, source, adapter)
+    read = {name: read_adapter(folder, component, on_nonfinite) for name, folder in folders.items()}
     quantization = {"quantize": quantize, "quantize_exclude": quantize_exclude}
-    family = family_of(model)
-    skeleton = None if family is None else family.skeleton(model)
-    if family is not None and skeleton is not None:
-        _load_by_skeleton(model, family, skeleton, adapter, recorded, **quantization)
-    else:
-        _load(model, adapter, recorded, **quantization)
+    loaded: list[str] = []
+    try:
+        for name, theirs in read.items():
+            _load_one(root, name, theirs, check_base=check_base, **quantization)
+            loaded.append(name)
+    except Exception:
+        for name in loaded:
+            remove(root, name)  # the first of several
+        raise
     return model
 
 
-def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None, **quantization: Any) -> None:
+def _load_one(model: nn.Module, name: str, adapter: Adapter, *, check_base: bool, **quantization: Any) -> None:
+    recorded = adapter.metadata.get("base") if check_base else None
+    recorded = recorded and {**recorded, "hashes": torch.tensor(recorded["hashes"])}
+    family = family_of(model)
+    skeleton = None if family is None else family.skeleton(model)
+    if family is not None and skeleton is not None:
+        _load_by_skeleton(model, name, family, skeleton, adapter, recorded, **quantization)
+    else:
+        _load(model, name, adapter, recorded, **quantization)
+
+
+def _load(model: nn.Module, name: str, adapter: Adapter, recorded: dict[str, Any] | None, **quantization: Any) -> None:
     """Check that the adapter fits, adapt the model as it says, and copy its tensors."""
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    set_copies_apart(adapter, modules)
-    _check_ties(model, adapter, modules)
-    tensors = named_by_layer(adapter, modules, model)
-    tails = check_trained(model, adapter)
-    inject_anew(model, settings_of(model, adapter, tensors, modules), check_ranks=False, **quantization)
-    untold = _untrained_values(model, adapter)
+    with looked_past(model):
+        modules = {clean_name(path): module for path, module in model.named_modules()}
+        set_copies_apart(adapter, modules)
+        check_ties(model, adapter, modules)
+        tensors = named_by_layer(adapter, modules, model)
+        tails = check_trained(model, adapter)
+        config = settings_of(model, adapter, tensors, modules)
+    seen = _put_in(model, name, config, **quantization)
+    untold = untrained_values(seen, adapter)
     if untold:
-        remove(model)
+        remove(model, name or None)
         raise ValueError(
             f"{adapter.source} brings values of its own for {untold[0]!r} ({len(untold)} tensors), which its config "
             "does not train. Is a file damaged, or from another PEFT?"
         )
     if recorded is not None:
         found = compare_base(model, recorded)
-        _refuse_base(model, adapter.source, recorded, found.values)
+        _refuse_base(model, name, adapter.source, recorded, found.values)
         if found.form is not None:
             rank_zero_info(f"{adapter.source}: {found.form}")
-    copy_tensors(tensors | adapter.trained, model)
+    copy_tensors(tensors | adapter.trained, seen)
     for target, first, rows in tails:
         target[first:].copy_(rows)
 
 
+def _put_in(model: nn.Module, name: str, config: LoRAConfig, **quantization: Any) -> nn.Module:
+    """Adapt a model as a directory says, and return it as this adapter sees it."""
+    injection = injection_of(model)
+    if name and injection is not None:  # layers are fused for all adapters or for none
+        config = replace(config, fuse=next(iter(injection.configs.values())).fuse)
+    adapt_anew(model, name, config, **quantization)
+    return chosen_adapter(model, name or None)
+
+
 def _load_by_skeleton(
     model: nn.Module,
+    name: str,
     family: Family,
     skeleton: nn.Module,
     adapter: Adapter,
@@ -108,56 +135,24 @@ def _load_by_skeleton(
     **quantization: Any,
 ) -> None:
     """Load an adapter that names other layers than ``model`` does, by way of a skeleton of those."""
-    _load(skeleton, adapter, None)
-    inject_anew(model, require_injection(skeleton).config, check_ranks=False, **quantization)
+    _load(skeleton, "", adapter, None)
+    seen = _put_in(model, name, require_injection(skeleton).config, **quantization)
     if recorded is not None:
         own = renamed(fingerprint(model), family.peft_name)
-        _refuse_base(model, adapter.source, recorded, first_other_value(own, recorded))
-    _, sources = family.adapted_view(model)
-    copy_tensors({source: skeleton.get_parameter(name).detach() for name, (_, source) in sources.items()}, model)
+        _refuse_base(model, name, adapter.source, recorded, first_other_value(own, recorded))
+    _, sources = family.adapted_view(seen)
+    copy_tensors({source: skeleton.get_parameter(there).detach() for there, (_, source) in sources.items()}, seen)
 
 
-def _refuse_base(model: nn.Module, directory: Location, recorded: Mapping[str, Any], difference: str | None) -> None:
-    """Give the model back and raise ``ValueError`` where its base is not the recorded one."""
+def _refuse_base(
+    model: nn.Module, name: str, directory: Location, recorded: Mapping[str, Any], difference: str | None
+) -> None:
+    """Take the adapter out again and raise ``ValueError`` where the base is not the recorded one."""
     if difference is None:
         return
-    remove(model)
+    remove(model, name or None)
     source = f" ({recorded['source']})" if recorded.get("source") else ""
     raise ValueError(
         f"{directory} was trained on another base model{source}: {difference}. Load that base, or accept this one with "
         "check_base=False"
     )
-
-
-def _check_ties(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
-    """Raise ``ValueError`` where PEFT trained a copy of a tensor that is tied to another module's in this model.
-
-    Twins of equal values trained together, and both count as trained.
-    """
-    twins: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        twins.setdefault(id(parameter), []).append(clean_name(name))
-    for group in twins.values():
-        copied = [n for n in group if n in adapter.trained and is_whole(n.rpartition(".")[0], adapter)]
-        for name in group if copied else []:
-            if modules[name.rpartition(".")[0]] is modules[copied[0].rpartition(".")[0]]:
-                continue
-            value = adapter.trained.get(name, adapter.base.get(name))
-            if value is None or not torch.equal(value, adapter.trained[copied[0]]):
-                trained = f"{adapter.source} trained {copied[0]!r}"
-                raise ValueError(trained_a_copy(trained, name, model, name.rpartition(".")[0]))
-            adapter.trained[name] = value
-            adapter.base.pop(name, None)
-
-
-def _untrained_values(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Return the base tensors that a file brings and the adapted model does not train, where they differ from it."""
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    whole, own = require_injection(model).trained_whole, named_tensors(model)
-    return [
-        name
-        for name, value in adapter.trained.items()
-        if id(own[name]) not in trained
-        and not any(name.startswith(f"{module}.") for module in whole)
-        and not is_value(value, own[name])
-    ]

@@ -1,36 +1,39 @@
 """Write PEFT directories: ``save_peft`` from an adapted model, ``convert`` from a checkpoint without the model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.checkpoint.all_ranks import fail_together, meet
 from lightning_lora.checkpoint.fingerprint import known_fingerprint
-from lightning_lora.checkpoint.reading import read_checkpoint, section_of
-from lightning_lora.checkpoint.storage import local_directory, location
-from lightning_lora.model.state import OnNonfinite, check_finite, check_not_disabled, injected_roots, require_root
+from lightning_lora.checkpoint.reading import name_of, read_checkpoint, section_of
+from lightning_lora.checkpoint.storage import Location
+from lightning_lora.model.names import without_adapter
+from lightning_lora.model.one_adapter import chosen_adapter, each_adapter
+from lightning_lora.model.state import OnNonfinite, check_not_disabled, injected_roots, require_root
 from lightning_lora.model.summary import outside_names, say_left_out, trained_outside
 from lightning_lora.ops.sharded import is_sharded, whole
-from lightning_lora.peft.card import write_card
-from lightning_lora.peft.config import kind_of
-from lightning_lora.peft.contents import contents, described_tensors
+from lightning_lora.peft.contents import described_tensors
 from lightning_lora.peft.describe import describe_for_peft
-from lightning_lora.peft.directory import Files, write_directory
+from lightning_lora.peft.writing import Described, folder_of, write_described, write_tokenizer
 
 
 def save_peft(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
+    adapter: str | None = None,
     portable: bool = False,
     as_lora: bool = False,
     tokenizer: Any = None,
     on_nonfinite: OnNonfinite = "error",
 ) -> None:
     """Write the adapter as a directory that PEFT reads. Never writes base weights, never asks the network.
+
+    Of a model with named adapters each gets a folder of its own, ``directory/<name>``, or one of them the directory.
 
     Rank and alpha that differ from most layers' are written as anchored patterns of full names, so that no order of
     patterns can change their meaning. A tied tensor that trains is written under each of its modules. PiSSA and OLoRA
@@ -45,6 +48,7 @@ def save_peft(
 
     Args:
         directory: a local one or a URL that fsspec knows, such as ``"s3://bucket/adapter"``.
+        adapter: the name of the one to write into ``directory`` itself; ``None`` writes all that there are.
         portable: for readers that know one rank and one scale, such as vLLM, SGLang and llama.cpp: pad every layer with
             zeros to the largest rank, fold its scale in, and write ``r = lora_alpha``. A ``README.md``, if there is
             none, says which base it is for, and in which form that was quantised when the adapter was trained.
@@ -54,24 +58,29 @@ def save_peft(
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
-        ValueError: the adapter has what the format, or with ``portable`` those readers, cannot express, or holds NaN or
-            infinity; or only some of the ranks called it that all must. Nothing is written then.
+        ValueError: there is no such adapter; it has what the format, or with ``portable`` those readers, cannot
+            express, or holds NaN or infinity; or only some of the ranks called it that all must.
+            Nothing is written then.
     """
     root = require_root(model)
     check_not_disabled(root)
-    description = describe_for_peft(root, known_fingerprint(root))
-    tensors = described_tensors(root, description)
-    spread = any(map(is_sharded, tensors.values()))
+    seen = each_adapter(root) if adapter is None else {"": chosen_adapter(root, adapter)}
+    base = known_fingerprint(root)
+    described = {name: describe_for_peft(one, base) for name, one in seen.items()}
+    tensors = {name: described_tensors(one, described[name]) for name, one in seen.items()}
+    spread = any(is_sharded(tensor) for named in tensors.values() for tensor in named.values())
     if spread:
         meet("save_peft")
-    named = {name: whole(tensor).detach() for name, tensor in tensors.items()}
+    contents_of = {
+        folder_of(directory, name): (described[name], {n: whole(tensor).detach() for n, tensor in named.items()})
+        for name, named in tensors.items()
+    }
     failure: Exception | None = None
     if not spread or torch.distributed.get_rank() == 0:
         try:
-            write_described(
-                description, named, directory, portable=portable, as_lora=as_lora, on_nonfinite=on_nonfinite
-            )
-            write_tokenizer(getattr(model, "tokenizer", None) if tokenizer is None else tokenizer, directory)
+            write_described(contents_of, portable=portable, as_lora=as_lora, on_nonfinite=on_nonfinite)
+            for folder in contents_of:
+                write_tokenizer(getattr(model, "tokenizer", None) if tokenizer is None else tokenizer, folder)
         except Exception as error:
             if not spread:
                 raise
@@ -92,6 +101,8 @@ def convert(
 ) -> None:
     """Turn an adapter checkpoint into a PEFT directory, with neither the base nor the model's code at hand.
 
+    Adapters with names get a folder each, ``directory/<name>``.
+
     What trained outside the adapted model is left out, and named in one line.
 
     Args:
@@ -101,80 +112,50 @@ def convert(
         on_nonfinite: what to do about an adapter that holds NaN or infinity.
 
     Raises:
-        ValueError: the file is damaged, holds no adapter or several, what PEFT's format cannot express, or NaN or
-            infinity.
+        ValueError: the file is damaged, holds no adapter or those of several models, what PEFT's format cannot
+            express, or NaN or infinity.
     """
     content = read_checkpoint(checkpoint)
-    adapters = section_of(content, checkpoint)["adapters"]
-    if len(adapters) != 1:
+    entries = section_of(content, checkpoint)["adapters"]
+    first = entries[0]
+    if any((entry["root"], entry["state_key"]) != (first["root"], first["state_key"]) for entry in entries):
         raise ValueError(
-            f"{checkpoint} holds {len(adapters)} adapters, at {[a['root'] for a in adapters]}; expected one. Load them "
-            "into their models and call save_peft on each"
+            f"{checkpoint} holds the adapters of several models, at {sorted({e['root'] for e in entries})}; expected "
+            "one. Load them into their models and call save_peft on each"
         )
-    adapter = adapters[0]
-    write_adapter(
-        content, adapter, directory, checkpoint, portable=portable, as_lora=as_lora, on_nonfinite=on_nonfinite
+    write_entries(
+        content, entries, directory, checkpoint, portable=portable, as_lora=as_lora, on_nonfinite=on_nonfinite
     )
-    outside = outside_names(content[adapter["state_key"]], adapter["root"])
-    say_left_out(directory, outside, f"It is in {checkpoint}, under {adapter['state_key']!r}")
+    outside = outside_names(content[first["state_key"]], first["root"])
+    say_left_out(directory, outside, f"It is in {checkpoint}, under {first['state_key']!r}")
 
 
-def write_adapter(
+def write_entries(
     checkpoint: Mapping[str, Any],
-    adapter: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
     directory: str | os.PathLike[str],
     source: Any,
-    *,
-    portable: bool = False,
-    as_lora: bool = False,
-    on_nonfinite: OnNonfinite = "error",
-) -> None:
-    """Write one adapter of a checkpoint's content as a PEFT directory.
+    **how: Any,
+) -> list[Location]:
+    """Write the adapters of one model in a checkpoint's content as PEFT directories, and return these.
 
     Args:
-        adapter: its entry in the checkpoint's section.
+        entries: of the adapters, in the checkpoint's section.
         source: where the content is from, for messages.
+        how: ``portable``, ``as_lora`` and ``on_nonfinite``.
     """
-    description = adapter.get("peft")
-    if description is None or "refused" in description:
-        why = (description or {}).get("refused", "it was written before checkpoints held what a conversion needs")
-        raise ValueError(f"{source} cannot be converted: {why}. Load it into its model and call save_peft or merge")
-    prefix = f"{adapter['root']}." if adapter["root"] else ""
-    state = checkpoint[adapter["state_key"]]
-    named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    write_described(description, named, directory, portable=portable, as_lora=as_lora, on_nonfinite=on_nonfinite)
-
-
-def write_described(
-    description: Mapping[str, Any],
-    named: Mapping[str, Tensor],
-    directory: str | os.PathLike[str],
-    *,
-    portable: bool,
-    as_lora: bool,
-    on_nonfinite: OnNonfinite,
-) -> None:
-    """Write a directory from what :func:`describe_for_peft` returned and the model's tensors by name.
-
-    Raises:
-        ValueError: PEFT would read the adapters of experts as something else; ``portable=True`` is then the way.
-    """
-    config, made = contents(description, named, portable=portable, as_lora=as_lora)
-    if kind_of(description["config"]) == "ADALORA" and (portable or as_lora):
-        check_finite(named, directory, on_nonfinite)  # pruned ranks, which are not written, are part of every output
-    seen: set[int] = set()
-    tensors: dict[str, Tensor] = {}
-    for key, value in made:
-        shared = value.data_ptr() in seen  # a tied tensor under its second name: safetensors wants memory of its own
-        tensors[key] = value.clone() if shared else value
-        seen.add(value.data_ptr())
-    write_directory(directory, Files(config, tensors, description["metadata"]), on_nonfinite=on_nonfinite)
-    if portable:
-        write_card(directory, config, description["metadata"])
-
-
-def write_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
-    """Save a tokenizer beside an adapter, if it is one."""
-    if callable(save := getattr(tokenizer, "save_pretrained", None)):
-        with local_directory(location(directory)) as folder:
-            save(folder)
+    described: dict[Location, Described] = {}
+    for entry in entries:
+        description, name = entry.get("peft"), name_of(entry)
+        if description is None or "refused" in description:
+            why = (description or {}).get("refused", "it was written before checkpoints held what a conversion needs")
+            raise ValueError(f"{source} cannot be converted: {why}. Load it into its model and call save_peft or merge")
+        prefix = f"{entry['root']}." if entry["root"] else ""
+        state = checkpoint[entry["state_key"]]
+        named = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if name:
+            parts = {key: without_adapter(key) for key in named}
+            named = {parts[key][0]: value for key, value in named.items() if parts[key][1] == name}
+        described[folder_of(directory, name)] = description, named
+    write_described(described, **how)
+    return list(described)

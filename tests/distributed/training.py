@@ -87,6 +87,7 @@ def fit(
 ) -> pl.Trainer:
     """Train on this rank's rows, with a checkpoint per epoch in ``directory``, if there is one."""
     rank, num_ranks = rank_of()
+    lora = lora or {}
     saving = [] if directory is None else [ModelCheckpoint(directory, save_top_k=-1, filename="{epoch}")]
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -97,7 +98,7 @@ def fit(
         enable_model_summary=False,
         enable_checkpointing=bool(saving),
         default_root_dir=directory,
-        callbacks=[LoRACallback(**{"r": 4, **(lora or {})}), *saving, *callbacks],
+        callbacks=[LoRACallback(**(lora if "adapters" in lora else {"r": 4, **lora})), *saving, *callbacks],
         **{"max_epochs": 1, "logger": False, "log_every_n_steps": 1, **settings},
     )
     trainer.fit(module, **{"train_dataloaders": rank_loader(rank, num_ranks), **(loaders or {})}, ckpt_path=ckpt_path)

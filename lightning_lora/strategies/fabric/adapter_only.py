@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoint import random_state
+from lightning_lora.checkpoint.changed import changed_adapters, joined_changes
 from lightning_lora.checkpoint.file import SECTION, adapters_in, trained_tensors
 from lightning_lora.checkpoint.fitting import copy_tensors, fitting_tensors, load_adapter_state_dict
 from lightning_lora.checkpoint.frozen import (
@@ -17,12 +18,8 @@ from lightning_lora.checkpoint.frozen import (
     look_for_moved,
     moved_tensors,
 )
-from lightning_lora.checkpoint.optimizer_state import (
-    match_by_name,
-    names_of,
-    parameter_names,
-    spread_state,
-)
+from lightning_lora.checkpoint.optimizer_matching import match_by_name, names_of, parameter_names
+from lightning_lora.checkpoint.optimizer_state import spread_state
 from lightning_lora.checkpoint.reading import renaming, section_of
 from lightning_lora.distributed.gradient_norm import clip_apart
 from lightning_lora.distributed.overflow import check_scalable
@@ -87,7 +84,7 @@ class FabricAdapterOnly(AdapterCheckpoints, Strategy):
         path = self.broadcast(path)
         modules = adapted_modules(state)
         if modules:
-            random = random_state.collect()  # before anything can draw
+            random = random_state.collect(*modules.values())  # before anything can draw
             for module in modules.values():
                 look_for_moved(module)
             section = self._describe(modules)
@@ -153,10 +150,12 @@ class FabricAdapterOnly(AdapterCheckpoints, Strategy):
                     state[key].load_state_dict(checkpoint[key])
                 else:
                     state[key] = checkpoint[key]
-        states = section.get("random_states") if optimizer_states else None
-        states = random_state.fitting_states(states, self._num_ranks(), path)
-        if states is not None:
-            random_state.restore(self.random_state_of_this_rank(states))
+        saved = section.get("random_states") if optimizer_states else None
+        states = random_state.fitting_states(saved, self._num_ranks(), path)
+        own = None if states is None else self.random_state_of_this_rank(states)
+        if own is not None:
+            random_state.restore(own)
+        random_state.restore_dropout(saved, own, *modules.values())
         used = {SECTION, *others, *optimizer_states, *sources.values()}
         return {key: value for key, value in checkpoint.items() if key not in used}
 
@@ -187,8 +186,11 @@ class FabricAdapterOnly(AdapterCheckpoints, Strategy):
         if absent and strict:
             raise KeyError(f"{path} has no optimizer {absent[0]!r}; it has {sorted(saved)}")
         names = _parameter_names(state)
+        changed = joined_changes(
+            changed_adapters(checkpoint, modules[key], path, source).below(key) for key, source in sources.items()
+        )
         return {
-            key: spread_state(match_by_name(*saved[key], optimizer, names, rename, path), optimizer)
+            key: spread_state(match_by_name(*saved[key], optimizer, names, rename, path, changed), optimizer)
             for key, optimizer in optimizers.items()
             if key not in absent
         }

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.checkpoint.optimizer_state import names_of
+from lightning_lora.checkpoint.optimizer_matching import names_of
 from lightning_lora.distributed.gradients import GradientReducer
 from lightning_lora.distributed.sharded_gradients import drop_unused, set_gradient_sync, sharded_trainables
 from lightning_lora.distributed.sharding import MIN_SHARD_NUMEL, ShardingOptions, shard

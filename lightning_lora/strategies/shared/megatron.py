@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from lightning_lora.checkpoint.fingerprint import remember_fingerprint
-from lightning_lora.checkpoint.optimizer_state import names_of
+from lightning_lora.checkpoint.optimizer_matching import names_of
 from lightning_lora.compat.torch import tree_leaves
 from lightning_lora.distributed.base_weights import materialize
 from lightning_lora.distributed.gradients import GradientReducer

@@ -4,7 +4,7 @@ Checkpoints hold the adapters and whatever else trains, and loading checks a fil
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,17 +13,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.checkpoint.changed import UNCHANGED, Changed, changed_adapters
 from lightning_lora.checkpoint.file import SECTION, adapters_in, other_state, trained_tensors
 from lightning_lora.checkpoint.fitting import check_tensors, complete_state, copy_tensors, fitting_tensors
 from lightning_lora.checkpoint.frozen import count_as_moved, look_for_moved, moved_tensors
-from lightning_lora.checkpoint.optimizer_state import (
+from lightning_lora.checkpoint.optimizer_matching import (
     match_by_name,
     names_of,
+    paired_groups,
     parameter_names,
-    prepare_optimizers,
-    spread_state,
 )
+from lightning_lora.checkpoint.optimizer_state import prepare_optimizers, spread_state
 from lightning_lora.checkpoint.reading import renaming, section_of
+from lightning_lora.compat.torch import move_groups
 from lightning_lora.distributed.gradient_norm import clip_apart
 from lightning_lora.distributed.overflow import check_scalable
 from lightning_lora.model.names import clean_name
@@ -50,6 +52,7 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
     on_nonfinite: OnNonfinite | None = None
     lockstep: Lockstep | None = None  # of a run
     _loaded_from: Any = None
+    _changed: Changed = UNCHANGED
 
     @functools.cached_property
     def position(self) -> RunPosition:
@@ -159,6 +162,7 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
         checkpoint.setdefault("pytorch-lightning_version", pl.__version__)
         checkpoint[STATE_KEY] = tensors
         self._loaded_from = checkpoint_path
+        self._changed = changed_adapters(checkpoint, module, checkpoint_path)
         states = checkpoint[SECTION].get("random_states") if fitting else None
         self.position.load(states, self._num_ranks(), checkpoint_path)
         return checkpoint
@@ -166,7 +170,7 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self._adapted_module()
-        check_tensors(checkpoint[STATE_KEY], module, self._loaded_from)
+        check_tensors(checkpoint[STATE_KEY], module, self._loaded_from, self._changed)
         copy_tensors(checkpoint[STATE_KEY], module)
         count_as_moved(module, checkpoint[STATE_KEY])
         trained = checkpoint[STATE_KEY].keys()
@@ -194,12 +198,27 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
             )
         adapters = section_of(checkpoint, self._loaded_from)["adapters"]
         rename = renaming(checkpoint, module, self._loaded_from, adapters[0]["state_key"])
+        files = self._loaded_from, self._changed
         states = [
-            spread_state(match_by_name(state, names, one, names_of(module), rename, self._loaded_from), one)
+            spread_state(match_by_name(state, names, one, names_of(module), rename, *files), one)
             for state, names, one in zip(checkpoint["optimizer_states"], saved, self.optimizers, strict=True)
         ]
+        if self._changed != UNCHANGED:
+            self._move_schedules(checkpoint, rename)
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
         begin_after_finished_epoch(module.trainer)  # the loops are restored just before the optimizers
+
+    def _move_schedules(self, checkpoint: Mapping[str, Any], rename: Callable[[str], str]) -> None:
+        """Let a checkpoint's schedulers, which are loaded next, follow the groups that adapters left or came into."""
+        names, saved = names_of(self._adapted_module()), section_of(checkpoint, self._loaded_from)["optimizers"]
+        for config, state in zip(self.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
+            optimizer: Any = config.scheduler.optimizer
+            index = next(i for i, one in enumerate(self.optimizers) if one is optimizer)
+            theirs = [[rename(name) for name in group] for group in saved[index]]
+            groups = checkpoint["optimizer_states"][index]["param_groups"]
+            ours = parameter_names(optimizer, names), optimizer.param_groups
+            places = paired_groups(theirs, groups, *ours, self._loaded_from, self._changed)
+            move_groups(state, places, config.scheduler.state_dict())
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from lightning_lora.model.state import injected_roots
 from lightning_lora.model.summary import outside_names, say_left_out
 from lightning_lora.peft.config import CONFIG_NAME
 from lightning_lora.peft.directory import WEIGHTS_NAME
-from lightning_lora.peft.save import write_adapter, write_tokenizer
+from lightning_lora.peft.save import write_entries
+from lightning_lora.peft.writing import write_tokenizer
 
 
 class PeftBeside:
@@ -45,12 +46,13 @@ class PeftBeside:
 
     def _write(self, strategy: Any, checkpoint: dict[str, Any], filepath: Any) -> None:
         roots = injected_roots(strategy.lightning_module)
-        for adapter in checkpoint[SECTION]["adapters"]:
-            path = adapter["root"]
+        how = {"on_nonfinite": strategy.on_nonfinite_at_save()}
+        for path, root in roots.items():
             if None in self.paths or path in self.paths:
+                entries = [entry for entry in checkpoint[SECTION]["adapters"] if entry["root"] == path]
                 directory = peft_directory(filepath, path if len(roots) > 1 else "")
-                write_adapter(checkpoint, adapter, directory, filepath, on_nonfinite=strategy.on_nonfinite_at_save())
-                write_tokenizer(getattr(roots[path], "tokenizer", None), directory)
+                for folder in write_entries(checkpoint, entries, directory, filepath, **how):
+                    write_tokenizer(getattr(root, "tokenizer", None), folder)
 
     def remove(self, filepath: Any) -> None:
         """Remove the directory beside a file that is removed. Called on rank 0."""

@@ -33,6 +33,7 @@ class RunPosition:
         self._strategy = strategy
         self._loaded: list[dict[str, Any]] | None = None  # states of all ranks, until the resumed run is under way
         self._loaders: list[list[Tensor]] | None = None  # of this rank, still to be restored
+        self._saved: list[dict[str, Any]] | None = None  # the same, whatever the number of ranks
         self._at_first_epoch: dict[str, Any] | None = None
         self._noted: dict[str, Any] | None = None  # at the last batch
         self._loader_states: list[dict[str, Any]] | None = None
@@ -63,7 +64,7 @@ class RunPosition:
 
     def load(self, states: list[dict[str, Any]] | None, num_ranks: int, source: Any) -> None:
         """Take the states of a checkpoint, if there is one for each rank, to restore them when the run begins."""
-        self._loaded = random_state.fitting_states(states, num_ranks, source)
+        self._loaded, self._saved = random_state.fitting_states(states, num_ranks, source), states
 
     def before_iterator(self, dataloader: Any, epoch: int) -> None:
         """Restore what making the training data's iterator draws from, and the sampler's epoch."""
@@ -86,7 +87,9 @@ class RunPosition:
             random_state.restore(self._strategy.random_state_of_this_rank(self._loaded))
         elif self._loaded is not None:
             self._at_first_epoch = random_state.collect()
-        self._loaded = self._loaders = self._noted = self._loader_states = None
+        own = None if self._loaded is None else self._strategy.random_state_of_this_rank(self._loaded)
+        random_state.restore_dropout(self._saved, own, self._strategy.lightning_module)
+        self._loaded = self._saved = self._loaders = self._noted = self._loader_states = None
         self._is_over = False
         _begin_after_last_batch(trainer.fit_loop)
 
@@ -99,7 +102,8 @@ class RunPosition:
     def _collect(self) -> dict[str, Any]:
         combined = self._train_loader
         loaders = [] if combined is None else combined.flattened
-        return {**random_state.collect(), "loaders": random_state.collect_loaders(loaders)}
+        states = random_state.collect(self._strategy.lightning_module)
+        return {**states, "loaders": random_state.collect_loaders(loaders)}
 
 
 def correct_progress(fit_loop: dict[str, Any], accumulate_grad_batches: int) -> None:

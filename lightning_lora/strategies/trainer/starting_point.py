@@ -1,24 +1,23 @@
 """Adapt the pretrained model inside a LightningModule as ``LoRACallback`` was told: anew, or from a file."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.checkpoint.file import structure, trained_tensors
-from lightning_lora.checkpoint.fitting import check_structure, check_tensors, copy_tensors, fitting_tensors
-from lightning_lora.checkpoint.reading import one_adapter, read_checkpoint
+from lightning_lora.checkpoint.file import adapter_checkpoint
+from lightning_lora.checkpoint.fitting import copy_tensors, fitting_tensors
+from lightning_lora.checkpoint.reading import adapters_at, read_checkpoint
 from lightning_lora.checkpoint.storage import location
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.adapters import add_adapter
-from lightning_lora.model.base_form import check_form, quantization_of
+from lightning_lora.model.adapters import adapt_anew, add_adapter
 from lightning_lora.model.families import family_of, find_root
 from lightning_lora.model.inject import inject, inject_anew, remove
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.quantize import quantize
+from lightning_lora.model.quantize import quantize_once
 from lightning_lora.model.state import OnNonfinite, has_trained, injection_of, named_lora_layers, require_injection
 from lightning_lora.peft.load import load_peft
 
@@ -58,20 +57,12 @@ def configure_then_adapt(configure_model: Callable[[], None], pl_module: nn.Modu
 def adapt_module(pl_module: nn.Module, start: Start) -> None:
     """Adapt the root inside ``pl_module``, from a file if there is one; a root that was adapted so stays as it is."""
     root_path, root = find_root(pl_module, start.path)
-    if start.adapters:
-        _adapt_by_name(root, start)
-        return
     injection, init_from = injection_of(root), start.init_from
-    if init_from is None and injection is None:
-        # the first lines of the run say what inject would
-        inject_anew(root, LoRAConfig(**start.given), check_ranks=True, **start.quantization)
-        return
     if init_from is None:
-        inject(root, LoRAConfig(**start.given), **start.quantization)  # an error where it was adapted otherwise
+        _adapt(root, _wanted({"": LoRAConfig()}, start), start)
         return
     if injection is not None and injection.source == init_from:
-        config = dataclasses.replace(injection.config, **start.given)
-        inject(root, config, **start.quantization)  # an error where it was adapted otherwise
+        _adapt(root, _wanted(injection.configs, start), start)
         return
     if injection is not None:
         if has_trained(root):
@@ -83,35 +74,51 @@ def adapt_module(pl_module: nn.Module, start: Start) -> None:
     if location(init_from).is_dir():
         _adapt_from_directory(root, start, init_from)
     else:
-        _adapt_from_checkpoint(root, root_path, start, init_from)
+        _adapt_from_checkpoint(root, start, *adapters_at(read_checkpoint(init_from), root_path, init_from))
     injection = require_injection(root)
     injection.source = init_from
+    for name, one in injection.named.items():
+        one.rates = start.rates.get(name, {})
+    rank_zero_info(f"LoRA starts from {init_from}: {'; '.join(_in_words(*one) for one in injection.configs.items())}")
+
+
+def _in_words(name: str, config: LoRAConfig) -> str:
     own = LoRAConfig().to_dict()
-    changed = [f"{name}={value!r}" for name, value in injection.config.to_dict().items() if value != own[name]]
-    rank_zero_info(f"LoRA starts from {init_from}: {', '.join(changed) or 'all settings at their defaults'}")
+    changed = [f"{field}={value!r}" for field, value in config.to_dict().items() if value != own[field]]
+    words = ", ".join(changed) or "all settings at their defaults"
+    return f"adapter {name!r} with {words}" if name else words
 
 
-def _adapt_by_name(root: nn.Module, start: Start) -> None:
-    """Quantise the base, if that is asked for, and add every adapter that is not there."""
-    kind, exclude = start.quantization["quantize"], start.quantization["quantize_exclude"]
-    former = None if kind is None else quantization_of(root)
-    if former is not None:
-        check_form(former, kind, exclude)
-    elif kind is not None:
-        quantize(root, kind, exclude=exclude)
-    for name, config in start.adapters.items():
-        add_adapter(root, name, config)
-        require_injection(root).named[name].rates = start.rates.get(name, {})
+def _wanted(former: Mapping[str, LoRAConfig], start: Start) -> dict[str, LoRAConfig]:
+    """Return the configs of the run's adapters, by name: those that were given, else ``former`` with other settings."""
+    return start.adapters or {name: dataclasses.replace(config, **start.given) for name, config in former.items()}
 
 
-def _adapt_from_checkpoint(root: nn.Module, root_path: str, start: Start, path: str) -> None:
-    """Adapt ``root`` with the file's config, in which settings are replaced, and copy the weights inside it."""
-    checkpoint, config = one_adapter(read_checkpoint(path), root_path, path)
-    inject_anew(root, dataclasses.replace(config, **start.given), check_ranks=False, **start.quantization)
+def _adapt(root: nn.Module, configs: Mapping[str, LoRAConfig], start: Start) -> None:
+    """Adapt a model, whose adapters may be there; raise ``ValueError`` where it was adapted otherwise."""
+    for name, config in configs.items():
+        if name:
+            quantize_once(root, **start.quantization)
+            add_adapter(root, name, config)
+            require_injection(root).named[name].rates = start.rates.get(name, {})
+        elif injection_of(root) is None:
+            # the first lines of the run say what inject would
+            inject_anew(root, config, check_ranks=True, **start.quantization)
+        else:
+            inject(root, config, **start.quantization)
+
+
+def _adapt_from_checkpoint(
+    root: nn.Module, start: Start, checkpoint: Mapping[str, Any], configs: Mapping[str, LoRAConfig]
+) -> None:
+    """Adapt ``root`` with the file's configs, in which settings are replaced, and copy the weights inside it."""
     try:
-        tensors = fitting_tensors(checkpoint, root, path, on_nonfinite=start.on_nonfinite)
+        for name, config in _wanted(configs, start).items():
+            adapt_anew(root, name, config, **start.quantization)
+        tensors = fitting_tensors(checkpoint, root, start.init_from, on_nonfinite=start.on_nonfinite)
     except ValueError:
-        remove(root)
+        if injection_of(root) is not None:
+            remove(root)
         raise
     copy_tensors(tensors, root)
 
@@ -119,21 +126,13 @@ def _adapt_from_checkpoint(root: nn.Module, root_path: str, start: Start, path: 
 def _adapt_from_directory(root: nn.Module, start: Start, path: str) -> None:
     """Adapt ``root`` as a PEFT directory says, or with other settings if its tensors fit them."""
     load_peft(root, path, on_nonfinite=start.on_nonfinite, **start.quantization)
-    config = require_injection(root).config
-    wanted = dataclasses.replace(config, **start.given)
-    if wanted == config:
+    configs = require_injection(root).configs
+    if _wanted(configs, start) == configs:
         return
-    described = structure(root)
-    tensors = {name: tensor.clone() for name, tensor in trained_tensors(root).items()}
+    held = adapter_checkpoint(root)
+    held["state_dict"] = {name: tensor.clone() for name, tensor in held["state_dict"].items()}
     remove(root)
-    inject_anew(root, wanted, check_ranks=False)
-    try:
-        check_structure(described, root, path)
-        check_tensors(tensors, root, path)
-    except ValueError:
-        remove(root)
-        raise
-    copy_tensors(tensors, root)
+    _adapt_from_checkpoint(root, start, held, configs)
 
 
 def _read_base_first(pl_module: Any, path: str | None) -> str | None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_lora.checkpoint.file import SECTION
 from lightning_lora.checkpoint.fitting import check_tensors, complete_state, fitting_tensors
-from lightning_lora.checkpoint.reading import section_of
+from lightning_lora.checkpoint.reading import name_of, section_of
 from lightning_lora.compat.lightning import (
     INSTANTIATOR,
     allowed_instantiators,
@@ -27,8 +27,9 @@ from lightning_lora.compat.lightning import (
     place_of_restore_model,
 )
 from lightning_lora.config import LoRAConfig, brief
+from lightning_lora.model.adapters import adapt_anew, add_adapter
 from lightning_lora.model.families import find_root
-from lightning_lora.model.inject import inject, inject_anew
+from lightning_lora.model.inject import inject
 from lightning_lora.model.state import injected_roots, injection_of
 from lightning_lora.model.wrapping import at_injection, wrap
 
@@ -97,12 +98,15 @@ def _adapt(module: pl.LightningModule, own_hook: Any, checkpoint: dict[str, Any]
     if own_hook is not None:  # of the instance, not of its class
         module.on_load_checkpoint = own_hook  # type: ignore[method-assign]
     source = "the checkpoint"
-    for adapter in section_of(checkpoint, source)["adapters"]:
-        root, config = _root_named(module, adapter["root"]), LoRAConfig.from_dict(adapter["config"])
-        if injection_of(root) is None:  # PEFT makes ranks above a layer's size too, which inject refuses
-            inject_anew(root, config, check_ranks=False)
+    for entry in section_of(checkpoint, source)["adapters"]:
+        root, config, name = _root_named(module, entry["root"]), LoRAConfig.from_dict(entry["config"]), name_of(entry)
+        injection = injection_of(root)
+        if injection is None or (name and injection.named and name not in injection.named):
+            adapt_anew(root, name, config)
+        elif name:
+            add_adapter(root, name, config)  # an error where it was adapted otherwise
         else:
-            inject(root, config)  # an error where it was adapted otherwise
+            inject(root, config)
     # names and shapes are checked after the user's hook, which may put back what its twin changed
     checkpoint["state_dict"] = fitting_tensors(checkpoint, module, source, check_names=False)
     module.on_load_checkpoint(checkpoint)
