@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -296,7 +296,8 @@ def _check_adapters(adapters: dict[str, LoRAConfig], adapter_key: str | None, ot
 
 def _check_steps(adapters: dict[str, LoRAConfig], clip_norm: dict[str, float], accumulate: dict[str, int]) -> None:
     """Raise ``ValueError`` or ``TypeError`` for names that no adapter has, or numbers that cannot be."""
-    for option, numbers in {"clip_norm": clip_norm, "accumulate": accumulate}.items():
+    options: dict[str, Mapping[str, float]] = {"clip_norm": clip_norm, "accumulate": accumulate}
+    for option, numbers in options.items():
         unknown = [name for name in numbers if name not in adapters]
         if unknown:
             raise ValueError(f"{option}={numbers!r} has no adapter {unknown[0]!r} to be for: adapters={list(adapters)}")

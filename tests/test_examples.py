@@ -103,3 +103,19 @@ def test_adaptive_ranks_are_drawn_and_written_both_ways(tmp_path: Path) -> None:
         for name in ("adalora", "lora")
     }
     assert kinds == {"adalora": "ADALORA", "lora": "LORA"}
+
+
+def test_three_adapters_together_are_as_good_as_each_alone(tmp_path: Path) -> None:
+    output = run_example("many_adapters.py", 1, tmp_path, "--steps=4")
+    rows = re.findall(r"(definitions|words|characters) +([\d.]+) +([\d.]+) +([\d.]+)", output)
+    assert len(rows) == 3
+    for _, before, together, apart in rows:
+        assert float(together) < float(before)
+        assert abs(float(together) - float(apart)) < 0.02  # other order of sums, rounded to two places
+
+
+def test_a_sweep_ends_with_its_best_setting(tmp_path: Path) -> None:
+    output = run_example("sweep.py", 1, tmp_path, "--steps=8")
+    assert "best: r64-lr1e-3" in output
+    assert output.count("dropped") >= 8
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000

@@ -126,6 +126,7 @@ def fit(
     **settings: Any,
 ) -> pl.Trainer:
     """Train one epoch of ready batches."""
+    ckpt_path = settings.pop("ckpt_path", None)
     clip_norm = {name: norm for name, norm in CLIP.items() if name in named}
     lora = LoRACallback(**{"adapters": dict(named), "clip_norm": clip_norm, **settings.pop("lora", {})})
     trainer = pl.Trainer(
@@ -133,7 +134,7 @@ def fit(
         enable_progress_bar=False, enable_model_summary=False, callbacks=[lora, *callbacks],
         **{"max_epochs": 1, "enable_checkpointing": False, **settings},
     )  # fmt: skip
-    trainer.fit(module, DataLoader(data, batch_size=None), ckpt_path=settings.pop("ckpt_path", None))
+    trainer.fit(module, DataLoader(data, batch_size=None), ckpt_path=ckpt_path)
     return trainer
 
 

@@ -25,7 +25,7 @@ def norms_of(groups: Sequence[Sequence[nn.Parameter]], norm_type: float = 2.0) -
     """Return :func:`total_norm` of each group, in the one all-reduce."""
     held = [[parameter for parameter in group if parameter.grad is not None] for group in groups]
     sharded = [[parameter for parameter in group if is_sharded(parameter)] for group in held]
-    whole = [[parameter.grad for parameter in group if not is_sharded(parameter)] for group in held]
+    whole: list[list[Any]] = [[parameter.grad for parameter in group if not is_sharded(parameter)] for group in held]
     dtype = functools.reduce(torch.promote_types, (p.dtype for group in held for p in group), torch.float32).to_real()
     device = next((gradient.device for own in whole for gradient in own), torch.device("cpu"))
     powers = [torch.stack([_power_sum(own, norm_type, dtype).to(device) for own in whole])]
@@ -66,7 +66,8 @@ def clip_apart(
     for (name, own), total in zip(groups.items(), totals, strict=True):
         limit = max_norm[name] if isinstance(max_norm, Mapping) else max_norm  # type: ignore[index]  # None is not there
         _scale_to(own, limit, total, error_if_nonfinite)
-    return torch.linalg.vector_norm(totals, norm_type)
+    norm: Tensor = torch.linalg.vector_norm(totals, norm_type)
+    return norm
 
 
 def clip_by_norm(

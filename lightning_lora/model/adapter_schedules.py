@@ -89,6 +89,9 @@ class AdapterSchedules(LRScheduler):
 class _GroupsOf(Optimizer):
     """The groups of one adapter, as an optimizer to torch's schedulers. It steps nothing."""
 
+    whole: Optimizer
+    adapter: str
+
     def __init__(self, optimizer: Optimizer, adapter: str) -> None:
         self.__dict__.update(whole=optimizer, adapter=adapter, defaults=optimizer.defaults)
 

@@ -87,7 +87,7 @@ def parameter_groups(
     }
     groups = []
     for adapter, own in members.items():
-        given = numbers if adapter is None else numbers | rates[adapter]
+        given: dict[str, ByAdapter] = {**numbers, **(rates[adapter] if adapter is not None else {})}
         chosen = {name: _chosen(name, value, adapter, members) for name, value in given.items()}
         owned = {} if adapter is None else {"adapter": adapter}
         for kind, settings in _settings(**chosen).items():

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora import FSDPLoRAStrategy, LoRAConfig, MegatronLoRAStrategy, gpt_model, load_hf_weights
+from lightning_lora import (
+    FSDPLoRAStrategy,
+    LoRAConfig,
+    MegatronLoRAStrategy,
+    gpt_model,
+    load_hf_weights,
+    parameter_groups,
+)
+from tests import models
+from tests.distributed.counting import counted_collectives
 from tests.distributed.gpt import hugging_face
 from tests.distributed.ranks import on_ranks
 from tests.distributed.split import four_heads
@@ -56,6 +65,37 @@ def test_ten_steps_together_equal_runs_apart(name: str, num_ranks: int, apart: d
         steps = {key: int(found[key]["model.layers.0.mlp.up_proj.lora_A"][1]["step"]) for key in found}
         assert steps == STEPS_OF
         torch.testing.assert_close(*from_all_ranks(found)[:2], **EXACT)
+
+
+class Counted(Together):
+    """Counts what each step gathers."""
+
+    def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
+        self.traffic = counted_collectives()
+        self.counts = self.traffic.__enter__()
+        return super().training_step(batch)
+
+    def on_after_backward(self) -> None:
+        self.traffic.__exit__(None, None, None)
+        self.__dict__.setdefault("gathered", []).append(sum(self.counts["all_gather"]))
+
+
+@on_ranks(2)
+def test_the_base_is_gathered_once_for_all_adapters() -> None:
+    ids = models.token_ids(8, 6, seed=1)
+    gathered = {}
+    for number in (1, 8):
+        names = [f"adapter{row % number}" for row in range(8)]
+        module = Counted(four_heads().train())
+        rates = dict.fromkeys(names, 1e-3)
+        module.configure_optimizers = lambda module=module, rates=rates: torch.optim.AdamW(
+            parameter_groups(module, rates)
+        )
+        named_ones = {name: LoRAConfig(r=2) for name in names}
+        fit(module, named_ones, [{"ids": ids, "adapter": names}] * 3, FSDPLoRAStrategy(**SHARDED), 2)
+        gathered[number] = module.gathered
+    assert gathered[8] == gathered[1]
+    assert min(gathered[1]) > 0
 
 
 class OfMegatron(Together):

@@ -177,7 +177,7 @@ class MegatronRanks(Sharded):
     def make_reducers(self, model: nn.Module) -> list[GradientReducer]:
         """Return what averages the gradients of a placed model: of whole factors, and of parts."""
         size = parallel_state().get_data_parallel_world_size()
-        known = {"names": names_of(model), "owners": owners(model)}
+        known: dict[str, Any] = {"names": names_of(model), "owners": owners(model)}
         whole = GradientReducer(model.parameters(), ranks_of=lambda parameter: replicas(parameter, size), **known)
         group = parallel_state().get_data_parallel_group()
         parts = GradientReducer(model.parameters(), group, parts=True, **known)

@@ -232,7 +232,7 @@ class AdapterOnly(AdapterCheckpoints, Strategy):
         prepare_optimizers(self.optimizers, self._adapted_module())
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)  # of an earlier fit
         if owners(self._adapted_module()):
-            self.precision_plugin.clip_grad_by_norm = self.clip_apart  # type: ignore[method-assign]
+            self.precision_plugin.clip_grad_by_norm = self.clip_apart  # type: ignore[method-assign,assignment]
 
     def clip_apart(self, optimizer: Optimizer, max_norm: float | Mapping[str, float]) -> None:
         """Clip the gradients of each named adapter by their own norm; with a mapping those of its adapters alone."""

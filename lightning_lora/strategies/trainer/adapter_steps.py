@@ -66,9 +66,10 @@ def _hold(optimizer: Optimizer, parameter: nn.Parameter, number: int, wanted: in
         total = own if total is None else total.add_(own)
     parameter.grad = total if number == wanted else None
     if number < wanted and total is not None:
+        state.setdefault("step", torch.tensor(0.0))  # torch's optimizers load no state without it
         state.update({HELD: total, NUM_HELD: torch.tensor(float(number))})
-    elif not state:
-        del optimizer.state[parameter]  # torch's optimizers fill a state that is not there
+    elif state.keys() <= {"step"}:
+        del optimizer.state[parameter]  # they fill a state that is not there
 
 
 class AdapterEarlyStopping(EarlyStopping):
