@@ -4,7 +4,6 @@ from typing import Any
 
 from blocks import QWEN3_06B, TARGETS, TINY, Adapter, Shape, Work, contenders, fill_adapters, with_ours, with_peft
 from timing import timed
-from torch import nn
 
 from lightning_lora import LoRAConfig, active, add_adapter
 
@@ -19,19 +18,13 @@ def measure(rounds: int, quick: bool = False) -> list[dict[str, Any]]:
 
 def _measured(shape: Shape, k: int, tokens: int, rounds: int) -> dict[str, Any]:
     adapter, names = Adapter(), [f"adapter_{i}" for i in range(k)]
-
-    def with_names(block: nn.Module, adapter: Adapter) -> nn.Module:
-        for name in names:
-            add_adapter(block, name, LoRAConfig(r=adapter.r, alpha=adapter.alpha, target_modules=TARGETS))
-        fill_adapters(block, shape, adapter)
-        with active(block, names[0]):  # for the comparison of outputs
-            pass
-        return block
-
     builders = {"ours": with_ours, "PEFT": with_peft}
-    one = contenders(shape, tokens, adapter, builders=builders, batch=k)
+    one = contenders(shape, tokens, adapter, builders=builders, names=["ours"], batch=k)
     row = contenders(shape, tokens, adapter, builders=builders)
-    joint = contenders(shape, tokens, adapter, builders={"joint": with_names}, batch=k, names=["joint"])["joint"]
+    joint = contenders(shape, tokens, adapter, names=["frozen"], batch=k)["frozen"]
+    for name in names:
+        add_adapter(joint.block, name, LoRAConfig(r=adapter.r, alpha=adapter.alpha, target_modules=TARGETS))
+    fill_adapters(joint.block, shape, adapter)
     works = {
         "ours": lambda: _step(joint, names),
         "one adapter": one["ours"].step,

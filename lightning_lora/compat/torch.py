@@ -59,6 +59,9 @@ def plain_tensors() -> AbstractContextManager[Any]:
     return context
 
 
+VERSION = "_version"  # the attribute that version_of reads
+
+
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written in place. Relies on Tensor; without it raises."""
     try:

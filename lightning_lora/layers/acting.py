@@ -65,7 +65,7 @@ class Mixture:
         places: dict[str | None, int] = {None: -1, **{name: place for place, name in enumerate(known)}}
         owners = [places[name] for name, length in zip(self.names, self.lengths, strict=True) for _ in range(length)]
         self.owners = torch.tensor(owners, dtype=torch.int64, device=device)
-        self.present = torch.tensor([name in self.names for name in known], dtype=torch.bool, device="cpu")
+        self.present = torch.tensor([places[name] in owners for name in known], dtype=torch.bool, device="cpu")
         self._parts: dict[Any, list[Part]] = {}  # by units' size and device
 
     def parts(self, shape: torch.Size, device: torch.device) -> list[Part]:
@@ -108,6 +108,8 @@ class Mixture:
         stop = 0
         for name, length in zip(self.names, self.lengths, strict=True):
             start, stop = stop, stop + length * size
+            if start == stop:
+                continue  # an adapter without rows gets no gradient
             own = runs.setdefault(name, [])
             if own and own[-1][1] == start:
                 start = own.pop()[0]

@@ -199,6 +199,12 @@ class LoRALayer(SwappedModule):
         return self if self.lora_host is None else self.lora_host
 
     @property
+    def may_act(self) -> bool:
+        """Whether a forward may run this adapter: it is not merged or disabled, nor is another one merged."""
+        choice: Any = None if self.lora_host is None else self.lora_host.lora_choice
+        return self.lora_active and (choice is None or choice.chosen is not None)
+
+    @property
     def r(self) -> int:
         """Rank."""
         return self.lora_A.shape[0]

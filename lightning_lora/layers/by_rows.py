@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from lightning_lora.layers.acting import Choice, Mixture, Part
-from lightning_lora.layers.masked import run_masked
+from lightning_lora.layers.masked import map_tensors, run_masked
 
 
 def run_by_rows(
@@ -31,10 +30,10 @@ def run_by_rows(
     parts, dim = mixture.parts(shape[row_dim:], first.device), len(shape) - 1
     outputs = []
     for part in parts:
-        own_args, own_kwargs = tree_map(lambda one, part=part: _take(one, part, shape), (args, kwargs))
+        own_args, own_kwargs = map_tensors(lambda one, part=part: _take(one, part, shape), (args, kwargs))
         with choice.only(part.name):
             outputs.append(run(*own_args, **own_kwargs))
-    return tree_map(lambda *ones: join_rows(ones, parts, dim), *outputs)
+    return map_tensors(lambda *ones: _join(ones, parts, dim), *outputs)
 
 
 def has_rows(mixture: Mixture, args: Any, kwargs: Any) -> bool:
@@ -59,9 +58,7 @@ def _leading(first: Tensor, mixture: Mixture, row_dim: int = 0) -> torch.Size:
     return first.shape[: 2 if mixture.is_packed and first.ndim > 1 and first.shape[0] == 1 else 1]
 
 
-def _take(one: Any, part: Part, shape: torch.Size) -> Any:
-    if not isinstance(one, Tensor):
-        return one
+def _take(one: Tensor, part: Part, shape: torch.Size) -> Tensor:
     if one.shape[: len(shape)] != shape:
         raise ValueError(
             f"a layer got tensors with {list(shape)} and {list(one.shape)} as leading dimensions, which cannot be told "
@@ -70,9 +67,9 @@ def _take(one: Any, part: Part, shape: torch.Size) -> Any:
     return part.take(one, len(shape) - 1)
 
 
-def join_rows(outputs: Sequence[Any], parts: Sequence[Part], dim: int = 0) -> Any:
+def _join(outputs: Sequence[Tensor], parts: Sequence[Part], dim: int) -> Tensor:
     """Return the outputs for the rows of all parts in the order of the rows; what is no output of rows as it is."""
-    if len(parts) == 1 or not isinstance(outputs[0], Tensor) or all(one is outputs[0] for one in outputs):
+    if len(parts) == 1 or all(one is outputs[0] for one in outputs):
         return outputs[0]
     total = torch.cat(list(outputs), dim)
     if all(isinstance(part.rows, slice) for part in parts):

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.compat.torch import plain_tensors
+from lightning_lora.compat.torch import VERSION, plain_tensors
 from lightning_lora.ops.linear import lora_linear
 
 # attributes and methods that do not read values: they are those of the weight without its update
 _METADATA = {
     "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized",
     "itemsize",
-    "requires_grad", "is_leaf", "grad_fn", "names", "nbytes", "is_mps", "is_xpu", "is_nested", "output_nr", "_version",
+    "requires_grad", "is_leaf", "grad_fn", "names", "nbytes", "is_mps", "is_xpu", "is_nested", "output_nr", VERSION,
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "data_ptr", "__len__",
     "is_floating_point", "is_complex", "is_contiguous", "get_device", "__hash__", "is_inference",
 }  # fmt: skip

@@ -40,7 +40,7 @@ class _OwnParameters(dict[str, Any]):
 class Hosted(SwappedModule):
     """Mixin of the base layer as an adapter sees it: it reads every tensor and attribute of its host."""
 
-    class_prefix: ClassVar[str] = "Hosted"
+    class_prefix: ClassVar[str] = ""
     base_attribute: ClassVar[str] = "hosted_base_class"
 
     lora_host: "Host"

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from lightning_lora.layers.acting import Choice, Mixture
 from lightning_lora.ops.linear_tensors import LinearTensors
@@ -69,13 +68,25 @@ def run_masked(choice: Choice, mixture: Mixture, run: Callable[..., Any], args: 
         if seeds is not None and next_seed is not None:
             seeds.take_back(next_seed, mixture.present[place])
         is_own = owners == place
-        total = found if total is None else tree_map(lambda new, old, m=is_own: _where(m, dim, new, old), found, total)
+        total = (
+            found if total is None else map_tensors(lambda new, old, m=is_own: _where(m, dim, new, old), found, total)
+        )
     return total
 
 
-def _where(is_own: Tensor, dim: int, new: Any, old: Any) -> Any:
-    if not isinstance(new, Tensor):
-        return old
+def map_tensors(function: Callable[..., Tensor], *trees: Any) -> Any:
+    """Return tuples, lists and dicts with what ``function`` gives for the tensors of all; else what the first holds."""
+    first = trees[0]
+    if isinstance(first, Tensor):
+        return function(*trees)
+    if isinstance(first, dict):
+        return {key: map_tensors(function, *(tree[key] for tree in trees)) for key in first}
+    if type(first) in (tuple, list):
+        return type(first)(map_tensors(function, *ones) for ones in zip(*trees, strict=True))
+    return first
+
+
+def _where(is_own: Tensor, dim: int, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(is_own.view(*(1,) * dim, -1, *(1,) * (new.ndim - dim - 1)), new, old)
 
 

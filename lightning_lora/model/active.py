@@ -15,6 +15,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.acting import Acting, Choice, Mixture, Undecided
 from lightning_lora.layers.by_rows import has_rows, run_by_rows
 from lightning_lora.layers.host import Host
+from lightning_lora.model.names import BASE
 from lightning_lora.model.state import is_merged, require_injection, require_roots
 from lightning_lora.model.wrapping import keep_state_of_forward, switch_off, switch_on, switched
 
@@ -35,9 +36,9 @@ def active(
     What activation checkpointing recomputes has the adapters that acted in forward, also after the block.
 
     Args:
-        which: the name of an adapter, for all rows; a name for each row of the batch, ``None`` for the base alone; or
-            an integer tensor with the place of each row's adapter in ``adapters(model)``, -1 for the base. ``None`` is
-            the base for all rows.
+        which: the name of an adapter, for all rows; a name for each row of the batch, ``None`` or PEFT's
+            ``"__base__"`` for the base alone; or an integer tensor with the place of each row's adapter in
+            ``adapters(model)``, -1 for the base. ``None`` is the base for all rows.
         lengths: of packed segments, in tokens, in the order in which they lie in the batch: ``which`` has one entry for
             each.
         repeats: how many copies of each row the model makes, side by side, as ``generate`` does with ``num_beams`` or
@@ -159,6 +160,7 @@ def _acting(
     exact: bool,
     device: torch.device,
 ) -> Acting:
+    which = None if isinstance(which, str) and which == BASE else which
     if which is None or isinstance(which, str):
         if lengths is not None or repeats != 1:
             raise ValueError(
@@ -166,7 +168,7 @@ def _acting(
             )
         _check_known([which], known)
         return which
-    names = _names_at(which, known) if isinstance(which, Tensor) else list(which)
+    names = _names_at(which, known) if isinstance(which, Tensor) else [None if n == BASE else n for n in which]
     _check_known(names, known)
     sizes = lengths.tolist() if isinstance(lengths, Tensor) else lengths
     if sizes is not None and (len(sizes) != len(names) or min(sizes, default=1) < 0 or repeats != 1):

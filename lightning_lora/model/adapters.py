@@ -13,7 +13,7 @@ from lightning_lora.model.hosts import fuse_anew, host_for, looked_past, put_ada
 from lightning_lora.model.init import initialize, seed_of
 from lightning_lora.model.inject import inject_anew
 from lightning_lora.model.layer_plan import Plan
-from lightning_lora.model.names import clean_name, named_modules
+from lightning_lora.model.names import BASE, clean_name, named_modules
 from lightning_lora.model.plan import plan
 from lightning_lora.model.quantize import quantize_once
 from lightning_lora.model.side_effects import (
@@ -107,6 +107,8 @@ def check_name(name: str) -> None:
         raise TypeError(f"an adapter's name must be a string, got {name!r}")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"{name!r} cannot name an adapter: a name has letters, digits, '_' and '-' alone")
+    if name == BASE:
+        raise ValueError(f"{name!r} cannot name an adapter: it means the base alone")
     if hasattr(nn.Module, name) or name in vars(nn.Module()):
         raise ValueError(f"{name!r} cannot name an adapter: it is an attribute of every torch module")
 

@@ -10,6 +10,7 @@ from lightning_lora.compat.torch import COMPILED
 
 # "q_proj.lora.law.lora_A" is the tensor "q_proj.lora_A" of the adapter "law"
 _NAMED_ADAPTER = re.compile(r"(?P<layer>(?:.*\.)?)lora\.(?P<adapter>[A-Za-z0-9_-]+)\.(?P<local>lora_\w+)")
+BASE = "__base__"  # what PEFT calls the base among the names of adapters
 
 
 def clean_name(name: str) -> str:

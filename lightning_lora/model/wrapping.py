@@ -209,7 +209,7 @@ def _without_adapters(model: nn.Module, state: Mapping[str, Any] | None) -> dict
     kept = {name: value for name, value in state.items() if clean_name(name) not in adapters}
     if len(kept) == len(state):
         return None
-    if any(layer.lora_active for layer in layers.values()):
+    if any(layer.may_act for layer in layers.values()):
         raise ValueError(
             f"save_pretrained would write the adapters of {class_name(model)} under names that from_pretrained drops, "
             "and the base alone would be read back. To write the adapter, call save_peft(model, directory). To write "

@@ -17,15 +17,17 @@ from lightning_lora import (
     disabled,
     inject,
     load_adapter_state_dict,
+    merged,
     named_adapter_parameters,
     remove,
 )
 from tests import models
-from tests.model.small import assert_same_state, portrait
+from tests.model.small import assert_same_state, portrait, shared
 from tests.model.test_adapters import (
     IDS,
     NAMES,
     SORTED,
+    alone,
     backward,
     configs,
     equal,
@@ -299,3 +301,44 @@ def test_what_adapters_would_share_is_refused() -> None:
     with pytest.raises(ValueError, match="no adapter 'x'"):
         remove(model, adapter="x")
     assert list(adapters(model)) == ["law", "medicine", "code"]
+
+
+def test_attentions_of_torch_run_one_adapter_at_a_time() -> None:
+    base = models.encoder().eval()
+    named = {"law": LoRAConfig(r=2, init="gaussian", modules_to_save=[]), "code": LoRAConfig(r=4, modules_to_save=[])}
+    model = with_adapters(base, named)
+    ids = models.token_ids(rows=6, columns=5)
+    for name, config in named.items():
+        single = alone(base, config, model, name)
+        with active(model, name):
+            y = model(ids)
+        equal(y, single(ids))
+    with active(model, ["law", "code"] * 3), pytest.raises(ValueError, match="be of several adapters at once"):
+        model(ids)
+
+
+def test_a_layer_under_two_names_has_its_adapters_once() -> None:
+    model = with_adapters(shared(), {"law": LoRAConfig(r=2), "code": LoRAConfig(r=4)})
+    names = [name for name, _ in named_adapter_parameters(model)]
+    assert [name for name in names if "law" in name] == [
+        f"{n}.lora.law.lora_{f}" for n in ("first", "last") for f in "AB"
+    ]
+    x = torch.randn(2, 8)
+    with active(model, ["law", "code"]):
+        y = model(x)
+    for row, name in enumerate(("law", "code")):
+        with active(model, name):
+            within(1e-6)(y[row], model(x[row : row + 1])[0])
+
+
+def test_save_pretrained_writes_the_merged_adapter_alone(tmp_path) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = with_adapters(models.llama(), {"law": LoRAConfig(r=2), "code": LoRAConfig(r=4)})
+    ids = models.token_ids()
+    with pytest.raises(ValueError, match="save_pretrained would write the adapters"):
+        model.save_pretrained(tmp_path)
+    with merged(model, adapter="law"):
+        model.save_pretrained(tmp_path)
+        expected = model(ids).logits
+    within(1e-6)(LlamaForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
