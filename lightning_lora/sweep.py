@@ -11,7 +11,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,6 +19,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.active import active
 from lightning_lora.model.families import find_root
 from lightning_lora.model.inject import remove
+from lightning_lora.strategies.trainer.repeated import num_rows_of, repeated
 from lightning_lora.strategies.trainer.sweep_results import SweepResults
 
 OF_THE_OPTIMIZER = ("lr", "weight_decay", "lora_plus_ratio", "embedding_lr")
@@ -137,9 +137,9 @@ class Sweep(LoRACallback):
                 with active(root, name):
                     losses.append(_loss_of(step(batch, *args, **kwargs)))
             return functools.reduce(Tensor.add, losses)
-        num_rows = _num_rows(batch)
+        num_rows = num_rows_of(batch)
         with active(root, [name for name in names for _ in range(num_rows)]):
-            loss = _loss_of(step(_repeated(batch, num_rows, len(names)), *args, **kwargs))
+            loss = _loss_of(step(repeated(batch, num_rows, len(names)), *args, **kwargs))
         return loss * len(names)  # the mean over all rows is the mean of the adapters' means
 
     def _validate(self, pl_module: "pl.LightningModule", *args: Any, **kwargs: Any) -> None:
@@ -206,26 +206,6 @@ def _short(value: Any) -> str:
         return f"{number}{'0' * exponent}" if exponent >= 0 else f"{number}e{exponent}"
     parts = value if isinstance(value, (list, tuple)) else [value]
     return "-".join("".join(one if one.isalnum() or one in "_-" else "_" for one in str(part)) for part in parts)
-
-
-def _num_rows(batch: Any) -> int:
-    """Return how many rows the first tensor of a batch has."""
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda one: sizes.append(one.shape[0]) if one.ndim else None)
-    if not sizes:
-        raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor with rows to repeat for each adapter")
-    return sizes[0]
-
-
-def _repeated(batch: Any, num_rows: int, times: int) -> Any:
-    """Return a batch with all its rows ``times`` times, one copy behind the other."""
-    batch = apply_to_collection(batch, list, lambda one: one * times if _is_by_row(one, num_rows) else one)
-    return apply_to_collection(batch, Tensor, lambda one: one.repeat(times, *[1] * (one.ndim - 1)) if one.ndim else one)
-
-
-def _is_by_row(values: list[Any], num_rows: int) -> bool:
-    """Return True for a list with a value for each row, such as texts."""
-    return len(values) == num_rows and not any(isinstance(value, Tensor) for value in values)
 
 
 def _loss_of(result: Any) -> Tensor:

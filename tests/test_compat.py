@@ -236,12 +236,14 @@ def test_onednn_multiplies() -> None:
 @pytest.mark.parametrize("is_there", [True, False])
 def test_operations_on_many_tensors_equal_their_loops(is_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_there:
-        for name in ("_foreach_norm", "_foreach_div_", "_foreach_copy_"):
+        for name in ("_foreach_norm", "_foreach_div_", "_foreach_mul_", "_foreach_copy_"):
             monkeypatch.delattr(torch, name)
     tensors = [torch.ones(4), torch.full((1,), 3.0)]
     assert [float(norm) for norm in of_torch.foreach_norm(tensors, 2.0, torch.float32)] == [2, 3]
     of_torch.foreach_div_(tensors, [1.0, 3.0])
     assert tensors[1].item() == 1
+    of_torch.foreach_mul_(tensors, torch.tensor(2.0))
+    assert (tensors[0][0].item(), tensors[1].item()) == (2, 2)
     of_torch.foreach_copy_(tensors, [torch.zeros(4), torch.ones(1)])
     assert tensors[0].sum() == 0
     assert tensors[1].item() == 1

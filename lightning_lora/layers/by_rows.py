@@ -33,7 +33,7 @@ def run_by_rows(
         own_args, own_kwargs = map_tensors(lambda one, part=part: _take(one, part, shape), (args, kwargs))
         with choice.only(part.name):
             outputs.append(run(*own_args, **own_kwargs))
-    return map_tensors(lambda *ones: join_rows(ones, parts, dim), *outputs)
+    return map_tensors(lambda *ones: _join(ones, parts, dim), *outputs)
 
 
 def has_rows(mixture: Mixture, args: Any, kwargs: Any) -> bool:
@@ -67,9 +67,9 @@ def _take(one: Tensor, part: Part, shape: torch.Size) -> Tensor:
     return part.take(one, len(shape) - 1)
 
 
-def join_rows(outputs: Sequence[Any], parts: Sequence[Part], dim: int = 0) -> Any:
+def _join(outputs: Sequence[Tensor], parts: Sequence[Part], dim: int) -> Tensor:
     """Return the outputs for the rows of all parts in the order of the rows; what is no output of rows as it is."""
-    if len(parts) == 1 or not isinstance(outputs[0], Tensor) or all(one is outputs[0] for one in outputs):
+    if len(parts) == 1 or all(one is outputs[0] for one in outputs):
         return outputs[0]
     total = torch.cat(list(outputs), dim)
     if all(isinstance(part.rows, slice) for part in parts):
