@@ -160,7 +160,7 @@ def test_dropout_means_pefts_formula(name: str, monkeypatch: pytest.MonkeyPatch,
 
     if kind.option == "lora_bias":  # plain LoRA: its mask is made inside the product
         monkeypatch.setattr(
-            "lightning_lora.ops.linear.keep_mask",
+            "lightning_lora.ops.linear_tensors.keep_mask",
             lambda seed, like, *_, num_columns=None: (
                 torch.arange(like.shape[0] * (num_columns or like.shape[1])).view(like.shape[0], -1) % 3 > 0
             ).to(like.dtype),
