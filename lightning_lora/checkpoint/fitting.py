@@ -11,7 +11,15 @@ from lightning_lora.checkpoint.file import SECTION, adapters_in, named_tensors, 
 from lightning_lora.checkpoint.reading import adapters_by_path, renaming, section_of
 from lightning_lora.model.families import resize_advice
 from lightning_lora.model.names import clean_name, is_inside, listed
-from lightning_lora.model.state import OnNonfinite, check_finite, injected_roots, is_merged, require_root
+from lightning_lora.model.state import (
+    OnNonfinite,
+    OtherForm,
+    check_finite,
+    injected_roots,
+    is_merged,
+    require_injection,
+    require_root,
+)
 from lightning_lora.ops.sharded import logical, write
 
 
@@ -89,14 +97,18 @@ def fitting_tensors(
     renamed = {rename(name): value for name, value in state.items()}
     if check_names:
         check_tensors(renamed, module, source)
+    forms: dict[str, OtherForm | None] = {}
     for path, adapter in by_path.items():
-        if (form := _check_base(adapter["base"], roots[path], source)) is not None and say_form:
-            rank_zero_info(f"{source}: {form}")
+        form = forms[path] = _check_base(adapter["base"], roots[path], source)
+        if form is not None and say_form:
+            rank_zero_info(f"{source}: {form.words}")
     check_finite(adapters_in(renamed, module), source, on_nonfinite)
+    for path, form in forms.items():
+        require_injection(roots[path]).trained_over = form
     return renamed
 
 
-def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> str | None:
+def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> OtherForm | None:
     """Raise ``ValueError`` where ``root`` is not the base that the file knows; return what differs in form."""
     found = compare_base(root, recorded)
     if found.values is not None:

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.checkpoint.comparison import compare_base, first_other_value
+from lightning_lora.checkpoint.comparison import compare_base, first_other_value, other_form
 from lightning_lora.checkpoint.fingerprint import fingerprint, renamed
 from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
@@ -16,7 +16,7 @@ from lightning_lora.config import Quantization
 from lightning_lora.model.families import Family, family_of
 from lightning_lora.model.inject import inject_checked
 from lightning_lora.model.names import clean_name
-from lightning_lora.model.state import OnNonfinite, check_finite, require_injection
+from lightning_lora.model.state import OnNonfinite, OtherForm, check_finite, require_injection
 from lightning_lora.peft.adalora import with_all_ranks
 from lightning_lora.peft.base_tensors import check_trained, is_whole, named_tensors, set_copies_apart
 from lightning_lora.peft.config import CONFIG_NAME, checked, kind_of
@@ -84,17 +84,18 @@ def _load(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None, *
     settings = settings_of(model, adapter, tensors, modules)
     form = inject_checked(model, settings, lambda _: _check(model, adapter, recorded), **quantization)
     if form is not None:
-        rank_zero_info(f"{adapter.source}: {form}")
+        rank_zero_info(f"{adapter.source}: {form.words}")
+    require_injection(model).trained_over = form
     copy_tensors(tensors | adapter.trained, model)
     for target, first, rows in tails:
         target[first:].copy_(rows)
 
 
-def _check(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -> str | None:
+def _check(model: nn.Module, adapter: Adapter, recorded: dict[str, Any] | None) -> OtherForm | None:
     """Raise ``ValueError`` for values that the adapted model has no use for, and for another base.
 
     Returns:
-        In which form the base is stored and in which it was, in words, where these differ.
+        In which form the base is stored and in which it was, where these differ.
     """
     untold = _untrained_values(model, adapter)
     if untold:
@@ -124,6 +125,7 @@ def _load_by_skeleton(
         if recorded is not None:
             own = renamed(fingerprint(model), family.peft_name)
             _refuse_base(adapter.source, recorded, first_other_value(own, recorded))
+            require_injection(model).trained_over = other_form(own, recorded)
 
     inject_checked(model, require_injection(skeleton).config, check, **quantization)
     _, sources = family.adapted_view(model)
