@@ -16,6 +16,7 @@ from lightning_lora.layers.quantized_model import check_state
 from lightning_lora.layers.read_weight import reader_of
 from lightning_lora.model.base_form import (
     QuantizationPlan,
+    check_form,
     check_kind,
     check_not_foreign,
     plain_exclusion,
@@ -32,30 +33,30 @@ from lightning_lora.ops.packed import FORMS
 ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers beside a module called "experts"
 
 
-def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> QuantizationPlan:
+def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> nn.Module:
     """Quantise the linear layers of ``model`` in place: each holds packed bytes that are made dense when it is used.
 
     So do the matrices of fused experts, which are 3-D parameters of a module, where the module computes what
     transformers' experts do. Left as they are: other 3-D parameters, the output head, new task heads, routers of
     experts, weights that two modules share, layers whose weight another module reads, and what ``exclude`` names. Codes
     and bytes are those of bitsandbytes, which need not be installed; :meth:`torch.nn.Module.state_dict` has its keys,
-    and ``load_state_dict`` takes them and floating-point weights.
+    and ``load_state_dict`` takes them and floating-point weights. Returns the same object. A model that has this form
+    is left alone. :func:`~lightning_lora.plan` says what would be packed, and what not.
 
     Args:
         kind: ``"nf4"``, 4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, arXiv 2305.14314), 4.5 bits a weight;
             ``"nf4-dq"``, with double quantisation, 4.13 bits; ``"int8"``, integers with a scale for each row.
         exclude: names of modules to leave out, by the rules of ``target_modules``.
 
-    Returns:
-        What was quantised and what not.
-
     Raises:
-        ValueError: the model is quantised or adapted, ``exclude`` hits nothing, there is nothing to quantise, or a
-            weight holds NaN or infinity. Nothing is changed then.
+        ValueError: the model is quantised in another form, or adapted, ``exclude`` hits nothing, there is nothing to
+            quantise, or a weight holds NaN or infinity. Nothing is changed then.
     """
-    decided = plan_quantization(model, kind, exclude=exclude)
-    apply_quantization(model, decided)
-    return decided
+    if (former := quantization_of(model)) is not None:
+        check_form(former, kind, exclude)
+    else:
+        apply_quantization(model, plan_quantization(model, kind, exclude=exclude))
+    return model
 
 
 def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
