@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.config import answering_other_names
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.model.state import injected_roots
 
 
+@answering_other_names
 def parameter_groups(
     model: nn.Module,
     lr: float,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.compat.torch import compiled_module, remove_load_hook
-from lightning_lora.config import Quantization
+from lightning_lora.config import Quantization, answering_other_names
 from lightning_lora.fuse.experts import quantize_experts
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.quantized import QuantizedModule, quantize_parameters
@@ -33,6 +33,7 @@ from lightning_lora.ops.packed import FORMS
 ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers beside a module called "experts"
 
 
+@answering_other_names
 def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> nn.Module:
     """Quantise the linear layers of ``model`` in place: each holds packed bytes that are made dense when it is used.
 

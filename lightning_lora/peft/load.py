@@ -12,7 +12,7 @@ from lightning_lora.checkpoint.comparison import compare_base, first_other_value
 from lightning_lora.checkpoint.fingerprint import fingerprint, renamed
 from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
-from lightning_lora.config import Quantization
+from lightning_lora.config import Quantization, answering_other_names
 from lightning_lora.model.families import Family, family_of
 from lightning_lora.model.inject import inject_checked
 from lightning_lora.model.names import clean_name
@@ -26,6 +26,7 @@ from lightning_lora.peft.fit import named_by_layer
 from lightning_lora.peft.settings import is_value, settings_of, trained_a_copy
 
 
+@answering_other_names
 def load_peft(
     model: nn.Module,
     directory: str | os.PathLike[str],
