@@ -50,9 +50,14 @@ class Into:
     def __post_init__(self) -> None:
         if not isinstance(self.base, str | os.PathLike):
             raise TypeError(
-                f"base={self.base!r} must be 'trained', or the path of the original weights; got "
-                f"{type(self.base).__name__}. Leave base out to merge into what the adapter was trained over"
+                f"base must be 'trained', or the path of the original weights, a safetensors file or a directory; got "
+                f"{type(self.base).__name__}. Leave base out to merge into what the model has, or save the original: "
+                "original.save_pretrained(directory), and base=directory"
             )
+        if isinstance(self.dtype, str):
+            named = getattr(torch, self.dtype.removeprefix("torch."), None)
+            example = named if isinstance(named, torch.dtype) else torch.bfloat16
+            raise TypeError(f"dtype={self.dtype!r} must be a dtype of torch: write dtype={example}")
 
     def of(self, root: nn.Module) -> "Into":
         """Return the same for one model, with the dtype of its frozen parameters and what its adapter trained over."""

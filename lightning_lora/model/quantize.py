@@ -53,6 +53,8 @@ def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[st
         ValueError: the model is quantised in another form, or adapted, ``exclude`` hits nothing, there is nothing to
             quantise, or a weight holds NaN or infinity. Nothing is changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}: write quantize(model, 'nf4')")
     if (former := quantization_of(model)) is not None:
         check_form(former, kind, exclude)
     else:
@@ -73,7 +75,8 @@ def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
     weights = {name: f"{name}.weight" for name in decided.layers} | {name: name for name in decided.stacks}
     bad = [name for name, weight in weights.items() if not _is_finite(_parameter(modules, weight))]
     if bad:
-        raise ValueError(f"{listed(bad)} hold NaN or infinity, which cannot be quantised: load a base without them")
+        holds = "holds" if len(bad) == 1 else "hold"
+        raise ValueError(f"{listed(bad)} {holds} NaN or infinity, which cannot be quantised: load a base without them")
     with ExitStack() as around:
         for family in families_in(model):
             around.enter_context(family.quantizing(model))
@@ -110,6 +113,7 @@ def plan_quantization(
         keep: modules that stay as they are, each with the reason.
     """
     check_kind(kind)
+    exclude = plain_exclusion(exclude)
     modules = _modules(model)
     check_not_foreign(modules)
     for name, module in modules.items():
@@ -136,7 +140,7 @@ def plan_quantization(
     sizes = [FORMS[kind].sizes(shape) for shape in shapes]
     return QuantizationPlan(
         kind,
-        plain_exclusion(exclude),
+        exclude,
         layers,
         stacks.packed,
         left_out,

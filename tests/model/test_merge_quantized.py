@@ -348,10 +348,20 @@ def test_a_merged_model_is_known_by_the_form_that_its_base_had():
         inject(model, LoRAConfig(r=4), quantize="int8")
 
 
+def test_a_dtype_in_words_and_a_base_that_is_not_there_are_answered_with_what_to_write():
+    model = adapted("nf4")
+    with pytest.raises(TypeError, match=r"dtype='bfloat16' must be a dtype of torch: write dtype=torch.bfloat16"):
+        merge(model, dtype="bfloat16")
+    with pytest.raises(FileNotFoundError, match="no safetensors at original: base is 'trained', or the path"):
+        merge(model, base="original")
+    with pytest.raises(TypeError, match=r"got OrderedDict\. .*save_pretrained\(directory\), and base=directory$"):
+        merge(model, base=models.llama().state_dict())
+
+
 @pytest.mark.parametrize("base", [None, 1, b"trained"])
 def test_a_base_that_is_no_path_is_refused_and_nothing_changes(base):
     model = adapted("nf4")
-    with pytest.raises(TypeError, match="must be 'trained', or the path of the original weights; got"):
+    with pytest.raises(TypeError, match="must be 'trained', or the path of the original weights, .*; got"):
         merge(model, base=base)
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
 

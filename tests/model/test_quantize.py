@@ -75,7 +75,9 @@ def test_what_it_leaves_as_it_is_and_says():
         "lm_head": "output head"
     }
     assert packed_names(model) == set(decided.layers)
-    assert "nf4: 12 linear layers" in str(decided)
+    assert f"nf4: 12 linear layers, {decided.bytes_before / 1e3:.1f} -> {decided.bytes_after / 1e3:.1f} kB" in str(
+        decided
+    )
     assert "lm_head (output head)" in str(decided)
 
 
@@ -231,7 +233,22 @@ class TestBadInput:
     def test_weights_that_are_not_finite(self, value):
         model = models.llama()
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
-        self.refused(model, r"layers\.1\.mlp\.up_proj hold NaN or infinity")
+        self.refused(model, r"layers\.1\.mlp\.up_proj holds NaN or infinity")
+        model.model.layers[1].mlp.gate_proj.weight.data[3, 5] = value
+        self.refused(model, r"gate_proj, model\.layers\.1\.mlp\.up_proj hold NaN or infinity")
+
+    def test_objects_of_another_type_are_named_by_it_alone(self):
+        from transformers import BitsAndBytesConfig
+
+        model = models.llama()
+        with pytest.raises(ValueError, match="'int8', got a BitsAndBytesConfig$"):
+            inject(model, CONFIG, quantize=BitsAndBytesConfig(load_in_4bit=True))
+        with pytest.raises(TypeError, match=r"^model must be a module, got str: write quantize\(model, 'nf4'\)$"):
+            quantize("nf4", model)
+        for exclude in (3, [3]):
+            with pytest.raises(TypeError, match=r"quantize_exclude=\[?3\]? must be a list of names, or a regular"):
+                inject(model, CONFIG, quantize="nf4", quantize_exclude=exclude)
+        assert not packed_names(model)
 
     def test_a_layer_of_bitsandbytes(self):
         bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
