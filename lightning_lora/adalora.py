@@ -88,8 +88,11 @@ class AdaLoRA:
             value = getattr(config, name)
             message = f"adalora cannot be had with {name}={value!r}: AdaLoRA has its own start, scale and ranks"
             yield bool(value) and value != default, f"{message}. Leave it out"
-        message = f"r={config.r} beside AdaLoRA(init_r={self.init_r}): layers start at init_r. Leave r out"
-        yield config.r not in (type(config).r, self.init_r), message
+        yield config.r not in (type(config).r, self.init_r), self.refusal_of_rank(config.r)
+
+    def refusal_of_rank(self, r: Any) -> str:
+        """Return why a rank other than ``init_r`` is refused."""
+        return f"r={r} beside AdaLoRA(init_r={self.init_r}): layers start at init_r. Leave r out"
 
     def last_pruning(self, total_step: int) -> int:
         """Return the step after which the ranks stay as they are, in a run of ``total_step`` steps.

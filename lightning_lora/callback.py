@@ -243,6 +243,7 @@ class LoRACallback(AdapterOfRows, AdapterSteps, AdaptiveRanks):
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         _, root = find_root(pl_module, self.module)
+        require_injection(root).trained_over.clear()  # from here on the adapters train over this base
         for layer in named_lora_layers(root).values():
             layer.start_dropout()  # from_pretrained leaves models in eval mode: it would be off
             # ranks that share a model share its dropout

@@ -1,15 +1,18 @@
 """What to adapt and how: :class:`LoRAConfig`, a frozen record that checks itself."""
 
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from reprlib import Repr
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from lightning_lora.adalora import AdaLoRA
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Quantization = Literal["nf4", "nf4-dq", "int8"]  # the words of quantize=
 # the values of init, where N stands for a number, and whether they start from the base: model/init.py registers them
 INITS: dict[str, bool] = {}
@@ -24,19 +27,38 @@ _LISTS: dict[str, tuple[type, bool]] = {
 }
 
 
-def _answering_other_names(init: Callable[..., None]) -> Callable[..., None]:
-    """Make a constructor answer other libraries' names of a setting with ours instead of "unexpected keyword"."""
+def answering_other_names(function: Callable[P, T], asked: str = "") -> Callable[P, T]:
+    """Make a function answer other libraries' names of a setting with ours instead of "unexpected keyword".
 
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        unknown = kwargs.keys() - {field.name for field in fields(LoRAConfig)}
-        if unknown:
+    Args:
+        asked: what the answers call the function; its own name by default.
+    """
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if kwargs.keys() - known:
             from lightning_lora.peft.words import answer  # the folder of PEFT's format imports this file
 
             for name in kwargs:
-                if name in unknown and (message := answer(name, kwargs[name])) is not None:
+                if name not in known and (message := answer(name, kwargs[name], asked or function.__name__)):
                     raise TypeError(message)
-        init(self, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _checking_rank(init: Callable[P, None]) -> Callable[P, None]:
+    """Make LoRAConfig refuse a rank beside AdaLoRA that was given, also one that equals the default."""
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        init(*args, **kwargs)
+        config: Any = args[0]
+        given = args[1] if len(args) > 1 else kwargs.get("r", config.r)
+        is_one_of_all = len(kwargs) == len(fields(LoRAConfig))  # as dataclasses.replace and LightningCLI give them
+        if config.adalora is not None and given != config.r and not is_one_of_all:
+            raise ValueError(config.adalora.refusal_of_rank(given))
 
     return checked
 
@@ -189,7 +211,9 @@ class LoRAConfig:
         return to_peft(self)
 
 
-LoRAConfig.__init__ = _answering_other_names(LoRAConfig.__init__)  # type: ignore[method-assign]  # dataclass made it
+# dataclass made both
+LoRAConfig.__init__ = answering_other_names(_checking_rank(LoRAConfig.__init__), "LoRAConfig")  # type: ignore[method-assign]
+AdaLoRA.__init__ = answering_other_names(AdaLoRA.__init__, "AdaLoRA")  # type: ignore[method-assign]
 
 
 def _exclusions(config: LoRAConfig) -> Iterator[tuple[Any, str]]:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora import AdaLoRA, LoRACallback, LoRAConfig, inject, load_peft, parameter_groups, quantize
+from tests import models
 
 BAD_VALUES = [
     ({"r": 0}, ValueError, "r=0 must be at least 1"),
@@ -119,7 +120,13 @@ def test_every_field_of_pefts_config_is_ours_or_is_answered_with_what_to_do(make
         ("loraplus_lr_ratio", 16, r"PEFT's name: write AdamW\(parameter_groups\(self, lr, lora_plus_ratio=16\)\)"),
         ("lora_plus_lr_ratio", 4.0, r"LoRA\+ elsewhere: write AdamW\(parameter_groups\(self, lr, lora_plus_ratio=4.0"),
         ("loraplus_lr_embedding", 1e-6, r"write parameter_groups\(self, lr, embedding_lr=1e-06\)"),
-        ("adapter_name", "mine", "PEFT's name: write add_adapter"),
+        ("load_in_4bit", False, "bitsandbytes' name: leave it out"),
+        ("bits", 4, "no field of LoRAConfig: write quantize='nf4', of 4 bits, or quantize='int8' in LoRACallback"),
+        ("rank", 16, "no field of LoRAConfig; here it is 'r': write r=16"),
+        ("lora_r", 16, "no field of LoRAConfig; here it is 'r': write r=16"),
+        ("target_module", ["query"], r"here it is 'target_modules': write target_modules=\['query'\]"),
+        ("adapter_name", "mine", r"write add_adapter\(model, 'mine', config\), or load_peft\(.*adapter='mine'\)"),
+        ("target_r", True, r"PEFT's name: write LoRACallback\(adalora=AdaLoRA\(target_r=\.\.\., \.\.\.\)\)"),
         ("target_r", 8, r"PEFT's name: write LoRACallback\(adalora=AdaLoRA\(target_r=8, ...\)\)"),
         ("init_r", 12, r"PEFT's name: write LoRACallback\(adalora=AdaLoRA\(init_r=12, ...\)\)"),
         ("task_type", "CAUSAL_LM", "PEFT's name: leave it out: a new task head trains by itself"),
@@ -135,14 +142,53 @@ def test_our_ratio_in_the_wrong_place_is_answered_with_the_right_one() -> None:
     with pytest.raises(TypeError, match=r"^'lora_plus_ratio' is no field of LoRAConfig: write AdamW\(parameter_groups"):
         LoRAConfig(lora_plus_ratio=16)
     with pytest.raises(
-        TypeError, match=r"^'quantize' is no field of LoRAConfig: write quantize='nf4' in LoRACallback or"
+        TypeError, match=r"^'quantize' is no field of LoRAConfig: write quantize='nf4' in LoRACallback,"
     ):
         LoRAConfig(quantize="nf4")
 
 
 def test_an_unknown_field_is_pythons_own_error() -> None:
-    with pytest.raises(TypeError, match="rank"):
-        LoRAConfig(rank=8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        LoRAConfig(ranks=8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        inject(models.llama(), LoRAConfig(), ranks=8)
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (lambda m: inject(m, LoRAConfig(), load_in_4bit=True), "'load_in_4bit' is bitsandbytes' name: write quantize="),
+        (
+            lambda m: inject(m, LoRAConfig(), adapter_name="x"),
+            r"inject has no .*: write add_adapter\(model, 'x', config",
+        ),
+        (lambda m: inject(m, r=2), r"'r' is a field of LoRAConfig: write LoRAConfig\(r=2\)"),
+        (lambda m: inject(m, lora_alpha=2), r"'lora_alpha' is PEFT's name; .* write LoRAConfig\(alpha=2\)"),
+        (lambda m: inject(m, exclude=["o_proj"]), r"write quantize_exclude=\['o_proj'\] for what is not quantised"),
+        (lambda m: load_peft(m, "nowhere", adapter_name="x"), "load_peft has no 'adapter_name': write adapter='x'"),
+        (lambda m: load_peft(m, "nowhere", is_trainable=True), "'is_trainable' is PEFT's name: leave it out"),
+        (lambda m: load_peft(m, "nowhere", load_in_4bit=True), r"write quantize='nf4' in .* or load_peft\(model, d"),
+        (lambda m: parameter_groups(m, 1e-3, loraplus_lr_ratio=16), r"'loraplus_lr_ratio' .*lora_plus_ratio=16\)"),
+        (lambda m: parameter_groups(m, 1e-3, loraplus_weight_decay=0.1), r"'loraplus_weight_.*weight_decay=0.1\)"),
+        (lambda m: AdaLoRA(lora_alpha=16), r"write LoRAConfig\(adalora=AdaLoRA\(\.\.\.\), alpha=16\)"),
+        (lambda m: quantize(m, "nf4", quantize_exclude=["o_proj"]), r"quantize has no .*: write exclude=\['o_proj'\]"),
+    ],
+)
+def test_functions_answer_such_names_too(call, answer) -> None:
+    with pytest.raises(TypeError, match=answer):
+        call(models.llama())
+
+
+def test_a_rank_beside_adalora_is_refused_even_if_it_is_the_default() -> None:
+    adalora = AdaLoRA(target_r=2, init_r=6)
+    for make in (LoRAConfig, LoRACallback):
+        with pytest.raises(ValueError, match=r"r=8 beside AdaLoRA\(init_r=6\).*Leave r out"):
+            make(r=8, adalora=adalora)
+        make(adalora=adalora)
+        make(r=6, adalora=adalora)
+    assert dataclasses.replace(LoRAConfig(), adalora=adalora).r == 6
+    every_field = {field.name: field.default for field in dataclasses.fields(LoRAConfig)}  # as LightningCLI gives them
+    assert LoRACallback(**{**every_field, "adalora": adalora}).config.r == 6
 
 
 def test_callback_takes_every_field_and_knows_none_as_given_by_default() -> None:

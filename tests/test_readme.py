@@ -18,7 +18,7 @@ NUM_BLOCKS = {
     "how_it_works.md": 1,
     "performance.md": 1,
     "from_peft.md": 11,
-    "quantization.md": 2,
+    "quantization.md": 3,
     "serving.md": 5,
     "many_adapters.md": 3,
 }

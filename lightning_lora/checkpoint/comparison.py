@@ -9,6 +9,7 @@ from torch import nn
 from lightning_lora.checkpoint.fingerprint import fingerprint
 from lightning_lora.checkpoint.packed import packed_in
 from lightning_lora.model.names import clean_name
+from lightning_lora.model.state import OtherForm
 from lightning_lora.ops.sharded import logical
 
 
@@ -17,17 +18,17 @@ class Comparison(NamedTuple):
 
     Attributes:
         values: what first tells them apart, in words; ``None`` where all that is compared has the same values.
-        form: which form each is stored in, in words, where one of them is quantised and the other is not so.
+        form: which form each is stored in, where one of them is quantised and the other is not so.
     """
 
     values: str | None
-    form: str | None
+    form: OtherForm | None
 
 
 def compare_base(root: nn.Module, recorded: Mapping[str, Any]) -> Comparison:
     """Compare the base of ``root`` with the recorded one. Called on all ranks where it is sharded."""
     own = fingerprint(root)
-    return Comparison(_first_difference(root, own, recorded), _other_form(own, recorded))
+    return Comparison(_first_difference(root, own, recorded), other_form(own, recorded))
 
 
 def _first_difference(root: nn.Module, own: Mapping[str, Any], recorded: Mapping[str, Any]) -> str | None:
@@ -86,6 +87,17 @@ def _other_names(own: Mapping[str, Any], recorded: Mapping[str, Any]) -> tuple[l
     return [name for name, differs in compared.items() if differs], len(compared)
 
 
+def other_form(own: Mapping[str, Any], recorded: Mapping[str, Any]) -> OtherForm | None:
+    """Return how a base is stored in another form than the recorded one, where either is quantised."""
+    ours, theirs = ({name: form for name, (form, _) in packed_in(one).items()} for one in (own, recorded))
+    if ours == theirs:
+        return None
+    one, other = _form_words(recorded, theirs), _form_words(own, ours)
+    if one == other:
+        one, other = f"{one} ({len(theirs)} weights)", f"{other} ({len(ours)} weights)"
+    return OtherForm(f"trained over {one}, loaded over {other}", theirs)
+
+
 def _hashes(fingerprint: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     pairs = zip(fingerprint["hashes"].tolist(), fingerprint["dtypes"], strict=True)
     return dict(zip(fingerprint["names"], pairs, strict=True))
@@ -100,17 +112,6 @@ def _differ(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two pairs of a hash and a dtype are of other values."""
     (value, dtype), (other_value, other_dtype) = one, other
     return bool(value != other_value and (dtype == other_dtype or "float16" not in (dtype, other_dtype)))
-
-
-def _other_form(own: Mapping[str, Any], recorded: Mapping[str, Any]) -> str | None:
-    """Return how a base is stored in another form than the recorded one, in words, where either is quantised."""
-    ours, theirs = ({name: form for name, (form, _) in packed_in(one).items()} for one in (own, recorded))
-    if ours == theirs:
-        return None
-    one, other = _form_words(recorded, theirs), _form_words(own, ours)
-    if one == other:
-        one, other = f"{one} ({len(theirs)} weights)", f"{other} ({len(ours)} weights)"
-    return f"trained over {one}, loaded over {other}"
 
 
 def _form_words(fingerprint: Mapping[str, Any], forms: Mapping[str, str]) -> str:

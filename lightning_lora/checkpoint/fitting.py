@@ -14,7 +14,15 @@ from lightning_lora.checkpoint.structure import check_structure, quoted
 from lightning_lora.model.families import resize_advice
 from lightning_lora.model.names import clean_name, is_inside, without_adapter
 from lightning_lora.model.one_adapter import each_adapter
-from lightning_lora.model.state import OnNonfinite, check_finite, injected_roots, is_merged, require_root
+from lightning_lora.model.state import (
+    OnNonfinite,
+    OtherForm,
+    check_finite,
+    injected_roots,
+    is_merged,
+    require_injection,
+    require_root,
+)
 from lightning_lora.ops.sharded import logical, write
 
 
@@ -95,11 +103,15 @@ def fitting_tensors(
     renamed = {new: value for name, value in state.items() if not changed.drops(new := rename(name))}
     if check_names:
         check_tensors(renamed, module, source, changed)
+    forms: dict[str, OtherForm | None] = {}
     for path, (entry, *_) in by_path.items():
-        if (form := _check_base(entry["base"], roots[path], source)) is not None and say_form:
-            rank_zero_info(f"{source}: {form}")
+        form = forms[path] = _check_base(entry["base"], roots[path], source)
+        if form is not None and say_form:
+            rank_zero_info(f"{source}: {form.words}")
     check_finite(adapters_in(renamed, module), source, on_nonfinite)
     changed.say(source)
+    for path, form in forms.items():
+        require_injection(roots[path]).trained_over |= {name_of(entry): form for entry in by_path[path]}
     return renamed
 
 
@@ -112,7 +124,7 @@ def _check_entries(entries: list[dict[str, Any]], root: nn.Module, source: Any) 
             check_structure(entry, ours[name], f"adapter {name!r} in {source}" if name else source)
 
 
-def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> str | None:
+def _check_base(recorded: dict[str, Any], root: nn.Module, source: Any) -> OtherForm | None:
     """Raise ``ValueError`` where ``root`` is not the base that the file knows; return what differs in form."""
     found = compare_base(root, recorded)
     if found.values is not None:

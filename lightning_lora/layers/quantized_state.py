@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.four_bit import BLOCK, BYTES, CODES, SCALES_BLOCK, code_values, dynamic_levels, num_blocks
-from lightning_lora.ops.packed import FORMS, Int8, NF4Double, PackedWeight, as_bytes, floats
+from lightning_lora.ops.packed import FORMS, NF4, Int8, NF4Double, PackedWeight, as_bytes, floats
 
 STATE = "quant_state.bitsandbytes__"
 _ENTRIES = ["absmax", "quant_map", "nested_absmax", "nested_quant_map", *(f"{STATE}{code}" for code in CODES)]
@@ -73,11 +73,14 @@ def read_parts(empty: PackedWeight, state: MutableMapping[str, Any], name: str) 
         if weight.shape != empty.shape:
             raise ValueError(_refusal(name, f"its shape is {list(weight.shape)}", f"{list(empty.shape)}"))
         return _finite(type(empty).quantize(weight), name).tensors
+    kind, words = _form_in(state, name, weight)
+    if kind != empty.kind:
+        raise ValueError(_other_form(name, words, empty.kind, kind))
     if isinstance(empty, Int8):
         parts = {"codes": weight, "scales": state.pop(scales_name(name), None)}
         state.pop(f"{name}_format", None)
-        if weight.dtype != torch.int8 or parts["scales"] is None:
-            raise ValueError(_refusal(name, f"it holds {weight.dtype} without scales", "int8 and SCB"))
+        if parts["scales"] is None:
+            raise ValueError(_refusal(name, "it has no scales", "them as SCB"))
         if weight.shape != empty.shape:
             raise ValueError(_refusal(name, f"its shape is {list(weight.shape)}", f"{list(empty.shape)}"))
         codes = weight.view(torch.uint8).flatten(0, -2)
@@ -106,16 +109,9 @@ def _four_bit_parts(
     empty: PackedWeight, weight: Tensor, state: MutableMapping[str, Any], name: str
 ) -> dict[str, Tensor]:
     entries = {entry: state.pop(f"{name}.{entry}") for entry in _ENTRIES if f"{name}.{entry}" in state}
-    described = [key for key in entries if key.startswith(STATE)]
-    if weight.dtype != torch.uint8 or not described:
-        raise ValueError(_refusal(name, f"it holds {weight.dtype} and no quantisation state", "4-bit codes"))
-    facts = json.loads(bytes(entries[described[0]].tolist()))
-    wanted = {"quant_type": "nf4", "blocksize": BLOCK, "shape": list(empty.shape)}
-    wanted |= {"nested_blocksize": SCALES_BLOCK} if isinstance(empty, NF4Double) else {}
-    other = {key: facts.get(key) for key, value in wanted.items() if facts.get(key) != value}
-    if other or ("nested_absmax" in entries) != isinstance(empty, NF4Double):
-        double = " with double quantisation" if "nested_absmax" in entries else ""
-        raise ValueError(_refusal(name, f"its state says {other or facts}{double}", f"{wanted} as {empty.kind!r}"))
+    facts = json.loads(bytes(entries[f"{STATE}nf4"].tolist()))
+    if facts.get("shape") != list(empty.shape):
+        raise ValueError(_refusal(name, f"its shape is {facts.get('shape')}", f"{list(empty.shape)}"))
     numel = empty.shape.numel()
     if weight.numel() != -(-numel // 2):
         raise ValueError(_refusal(name, f"it has {weight.numel()} bytes of codes", f"{-(-numel // 2)}"))
@@ -147,6 +143,31 @@ def _finite(stored: PackedWeight, name: str) -> PackedWeight:
 
 def _not_finite(name: str) -> str:
     return f"{name!r} holds NaN or infinity, which cannot be quantised: load a base without them"
+
+
+def _form_in(state: Mapping[str, Any], name: str, weight: Tensor) -> tuple[str | None, str]:
+    """Return the word of ``quantize=`` for a packed weight in a state dict, or ``None``; and what it is, in words."""
+    if weight.dtype == torch.int8:
+        return Int8.kind, repr(Int8.kind)
+    described = [key for code in CODES if (key := f"{name}.{STATE}{code}") in state]
+    if weight.dtype != torch.uint8 or not described:
+        return None, f"{weight.dtype} and has no quantisation state"
+    facts, is_double = json.loads(bytes(state[described[0]].tolist())), f"{name}.nested_absmax" in state
+    wanted = {"quant_type": "nf4", "blocksize": BLOCK} | ({"nested_blocksize": SCALES_BLOCK} if is_double else {})
+    other = {key: facts.get(key) for key, value in wanted.items() if facts.get(key) != value}
+    if other:
+        return None, f"in another form: its state says {other}"
+    kind = NF4Double.kind if is_double else NF4.kind
+    return kind, repr(kind)
+
+
+def _other_form(name: str, given: str, kind: str, fitting: str | None) -> str:
+    """Return the refusal of a weight in another form; ``fitting`` is the word of ``quantize=`` for it."""
+    fits = "No word of quantize= has this form" if fitting is None else f"Quantise the model with quantize={fitting!r}"
+    return (
+        f"{name!r} cannot be loaded into a quantised layer: the file is {given}, the model is {kind!r}. {fits}"
+        f"{':' if fitting is None else ', or'} load the floating-point weight"
+    )
 
 
 def _refusal(name: str, given: str, expected: str) -> str:

@@ -1,13 +1,13 @@
 """The form that a base is quantised in: what was decided, what a model has, and which forms cannot be had."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from torch import nn
 
 from lightning_lora.compat.torch import compiled_module
-from lightning_lora.config import Quantization
+from lightning_lora.config import Quantization, brief
 from lightning_lora.model.names import listed
 from lightning_lora.ops.quantized import stored_as
 
@@ -39,10 +39,11 @@ class QuantizationPlan:
             f"; as before: {listed([name for name, why in self.left_out.items() if why == reason])} ({reason})"
             for reason in dict.fromkeys(self.left_out.values())
         )
+        size, unit = (1e6, "MB") if self.bytes_after >= 1e6 else (1e3, "kB")
         stacks = f" and {len(self.stacks)} stacks of experts' matrices" if self.stacks else ""
         return (
-            f"{self.kind}: {len(self.layers)} linear layers{stacks}, {self.bytes_before / 1e6:,.1f} -> "
-            f"{self.bytes_after / 1e6:,.1f} MB{stay}"
+            f"{self.kind}: {len(self.layers)} linear layers{stacks}, {self.bytes_before / size:,.1f} -> "
+            f"{self.bytes_after / size:,.1f} {unit}{stay}"
         )
 
 
@@ -70,8 +71,9 @@ def check_form(former: QuantizationPlan | None, kind: Quantization, exclude: str
 
 def check_kind(kind: Any) -> None:
     """Raise ``ValueError`` for a word that is no form."""
-    if kind not in get_args(Quantization):
-        raise ValueError(f"quantize must be one of {', '.join(map(repr, get_args(Quantization)))}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in get_args(Quantization):
+        given = repr(kind) if isinstance(kind, str | int) else f"a {type(kind).__name__}"
+        raise ValueError(f"quantize must be one of {', '.join(map(repr, get_args(Quantization)))}, got {given}")
 
 
 def check_not_foreign(modules: Mapping[str, nn.Module]) -> None:
@@ -100,4 +102,9 @@ def check_not_foreign(modules: Mapping[str, nn.Module]) -> None:
 
 def plain_exclusion(exclude: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
     """Return ``quantize_exclude`` as a value that can be compared."""
+    names = exclude if isinstance(exclude, Collection) else [exclude]
+    if exclude is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"quantize_exclude={brief(exclude)} must be a list of names, or a regular expression for the whole name"
+        )
     return exclude if exclude is None or isinstance(exclude, str) else tuple(exclude)

@@ -7,7 +7,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_lora.compat.torch import remove_load_hook
-from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.config import LoRAConfig, Quantization, answering_other_names
 from lightning_lora.fuse import release
 from lightning_lora.layers import LoRALayer, unadapt
 from lightning_lora.layers.acting import Undecided
@@ -34,6 +34,7 @@ from lightning_lora.ops.sharded import write
 T = TypeVar("T")
 
 
+@answering_other_names
 def inject(
     model: nn.Module,
     config: LoRAConfig | None = None,
@@ -127,6 +128,7 @@ def take_out_named(root: nn.Module, name: str) -> bool:
     if injection.named.pop(name).plan.config.fuse:
         fuse_anew(root)
     del injection.choice.seeds[name]
+    injection.trained_over.pop(name, None)
     return True
 
 

@@ -51,8 +51,9 @@ def merge(
         remove: take the adapters out for good and keep no copies: a plain model with the merged weights remains, in
             shards if it was. Heads and biases that trained keep their trained values, rounded once to the base's dtype;
             those that are in shards themselves stay in ``adapter_dtype``, and are cast where they are read.
-        base: ``"trained"`` merges into the weights that the adapter was trained over, of a quantised base the
-            dequantised ones: exactly the trained function. A path, of a safetensors file or a directory, merges into
+        base: ``"trained"`` merges into the model's own weights, of a quantised base the dequantised ones: exactly the
+            function that the adapted model computes. It is the trained one, unless the adapter was loaded over its base
+            in another form, which the receipt says. A path, of a safetensors file or a directory, merges into
             the weights there, such as the 16-bit ones that the base was quantised from. The adapter never saw the
             difference, and the receipt says how large it is beside the update.
         dtype: of all frozen parameters of the merged model; by default those that they had before they were quantised,
@@ -144,7 +145,9 @@ def _merge(model: nn.Module, into: Into, *, remove: bool = False) -> MergeReceip
         check_merge(model, root, into.of(root))
     receipts: dict[str, MergeReceipt] = {}
     for path, root in unmerged.items():
-        receipts[path] = MergeReceipt(str(into.base), tuple(merge_layers(root, into.of(root))))
+        own = into.of(root)
+        over = None if own.trained_over is None else own.trained_over.words
+        receipts[path] = MergeReceipt(str(into.base), tuple(merge_layers(root, own)), over)
         require_injection(root).receipt = receipts[path]
     reshard(model)
     if remove:
@@ -170,4 +173,5 @@ def _joined(receipts: dict[str, MergeReceipt]) -> MergeReceipt:
         for path, receipt in receipts.items()
         for one in receipt.layers
     ]
-    return MergeReceipt(next(iter(receipts.values())).base, tuple(layers))
+    over = [one.trained_over for one in receipts.values() if one.trained_over is not None]
+    return MergeReceipt(next(iter(receipts.values())).base, tuple(layers), over[0] if over else None)

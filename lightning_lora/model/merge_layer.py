@@ -22,7 +22,7 @@ from lightning_lora.model.merge_receipt import LayerReceipt
 from lightning_lora.model.names import joined
 from lightning_lora.model.original_base import OriginalBase
 from lightning_lora.model.spread import gathered
-from lightning_lora.model.state import named_lora_layers
+from lightning_lora.model.state import OtherForm, named_lora_layers, require_injection
 from lightning_lora.ops.packed import FORMS, PackedWeight
 
 CHUNK = 2**26  # elements of which the norms are taken at once: a stack of experts is large
@@ -38,6 +38,7 @@ class Into:
         dtype: of the merged weights; ``None`` is the one that each weight had.
         adapter: the name of the adapter, of a model whose adapters have names.
         others: dtype of the model's frozen parameters beside bitsandbytes' layers.
+        trained_over: the form of the base that the adapter was trained over, where the model's has another.
         requantize: the form in which weights that were quantised are stored again; ``None`` is a plain parameter.
     """
 
@@ -46,20 +47,29 @@ class Into:
     requantize: Quantization | None = None
     adapter: str | None = None
     others: torch.dtype | None = None
+    trained_over: OtherForm | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, str | os.PathLike):
             raise TypeError(
-                f"base={self.base!r} must be 'trained', or the path of the original weights; got "
-                f"{type(self.base).__name__}. Leave base out to merge into what the adapter was trained over"
+                f"base must be 'trained', or the path of the original weights, a safetensors file or a directory; got "
+                f"{type(self.base).__name__}. Leave base out to merge into what the model has, or save the original: "
+                "original.save_pretrained(directory), and base=directory"
             )
+        if isinstance(self.dtype, str):
+            named = getattr(torch, self.dtype.removeprefix("torch."), None)
+            example = named if isinstance(named, torch.dtype) else torch.bfloat16
+            raise TypeError(f"dtype={self.dtype!r} must be a dtype of torch: write dtype={example}")
 
     def of(self, root: nn.Module) -> "Into":
-        """Return the same for one model, with the dtype of its frozen parameters."""
+        """Return the same for one model, with the dtype of its frozen parameters and what its adapter trained over."""
         left = {id(p) for layer in named_lora_layers(root).values() for _, p in layer.named_adapter_tensors()}
         left |= {id(p) for module in root.modules() if is_bitsandbytes(module) for p in module.parameters()}
         frozen = [p for p in root.parameters() if p.is_floating_point() and not p.requires_grad]
-        return replace(self, others=next((p.dtype for p in frozen if id(p) not in left), None))
+        others = next((p.dtype for p in frozen if id(p) not in left), None)
+        injection = require_injection(root)
+        over = injection.trained_over.get(self.adapter or injection.only_name)
+        return replace(self, others=others, trained_over=over)
 
     def form(self, module: nn.Module, name: str) -> tuple[Quantization | None, torch.dtype]:
         """Return how a merged weight is stored: packed or not, and its dtype."""
@@ -79,10 +89,11 @@ def merge_values(
     A sharded layer is gathered: call on all ranks.
     """
     values: dict[str, Merged] = {}
-    norms = _Norms(moved=original is not None)
+    norms = _Norms()
     with gathered(layer):
-        trained = {local: dense_weight(layer, local) for local in layer.base_tensors()}
-        base = trained if original is None else _read(name, trained, original)
+        present = {local: dense_weight(layer, local) for local in layer.base_tensors()}
+        base = present if original is None else _read(name, present, original)
+        trained = _trained(name, layer, present, base, into.trained_over)
         with reading(layer, base):
             sums = layer.merged_tensors()
         for local, exact in sums.items():
@@ -94,9 +105,7 @@ def merge_values(
     return values, norms.receipt(name, first or str(dtype).removeprefix("torch."))
 
 
-def as_stored(
-    module: nn.Module, values: Tensor, kind: Quantization | None, dtype: torch.dtype
-) -> tuple[Merged, Tensor]:
+def as_stored(module: nn.Module, values: Tensor, kind: str | None, dtype: torch.dtype) -> tuple[Merged, Tensor]:
     """Return values of a weight of ``module`` as they are stored in a form, and the plain numbers that this holds."""
     if kind is None:
         plain = values.to(dtype)
@@ -121,16 +130,36 @@ def _read(name: str, trained: Mapping[str, Tensor], original: OriginalBase) -> d
     return {local: original.read(joined(name, local)).to(like) for local, like in trained.items()}
 
 
+def _trained(
+    name: str, layer: LoRALayer, present: Mapping[str, Tensor], base: Mapping[str, Tensor], over: OtherForm | None
+) -> Mapping[str, Tensor]:
+    """Return the weights that the adapter was trained over; where these are not known, those that are merged into."""
+    if over is None:
+        return present
+    trained = {}
+    for local, weight in base.items():
+        form, kind = over.forms.get(joined(name, local)), stored_kind(layer, local)
+        is_plain = kind is None or weight is not present[local]
+        if form == kind:
+            trained[local] = present[local]
+        elif is_plain and form in FORMS:
+            trained[local] = as_stored(layer, weight, form, weight.dtype)[1]
+        else:
+            trained[local] = weight
+    return trained
+
+
 class _Norms:
     """Sums the squares of a layer's tensors."""
 
-    def __init__(self, *, moved: bool) -> None:
-        self.moved = moved
+    def __init__(self) -> None:
+        self.moved = False
         self.squares = dict.fromkeys(("weight", "update", "base", "rounding"), 0.0)
         self.kept = 0.0
 
     def add(self, trained: Tensor, base: Tensor, exact: Tensor, before: Tensor, after: Tensor) -> None:
         """Add one weight: as it was trained over, as it is merged into, the exact sum, and both of these as stored."""
+        self.moved |= trained is not base
         tensors = (trained, base, exact, before, after)
         parts = -(-exact.numel() // CHUNK)
         for w, b, e, old, new in zip(*(tensor.chunk(parts) for tensor in tensors), strict=True):

@@ -9,6 +9,8 @@ from typing_extensions import override
 
 from lightning_lora.model.names import listed
 
+_MOVED = "|base - W| / |update|"
+
 
 @dataclass(frozen=True)
 class LayerReceipt:
@@ -19,7 +21,8 @@ class LayerReceipt:
         form: what the merged weight is stored as: ``"bfloat16"``, ``"nf4"`` and so on.
         weight_norm: of W, the base that the adapter was trained over.
         update_norm: of what the adapter adds to W.
-        base_norm: of the difference between the base that was merged into and W; ``None`` if W is what was merged into.
+        base_norm: of the difference between the base that was merged into and W; ``None`` if W is what was merged into,
+            or is not known.
         rounding_norm: of the difference between the merged weight as it is stored and the exact sum.
         kept_product: of the update and of what merging changed in the weight as it is stored.
     """
@@ -39,7 +42,7 @@ class LayerReceipt:
 
     @property
     def base_change(self) -> float | None:
-        """``|original - W| / |update|``: how far the base moved under the adapter, in units of what it learned."""
+        """``|base - W| / |update|``: how far the base moved under the adapter, in units of what it learned."""
         return None if self.base_norm is None else _ratio(self.base_norm, self.update_norm)
 
     @property
@@ -64,10 +67,13 @@ class MergeReceipt(Sequence[LayerReceipt]):
     Attributes:
         base: what was merged into: ``"trained"``, or where the original weights are.
         layers: one receipt for each adapted layer.
+        trained_over: in which form the base was that the adapter was trained over, and in which it was loaded, in
+            words, where these differ.
     """
 
     base: str
     layers: tuple[LayerReceipt, ...]
+    trained_over: str | None = None
 
     @overload
     def __getitem__(self, index: int) -> LayerReceipt: ...
@@ -97,8 +103,11 @@ class MergeReceipt(Sequence[LayerReceipt]):
 
     def summary(self) -> str:
         """Return one line for all layers, and one that names the layers of which less than half is kept, if any."""
-        total, into = self.total, "the trained base" if self.base == "trained" else self.base
-        moved = "" if total.base_change is None else f"; |original - trained| / |update| = {total.base_change:.2g}"
+        total, into = self.total, self.base
+        if self.base == "trained":
+            into = "the trained base" if self.trained_over is None else "the base as it was loaded, not the trained one"
+        into += "" if self.trained_over is None else f" ({self.trained_over})"
+        moved = "" if total.base_change is None else f"; {_MOVED} = {total.base_change:.2g}"
         line = (
             f"merged {len(self)} layers into {into}, stored as {total.form}: |update| / |W| = {total.update:.2g}{moved}"
             f"; rounding / |update| = {total.rounding:.2g}, {100 * total.kept:.1f} % of the update is kept"
@@ -109,7 +118,7 @@ class MergeReceipt(Sequence[LayerReceipt]):
     @override
     def __str__(self) -> str:
         """Return :meth:`summary` and a table with a line for each layer."""
-        rows = [("layer", "stored as", "|update| / |W|", "|original - W| / |update|", "rounding / |update|", "kept")]
+        rows = [("layer", "stored as", "|update| / |W|", _MOVED, "rounding / |update|", "kept")]
         rows += [
             (
                 one.name,

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,5 +89,10 @@ def open_original(root: nn.Module, base: str | os.PathLike[str]) -> Iterator[Ori
     if base == "trained":
         yield None
         return
+    if not Path(base).exists():
+        raise FileNotFoundError(
+            f"no safetensors at {os.fspath(base)}: base is 'trained', or the path of the original weights, a "
+            "safetensors file or a directory"
+        )
     with open_slices(os.fspath(base)) as slices:
         yield OriginalBase(root, slices, os.fspath(base))

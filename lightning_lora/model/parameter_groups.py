@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.config import answering_other_names
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.model.own_parameters import owners
@@ -15,6 +16,7 @@ ByAdapter = float | Mapping[str | None, float]
 KINDS = ("A", "embedding", "B", "B_no_decay")
 
 
+@answering_other_names
 def parameter_groups(
     model: nn.Module,
     lr: ByAdapter,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.compat.torch import compiled_module, remove_load_hook
-from lightning_lora.config import Quantization
+from lightning_lora.config import Quantization, answering_other_names
 from lightning_lora.fuse.experts import quantize_experts
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.quantized import QuantizedModule, quantize_parameters
@@ -33,30 +33,33 @@ from lightning_lora.ops.packed import FORMS
 ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers beside a module called "experts"
 
 
-def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> QuantizationPlan:
+@answering_other_names
+def quantize(model: nn.Module, kind: Quantization, *, exclude: str | Sequence[str] | None = None) -> nn.Module:
     """Quantise the linear layers of ``model`` in place: each holds packed bytes that are made dense when it is used.
 
     So do the matrices of fused experts, which are 3-D parameters of a module, where the module computes what
     transformers' experts do. Left as they are: other 3-D parameters, the output head, new task heads, routers of
     experts, weights that two modules share, layers whose weight another module reads, and what ``exclude`` names. Codes
     and bytes are those of bitsandbytes, which need not be installed; :meth:`torch.nn.Module.state_dict` has its keys,
-    and ``load_state_dict`` takes them and floating-point weights.
+    and ``load_state_dict`` takes them and floating-point weights. Returns the same object. A model that has this form
+    is left alone. :func:`~lightning_lora.plan` says what would be packed, and what not.
 
     Args:
         kind: ``"nf4"``, 4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, arXiv 2305.14314), 4.5 bits a weight;
             ``"nf4-dq"``, with double quantisation, 4.13 bits; ``"int8"``, integers with a scale for each row.
         exclude: names of modules to leave out, by the rules of ``target_modules``.
 
-    Returns:
-        What was quantised and what not.
-
     Raises:
-        ValueError: the model is quantised or adapted, ``exclude`` hits nothing, there is nothing to quantise, or a
-            weight holds NaN or infinity. Nothing is changed then.
+        ValueError: the model is quantised in another form, or adapted, ``exclude`` hits nothing, there is nothing to
+            quantise, or a weight holds NaN or infinity. Nothing is changed then.
     """
-    decided = plan_quantization(model, kind, exclude=exclude)
-    apply_quantization(model, decided)
-    return decided
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}: write quantize(model, 'nf4')")
+    if (former := quantization_of(model)) is not None:
+        check_form(former, kind, exclude)
+    else:
+        apply_quantization(model, plan_quantization(model, kind, exclude=exclude))
+    return model
 
 
 def quantize_once(
@@ -88,7 +91,8 @@ def apply_quantization(model: nn.Module, decided: QuantizationPlan) -> None:
     weights = {name: f"{name}.weight" for name in decided.layers} | {name: name for name in decided.stacks}
     bad = [name for name, weight in weights.items() if not _is_finite(_parameter(modules, weight))]
     if bad:
-        raise ValueError(f"{listed(bad)} hold NaN or infinity, which cannot be quantised: load a base without them")
+        holds = "holds" if len(bad) == 1 else "hold"
+        raise ValueError(f"{listed(bad)} {holds} NaN or infinity, which cannot be quantised: load a base without them")
     with ExitStack() as around:
         for family in families_in(model):
             around.enter_context(family.quantizing(model))
@@ -125,6 +129,7 @@ def plan_quantization(
         keep: modules that stay as they are, each with the reason.
     """
     check_kind(kind)
+    exclude = plain_exclusion(exclude)
     modules = _modules(model)
     check_not_foreign(modules)
     for name, module in modules.items():
@@ -151,7 +156,7 @@ def plan_quantization(
     sizes = [FORMS[kind].sizes(shape) for shape in shapes]
     return QuantizationPlan(
         kind,
-        plain_exclusion(exclude),
+        exclude,
         layers,
         stacks.packed,
         left_out,

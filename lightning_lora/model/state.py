@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -37,6 +37,18 @@ class NamedAdapter:
     rates: dict[str, float] = field(default_factory=dict)
 
 
+class OtherForm(NamedTuple):
+    """How the base differs in form from the one that the adapter of a file was trained over.
+
+    Attributes:
+        words: both forms, in words.
+        forms: the forms of the weights that were quantised there, by their names.
+    """
+
+    words: str
+    forms: Mapping[str, str]
+
+
 @dataclass
 class Injection:
     """What was done to a model, kept on the model itself as ``lora_injection``.
@@ -47,6 +59,8 @@ class Injection:
         requires_grad: what every base parameter's flag was before.
         undo: attributes that were changed, as ``(module, name, former value)``.
         source: the file that the adapters started from, if any.
+        trained_over: the form of the base that a loaded adapter was trained over, where this base has another; by the
+            adapter's name.
         base_weights: where the base was read from after it was built without values, if it was.
         fingerprint: of the base, from when it was spread over ranks, if it is.
         merged: what :func:`~lightning_lora.unmerge` gives back, while the adapters are merged.
@@ -61,6 +75,7 @@ class Injection:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     source: str | None = None
+    trained_over: dict[str, OtherForm | None] = field(default_factory=dict)
     base_weights: str | None = None
     fingerprint: dict[str, Any] | None = None
     merged: Any = None  # merged_model.MergedModel
@@ -84,6 +99,11 @@ class Injection:
     def configs(self) -> dict[str, LoRAConfig]:
         """The settings of every adapter, by its name; one without a name is called ``""``."""
         return {name: plan.config for name, plan in self.plans.items()}
+
+    @property
+    def only_name(self) -> str:
+        """The name of the first adapter, which is meant where none is named; ``""`` for one without a name."""
+        return next(iter(self.named), "")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

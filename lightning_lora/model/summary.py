@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.adalora import AdaLoRALinear
+from lightning_lora.layers.plain_weight import stored_names
 from lightning_lora.layers.quantized_model import num_parameters
 from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.hosts import named_hosts
@@ -66,6 +67,8 @@ def _perhaps_new(root: nn.Module) -> list[str]:
         layers = [part for part in root.get_submodule(name).modules() if isinstance(part, LoRALayer)]
         adapters = {id(tensor) for layer in layers for _, tensor in layer.named_adapter_tensors()}
         base = [parameter for parameter in root.get_submodule(name).parameters() if id(parameter) not in adapters]
+        if any(stored_names(part) for part in root.get_submodule(name).modules()):
+            continue  # quantised weights are no new ones, and cannot train whole
         if not all(parameter.requires_grad for parameter in base):
             state = "adapted" if layers else "frozen"
             lines.append(

@@ -7,14 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.checkpoint.comparison import first_other_value
+from lightning_lora.checkpoint.comparison import first_other_value, other_form
 from lightning_lora.checkpoint.file import trained_tensors
 from lightning_lora.checkpoint.fingerprint import known_fingerprint, renamed
 from lightning_lora.checkpoint.storage import location
 from lightning_lora.model.families import family_of
 from lightning_lora.model.names import clean_name, listed
 from lightning_lora.model.one_adapter import chosen_adapter
-from lightning_lora.model.state import OnNonfinite, check_finite, is_merged, named_token_rows, require_root
+from lightning_lora.model.state import (
+    OnNonfinite,
+    OtherForm,
+    check_finite,
+    is_merged,
+    named_token_rows,
+    require_injection,
+    require_root,
+)
 from lightning_lora.ops.sharded import logical, whole, write
 from lightning_lora.peft.adalora import with_all_ranks
 from lightning_lora.peft.base_tensors import set_copies_apart
@@ -66,8 +74,7 @@ def hot_swap(
     files = with_all_ranks(files, source) if kind_of(files.config) == "ADALORA" else files
     theirs = sorted_tensors(files, source)
     check_finite(files.tensors, source, on_nonfinite)
-    if check_base:
-        _check_base(root, theirs)
+    form = _check_base(root, theirs) if check_base else None
     description = describe_for_peft(seen)
     tensors = described_tensors(seen, description)
     given = _given(description, theirs, seen)
@@ -76,18 +83,25 @@ def hot_swap(
     _check_places(description["entries"], given, values, tensors, source)
     for name, value in values.items():
         write(tensors[name], value)
+    injection = require_injection(root)
+    injection.trained_over[adapter or injection.only_name] = form
 
 
-def _check_base(root: nn.Module, theirs: Adapter) -> None:
+def _check_base(root: nn.Module, theirs: Adapter) -> OtherForm | None:
+    """Raise ``ValueError`` where ``root`` is not the base that the directory knows; return what differs in form."""
     recorded, own = theirs.metadata.get("base"), known_fingerprint(root)
+    if not recorded:
+        return None
+    recorded = {**recorded, "hashes": torch.tensor(recorded["hashes"])}
     family = family_of(root)
     if family is not None and family.skeleton(root) is not None:
         own = renamed(own, family.peft_name)
-    if recorded and (other := first_other_value(own, {**recorded, "hashes": torch.tensor(recorded["hashes"])})):
+    if (other := first_other_value(own, recorded)) is not None:
         raise ValueError(
             f"{theirs.source} was trained on another base model: {other}. Load that base, or accept this one with "
             "check_base=False"
         )
+    return other_form(own, recorded)
 
 
 def _given(description: Mapping[str, Any], theirs: Adapter, root: nn.Module) -> dict[str, Tensor]:

@@ -9,18 +9,18 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.checkpoint.comparison import compare_base, first_other_value
+from lightning_lora.checkpoint.comparison import compare_base, first_other_value, other_form
 from lightning_lora.checkpoint.fingerprint import fingerprint, renamed
 from lightning_lora.checkpoint.fitting import copy_tensors
 from lightning_lora.checkpoint.storage import Location, location
-from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.config import LoRAConfig, Quantization, answering_other_names
 from lightning_lora.model.adapters import adapt_checked
 from lightning_lora.model.families import Family, family_of
 from lightning_lora.model.hosts import looked_past
 from lightning_lora.model.inject import remove
 from lightning_lora.model.names import clean_name
 from lightning_lora.model.one_adapter import chosen_adapter
-from lightning_lora.model.state import OnNonfinite, injection_of, require_injection, uncompiled
+from lightning_lora.model.state import OnNonfinite, OtherForm, injection_of, require_injection, uncompiled
 from lightning_lora.peft.base_tensors import check_ties, check_trained, set_copies_apart, untrained_values
 from lightning_lora.peft.directory import Adapter
 from lightning_lora.peft.fit import named_by_layer
@@ -28,6 +28,7 @@ from lightning_lora.peft.folders import folders_of, read_adapter
 from lightning_lora.peft.settings import settings_of
 
 
+@answering_other_names
 def load_peft(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -102,17 +103,18 @@ def _load(model: nn.Module, name: str, adapter: Adapter, recorded: dict[str, Any
     config = _fused_alike(model, config)
     form = adapt_checked(model, {name: config}, lambda _: _check(model, name, adapter, recorded), **quantization)
     if form is not None:
-        rank_zero_info(f"{adapter.source}: {form}")
+        rank_zero_info(f"{adapter.source}: {form.words}")
+    require_injection(model).trained_over[name] = form
     copy_tensors(tensors | adapter.trained, chosen_adapter(model, name or None))
     for target, first, rows in tails:
         target[first:].copy_(rows)
 
 
-def _check(model: nn.Module, name: str, adapter: Adapter, recorded: dict[str, Any] | None) -> str | None:
+def _check(model: nn.Module, name: str, adapter: Adapter, recorded: dict[str, Any] | None) -> OtherForm | None:
     """Raise ``ValueError`` for values that the adapted model has no use for, and for another base.
 
     Returns:
-        In which form the base is stored and in which it was, in words, where these differ.
+        In which form the base is stored and in which it was, where these differ.
     """
     untold = untrained_values(chosen_adapter(model, name or None), adapter)
     if untold:
@@ -149,6 +151,7 @@ def _load_by_skeleton(
         if recorded is not None:
             own = renamed(fingerprint(model), family.peft_name)
             _refuse_base(adapter.source, recorded, first_other_value(own, recorded))
+            require_injection(model).trained_over[name] = other_form(own, recorded)
 
     config = _fused_alike(model, require_injection(skeleton).config)
     adapt_checked(model, {name: config}, check, **quantization)

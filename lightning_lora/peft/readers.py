@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from lightning_lora.checkpoint.storage import location
-from lightning_lora.peft.config import VARIANTS, divisor
+from lightning_lora.peft.config import VARIANTS, divisor, kind_of
 from lightning_lora.peft.directory import read_files
 from lightning_lora.peft.evidence import MERGE, Evidence, gather
 
@@ -25,6 +25,9 @@ _STACKED = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj", "up_proj
 _IGNORED = ("use_rslora", "alpha_pattern")  # by SGLang and llama.cpp
 _MERGE = f" {MERGE}"
 _PORTABLE = " Use save_peft(model, directory, portable=True), which pads to one rank and folds the scales in."
+_AS_LORA = (
+    " Write it as plain LoRA: load_peft(model, directory), and save_peft(model, other, as_lora=True, portable=True)."
+)
 _AGAIN = " Load it with load_peft and save it with save_peft, which names the tensors without the adapter's name."
 _LACKS = ": {reader} needs it and fails at load. Add it to the file."
 _REJECTS = ": vLLM takes lora_A and lora_B only and rejects the adapter with a "
@@ -62,7 +65,8 @@ def check_portable(directory: str | os.PathLike[str], reader: str, *, max_lora_r
     files = read_files(location(directory))
     kind = files.config.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
-        return [f"peft_type={kind!r}: {reader} serves LoRA only, and rejects or misreads other tensors. {_MERGE}"]
+        way_out = _AS_LORA if kind_of(files.config) == "ADALORA" else _MERGE
+        return [f"peft_type={kind!r}: {reader} serves LoRA only, and rejects or misreads other tensors.{way_out}"]
     evidence = gather(files, directory, max_lora_rank)
     return [
         f"{subject}{fact.follows.format(reader=reader)}"

@@ -1,6 +1,7 @@
 """Answer names that PEFT, bitsandbytes and LoRA+ give a setting with what to write here."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from lightning_lora.config import LoRAConfig, brief
@@ -13,6 +14,8 @@ RENAMED = {
     "init_lora_weights": "init",
     "autocast_adapter_dtype": "adapter_dtype",
 }
+# other libraries' names of fields of LoRAConfig
+_NEAR = {"rank": "r", "lora_r": "r", "target_module": "target_modules"}
 _RATIO = (
     "write AdamW(parameter_groups(self, lr, lora_plus_ratio={value})) in configure_optimizers, or "
     "LoRACallback(lora_plus_ratio={value}) for the optimizer that LightningCLI builds"
@@ -21,7 +24,7 @@ _START = (
     "leave it out: this start is not built in. Take init='pissa' or 'olora', or let PEFT make the start, save the "
     "adapter there for the original base, and begin with LoRACallback(init_from=directory)"
 )
-_PLACE = "in LoRACallback or in inject(model, config, ...)"
+_PLACE = "in LoRACallback, inject(model, config, ...) or load_peft(model, directory, ...)"
 _ADALORA = "write LoRACallback(adalora=AdaLoRA({name}={value}, ...))"
 _PEFT = {
     "task_type": "leave it out: a new task head trains by itself, and modules_to_save names others",
@@ -40,7 +43,7 @@ _PEFT = {
         "leave it out: tied weights that train whole, and their rows, stay tied; tied layers that are both adapted "
         "have an adapter each"
     ),
-    "adapter_name": "write add_adapter(model, {value}, config), or LoRACallback(adapters={{{value}: LoRAConfig(...)}})",
+    "adapter_name": "write add_adapter(model, {value}, config), or load_peft(model, directory, adapter={value})",
     "is_trainable": "leave it out: an adapter that is read trains; call requires_grad_(False) to freeze it",
     "low_cpu_mem_usage": "leave it out: the base may be on the meta device, with FSDPLoRAStrategy(base_weights=...)",
     **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), _START),
@@ -57,7 +60,7 @@ _PEFT = {
 _BITSANDBYTES = {
     "load_in_4bit": f"write quantize='nf4' {_PLACE}",
     "load_in_8bit": f"write quantize='int8' {_PLACE}",
-    "bnb_4bit_quant_type": f"write quantize='nf4' {_PLACE}",
+    "bnb_4bit_quant_type": f"write quantize='nf4' {_PLACE}; 'fp4' is not built in",
     "bnb_4bit_use_double_quant": f"write quantize='nf4-dq' {_PLACE}",
     "bnb_4bit_compute_dtype": "leave it out: the Trainer's precision says the dtype of products",
     "bnb_4bit_quant_storage": "leave it out: packed weights are uint8, which fsdp_lora shards as they are",
@@ -68,21 +71,55 @@ _OF_THE_BASE = {
     name: f"write {name}={{value}} {_PLACE}: it says how the base is stored"
     for name in ("quantize", "quantize_exclude")
 }
+_EXCLUDE = (
+    "write quantize_exclude={value} for what is not quantised, LoRAConfig(exclude_modules={value}) for what is not "
+    "adapted"
+)
+# answers of one function alone
+_OWN = {
+    ("inject", "exclude"): _EXCLUDE,
+    ("load_peft", "exclude"): "write quantize_exclude={value} for what is not quantised",
+    ("quantize", "quantize_exclude"): "write exclude={value}",
+    ("load_peft", "adapter_name"): "write adapter={value}",
+    ("inject", "adapter_name"): "write add_adapter(model, {value}, config)",
+}
 _OTHERS = dict.fromkeys(("lora_plus_lr_ratio", "lorap_lr_ratio"), _RATIO)
+_BITS = {"bits": f"write quantize='nf4', of 4 bits, or quantize='int8' {_PLACE}"}
 _SOURCES: Mapping[str, Mapping[str, str]] = {
     "PEFT's name": _PEFT, "bitsandbytes' name": _BITSANDBYTES, "a name of LoRA+ elsewhere": _OTHERS,
-    "no field of LoRAConfig": {"lora_plus_ratio": _RATIO} | _OF_THE_BASE,
+    "no field of LoRAConfig": {"lora_plus_ratio": _RATIO} | _OF_THE_BASE | _BITS,
 }  # fmt: skip
 
 
-def answer(name: str, value: Any) -> str | None:
-    """Return what to write instead of the keyword argument ``name=value``; ``None`` for an unknown name."""
-    if name in RENAMED:
-        ours = RENAMED[name]
+def answer(name: str, value: Any, asked: str) -> str | None:
+    """Return what to write instead of ``name=value`` in a call of ``asked``; ``None`` for an unknown name."""
+    if (asked, name) in _OWN:
+        return f"{asked} has no {name!r}: {_OWN[asked, name].format(value=_shown(value))}"
+    if name in RENAMED | _NEAR:
+        ours = (RENAMED | _NEAR)[name]
         if isinstance(value, bool):  # PEFT's switches are words here
             value = "auto" if ours == "adapter_dtype" and not value else getattr(LoRAConfig, ours)
-        return f"{name!r} is PEFT's name; here it is {ours!r}: write {ours}={value!r}"
+        whose = "PEFT's name" if name in RENAMED else "no field of LoRAConfig"
+        setting = f"{ours}={value!r}"
+        return f"{name!r} is {whose}; here it is {ours!r}: write {_in_config(setting, asked)}"
     for source, answers in _SOURCES.items():
         if name in answers:
-            return f"{name!r} is {source}: {answers[name].format(name=name, value=brief(value))}"
+            remedy = answers[name].format(name=name, value=_shown(value))
+            if name in _BITSANDBYTES and value is False:
+                remedy = "leave it out: nothing is quantised without quantize="
+            return f"{name!r} is {source}: {remedy}"
+    if name in {field.name for field in fields(LoRAConfig)} and asked in ("inject", "AdaLoRA"):
+        return f"{name!r} is a field of LoRAConfig: write {_in_config(f'{name}={value!r}', asked)}"
     return None
+
+
+def _in_config(setting: str, asked: str) -> str:
+    """Return how a field of LoRAConfig is given, in a call of ``asked``."""
+    if asked == "LoRAConfig":
+        return setting
+    return f"LoRAConfig(adalora=AdaLoRA(...), {setting})" if asked == "AdaLoRA" else f"LoRAConfig({setting})"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it is repeated in an answer: a switch is none of the settings that it is answered with."""
+    return "..." if isinstance(value, bool) else brief(value)

@@ -160,11 +160,11 @@ DAMAGES: list[tuple[str, Callable[[Any], None], str]] = [
     ("base", another_shape, rf"has \(64, 32\) for {UP}, the model has \(80, 48\)"),
     ("base", lacking, r"lacks 1 tensors of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"),
     ("base", with_nan, r"NaN or infinity in model\.layers\.1\.mlp\.up_proj\.weight, which cannot be quantised"),
-    ("base", of_integers, f"{UP} cannot be loaded into a quantised layer: it holds torch.int32"),
+    ("base", of_integers, f"{UP} cannot be loaded into a quantised layer: the file is torch.int32"),
     ("nf4-dq", truncated, f"{UP} cannot be loaded .* it has 1888 bytes of codes, expected 1920"),
     ("nf4-dq", without_scales, f"{UP} cannot be loaded .* its parts have the shapes"),
     ("nf4-dq", of_another_block_size, f"{UP} cannot be loaded .* its state says .*'blocksize': 128"),
-    ("nf4", lambda state: None, r"cannot be loaded .* expected .* as 'nf4-dq'"),
+    ("nf4", lambda state: None, "cannot be loaded .* the file is 'nf4', the model is 'nf4-dq'"),
 ]
 
 

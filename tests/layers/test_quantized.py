@@ -2,7 +2,9 @@
 
 import copy
 import io
+import itertools
 import pickle
+import re
 
 import pytest
 import torch
@@ -261,9 +263,15 @@ class TestRefusals:
             torch.randn(96, 128), blocksize=blocksize, quant_type=code
         )
         entries = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-        with pytest.raises(ValueError, match="its state says"):
+        said = {"blocksize": 128} if blocksize == 128 else {"quant_type": "fp4"}
+        match = (
+            f"its state says {said}, the model is 'nf4'. No word of quantize= has this form: load the floating-point"
+        )
+        with pytest.raises(ValueError, match=re.escape(match)):
             quantized("nf4").load_state_dict({"weight": packed, "bias": torch.zeros(96), **entries})
 
-    def test_double_quantisation_is_not_read_as_plain(self):
-        with pytest.raises(ValueError, match="with double quantisation"):
-            quantized("nf4").load_state_dict(quantized("nf4-dq").state_dict())
+    @pytest.mark.parametrize(("there", "here"), [*itertools.permutations(["nf4", "nf4-dq", "int8"], 2)])
+    def test_another_form_is_named_with_the_word_that_fits(self, there, here):
+        match = f"the file is '{there}', the model is '{here}'. Quantise the model with quantize='{there}', or load"
+        with pytest.raises(ValueError, match=match):
+            quantized(here).load_state_dict(quantized(there).state_dict())

@@ -29,6 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.layers.quantized import QuantizedModule, dequantize_parameters, quantize_parameters
 from lightning_lora.layers.quantized_linear import QuantizedConv1D
+from lightning_lora.model.base_form import quantization_of
 from tests import models
 
 KINDS = ["nf4", "nf4-dq", "int8"]
@@ -258,7 +259,7 @@ def test_peft_reads_the_directory_over_the_dense_values_and_we_read_it_over_pack
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
 def test_transformers_reads_the_checkpoint_as_bitsandbytes_layers_and_we_read_it_back(tmp_path, kind):
     model, again = gpt2(64), gpt2(64)  # bitsandbytes' kernel for CPUs is right where rows end with blocks
-    decided = quantize(model, kind, exclude=["h.1.mlp.c_fc"])
+    decided = quantization_of(quantize(model, kind, exclude=["h.1.mlp.c_fc"]))
     model.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     kinds = {name: type(theirs.get_submodule(name)).__name__ for name in (*decided.layers, *decided.left_out)}

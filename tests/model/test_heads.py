@@ -16,6 +16,7 @@ from lightning_lora.model.state import named_lora_layers, named_trained_whole
 from lightning_lora.model.summary import summary
 from lightning_lora.model.trained_base import is_new_head_task, new_heads
 from tests import models
+from tests.stored import stored_llama
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100}
 SOUND = {
@@ -245,6 +246,11 @@ def with_own_head() -> nn.Module:
     return body
 
 
+def in_bitsandbytes() -> nn.Module:
+    with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles kernels for odd shapes
+        return stored_llama("bnb-nf4")
+
+
 MAYBE_NEW: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str | None]] = {
     "convolutions": (resnet_like, {"target_modules": ["layer1.0.0"]}, "'fc' (frozen)"),
     "a last layer that is adapted": (resnet_like, {"target_modules": ["layer1.0.0", "fc"]}, "'fc' (adapted)"),
@@ -253,6 +259,7 @@ MAYBE_NEW: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str | None]]
     "a head put on a transformers model": (with_own_head, {"target_modules": ["query"]}, "'my_head' (frozen)"),
     "and adapted": (with_own_head, {}, "'my_head' (adapted)"),
     "transformers alone": (models.llama, {}, None),
+    "in bitsandbytes' layers": (in_bitsandbytes, {}, None),
     "with its own head": (models.bert_classifier, {}, None),
 }
 

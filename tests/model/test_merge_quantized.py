@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from lightning_lora import (
     LoRAConfig,
     MergeReceipt,
+    adapter_checkpoint,
     disabled,
+    hot_swap,
     inject,
+    load_adapter_state_dict,
+    load_peft,
     merge,
     merge_receipt,
     merged,
+    save_peft,
     unmerge,
 )
 from lightning_lora.checkpoint.fingerprint import fingerprint
@@ -150,6 +155,61 @@ def test_a_float32_merge_keeps_all():
     receipt = merge_receipt(merge(adapted(None)))
     assert receipt.total.rounding == 0.0
     assert receipt.total.kept == pytest.approx(1.0, rel=1e-4)  # the sum is rounded in float32
+
+
+class TestOverAnotherForm:
+    """The receipt says that the base is another one than the adapter was trained over, and how far it is from it."""
+
+    def loaded(self, how: str, first: str | None, then: str | None, directory) -> nn.Module:
+        trained = adapted(first)
+        if how == "load_peft":
+            save_peft(trained, directory)
+            return load_peft(models.llama(), directory, quantize=then).eval()
+        model = adapted(then, r=4)
+        if how == "hot_swap":
+            save_peft(trained, directory)
+            hot_swap(model, directory)
+        else:
+            load_adapter_state_dict(model, adapter_checkpoint(trained))
+        return model
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("how", ["load_peft", "hot_swap", "checkpoint"])
+    def test_a_float_base_is_measured_against_its_packed_form(self, tmp_path, how, kind, caplog):
+        model = self.loaded(how, kind, None, tmp_path)
+        weight, dense = model.get_submodule(DOWN).weight.detach().double(), adapted(kind).get_submodule(DOWN).weight
+        pair = model.get_submodule(DOWN).pairs()[""]
+        update, expected = (pair.scaling * pair.B.double() @ pair.A.double()).detach(), logits(model)
+        with caplog.at_level("INFO"):
+            merge(model)
+        assert (
+            f"the base as it was loaded, not the trained one (trained over {kind}, loaded over float32)" in caplog.text
+        )
+        (one,) = [one for one in merge_receipt(model) if one.name == DOWN]
+        assert one.base_change == pytest.approx(float((weight - dense).norm() / update.norm()), rel=1e-4)
+        assert one.update == pytest.approx(float(update.norm() / dense.double().norm()), rel=1e-4)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)  # still the function in hand
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_form_that_it_was_trained_in_gives_the_trained_function(self, tmp_path, kind):
+        model = self.loaded("load_peft", kind, kind, tmp_path)
+        merge(model, remove=True)
+        assert merge_receipt(model).trained_over is None
+        torch.testing.assert_close(logits(model), logits(adapted(kind)), rtol=1e-4, atol=1e-5)
+
+    def test_the_original_is_the_trained_base_of_an_adapter_from_float(self, tmp_path):
+        path = original(tmp_path)
+        model = self.loaded("load_peft", None, "nf4", tmp_path / "adapter")
+        assert merge_receipt(merge(model)).total.base_change is None  # the values of the trained base are not at hand
+        assert "not the trained one (trained over float32, loaded over nf4)" in merge_receipt(model).summary()
+        merge(unmerge(model), base=path)
+        assert merge_receipt(model).total.base_change is None
+        torch.testing.assert_close(logits(model), logits(adapted(None)), rtol=1e-4, atol=1e-5)
+
+    def test_the_next_file_ends_it(self, tmp_path):
+        model = self.loaded("checkpoint", "nf4", None, tmp_path)
+        load_adapter_state_dict(model, adapter_checkpoint(adapted(None)))
+        assert "into the trained base," in merge_receipt(merge(model)).summary()
 
 
 def test_an_untrained_adapter_has_a_receipt():
@@ -288,10 +348,20 @@ def test_a_merged_model_is_known_by_the_form_that_its_base_had():
         inject(model, LoRAConfig(r=4), quantize="int8")
 
 
+def test_a_dtype_in_words_and_a_base_that_is_not_there_are_answered_with_what_to_write():
+    model = adapted("nf4")
+    with pytest.raises(TypeError, match=r"dtype='bfloat16' must be a dtype of torch: write dtype=torch.bfloat16"):
+        merge(model, dtype="bfloat16")
+    with pytest.raises(FileNotFoundError, match="no safetensors at original: base is 'trained', or the path"):
+        merge(model, base="original")
+    with pytest.raises(TypeError, match=r"got OrderedDict\. .*save_pretrained\(directory\), and base=directory$"):
+        merge(model, base=models.llama().state_dict())
+
+
 @pytest.mark.parametrize("base", [None, 1, b"trained"])
 def test_a_base_that_is_no_path_is_refused_and_nothing_changes(base):
     model = adapted("nf4")
-    with pytest.raises(TypeError, match="must be 'trained', or the path of the original weights; got"):
+    with pytest.raises(TypeError, match="must be 'trained', or the path of the original weights, .*; got"):
         merge(model, base=base)
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
 

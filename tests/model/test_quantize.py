@@ -10,6 +10,8 @@ from torch import nn
 from lightning_lora import LoRAConfig, Plan, apply, disabled, inject, plan, quantize, remove
 from lightning_lora.layers.quantized_linear import QuantizedLinear
 from lightning_lora.layers.quantized_model import num_parameters
+from lightning_lora.model.base_form import quantization_of
+from lightning_lora.model.quantize import plan_quantization
 from tests import models
 from tests.model.small import run
 from tests.models import fill_adapters
@@ -66,12 +68,16 @@ def test_disabled_and_remove_give_the_quantised_base(kind):
 
 def test_what_it_leaves_as_it_is_and_says():
     model = models.llama()
-    decided = quantize(model, "nf4", exclude=["o_proj"])
+    decided = plan_quantization(model, "nf4", exclude=["o_proj"])
+    assert quantize(model, "nf4", exclude=["o_proj"]) is model
+    assert decided == quantization_of(model)
     assert decided.left_out == {f"model.layers.{i}.self_attn.o_proj": "excluded" for i in (0, 1)} | {
         "lm_head": "output head"
     }
     assert packed_names(model) == set(decided.layers)
-    assert "nf4: 12 linear layers" in str(decided)
+    assert f"nf4: 12 linear layers, {decided.bytes_before / 1e3:.1f} -> {decided.bytes_after / 1e3:.1f} kB" in str(
+        decided
+    )
     assert "lm_head (output head)" in str(decided)
 
 
@@ -181,9 +187,20 @@ class TestAgain:
             quantize(model, "nf4")
         inject(remove(model), CONFIG, quantize="nf4")
 
-    def test_twice_by_hand_is_refused(self):
-        model = models.llama()
-        quantize(model, "nf4")
+    @pytest.mark.parametrize("adapted", [False, True])
+    def test_by_hand_the_same_form_changes_nothing_and_another_is_refused(self, adapted):
+        model = quantize(models.llama(), "nf4", exclude=("q_proj",))
+        if adapted:
+            inject(model, CONFIG)
+        expected = run(model)
+        assert quantize(model, "nf4", exclude=["q_proj"]) is model
+        for kind, exclude in (("nf4-dq", ["q_proj"]), ("nf4", None)):
+            with pytest.raises(ValueError, match=rf"quantize='nf4', .*q_proj.* quantize='{kind}', .* are asked for"):
+                quantize(model, kind, exclude=exclude)
+        assert torch.equal(run(model), expected)
+
+    def test_a_model_around_a_quantised_one_is_refused(self):
+        model = nn.Sequential(quantize(models.llama(), "nf4"), nn.Linear(64, 64))
         with pytest.raises(ValueError, match="quantise a base once"):
             quantize(model, "nf4")
 
@@ -216,7 +233,22 @@ class TestBadInput:
     def test_weights_that_are_not_finite(self, value):
         model = models.llama()
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
-        self.refused(model, r"layers\.1\.mlp\.up_proj hold NaN or infinity")
+        self.refused(model, r"layers\.1\.mlp\.up_proj holds NaN or infinity")
+        model.model.layers[1].mlp.gate_proj.weight.data[3, 5] = value
+        self.refused(model, r"gate_proj, model\.layers\.1\.mlp\.up_proj hold NaN or infinity")
+
+    def test_objects_of_another_type_are_named_by_it_alone(self):
+        from transformers import BitsAndBytesConfig
+
+        model = models.llama()
+        with pytest.raises(ValueError, match="'int8', got a BitsAndBytesConfig$"):
+            inject(model, CONFIG, quantize=BitsAndBytesConfig(load_in_4bit=True))
+        with pytest.raises(TypeError, match=r"^model must be a module, got str: write quantize\(model, 'nf4'\)$"):
+            quantize("nf4", model)
+        for exclude in (3, [3]):
+            with pytest.raises(TypeError, match=r"quantize_exclude=\[?3\]? must be a list of names, or a regular"):
+                inject(model, CONFIG, quantize="nf4", quantize_exclude=exclude)
+        assert not packed_names(model)
 
     def test_a_layer_of_bitsandbytes(self):
         bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

@@ -266,4 +266,9 @@ def test_readers_of_plain_adapters_say_how_to_write_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"peft_type='ADALORA'.*as_lora=True"):
         combine([tmp_path, tmp_path], [1.0, 1.0], tmp_path / "sum")
     for reader in ("vllm", "sglang", "llama.cpp"):
-        assert any("ADALORA" in problem for problem in check_portable(tmp_path, reader))
+        (problem,) = check_portable(tmp_path, reader)
+        assert "ADALORA" in problem
+        assert "other tensors. Write it as plain LoRA: " in problem
+        assert "as_lora=True, portable=True" in problem
+        save_peft(load_peft(models.llama(), tmp_path), tmp_path / reader, as_lora=True, portable=True)
+        assert not any("peft_type" in other for other in check_portable(tmp_path / reader, reader))

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import BackboneFinetuning
 
-from lightning_lora import LoRACallback, LoRAConfig, inject, quantize, remove
+from lightning_lora import LoRACallback, LoRAConfig, inject, merge, merge_receipt, quantize, remove
 from lightning_lora.layers.quantized_linear import QuantizedLinear
 from tests.runs import LanguageModule, LazyModule, epochs, fitted, loader, same_adapters, trainer
 
@@ -139,6 +139,7 @@ def test_a_resume_over_another_form_says_what_changed_in_one_line(tmp_path, capl
     said = [text for text in lines(caplog) if "trained over" in text]
     assert said == [f"{tmp_path / 'epoch=0.ckpt'}: {line}"]
     assert form(module) == (then or "torch.float32")
+    assert "into the trained base," in merge_receipt(merge(module)).summary()  # it trained over this one since
 
 
 @pytest.mark.parametrize("source", ["last.ckpt", "last-peft"])
