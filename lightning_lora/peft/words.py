@@ -99,9 +99,9 @@ def answer(name: str, value: Any, asked: str) -> str | None:
         ours = (RENAMED | _NEAR)[name]
         if isinstance(value, bool):  # PEFT's switches are words here
             value = "auto" if ours == "adapter_dtype" and not value else getattr(LoRAConfig, ours)
-        whose = "PEFT's name" if name in RENAMED else "no field of LoRAConfig"
+        whose = " is PEFT's name" if name in RENAMED else " is no field of LoRAConfig"
         setting = f"{ours}={value!r}"
-        return f"{name!r} is {whose}; here it is {ours!r}: write {_in_config(setting, asked)}"
+        return f"{name!r}{whose}; here it is {ours!r}: write {_in_config(setting, asked)}"
     for source, answers in _SOURCES.items():
         if name in answers:
             remedy = answers[name].format(name=name, value=_shown(value))
