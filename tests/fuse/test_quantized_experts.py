@@ -363,7 +363,7 @@ def test_stacks_with_nan_are_refused() -> None:
     experts = experts_of(model)
     with torch.no_grad():
         experts.down_proj[1, 2, 3] = torch.nan
-    with pytest.raises(ValueError, match=r"experts\.down_proj hold NaN"):
+    with pytest.raises(ValueError, match=r"experts\.down_proj holds NaN"):
         quantize(model, "nf4")
     assert not any(isinstance(module, QuantizedModule) for module in model.modules())
 
