@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.layers.host import Hosted
 from lightning_lora.layers.quantized import Origin, QuantizedModule
 from lightning_lora.model.merged_model import formers_of
 from lightning_lora.model.names import clean_name, joined
@@ -33,6 +34,8 @@ def packed_weights(root: nn.Module) -> dict[str, Packed]:
     """Return the quantised weights of ``root`` that have values, by the name of the weight."""
     found = {}
     for path, module in root.named_modules():
+        if isinstance(module, Hosted):
+            continue  # its tensors are those of its host
         if isinstance(module, QuantizedModule):
             for name, empty in module.quantized.items():
                 like = getattr(module, f"{name}_codes")
@@ -59,7 +62,7 @@ def origins_of(root: nn.Module) -> dict[str, Origin]:
     present = {
         joined(clean_name(path), name): origin
         for path, module in root.named_modules()
-        if isinstance(module, QuantizedModule)
+        if isinstance(module, QuantizedModule) and not isinstance(module, Hosted)
         for name, origin in module.origins.items()
     }
     return present | {name: one.origin for name, one in formers_of(root).items() if one.origin is not None}

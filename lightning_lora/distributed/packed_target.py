@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.layers.host import Hosted
 from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.layers.quantized_state import ZERO_CODES, read_parts, scales_name
 from lightning_lora.layers.split import SplitLinear
@@ -69,7 +70,7 @@ def packed_targets(root: nn.Module) -> dict[str, PackedTarget]:
     return {
         joined(clean_name(path), name): PackedTarget(module, name)
         for path, module in root.named_modules()
-        if isinstance(module, QuantizedModule)
+        if isinstance(module, QuantizedModule) and not isinstance(module, Hosted)
         for name in module.quantized
     }
 

@@ -93,7 +93,7 @@ class LoRAGatedMLP(SwappedModule):
             factors(up, x),
             factors(down, x),
             activation=self.lora_activation,
-            entering=gate.scaled_dropout(),
+            entering=gate.scaled_dropout_of([gate, up]),
             leaving=down.scaled_dropout(),
         )
         return leave(down, y)

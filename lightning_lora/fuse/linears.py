@@ -22,6 +22,8 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     if isinstance(layer, LoRALinear):
         if not (layer.lora_active and is_plain(layer)):
             return False
+        if layer.lora_host is not None and layer.lora_host.lora_choice.is_apart:
+            return False  # the rows of a layer's input are a new tensor in each of its siblings
         base = layer if layer.lora_host is None else layer.lora_host  # base_layer, without a call
     elif not (isinstance(layer, LinearHost) and layer.is_product(x)):
         return False
@@ -56,7 +58,11 @@ def go_together(layers: list[LoRALinear], first: LoRALinear) -> bool:
 
 def compute_all(x: Tensor, layers: list[LoRALinear], leader: LoRALinear) -> Sequence[Tensor]:
     """Return what each layer's product gives for ``x``, before :func:`leave`."""
-    entered, settings, all_factors = enter(leader, x), leader.scaled_dropout(), [factors(one, x) for one in layers]
+    entered, settings, all_factors = (
+        enter(leader, x),
+        leader.scaled_dropout_of(layers),
+        [factors(one, x) for one in layers],
+    )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.requires_grad:
         # a backward pass frees no graph before x: callers may run one through each output by itself
         return [lora_linears(entered, [one], settings)[0] for one in all_factors]

@@ -26,6 +26,7 @@ from lightning_lora.layers.linear import LoRALinear, is_plain
 from lightning_lora.layers.linear_host import LinearHost
 from lightning_lora.layers.split import leave
 from lightning_lora.ops.autocast import autocast_dtype
+from lightning_lora.ops.dropout import LayerSeeds, Seeds, SharedSeeds
 
 # Names of layers of one module that may read one input. A wrong group costs three products that nobody reads.
 GROUPS = [
@@ -213,6 +214,25 @@ def group_siblings(parent: nn.Module) -> None:
     for adapter in dict.fromkeys(name for host in hosts.values() for name in host.adapters):
         own = {name: host.adapters.get(adapter) for name, host in hosts.items()}
         _group(Siblings, {n: layer for n, layer in own.items() if isinstance(layer, LoRALinear) and is_plain(layer)})
+
+
+def share_seeds(adapted: Mapping[str, Any], seeds: Seeds) -> None:
+    """Let the layers of a named adapter draw one seed of dropout for each input that several of them read.
+
+    So their masks do not depend on whether they are computed together.
+
+    Args:
+        adapted: the layers by the names of their bases.
+        seeds: of the adapter.
+    """
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in adapted):
+        own = {name.rpartition(".")[2]: layer for name, layer in adapted.items() if name.rpartition(".")[0] == parent}
+        for names in [*GROUPS, *([name] for name in own)]:
+            layers = [own[name] for name in names if name in own and own[name].lora_seeds is None]
+            if len(layers) > 1 or len(names) == 1:
+                shared = SharedSeeds(seeds, len(layers))
+                for place, layer in enumerate(layers):
+                    layer.__dict__["lora_seeds"] = LayerSeeds(shared, place)
 
 
 def _group(kind: type[Siblings], named: Mapping[str, Any]) -> None:

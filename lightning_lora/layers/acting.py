@@ -138,11 +138,13 @@ class Choice:
     Attributes:
         seeds: of the dropout of every adapter, by name.
         chosen: what was chosen, if anything.
+        is_apart: whether one layer is run for each adapter of a mixture apart.
     """
 
     def __init__(self) -> None:
         self.seeds: dict[str, Seeds] = {}
         self.chosen: Acting | Undecided = UNDECIDED
+        self.is_apart = False
 
     @property
     def names(self) -> list[str]:
@@ -167,9 +169,9 @@ class Choice:
 
     @contextmanager
     def only(self, acting: Acting) -> Iterator[None]:
-        """Let one adapter act inside the block."""
-        former, self.chosen = self.chosen, acting
+        """Let one adapter of a mixture act inside the block."""
+        former, self.chosen, self.is_apart = (self.chosen, self.is_apart), acting, True
         try:
             yield
         finally:
-            self.chosen = former
+            self.chosen, self.is_apart = former

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_lora.layers.class_swap import SwappedModule
 from lightning_lora.layers.stored import StoredForm
-from lightning_lora.ops.dropout import Seeds
+from lightning_lora.ops.dropout import LayerSeeds
 from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.ops.weights import merged_weight
 
@@ -80,7 +80,7 @@ class LoRALayer(SwappedModule):
     lora_active: bool
     lora_original: dict[str, Any] | None
     lora_salt: int
-    lora_seeds: Seeds | None = None
+    lora_seeds: LayerSeeds | None = None
     lora_host: nn.Module | None = None
     lora_stored: StoredForm | None = None
 

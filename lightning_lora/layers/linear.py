@@ -1,5 +1,6 @@
 """Adapted linear layers: ``nn.Linear`` and its subclasses, Hugging Face's ``Conv1D``."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,6 +83,15 @@ class LoRALinear(LoRALayer):
         if seed is None:
             return ScaledDropout(self.lora_scaling)
         return ScaledDropout(self.lora_scaling, self.lora_dropout, seed, self.dropout_columns())
+
+    def scaled_dropout_of(self, layers: Iterable["LoRALinear"]) -> ScaledDropout:
+        """Return scaling and dropout for one call that computes the outputs of ``layers``, this one among them."""
+        settings = self.scaled_dropout()
+        if settings.seed is not None:
+            for layer in layers:
+                if layer.lora_seeds is not None and layer is not self:
+                    layer.lora_seeds.pass_over()
+        return settings
 
     def dropout_columns(self) -> tuple[int, int] | None:
         """Return the position of the input's first feature and the number of all, if it is a slice of them."""

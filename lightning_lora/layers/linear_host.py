@@ -88,7 +88,7 @@ def mixed_linears(hosts: Sequence[LinearHost], mixture: Mixture, x: Tensor) -> t
     for part in mixture.parts(x.shape[:-1], x.device):
         own = _layers_of(part.name, hosts)
         for places in _alike(own):
-            settings = own[places[0]].scaled_dropout()
+            settings = own[places[0]].scaled_dropout_of(own[place] for place in places)
             shares.append(Share(part.rows, places, settings._replace(seed=None), settings.seed is not None))
             seeds.append(settings.seed)
             tensors += [kind(None, None, own[place].lora_A, own[place].lora_B) for place in places]

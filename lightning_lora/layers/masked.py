@@ -38,7 +38,8 @@ def masked_linears(
         for place, layer in layers.items():
             key = layer.lora_scaling, layer.lora_dropout, layer.drops
             if key not in settings:
-                settings[key] = layer.scaled_dropout()
+                alike = [o for o in layers.values() if (o.lora_scaling, o.lora_dropout, o.drops) == key]
+                settings[key] = layer.scaled_dropout_of(alike)
             own, entering = settings[key], rows
             if own.seed is not None:
                 entering = rows * own.mask(rows, rows.shape[1])[is_own.cumsum(0).sub(1).clamp(min=0)]
@@ -62,9 +63,9 @@ def run_masked(choice: Choice, mixture: Mixture, run: Callable[..., Any], args: 
     for place, name in enumerate([None, *choice.names], start=-1):
         seeds = None if name is None else choice.seeds[name]
         next_seed = None if seeds is None else seeds.next.clone()
-        choice.chosen = name
+        choice.chosen, choice.is_apart = name, True
         found = run(*args, **kwargs)
-        choice.chosen = chosen
+        choice.chosen, choice.is_apart = chosen, False
         if seeds is not None and next_seed is not None:
             seeds.take_back(next_seed, mixture.present[place])
         is_own = owners == place

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from typing_extensions import TypeIs
 
+from lightning_lora.layers.host import Hosted
 from lightning_lora.layers.quantized import QuantizedModule
 from lightning_lora.layers.quantized_state import check_entries, unknown_entries
 from lightning_lora.ops.sharded import logical
@@ -20,7 +22,7 @@ def check_state(
     """
     missing, known = [], set()
     for path, module in model.named_modules():
-        for name in module.quantized if isinstance(module, QuantizedModule) else ():
+        for name in module.quantized if _holds_packed(module) else ():
             key = f"{prefix}{path}.{name}" if path else prefix + name
             known.add(key)
             if key in state_dict:
@@ -47,7 +49,12 @@ def is_quantised(model: nn.Module) -> bool:
 
 def num_parameters(model: nn.Module) -> int:
     """Return the number of a model's parameters, where a packed one counts as the weight that it stands for."""
-    holders = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    holders = [module for module in model.modules() if _holds_packed(module)]
     parts = {id(getattr(module, name)) for module in holders for name in module.part_names()}
     packed = sum(stored.shape.numel() for module in holders for stored in module.quantized.values())
     return packed + sum(int(logical(p).numel()) for p in model.parameters() if id(p) not in parts)
+
+
+def _holds_packed(module: nn.Module) -> TypeIs[QuantizedModule]:
+    """Return True for a module that packs parameters itself: a named adapter has the class of its host."""
+    return isinstance(module, QuantizedModule) and not isinstance(module, Hosted)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.fuse.siblings import share_seeds
 from lightning_lora.model.apply import adapt_layer, dtype_of, tag_parts
 from lightning_lora.model.base_form import quantization_of
 from lightning_lora.model.hosts import fuse_anew, host_for, looked_past, put_adapter
@@ -190,8 +191,8 @@ def _carry_out(root: nn.Module, name: str, decided: Plan) -> None:
         seen = {layer: host_for(modules[layer], pairs[0].mixin, injection.choice) for layer, pairs in by_layer.items()}
         seeds = Seeds(seed_of(f"dropout of {name}", config.init_seed) % 2**31)
         adapted = {layer: adapt_layer(modules | seen, layer, pairs, dtype) for layer, pairs in by_layer.items()}
+        share_seeds(adapted, seeds)
         for layer, adapter in adapted.items():
-            adapter.__dict__["lora_seeds"] = seeds
             put_adapter(modules[layer], name, adapter)  # type: ignore[arg-type]  # a host
         initialize(adapted, by_layer, config)
         tag_parts(decided, root)

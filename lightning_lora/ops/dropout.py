@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -56,6 +56,49 @@ class Seeds:
         finally:
             for seeds, position in present.items():
                 seeds.next.fill_(position)
+
+
+class SharedSeeds:
+    """The seeds of some layers of one adapter that read one input, whose calls in turn have one mask.
+
+    Args:
+        seeds: of the adapter.
+        size: how many layers there are.
+    """
+
+    def __init__(self, seeds: Seeds, size: int) -> None:
+        self.seeds, self.size = seeds, size
+        self.latest: Tensor | None = None
+        self.waiting: list[int] = []  # the places of the layers that have not had the latest seed
+
+    def draw(self, place: int) -> Tensor:
+        """Return the latest seed to a layer that has not had it, else a new one."""
+        if self.latest is None or place not in self.waiting:
+            self.latest, self.waiting = self.seeds.draw(), list(range(self.size))
+        seed = self.latest
+        self.pass_over(place)
+        return seed.clone()
+
+    def pass_over(self, place: int) -> None:
+        """Note that a layer has the latest seed: its output was computed together with that of another."""
+        self.waiting = [one for one in self.waiting if one != place]
+        if not self.waiting:
+            self.latest = None
+
+
+class LayerSeeds(NamedTuple):
+    """The seeds of the layer at one place among those that share theirs."""
+
+    shared: SharedSeeds
+    place: int
+
+    def draw(self) -> Tensor:
+        """Return the seed of this layer's next call."""
+        return self.shared.draw(self.place)
+
+    def pass_over(self) -> None:
+        """Note that this layer's output was computed together with that of another, by its seed."""
+        self.shared.pass_over(self.place)
 
 
 def keep_mask(

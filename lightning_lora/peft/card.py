@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_lora.checkpoint.atomic_io import write_atomically
 from lightning_lora.checkpoint.storage import location
+from lightning_lora.layers.host import Hosted
 from lightning_lora.layers.plain_weight import stored_kind, stored_names
 
 CARD_NAME = "README.md"
@@ -21,7 +22,8 @@ CARD_NAME = "README.md"
 
 def forms_of(root: nn.Module) -> dict[str, int]:
     """Return how many weights of a base are stored in each form other than plain numbers."""
-    kinds = (stored_kind(module, name) for module in root.modules() for name in stored_names(module))
+    modules = [module for module in root.modules() if not isinstance(module, Hosted)]
+    kinds = (stored_kind(module, name) for module in modules for name in stored_names(module))
     return dict(Counter(kind for kind in kinds if kind is not None))
 
 

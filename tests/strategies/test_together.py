@@ -37,3 +37,12 @@ def test_an_exact_run_equals_runs_apart_bit_for_bit(dtype: torch.dtype) -> None:
     fit(module, named, batches())
     unfused = {name: dataclasses.replace(config, fuse=False) for name, config in named.items()}
     torch.testing.assert_close(outcome(module), alone(lambda: build(dtype), unfused), rtol=0, atol=0)
+
+
+def test_dropout_beside_a_magnitude_is_that_of_a_run_apart() -> None:
+    named = configs(adapter_dtype="float64", dropout=0.3)
+    named["code"] = dataclasses.replace(named["code"], use_dora=True, target_modules=["q_proj", "v_proj", "up_proj"])
+    module = Together(build(torch.float64))
+    fit(module, named, batches())
+    found = outcome(module)
+    torch.testing.assert_close(found, alone(lambda: build(torch.float64), named), **TOLERANCES[torch.float64])
