@@ -22,9 +22,10 @@ def can_fuse(layer: nn.Module, x: Tensor) -> bool:
     if isinstance(layer, LoRALinear):
         if not (layer.lora_active and is_plain(layer)):
             return False
-        if layer.lora_host is not None and layer.lora_host.lora_choice.is_apart:
+        host: Any = layer.lora_host
+        if host is not None and host.lora_choice.is_apart:
             return False  # the rows of a layer's input are a new tensor in each of its siblings
-        base = layer if layer.lora_host is None else layer.lora_host  # base_layer, without a call
+        base = layer if host is None else host  # base_layer, without a call
     elif not (isinstance(layer, LinearHost) and layer.is_product(x)):
         return False
     if forward_pre_hooks(base) or "forward" in base.__dict__:
