@@ -54,6 +54,14 @@ class Hosted(SwappedModule):
                 raise
             return getattr(host, name)
 
+    @override
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        nn.Module._save_to_state_dict(self, *args, **kwargs)  # packed tensors are those of the host
+
+    @override
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args, **kwargs)
+
 
 class AdaptersByName(nn.Module):
     """The child ``lora`` of a host: its adapters, by name."""

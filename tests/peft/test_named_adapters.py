@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,13 @@ from lightning_lora import (
     inject,
     load_adapter_state_dict,
     load_peft,
+    merge,
     named_adapter_parameters,
     quantize,
     save_peft,
+    unmerge,
 )
+from lightning_lora.peft.card import forms_of
 from tests import models
 
 CONFIGS = {
@@ -202,3 +206,20 @@ def test_nothing_is_written_where_one_of_them_holds_nan(tmp_path: Path) -> None:
     assert not (tmp_path / "all").exists()
     save_peft(model, tmp_path / "law", adapter="law")
     assert (tmp_path / "law" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_adapters_over_a_packed_base_are_no_part_of_it(tmp_path: Path, kind: Any) -> None:
+    model = models.llama()
+    quantize(model, kind)
+    num_weights = forms_of(inject(copy.deepcopy(model), LoRAConfig()))
+    add_adapter(model, "law", LoRAConfig(r=4))
+    add_adapter(model, "medicine", LoRAConfig(r=3, use_dora=True))
+    assert forms_of(model) == num_weights
+    save_peft(model, tmp_path)
+    loaded = load_peft(models.llama(), tmp_path)
+    assert list(adapters(loaded)) == ["law", "medicine"]
+    model.load_state_dict(model.state_dict())
+    merge(model, adapter="medicine")
+    unmerge(model)
+    load_peft(models.llama(), tmp_path, quantize=kind)
