@@ -20,7 +20,7 @@ NUM_BLOCKS = {
     "from_peft.md": 11,
     "quantization.md": 3,
     "serving.md": 5,
-    "many_adapters.md": 3,
+    "many_adapters.md": 4,
 }
 
 

@@ -164,7 +164,8 @@ class Choice:
             return self.names[0]
         raise ValueError(
             f"the model has {len(self.names)} adapters, {', '.join(self.names)}, and none was chosen: run it inside "
-            "`with active(model, name):`, or `with active(model, names):` with a name for each row of the batch"
+            "`with active(model, name):`, or `with active(model, names):` with a name for each row of the batch, or "
+            "let LoRACallback(adapter_key=...) take the names from the batch"
         )
 
     @contextmanager

@@ -59,7 +59,8 @@ def merge(
         dtype: of all frozen parameters of the merged model; by default those that they had before they were quantised,
             and of bitsandbytes' layers that of the model's other parameters.
         requantize: store weights that were quantised in this form again: ``"nf4"``, ``"nf4-dq"`` or ``"int8"``.
-        adapter: which one, of a model with several adapters. The others cannot act until :func:`unmerge`.
+        adapter: which one, of a model with several adapters. The others cannot act until :func:`unmerge`, and
+            ``remove=True`` takes them out, too.
 
     Raises:
         ValueError: a weight is tied to another layer, which would change too; a layer's own forward is such that a
