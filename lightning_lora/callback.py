@@ -130,10 +130,10 @@ class LoRACallback(AdapterOfRows, AdapterSteps, AdaptiveRanks):
         own, given = LoRAConfig(**fields), _given(fields)
         if config is not None and given:
             raise ValueError("give either config=LoRAConfig(...) or its fields as keyword arguments, not both")
-        self.adapters, self.adapter_key = dict(adapters or {}), adapter_key
+        self.adapters, self.adapter_key = _by_adapter("adapters", adapters), adapter_key
         _check_adapters(self.adapters, adapter_key, {"config": config, **given})
         self.rates: dict[str, dict[str, float]] = {}  # of a sweep
-        self.clip_norm, self.accumulate = dict(clip_norm or {}), dict(accumulate or {})
+        self.clip_norm, self.accumulate = _by_adapter("clip_norm", clip_norm), _by_adapter("accumulate", accumulate)
         _check_steps(self.adapters, self.clip_norm, self.accumulate)
         self.config = config or own
         self._given = {n: value for n, value in self.config.to_dict().items() if config is not None or n in given}
@@ -278,6 +278,13 @@ class LoRACallback(AdapterOfRows, AdapterSteps, AdaptiveRanks):
 def _adopted(trainer: "pl.Trainer") -> AdapterOnly:
     assert isinstance(trainer.strategy, AdapterOnly)
     return trainer.strategy
+
+
+def _by_adapter(option: str, value: Any) -> dict[str, Any]:
+    """Return an option that has an entry for each of several adapters, by their names; none for ``None``."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{option}={value!r} must have an entry for each adapter, by its name: {option}={{'law': ...}}")
+    return dict(value or {})
 
 
 def _check_adapters(adapters: dict[str, LoRAConfig], adapter_key: str | None, others: dict[str, Any]) -> None:

@@ -168,6 +168,12 @@ def _acting(
             )
         _check_known([which], known)
         return which
+    are_names = isinstance(which, Sequence) and not any(isinstance(one, int) for one in which)
+    if not (are_names or isinstance(which, Tensor)):
+        raise TypeError(
+            f"active(model, {which!r}) expects a name, a list of names, or an integer tensor of places in "
+            "adapters(model)"
+        )
     names = _names_at(which, known) if isinstance(which, Tensor) else [None if n == BASE else n for n in which]
     _check_known(names, known)
     sizes = lengths.tolist() if isinstance(lengths, Tensor) else lengths

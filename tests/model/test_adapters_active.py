@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -342,3 +343,11 @@ def test_save_pretrained_writes_the_merged_adapter_alone(tmp_path) -> None:
         model.save_pretrained(tmp_path)
         expected = model(ids).logits
     within(1e-6)(LlamaForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
+
+
+@pytest.mark.parametrize("which", [3, [0, 1], [True]])
+def test_places_are_given_in_a_tensor(which: Any) -> None:
+    model = models.llama()
+    add_adapter(model, "law")
+    with pytest.raises(TypeError, match=r"expects a name, a list of names, or an integer tensor"), active(model, which):
+        pass

@@ -210,3 +210,10 @@ def test_one_adapter_stops_and_the_other_goes_on() -> None:
 def test_wrong_numbers_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoRACallback(adapters={"law": LoRAConfig()}, **options)
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 1.0}, {"accumulate": 2}, {"adapters": ["law"]}])
+def test_options_by_adapter_are_mappings(options: dict[str, Any]) -> None:
+    (option,) = options
+    with pytest.raises(TypeError, match=f"{option}=.* must have an entry for each adapter, by its name"):
+        LoRACallback(**{"adapters": {"law": LoRAConfig()}, **options})
